@@ -1,0 +1,34 @@
+"""Variational autoencoders as Pyro programs.
+
+A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything here consumes their
+traces. All log-probabilities are in nats per datum.
+"""
+
+from pyrovae import kl as _kl  # the Gaussian divergences that torch lacks, for the analytic ELBO
+from pyrovae.data import Dataset, load_data
+from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.likelihood import LogLikelihood, log_likelihood
+from pyrovae.objectives import ElboResult, elbo
+from pyrovae.svi import SVI
+from pyrovae.train import Fit, NonFiniteLoss, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dataset",
+    "ElboResult",
+    "Fit",
+    "LogLikelihood",
+    "NonFiniteLoss",
+    "SVI",
+    "decode",
+    "elbo",
+    "encode",
+    "fit",
+    "interpolate",
+    "load_data",
+    "log_likelihood",
+    "reconstruct",
+    "sample",
+    "traverse",
+]

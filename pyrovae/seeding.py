@@ -1,0 +1,48 @@
+"""Random streams: a seed for a block of code, and one for each part of a computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["draw_seed", "seeded", "subseed"]
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Run a block under a seed and give torch's global streams back as they were.
+
+    Args:
+        seed: The seed; None leaves the global stream to run on.
+        device: Where the block draws; its stream is kept beside the CPU's.
+    """
+    if seed is None:
+        yield
+        return
+    device = torch.device(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def subseed(seed: int, *path: int) -> int:
+    """A seed for one part of a computation, independent of the order in which parts run.
+
+    Args:
+        seed: The seed of the whole.
+        path: Integers >= 0 that name the part.
+
+    References:
+        numpy.random.SeedSequence.
+    """
+    state = np.random.SeedSequence([seed % 2**64, *path]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def draw_seed(seed: int | None) -> int:
+    """The seed itself, or one drawn from torch's global stream if it is None."""
+    return int(torch.randint(2**31 - 1, ())) if seed is None else seed

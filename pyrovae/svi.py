@@ -1,0 +1,191 @@
+"""Stochastic variational inference with Pyro's interface and the parameters where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.optim import PyroOptim
+from pyro.params.param_store import normalize_param_name
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pyrovae.objectives import Estimate, estimate
+from pyrovae.params import Parameters
+
+__all__ = ["SVI"]
+
+
+class SVI:
+    r"""Stochastic gradient descent on an objective of a model and its guide.
+
+    .. math:: (\theta, \phi) \leftarrow (\theta, \phi)
+              - \mathrm{optim}\bigl(\nabla_{\theta, \phi}\, \hat{\mathrm{loss}}(x)\bigr)
+
+    Constructed and called like :class:`pyro.infer.SVI`, for every pair that Pyro's ELBOs accept:
+    PyroModules, plain modules, bound methods, functions with ``pyro.module`` and ``pyro.param``.
+    Module parameters are trained on their modules, whatever Pyro's store holds under their names.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        optim: A Pyro optimizer, a torch optimizer over the pair's parameters, or a function from
+            parameters to a torch optimizer, such as ``torch.optim.Adam``. One torch optimizer
+            steps all parameters, with Pyro's per-parameter options and clipping as given.
+        loss: A Pyro ELBO, or a function ``(model, guide, x, *context)`` to differentiate.
+        loss_and_grads: With a function as ``loss``: does the backward pass itself.
+        clip_norm: The largest norm of the whole gradient; None clips nothing.
+
+    Raises:
+        TypeError: If ``optim`` or ``loss`` is none of these.
+
+    References:
+        Kingma and Welling (arXiv 1312.6114), algorithm 1.
+
+    Example:
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+        >>> svi.step(x)  # -ELBO, nats summed over the batch, as in Pyro
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim | Optimizer | Callable,
+        loss: ELBO | Callable,
+        loss_and_grads: Callable | None = None,
+        *,
+        clip_norm: float | None = None,
+    ) -> None:
+        if not (isinstance(optim, PyroOptim | Optimizer) or callable(optim)):
+            raise TypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
+        if not (isinstance(loss, ELBO) or callable(loss)):
+            raise TypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
+        self.model, self.guide, self.optim = model, guide, optim
+        self.objective = loss
+        self.loss_and_grads = loss_and_grads
+        self.clip_norm = clip_norm
+        self.parameters = Parameters(model, guide)
+        self.optimizer: Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self._trained: dict[str, Tensor] = {}
+        self._found = -1
+
+    def step(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
+        """Take one gradient step.
+
+        Args:
+            args: The batch and the programs' further arguments.
+
+        Returns:
+            The loss before the step: nats summed over the batch, lower is better.
+
+        Raises:
+            ValueError: If the loss depends on parameters that neither program owns.
+        """
+        return self.update(*args, **kwargs).loss.item()
+
+    def update(self, *args: Any, **kwargs: Any) -> Estimate:
+        """Take one gradient step and return its estimate, unread, on the device."""
+        result = self.gradients(*args, **kwargs)
+        self.descend()
+        return result
+
+    def gradients(self, *args: Any, **kwargs: Any) -> Estimate:
+        """Evaluate the objective on a batch and add its gradient to every parameter's."""
+        if self.loss_and_grads is not None:
+            programs = self.parameters.run_model, self.parameters.run_guide
+            loss = self.loss_and_grads(*programs, *args, **kwargs)
+            result = Estimate(torch.as_tensor(loss).detach(), None, {})
+        else:
+            result = estimate(self.objective, self.parameters, *args, **kwargs)
+        if self.optimizer is None and result.surrogate is not None:
+            self.parameters.check_reach(result.surrogate)
+        if result.surrogate is not None and result.surrogate.requires_grad:
+            result.surrogate.backward()
+        return result
+
+    def descend(self) -> None:
+        """Step the optimizer on the gradients at hand and clear them."""
+        self._collect()
+        self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Evaluate the loss without a gradient step.
+
+        Returns:
+            Nats summed over the batch, lower is better.
+        """
+        with torch.no_grad():
+            if isinstance(self.objective, ELBO):
+                programs = self.parameters.run_model, self.parameters.run_guide
+                loss = self.objective.loss(*programs, *args, **kwargs)
+                return sum(loss) if isinstance(loss, tuple) else float(loss)
+            return estimate(self.objective, self.parameters, *args, **kwargs).loss.item()
+
+    def build(self) -> None:
+        """Make the optimizer over the parameters known so far, for a state to be loaded into."""
+        self._collect()
+
+    def _collect(self) -> None:
+        found = len(self.parameters.model.found) + len(self.parameters.guide.found)
+        if self.optimizer is not None and found == self._found:
+            return
+        self._found = found
+        fresh = {n: p for n, p in self.parameters.named().items() if n not in self._trained}
+        self._trained |= fresh
+        if self.optimizer is None:
+            self._make_optimizer(fresh)
+        elif fresh and not isinstance(self.optim, Optimizer):
+            for group in self._groups(fresh):
+                self.optimizer.add_param_group(group)
+
+    def _make_optimizer(self, named: dict[str, Tensor]) -> None:
+        if not named:
+            raise ValueError("The pair has no parameters to train.")
+        if isinstance(self.optim, Optimizer):
+            self.optimizer = self.optim
+        elif isinstance(self.optim, PyroOptim):
+            self.optimizer = self.optim.pt_optim_constructor(self._groups(named))
+            self._lend_to_pyro(next(iter(named.values())))
+        else:
+            self.optimizer = self.optim(list(named.values()))
+            if not isinstance(self.optimizer, Optimizer):
+                raise TypeError(f"Expected a torch optimizer from {self.optim!r}.")
+
+    def _groups(self, named: dict[str, Tensor]) -> list[dict]:
+        options = self.optim.pt_optim_args if isinstance(self.optim, PyroOptim) else {}
+        if not callable(options):
+            return [{"params": list(named.values()), **options}]
+        spelled = self._pyro_names()
+        return [
+            {"params": [p], **options(normalize_param_name(spelled.get(id(p), name)))}
+            for name, p in named.items()
+        ]
+
+    def _pyro_names(self) -> dict[int, str]:
+        found = self.parameters.model.found | self.parameters.guide.found
+        return {id(leaf): name for name, leaf in found.items()}
+
+    def _lend_to_pyro(self, key: Tensor) -> None:
+        """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer."""
+        make_scheduler = getattr(self.optim, "pt_scheduler_constructor", None)
+        if make_scheduler is not None:
+            self.scheduler = make_scheduler(self.optimizer, **self.optim.kwargs)
+        self.optim.optim_objs = {key: self.scheduler or self.optimizer}
+
+    def _clip(self) -> None:
+        clip = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
+        if clip:
+            spelled = self._pyro_names()
+            for name, parameter in self._trained.items():
+                if parameter.grad is not None:
+                    options = clip(spelled.get(id(parameter), name)) if callable(clip) else clip
+                    PyroOptim._clip_grad(parameter, **options)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
