@@ -4,9 +4,9 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
-from pyrovae import kl as _kl  # the Gaussian divergences that torch lacks, for the analytic ELBO
 from pyrovae.data import Dataset, load_data
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.kl import kl_standard_normal
 from pyrovae.likelihood import LogLikelihood, log_likelihood
 from pyrovae.objectives import ElboResult, elbo
 from pyrovae.svi import SVI
@@ -26,6 +26,7 @@ __all__ = [
     "encode",
     "fit",
     "interpolate",
+    "kl_standard_normal",
     "load_data",
     "log_likelihood",
     "reconstruct",

@@ -26,7 +26,15 @@ from pyrovae.params import Parameters
 from pyrovae.seeding import seeded
 from pyrovae.traces import Layout, inspect_pair, reduce_to, trace_pair
 
-__all__ = ["OBJECTIVES", "ElboResult", "Estimate", "elbo", "estimate", "make_objective", "site_terms"]
+__all__ = [
+    "OBJECTIVES",
+    "ElboResult",
+    "Estimate",
+    "elbo",
+    "estimate",
+    "make_objective",
+    "site_terms",
+]
 
 OBJECTIVES = {
     "trace_elbo": (Trace_ELBO, "estimator A: Monte Carlo for every term"),

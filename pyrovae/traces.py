@@ -127,7 +127,12 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
     with torch.no_grad():
-        model_trace, guide_trace = trace_pair(parameters, x, *context)
+        try:
+            guide_trace = trace_guide(parameters, x, *context)
+            model_trace = _try_replay(parameters, guide_trace, x, *context)
+        except ValueError as error:
+            _refuse_non_finite(x, error)
+            raise
     model_sites, guide_sites = samples(model_trace), samples(guide_trace)
     observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
     latents = {n: s for n, s in model_sites.items() if not s["is_observed"]}
@@ -143,9 +148,7 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
     return Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), seen)
 
 
-def site_scores(
-    trace: Trace, layout: Layout, particles: int, num_data: int
-) -> dict[str, Tensor]:
+def site_scores(trace: Trace, layout: Layout, particles: int, num_data: int) -> dict[str, Tensor]:
     """Each sample site's log-probability, masked but not scaled.
 
     Args:
@@ -240,6 +243,27 @@ def samples(trace: Trace) -> dict[str, dict]:
 
 def _is_bookkeeping(site: dict) -> bool:
     return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
+
+
+def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
+    try:
+        return replay_model(parameters, guide_trace, x, *context)
+    except (ValueError, RuntimeError):
+        guide_sites = samples(guide_trace)
+        free = samples(poutine.trace(parameters.run_model).get_trace(x, *context))
+        for name, site in free.items():
+            if name in guide_sites and not site["is_observed"]:
+                _check_event(name, site, guide_sites[name])
+        raise
+
+
+def _refuse_non_finite(x: Tensor, cause: Exception) -> None:
+    bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
+            f"clean them, or let the programs mask them."
+        ) from cause
 
 
 def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
@@ -350,4 +374,3 @@ def _site_scale(site: dict, layout: Layout) -> Tensor | float:
     if scale.numel() != scale.shape[layout.dim]:
         raise ValueError("Expected one scale per datum, got a scale that varies within a datum.")
     return scale.reshape(-1)
-

@@ -1,0 +1,280 @@
+"""The command line: train, evaluate, sample, report, list."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pyrovae.data import BINARIZE, DATASETS
+from pyrovae.objectives import OBJECTIVES
+from pyrovae.programs import shipped
+from pyrovae.runs import Run
+from pyrovae.train import Fit, NonFiniteLoss
+
+__all__ = ["main"]
+
+DEFAULTS = {
+    "objective": "trace_elbo",
+    "epochs": 50,
+    "batch_size": 128,
+    "particles": 1,
+    "lr": 1e-3,
+    "schedule": "none",
+    "clip_norm": None,
+    "patience": None,
+    "device": "auto",
+    "seed": 0,
+    "binarize": "none",
+    "data_root": None,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0, or 1 if training failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    options.command_line = shlex.join(["pyrovae", *arguments])
+    try:
+        options.run_command(options)
+    except NonFiniteLoss as error:
+        return _fail(f"{error} The last checkpoint is kept.", 1)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped.", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pyrovae: error: {message}", file=sys.stderr)
+    return code
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pyrovae import experiment
+
+    run = Run(options.out)
+    given = {k: v for k, v in vars(options).items() if v is not None}
+    resumed = options.resume and run.exists()
+    settings = _with_defaults(given, run.config if resumed else None)
+    if not resumed:
+        run.require_new()
+    made = experiment.resolve(settings, options.command_line, run if resumed else None)
+    report = _Log(run, options.tensorboard, made.config["epochs"])
+    try:
+        result = experiment.train(run, made, resume=options.resume, on_epoch=report)
+    except KeyboardInterrupt:
+        done = f"after epoch {report.epoch}" if report.epoch else "before the first epoch's end"
+        print(f"\nStopped {done}; go on with: pyrovae train --out {options.out} --resume")
+        raise
+    experiment.draw(run, made)
+    last = result.history[-1]
+    print(
+        f"{len(result.history)} epochs: ELBO {last['train_elbo']:.2f} (train), "
+        f"{last['valid_elbo']:.2f} (validation, best in epoch {result.best_epoch}) nats per datum."
+    )
+    print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
+
+
+def _with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
+    stored: dict[str, Any] = {}
+    if config is not None:
+        stored = {k: config[k] for k in DEFAULTS if k in config} | {
+            "model": config["model"]["name"],
+            "guide": config["guide"]["name"],
+            "data": config["data"]["load"],
+            "binarize": config["data"]["binarize"],
+            "data_root": config["data"]["root"],
+            "settings": {k: config[k]["settings"] for k in ("model", "guide")},
+        }
+    missing = [k for k in ("model", "guide", "data") if k not in stored | given]
+    if missing:
+        raise ValueError(f"train needs --{', --'.join(missing)}.")
+    given = given | {"settings": _settings(given.get("set", []), stored.get("settings", {}))}
+    wanted = (*DEFAULTS, "model", "guide", "data", "settings")
+    return {k: v for k, v in (DEFAULTS | stored | given).items() if k in wanted}
+
+
+def _settings(pairs: list[str], stored: dict[str, dict]) -> dict[str, dict]:
+    settings = {kind: dict(stored.get(kind, {})) for kind in ("model", "guide")}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        kind, dot, option = name.partition(".")
+        if not equals or (dot and kind not in settings):
+            raise ValueError(f"Expected --set model.NAME=VALUE or guide.NAME=VALUE, got {pair!r}.")
+        for each in [kind] if dot else settings:
+            settings[each][option if dot else name] = _literal(value)
+    return settings
+
+
+def _literal(value: str) -> Any:
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return list(found) if isinstance(found, tuple) else found
+
+
+class _Log:
+    """Tells of each epoch: a line where output is no terminal, and TensorBoard if asked."""
+
+    def __init__(self, run: Run, tensorboard: bool, epochs: int) -> None:
+        self.run, self.epochs, self.epoch, self.writer = run, epochs, 0, None
+        self.tensorboard = tensorboard
+        if tensorboard:
+            self._writer_class()
+
+    def __call__(self, result: Fit) -> None:
+        row = result.history[-1]
+        self.epoch = row["epoch"]
+        if not sys.stderr.isatty():
+            print(
+                f"epoch {row['epoch']}/{self.epochs}  ELBO {row['train_elbo']:.3f} (train)  "
+                f"{row['valid_elbo']:.3f} (validation)  {row['seconds']:.1f} s",
+                flush=True,
+            )
+        if self.tensorboard:
+            self.writer = self.writer or self._writer_class()(self.run.path / "tensorboard")
+            for name, value in row.items():
+                if value is not None and name != "epoch":
+                    self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            self.writer.flush()
+
+    def _writer_class(self) -> type:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs: pip install 'pyrovae[tensorboard]'.") from error
+        return SummaryWriter
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from pyrovae import experiment
+
+    run = Run.open(options.run)
+    if options.samples < 1:
+        raise ValueError(f"Expected --samples >= 1, got {options.samples}.")
+    made = experiment.load_experiment(run, options.device, options.data_root)
+    found = experiment.evaluate(run, made, split=options.split, num_samples=options.samples)
+    print(json.dumps(found, indent=2) if options.json else _summary(found, options.split))
+
+
+def _summary(found: dict[str, Any], split: str) -> str:
+    a, b = (found["elbo"][name] for name in OBJECTIVES)
+    ll = found["log_likelihood"]
+    return "\n".join(
+        [
+            f"{split}, {found['num_data']} data, nats per datum (higher is better)",
+            f"  ELBO, estimator A (Trace_ELBO)           {a['mean']:10.3f} ± "
+            f"{a['standard_error']:.3f} over data",
+            f"  ELBO, estimator B (TraceMeanField_ELBO)  {b['mean']:10.3f} ± "
+            f"{b['standard_error']:.3f} over data",
+            f"  log p(x), K = {ll['num_samples']:<26} {ll['mean']:10.3f} ± "
+            f"{ll['standard_error']:.3f} Monte Carlo, ± {ll['data_standard_error']:.3f} over data",
+            f"  k-hat > 0.7 for {ll['khat_over_0.7']:.1%} of the data; "
+            f"median effective sample size {ll['ess_median']:.0f}",
+        ]
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from pyrovae import experiment
+    from pyrovae.pictures import png, sample_picture
+
+    run = Run.open(options.run)
+    if options.n < 1:
+        raise ValueError(f"Expected -n >= 1, got {options.n}.")
+    made = experiment.load_experiment(run, options.device, options.data_root)
+    figure = sample_picture(made.model, made.data.test, options.n, options.seed)
+    print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from pyrovae import experiment
+    from pyrovae.report import render_report
+    from pyrovae.runs import write_atomic
+
+    run = Run.open(options.run)
+    if not run.results:
+        raise ValueError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
+    made = experiment.load_experiment(run, options.device, options.data_root)
+    experiment.draw(run, made)
+    page = render_report(run.config, run.results, run.history(), run.figures())
+    write_atomic(run.path / "report.html", page.encode())
+    print(f"The report is {run.path / 'report.html'}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    kinds = {
+        "models": shipped("model"),
+        "guides": shipped("guide"),
+        "objectives": {name: line for name, (_, line) in OBJECTIVES.items()},
+        "data": DATASETS,
+    }
+    for kind, names in kinds.items():
+        print(kind)
+        for name, line in names.items():
+            print(f"  {name:<24}{line}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyrovae", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run_command=function)
+        return made
+
+    _add_train(command("train", _train, "Train a model and its guide into a run directory."))
+    text = "The ELBO by both estimators and log p(x), in nats per datum."
+    evaluate = command("evaluate", _evaluate, text)
+    evaluate.add_argument("run", metavar="DIR")
+    evaluate.add_argument("--samples", type=int, default=1000, metavar="K")
+    evaluate.add_argument("--split", choices=("test", "valid", "train"), default="test")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    sample = command("sample", _sample, "Draw samples into DIR/figures/samples.png.")
+    sample.add_argument("run", metavar="DIR")
+    sample.add_argument("-n", type=int, default=64, metavar="N")
+    sample.add_argument("--seed", type=int)
+    report = command("report", _report, "Write DIR/report.html and its figures.")
+    report.add_argument("run", metavar="DIR")
+    for made in (evaluate, sample, report):
+        made.add_argument("--device", default="auto")
+        made.add_argument("--data-root", help="where the torchvision data lie")
+    command("list", _list, "List every shipped model, guide, objective and data set.")
+    return parser
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
+    default = DEFAULTS
+    train.add_argument("--model", metavar="M", help="a shipped name, FILE.py or FILE.py:CLASS")
+    train.add_argument("--guide", metavar="G", help="likewise")
+    train.add_argument("--data", metavar="D", help="a shipped name, or a .npy, .npz or .csv file")
+    train.add_argument("--out", metavar="DIR", required=True, help="the run directory")
+    train.add_argument("--objective", metavar="O", help=f"one of {', '.join(OBJECTIVES)}")
+    train.add_argument("--epochs", type=int, metavar="E", help=f"default {default['epochs']}")
+    train.add_argument("--batch-size", type=int, metavar="M", help=f"{default['batch_size']}")
+    train.add_argument("--particles", type=int, metavar="L", help="samples per datum, default 1")
+    train.add_argument("--lr", type=float, help=f"learning rate of Adam, default {default['lr']}")
+    train.add_argument("--schedule", choices=("none", "cosine"), help="of the learning rate")
+    train.add_argument("--clip-norm", type=float, help="the largest norm of a gradient")
+    train.add_argument("--patience", type=int, help="epochs without a better validation ELBO")
+    train.add_argument("--device", help="auto, cpu or cuda")
+    train.add_argument("--seed", type=int, help="seeds every draw, default 0")
+    train.add_argument("--binarize", help=f"one of {', '.join(BINARIZE)}")
+    train.add_argument("--data-root", help="where the torchvision data lie (or PYROVAE_DATA)")
+    train.add_argument(
+        "--set", action="append", metavar="NAME=VALUE", help="model.latent=20, guide.hidden=200,200"
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    train.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")

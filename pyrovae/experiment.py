@@ -1,0 +1,280 @@
+"""A run from its configuration: train it, load it, evaluate it, draw it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pyrovae.data import Dataset, load_data
+from pyrovae.likelihood import log_likelihood
+from pyrovae.objectives import OBJECTIVES, elbo
+from pyrovae.params import Parameters
+from pyrovae.pictures import draw_pictures
+from pyrovae.programs import Program, find_program
+from pyrovae.runs import Run
+from pyrovae.seeding import seeded, subseed
+from pyrovae.traces import inspect_pair
+from pyrovae.train import Fit, fit
+
+__all__ = ["Experiment", "evaluate", "load_experiment", "resolve", "train"]
+
+PROGRAM_STREAM, PICTURE_STREAM, EVALUATION_STREAM = 1_000_001, 1_000_002, 1_000_003
+TRAINING = (
+    "objective",
+    "epochs",
+    "batch_size",
+    "particles",
+    "lr",
+    "schedule",
+    "clip_norm",
+    "patience",
+)
+FREE_ON_RESUME = ("epochs", "device", "command", "versions")
+
+
+class Experiment(NamedTuple):
+    """A configuration come to life."""
+
+    config: dict[str, Any]
+    model: Callable
+    guide: Callable
+    data: Dataset
+    files: dict[str, Path]
+
+
+def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Experiment:
+    """Build what a run needs, touching nothing on disk.
+
+    Args:
+        options: ``model``, ``guide``, ``data``, ``settings`` (``{"model": {...}, "guide":
+            {...}}``), ``binarize``, ``data_root``, ``device``, ``seed`` and the arguments of
+            :func:`pyrovae.fit` that a configuration holds.
+        command: The command that reproduces the run.
+        run: An existing run to go on with, whose copies of the user's files are used.
+
+    Raises:
+        ValueError: If anything asked for does not exist or does not fit together.
+    """
+    device = choose_device(options["device"])
+    programs = {kind: _program(options[kind], kind, run) for kind in ("model", "guide")}
+    settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
+    data = load_data(options["data"], binarize=options["binarize"], root=options["data_root"])
+    model, guide = _build(programs, settings, data, options["seed"])
+    files = {f"{k}.py": p.file for k, p in programs.items() if p.file is not None and not run}
+    source = Path(options["data"])
+    source = str(source.resolve()) if source.suffix else options["data"]
+    config = {
+        "command": command,
+        **{k: _describe(programs[k], settings[k]) for k in ("model", "guide")},
+        "data": {"load": source, "root": options["data_root"]} | data.provenance,
+        **{k: options[k] for k in TRAINING},
+        "device": str(device),
+        "seed": options["seed"],
+        "versions": _versions(),
+    }
+    return Experiment(config, model, guide, data.to(device), files)
+
+
+def train(
+    run: Run,
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    on_epoch: Callable[[Fit], None] | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train an experiment into a run directory, with a checkpoint after each epoch.
+
+    Args:
+        run: Where to; it is created when the first epoch is done.
+        experiment: What.
+        resume: Go on from the run's checkpoint.
+        on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
+        progress: Show a bar if standard error is a terminal.
+
+    Raises:
+        ValueError: If the directory is in use, or the run in it was configured otherwise.
+    """
+    config, state = experiment.config, None
+    if resume and run.exists():
+        _require_same(run.config, config)
+        state = run.load_checkpoint()
+        run.begin_again()
+    else:
+        run.require_new()
+
+    def after_epoch(result: Fit) -> None:
+        if len(result.history) == 1 or not run.exists() or run.config != config:
+            run.create(config, experiment.files)
+        run.save_checkpoint(result.state_dict())
+        if on_epoch is not None:
+            on_epoch(result)
+
+    result = fit(
+        experiment.model,
+        experiment.guide,
+        experiment.data,
+        **{k: config[k] for k in TRAINING if k != "schedule"},
+        scheduler=_scheduler(config),
+        device=config["device"],
+        seed=config["seed"],
+        state=state,
+        on_epoch=after_epoch,
+        progress=progress,
+    )
+    run.save_weights(result.svi.parameters.state_dict())
+    return result
+
+
+def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment:
+    """A run's trained pair and its data.
+
+    Raises:
+        ValueError: If weights, programs or data are not those that the run was made with.
+    """
+    config = run.config
+    programs = {kind: _program(config[kind]["name"], kind, run) for kind in ("model", "guide")}
+    settings = {kind: config[kind]["settings"] for kind in programs}
+    stored = config["data"]
+    data = load_data(stored["load"], binarize=stored["binarize"], root=root or stored["root"])
+    _require_same_data(stored, data.provenance)
+    model, guide = _build(programs, settings, data, config["seed"])
+    parameters = Parameters(model, guide)
+    with seeded(0):
+        inspect_pair(parameters, data.test[:2])
+    parameters.load_state_dict(run.load_weights())
+    parameters.to(choose_device(device))
+    return Experiment(config, model, guide, data.to(choose_device(device)), {})
+
+
+def evaluate(
+    run: Run,
+    experiment: Experiment,
+    *,
+    split: str = "test",
+    num_samples: int = 1000,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The ELBO by both estimators and log p(x) of a split, written to ``results.json``.
+
+    Args:
+        run: The run directory.
+        experiment: The run's pair and data.
+        split: ``"train"``, ``"valid"`` or ``"test"``.
+        num_samples: The number of samples K for log p(x).
+        progress: Show a bar if standard error is a terminal.
+
+    Returns:
+        The split's results, ready for JSON, in nats per datum.
+    """
+    x = getattr(experiment.data, split)
+    pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
+    ll = log_likelihood(*pair, x, num_samples=num_samples, seed=seed, progress=progress)
+    bounds = {}
+    for name in OBJECTIVES:
+        bound = elbo(*pair, x, objective=name, particles=10, seed=seed)
+        bounds[name] = {"mean": bound.mean, "standard_error": bound.standard_error}
+    found = {
+        "num_data": len(x),
+        "binarize": experiment.data.binarize,
+        "units": "nats per datum",
+        "elbo": bounds,
+        "reconstruction": bound.reconstruction.double().mean().item(),
+        "kl": bound.kl.double().mean().item(),
+        "log_likelihood": {
+            "mean": ll.mean,
+            "standard_error": ll.mean_standard_error,
+            "data_standard_error": ll.data_standard_error,
+            "num_samples": num_samples,
+            "ess_median": ll.ess.median().item(),
+            "khat_median": ll.khat.median().item(),
+            "khat_over_0.7": (ll.khat > 0.7).double().mean().item(),
+        },
+    }
+    run.write_json("results.json", run.results | {split: found})
+    return found
+
+
+def draw(run: Run, experiment: Experiment) -> dict[str, bytes]:
+    """Draw the run's pictures and save them."""
+    seed = subseed(experiment.config["seed"], PICTURE_STREAM)
+    pair = experiment.model, experiment.guide
+    found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
+    for name, picture in found.items():
+        run.save_figure(name, picture)
+    return found
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: If CUDA is asked for and there is none, or the name is no device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"Expected device 'auto', 'cpu' or 'cuda', got {name!r}.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("There is no CUDA device here: use --device cpu or --device auto.")
+    return torch.device(name)
+
+
+def _build(
+    programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
+) -> tuple[Callable, Callable]:
+    with seeded(subseed(seed, PROGRAM_STREAM)):
+        model = programs["model"].build(tuple(data.shape), settings["model"])
+        guide = programs["guide"].build(tuple(data.shape), settings["guide"])
+    return model, guide
+
+
+def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:
+    stored = None if program.file is None else f"programs/{program.kind}.py"
+    return {"name": program.name, "file": stored, "settings": settings}
+
+
+def _program(name: str, kind: str, run: Run | None) -> Program:
+    stored = run.config[kind]["file"] if run else None
+    if stored is None:
+        return find_program(name, kind)
+    attribute = name.partition(":")[2]
+    file = str(run.path / stored)
+    return find_program(f"{file}:{attribute}" if attribute else file, kind)._replace(name=name)
+
+
+def _scheduler(config: dict[str, Any]) -> Callable | None:
+    if config["schedule"] == "cosine":
+        return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, config["epochs"]
+        )
+    return None
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    free = FREE_ON_RESUME if now["schedule"] == "none" else FREE_ON_RESUME[1:]
+    plain = {k: v for k, v in before.items() if k not in free}
+    for key, value in plain.items():
+        if now.get(key) != value:
+            raise ValueError(
+                f"The run was made with {key} = {value}, and --resume was asked for "
+                f"{now.get(key)}: leave the option out, or choose another --out."
+            )
+
+
+def _require_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in now.items():
+        if key != "source" and key in before and before[key] != value:
+            raise ValueError(
+                f"The data are not those of the run: {key} was {before[key]}, is now {value}."
+            )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("pyrovae", "torch", "pyro-ppl", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,243 @@
+"""Arrays from .npy, .npz and .csv files, checked before anything is computed with them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SUFFIXES", "Arrays", "read_arrays"]
+
+SUFFIXES = (".npy", ".npz", ".csv")
+LABELS = ("label", "labels", "y", "target", "class")
+
+
+class Arrays(NamedTuple):
+    """What a file holds: rows, their labels, and the splits where the file fixes them.
+
+    ``x`` is uint8 or float32 ``[N, ...]``; ``y`` is int64 or float32 ``[N]`` or None; ``sizes``
+    counts the leading rows that are train, valid and test, with 0 for a valid left to the reader;
+    ``classes`` are the names behind the integers where the labels were words.
+    """
+
+    x: np.ndarray
+    y: np.ndarray | None = None
+    sizes: tuple[int, int, int] | None = None
+    classes: list[str] | None = None
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read the rows and labels of a ``.npy``, ``.npz`` or ``.csv`` file; no pickle is executed.
+
+    Args:
+        path: ``.npy``: one array ``[N, ...]``. ``.npz``: ``x`` with ``y`` or ``labels`` if there
+            are any, or ``x_train``, ``x_valid`` (may be missing), ``x_test`` with ``y_train``, …,
+            or one array of any name. ``.csv``: one datum a row, with or without a header; a
+            column called label, labels, y, target or class holds the labels.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is empty, damaged, or holds what is no finite number.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"Expected a data file at {path}, found {found} there.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"Expected data in {path}, got an empty file.")
+    arrays = _read_csv(path) if path.suffix.lower() == ".csv" else _read_numpy(path)
+    names = _roles(arrays, path)
+    xs = [_rows(arrays[x], _title(path, x)) for x, _ in names]
+    pairs = zip(names, xs, strict=True)
+    ys = [_labels(arrays[y], len(x), _title(path, y)) for (_, y), x in pairs if y]
+    x, (y, classes) = _join(xs, path), _encode(ys, path)
+    if len(names) == 1:
+        return Arrays(x, y, None, classes)
+    train, *valid, test = map(len, xs)
+    return Arrays(x, y, (train, sum(valid), test), classes)
+
+
+def _read_numpy(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"": loaded}
+            return {name: loaded[name] for name in loaded.files}
+    except Exception as error:
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"Expected arrays of numbers in {path}, got Python objects, which are never "
+                "unpickled; save np.asarray(x, dtype=np.float32) instead."
+            ) from error
+        raise _unreadable(path, error) from error
+
+
+def _read_csv(path: Path) -> dict[str, np.ndarray]:
+    import pandas as pd
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            first = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
+            header = 0 if _is_header(first.dropna().str.strip().tolist()) else None
+            frame = pd.read_csv(path, header=header, index_col=False, low_memory=False)
+    except (ValueError, OSError, pd.errors.ParserWarning) as error:
+        raise _unreadable(path, error) from error
+    if header == 0 and first.isna().any():
+        raise ValueError(
+            f"Expected a name for every column of {path}, got {int(first.isna().sum())} without; "
+            "leave a row index out with DataFrame.to_csv(index=False)."
+        )
+    labels = [c for c in frame.columns if str(c).strip().lower() in LABELS]
+    if len(labels) > 1:
+        raise ValueError(f"Expected at most one column of labels in {path}, got {labels}.")
+    arrays = {"x": _numbers(frame.drop(columns=labels), path)}
+    if labels:
+        arrays["y"] = _words(frame[labels[0]], path)
+    return arrays
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether a first row names its columns: by words, or by 0, 1, 2, … as pandas does."""
+    numbers = [field for field in fields if _is_number(field)]
+    counts = any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1))
+    return counts and (len(numbers) < len(fields) or len(numbers) > 2)
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
+def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
+    from pandas import to_numeric
+
+    columns = []
+    for name, column in frame.items():
+        numbers = to_numeric(column, errors="coerce")
+        words = column[numbers.isna() & column.notna()]
+        if len(words):
+            raise ValueError(
+                f"Expected numbers in column {name!r} of {path}, got {words.iloc[0]!r}; call the "
+                "column 'label' if it holds labels, and separate columns by commas."
+            )
+        columns.append(numbers.to_numpy(dtype=np.float64))
+    return np.stack(columns, 1) if columns else np.empty((len(frame), 0))
+
+
+def _words(column: pd.Series, path: Path) -> np.ndarray:
+    """Labels: numbers as they are, everything else as strings."""
+    from pandas.api.types import is_numeric_dtype
+
+    if is_numeric_dtype(column):
+        return column.to_numpy()
+    if column.isna().any():
+        row = int(column.isna().to_numpy().argmax())
+        raise ValueError(f"Expected a label in every row of {path}, got none in row {row}.")
+    return column.astype(str).to_numpy(dtype=str)
+
+
+def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]]:
+    """The names of data and labels, split by split; ``""`` where there are no labels."""
+    if "x_train" in arrays and "x_test" in arrays:
+        splits = [s for s in ("train", "valid", "test") if f"x_{s}" in arrays]
+        labels = {name for name in arrays if name.startswith("y_")}
+        wanted = {f"y_{s}" for s in splits}
+        if labels and labels != wanted:
+            raise ValueError(
+                f"Expected labels {sorted(wanted)} in {path} or none, got {sorted(labels)}."
+            )
+        return [(f"x_{s}", f"y_{s}" if labels else "") for s in splits]
+    if "x" in arrays:
+        return [("x", next((name for name in ("y", "labels") if name in arrays), ""))]
+    if len(arrays) == 1:
+        return [(next(iter(arrays)), "")]
+    raise ValueError(
+        f"Expected x (and y), or x_train and x_test, or a single array in {path}, "
+        f"got {sorted(arrays) or 'no array'}; name them in np.savez(file, x=..., y=...)."
+    )
+
+
+def _rows(x: np.ndarray, title: str) -> np.ndarray:
+    """Data ``[N, ...]`` as uint8 or finite float32."""
+    if x.dtype.kind not in "biuf":
+        raise ValueError(f"Expected real numbers in {title}, got dtype {x.dtype}.")
+    if not 2 <= x.ndim <= 4:
+        mend = "; reshape it to [N, 1] if it is one number a datum" if x.ndim == 1 else ""
+        raise ValueError(
+            f"Expected [N, D], [N, H, W] or [N, C, H, W] in {title}, got {list(x.shape)}{mend}."
+        )
+    if x.size == 0:
+        what = "rows" if len(x) == 0 else "columns"
+        raise ValueError(f"Expected data in {title}, got no {what}: shape {list(x.shape)}.")
+    return x if x.dtype == np.uint8 else _finite(x, title)
+
+
+def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
+    """Labels ``[N]`` as int64, finite float32 or strings."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.shape != (rows,):
+        raise ValueError(f"Expected {rows} labels in {title}, one a row, got {list(y.shape)}.")
+    if y.dtype.kind not in "biufUS":
+        raise ValueError(f"Expected numbers or words in {title}, got dtype {y.dtype}.")
+    if y.dtype.kind in "biu":
+        return y.astype(np.int64)
+    return _finite(y, title) if y.dtype.kind == "f" else y.astype(str)
+
+
+def _finite(x: np.ndarray, title: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
+    bad = ~np.isfinite(x)
+    if bad.any():
+        row = int(bad.reshape(len(x), -1).any(1).argmax())
+        raise ValueError(
+            f"Expected finite float32 numbers in {title}, got {int(bad.sum())} NaN or infinite, "
+            f"the first in row {row} (counting from 0); drop or fill these rows."
+        )
+    return x
+
+
+def _join(parts: list[np.ndarray], path: Path) -> np.ndarray:
+    kinds = {(str(part.dtype), part.shape[1:]) for part in parts}
+    if len(kinds) > 1:
+        found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+        raise ValueError(f"Expected splits of one type and one event shape in {path}, got {found}.")
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _encode(parts: list[np.ndarray], path: Path) -> tuple[np.ndarray | None, list[str] | None]:
+    """The labels of all splits as one array, words as their place in the sorted list of words."""
+    if not parts:
+        return None, None
+    if len({part.dtype.kind for part in parts}) > 1:
+        raise ValueError(
+            f"Expected labels of one type in {path}, got {[str(part.dtype) for part in parts]}."
+        )
+    y = np.concatenate(parts)
+    if y.dtype.kind != "U":
+        return y, None
+    classes, codes = np.unique(y, return_inverse=True)
+    return codes.astype(np.int64), classes.tolist()
+
+
+def _title(path: Path, name: str) -> str:
+    return f"{name!r} of {path}" if name else str(path)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(
+        f"Expected a readable {path.suffix} file at {path}, got one that is truncated, damaged or "
+        f"of another kind ({reason})."
+    )

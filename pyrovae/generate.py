@@ -1,0 +1,261 @@
+"""Draw from a pair: samples, reconstructions, encodings, and what lies between two data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrovae.params import Parameters
+from pyrovae.seeding import seeded
+from pyrovae.traces import inspect_pair, samples, trace_guide, trace_pair
+
+__all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
+
+Sites = Tensor | dict[str, Tensor]
+
+
+@torch.no_grad()
+def sample(
+    model: Callable,
+    *context: Tensor,
+    like: Tensor,
+    n: int = 64,
+    mean: bool = False,
+    seed: int | None = None,
+) -> Sites:
+    r"""Draw new data from a model, by leaving out its observations.
+
+    .. math:: z \sim p(z), \qquad x \sim p(x \mid z)
+
+    Args:
+        model: The model program.
+        context: Its further arguments, ``[n, ...]``.
+        like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
+        n: How many data to draw.
+        mean: Return E[x | z] in place of x, where the likelihood knows it.
+        seed: Seeds the draws; None continues torch's global stream.
+
+    Returns:
+        ``[n, ...]``, or a dictionary of them if the model observes several sites.
+
+    Raises:
+        ValueError: If ``n`` is not positive or ``like`` is empty.
+    """
+    if n < 1 or len(like) < 1:
+        raise ValueError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
+    template = like[:1].expand(n, *like.shape[1:])
+    return _generate(model, {}, template, context, mean, seed)
+
+
+@torch.no_grad()
+def decode(
+    model: Callable,
+    latents: dict[str, Tensor],
+    *context: Tensor,
+    like: Tensor,
+    mean: bool = True,
+    seed: int | None = None,
+) -> Sites:
+    """Run a model forward from given latents; the rest it draws.
+
+    Args:
+        model: The model program.
+        latents: Values ``[n, ...]`` by site.
+        context: Its further arguments, ``[n, ...]``.
+        like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
+        mean: Return E[x | z] in place of a draw, where the likelihood knows it.
+        seed: Seeds the draws; None continues torch's global stream.
+
+    Returns:
+        ``[n, ...]``, or a dictionary of them if the model observes several sites.
+
+    Raises:
+        ValueError: If a name is no latent site of the model.
+    """
+    n = len(next(iter(latents.values())))
+    return _generate(model, latents, like[:1].expand(n, *like.shape[1:]), context, mean, seed)
+
+
+@torch.no_grad()
+def reconstruct(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    *context: Tensor,
+    mean: bool = True,
+    seed: int | None = None,
+) -> Sites:
+    r"""Encode data and decode them again, read off the model replayed against its guide.
+
+    .. math:: z \sim q(z \mid x), \qquad \hat x = E[x \mid z]
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
+        mean: Return E[x | z], where the likelihood knows it, or else a draw.
+        seed: Seeds the draws; None continues torch's global stream.
+
+    Returns:
+        ``[N, ...]``, or a dictionary of them if the model observes several sites.
+
+    Raises:
+        ValueError: If the pair breaks the contract.
+    """
+    parameters = Parameters(model, guide)
+    rows = _move(parameters, x, *context)
+    with parameters.mode(training=False), seeded(seed, rows[0].device):
+        layout = inspect_pair(parameters, *rows)
+        model_trace, _ = trace_pair(parameters, *rows)
+        found = {name: _value(model_trace.nodes[name], mean) for name in layout.observed}
+    return _as_given(found, x)
+
+
+@torch.no_grad()
+def encode(guide: Callable, x: Tensor, *context: Tensor) -> dict[str, Tensor]:
+    """The posterior mean of each latent of each datum, as the guide has it.
+
+    Args:
+        guide: The guide program.
+        x: Data ``[N, ...]``; ``context`` are further arguments of the guide, ``[N, ...]``.
+
+    Returns:
+        ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
+        below another one is conditioned on a draw of it.
+    """
+    parameters = Parameters(guide, guide)
+    with parameters.mode(training=False):
+        trace = trace_guide(parameters, *_move(parameters, x, *context))
+    return {
+        name: _value(site, mean=True).to(x.device)
+        for name, site in samples(trace).items()
+        if not site["infer"].get("is_auxiliary")
+    }
+
+
+def interpolate(model: Callable, guide: Callable, x: Tensor, y: Tensor, *, steps: int = 9) -> Sites:
+    r"""Decode what lies between the encodings of two data.
+
+    .. math:: z_t = (1 - t)\, E[z \mid x] + t\, E[z \mid y], \qquad t = 0, \dots, 1
+
+    Args:
+        model: The model program.
+        guide: The guide program, with real-valued latents.
+        x: Where to start, ``[N, ...]``.
+        y: Where to go, ``[N, ...]``.
+        steps: The number of values of t.
+
+    Returns:
+        E[x | z_t], ``[N, steps, ...]``.
+
+    Raises:
+        ValueError: If a latent is discrete.
+    """
+    start, end = encode(guide, x), encode(guide, y)
+    for name, value in start.items():
+        if not value.is_floating_point():
+            raise ValueError(f"Latent {name!r} is discrete: nothing lies between two values.")
+    t = torch.linspace(0, 1, steps, device=x.device)
+    path = {name: _mix(start[name], end[name], t) for name in start}
+    found = decode(model, path, like=x)
+    return _map(found, lambda value: value.reshape(len(x), steps, *value.shape[1:]))
+
+
+def traverse(
+    model: Callable, guide: Callable, x: Tensor, site: str, dim: int, values: Tensor
+) -> Sites:
+    """Decode data with one latent dimension set to each of some values.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        x: Data ``[N, ...]``.
+        site: The latent site.
+        dim: The dimension of its last axis to set.
+        values: What to set it to, ``[V]``.
+
+    Returns:
+        E[x | z], ``[N, V, ...]``.
+
+    Raises:
+        ValueError: If the guide has no such site.
+    """
+    latents = encode(guide, x)
+    if site not in latents:
+        raise ValueError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
+    repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
+    repeated[site][..., dim] = values.to(x).repeat(len(x))
+    found = decode(model, repeated, like=x)
+    return _map(found, lambda value: value.reshape(len(x), len(values), *value.shape[1:]))
+
+
+class _Given(Messenger):
+    """Sets latent sites to given values, and leaves them latent."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+def _generate(
+    model: Callable,
+    latents: dict[str, Tensor],
+    template: Tensor,
+    context: tuple,
+    mean: bool,
+    seed: int | None,
+) -> Sites:
+    parameters = Parameters(model, model)
+    rows = _move(parameters, template, *context)
+    values = {name: value.to(rows[0].device) for name, value in latents.items()}
+    with parameters.mode(training=False), seeded(seed, rows[0].device):
+        program = poutine.uncondition(_Given(values)(parameters.run_model))
+        trace = poutine.trace(program).get_trace(*rows)
+    sites = samples(trace)
+    if unknown := sorted(values.keys() - sites.keys()):
+        raise ValueError(f"No latent sites {unknown}; the model has {sorted(sites)}.")
+    was_observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
+    found = {n: _value(s, mean) for n, s in was_observed.items() if not _marks(s)}
+    return _as_given(found, template)
+
+
+def _marks(site: dict) -> bool:
+    return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
+
+
+def _value(site: dict, mean: bool) -> Tensor:
+    if mean:
+        try:
+            return site["fn"].mean
+        except NotImplementedError:
+            return site["value"]
+    return site["value"]
+
+
+def _move(parameters: Parameters, *rows: Tensor) -> list[Tensor]:
+    return [tensor.to(parameters.device) for tensor in rows]
+
+
+def _as_given(found: dict[str, Tensor], x: Tensor) -> Sites:
+    found = {name: value.to(x.device) for name, value in found.items()}
+    return next(iter(found.values())) if len(found) == 1 else found
+
+
+def _mix(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
+    t = t.reshape(-1, *[1] * (start.dim() - 1))
+    return torch.lerp(start[:, None], end[:, None], t).flatten(0, 1)
+
+
+def _map(found: Sites, function: Callable[[Tensor], Any]) -> Sites:
+    if isinstance(found, Tensor):
+        return function(found)
+    return {name: function(value) for name, value in found.items()}

@@ -1,0 +1,328 @@
+"""fit(): one visible loop over epochs and minibatches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyrovae.data import Dataset
+from pyrovae.objectives import Estimate, elbo, make_objective
+from pyrovae.params import Parameters
+from pyrovae.progress import progress_bar
+from pyrovae.seeding import draw_seed, seeded, subseed
+from pyrovae.svi import SVI
+from pyrovae.traces import Layout, check_support, inspect_pair, samples, trace_pair
+
+__all__ = ["Fit", "NonFiniteLoss", "fit"]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; the message names the epoch, the step and the site."""
+
+
+@dataclass
+class Fit:
+    """A pair being trained, or trained.
+
+    Attributes:
+        model: The model program.
+        guide: The guide program.
+        history: One row an epoch: ``epoch``, ``train_`` and ``valid_`` ``elbo``,
+            ``reconstruction`` and ``kl`` in nats per datum at β = 1 (None where unknown), ``lr``,
+            ``seconds``.
+        seed: The seed that every draw of the training derives from.
+        best_epoch: The epoch of the highest validation ELBO so far, if there is one.
+    """
+
+    model: Callable
+    guide: Callable
+    svi: SVI
+    seed: int
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None
+    history: list[dict] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] | None = None
+
+    @property
+    def elbo(self) -> float:
+        """The last epoch's validation ELBO (or training ELBO without one), nats per datum."""
+        last = self.history[-1]
+        return last["train_elbo"] if last["valid_elbo"] is None else last["valid_elbo"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from: weights, optimizer, schedule, history, seed.
+
+        Random states need no place in it: every epoch draws from a stream of its own, derived
+        from the seed and the epoch's number.
+        """
+        return {
+            "weights": self.svi.parameters.state_dict(),
+            "optimizer": self.svi.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "history": self.history,
+            "seed": self.seed,
+            "best_epoch": self.best_epoch,
+            "best_state": self.best_state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it belongs to another pair.
+        """
+        self.svi.parameters.load_state_dict(state["weights"])
+        self.svi.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler and state["scheduler"]:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.history, self.seed = list(state["history"]), state["seed"]
+        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    data: Dataset | Tensor,
+    *,
+    objective: str | ELBO | Callable = "trace_elbo",
+    epochs: int = 50,
+    batch_size: int = 128,
+    particles: int = 1,
+    optimizer: type[Optimizer] | PyroOptim | Optimizer | Callable | None = None,
+    lr: float = 1e-3,
+    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int | None = None,
+    state: dict[str, Any] | None = None,
+    on_epoch: Callable[[Fit], None] | None = None,
+    progress: bool = True,
+) -> Fit:
+    r"""Train a pair by stochastic variational inference, in place.
+
+    .. math:: \max_{\theta, \phi} \frac1N \sum_n \mathcal{L}(\theta, \phi; x_n)
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        data: A data set of :func:`pyrovae.load_data`, or training data ``[N, ...]`` alone.
+        objective: ``"trace_elbo"``, ``"trace_mean_field_elbo"``, a Pyro ELBO, or a function.
+        epochs: How many passes over the training data, those of ``state`` included.
+        batch_size: The size M of a minibatch; the last of an epoch may be smaller.
+        particles: The samples L per datum of a named objective.
+        optimizer: A torch optimizer's class, called with ``lr``; a Pyro or torch optimizer; or a
+            function of the parameters. Adam by default.
+        lr: The learning rate of an optimizer given by class, or of the default.
+        scheduler: Makes a torch learning-rate schedule from the optimizer; stepped each epoch
+            (``ReduceLROnPlateau`` on the validation loss). Pyro's schedulers too step each epoch.
+        clip_norm: The largest norm of the gradient of the batch's summed loss.
+        patience: Stop when the validation ELBO has not risen for so many epochs, and restore the
+            best weights. None trains to the end and keeps the last weights.
+        device: Where to train; None stays where the pair is. Data move there once.
+        seed: Seeds every draw; None draws one from torch's global stream.
+        state: A :meth:`Fit.state_dict` to go on from.
+        on_epoch: Called with the :class:`Fit` after each epoch.
+        progress: Show a bar if standard error is a terminal.
+
+    Returns:
+        The trained pair with its history.
+
+    Raises:
+        ValueError: If an argument is out of range, the pair breaks the contract, or data lie
+            outside the likelihood's support.
+        NonFiniteLoss: If the loss stops being a number.
+
+    References:
+        Kingma and Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114), algorithm 1.
+
+    Example:
+        >>> result = pyrovae.fit(model, guide, data, epochs=50, seed=0)
+        >>> result.elbo
+    """
+    loss = make_objective(objective, particles)
+    if isinstance(data, Tensor):
+        data = Dataset("tensor", data.shape[1:], data, valid=None, test=None)
+    _check_sizes(len(data.train), epochs, batch_size, patience, lr)
+    if patience is not None and data.valid is None:
+        raise ValueError("Expected validation data for patience; got training data alone.")
+    svi = SVI(model, guide, _optimizer(optimizer, lr), loss, clip_norm=clip_norm)
+    if device is not None:
+        svi.parameters.to(device)
+    data = data.to(svi.parameters.device)
+    result = Fit(model, guide, svi, draw_seed(seed) if state is None else state["seed"])
+    layout = _prepare(svi, data, batch_size, result.seed)
+    if isinstance(objective, str):
+        loss.max_plate_nesting = -layout.particle_dim
+    result.scheduler = scheduler(svi.optimizer) if scheduler else svi.scheduler
+    if state is not None:
+        result.load_state_dict(state)
+    first = len(result.history) + 1
+    bar = progress_bar(range(first, epochs + 1), enabled=progress, desc="training", unit="epoch")
+    for epoch in bar:
+        if _exhausted(result, patience):
+            break
+        started = time.perf_counter()
+        with seeded(subseed(result.seed, epoch), svi.parameters.device):
+            row = {"epoch": epoch} | _train_epoch(svi, layout, data, batch_size, epoch)
+        row |= _validate(model, guide, data.valid, loss, result.seed)
+        row["lr"] = svi.optimizer.param_groups[0]["lr"]
+        row["seconds"] = time.perf_counter() - started
+        _finish_epoch(result, row, keep_best=patience is not None)
+        bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
+        if on_epoch is not None:
+            on_epoch(result)
+    if result.best_state is not None:
+        svi.parameters.load_state_dict(result.best_state)
+    return result
+
+
+def _check_sizes(
+    num_data: int, epochs: int, batch_size: int, patience: int | None, lr: float
+) -> None:
+    if epochs < 1:
+        raise ValueError(f"Expected epochs >= 1, got {epochs}.")
+    if not 1 <= batch_size <= num_data:
+        raise ValueError(
+            f"Expected a batch size between 1 and the {num_data} training data, got {batch_size}."
+        )
+    if patience is not None and patience < 1:
+        raise ValueError(f"Expected patience >= 1, got {patience}.")
+    if not lr > 0:
+        raise ValueError(f"Expected a learning rate > 0, got {lr}.")
+
+
+def _optimizer(optimizer: Any, lr: float) -> Any:
+    if optimizer is None:
+        return lambda params: torch.optim.Adam(params, lr=lr, fused=True)
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        return lambda params: optimizer(params, lr=lr)
+    return optimizer
+
+
+def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int) -> Layout:
+    parameters = svi.parameters
+    with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
+        layout = inspect_pair(parameters, data.train[:batch_size])
+        for split in (data.train, data.valid, data.test):
+            if split is not None:
+                check_support(parameters, split)
+    svi.build()
+    return layout
+
+
+def _train_epoch(
+    svi: SVI, layout: Layout, data: Dataset, batch_size: int, epoch: int
+) -> dict[str, float | None]:
+    device, num_data = svi.parameters.device, len(data.train)
+    order = torch.randperm(num_data).to(device)
+    monitor = _Monitor(svi, epoch)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    split = False
+    with svi.parameters.mode(training=True):
+        for index in order.split(batch_size):
+            x = data.batch(index)
+            estimate = monitor.gradients(x)
+            svi.descend()
+            split = bool(estimate.terms)
+            totals += _parts(estimate, layout)
+    monitor.check()
+    loss, reconstruction, kl = (totals / num_data).tolist()
+    return {
+        "train_elbo": -loss,
+        "train_reconstruction": reconstruction if split else None,
+        "train_kl": kl if split else None,
+    }
+
+
+def _parts(estimate: Estimate, layout: Layout) -> Tensor:
+    latent = [-term for name, term in estimate.terms.items() if name in layout.latents]
+    kl = sum(latent) if latent else torch.zeros_like(estimate.loss)
+    return torch.stack([estimate.loss, kl - estimate.loss, kl]).double()
+
+
+class _Monitor:
+    """Watches the loss of every step: at once on a CPU, at the epoch's end on an accelerator."""
+
+    def __init__(self, svi: SVI, epoch: int) -> None:
+        self.svi, self.epoch = svi, epoch
+        self.names: list[str] = []
+        self.values: list[Tensor] = []
+
+    def gradients(self, x: Tensor) -> Estimate:
+        try:
+            estimate = self.svi.gradients(x)
+        except ValueError as error:
+            site = _non_finite_site(self.svi.parameters, x)
+            if site is None:
+                raise
+            raise self._stop(len(self.values) + 1, site) from error
+        self.names = [*estimate.terms, "loss"]
+        self.values.append(torch.stack([*estimate.terms.values(), estimate.loss]))
+        if x.device.type == "cpu" and not bool(estimate.loss.isfinite()):
+            self.check()
+        return estimate
+
+    def check(self) -> None:
+        finite = torch.stack(self.values).isfinite()
+        if not bool(finite.all()):
+            step, column = (~finite).nonzero()[0].tolist()
+            raise self._stop(step + 1, self.names[column])
+
+    def _stop(self, step: int, site: str) -> NonFiniteLoss:
+        what = "the loss" if site == "loss" else f"the log-probability of site {site!r}"
+        return NonFiniteLoss(
+            f"Training stopped in epoch {self.epoch}, step {step}: {what} is not finite. Lower "
+            f"the learning rate, clip the gradient (clip_norm), or look at that site's parameters."
+        )
+
+
+@torch.no_grad()
+def _non_finite_site(parameters: Parameters, x: Tensor) -> str | None:
+    with pyro.validation_enabled(False):
+        for trace in reversed(trace_pair(parameters, x)):
+            trace.compute_log_prob()
+            for name, site in samples(trace).items():
+                if not bool(site["log_prob"].isfinite().all()):
+                    return name
+    return None
+
+
+def _validate(
+    model: Callable, guide: Callable, x: Tensor | None, loss: Any, seed: int
+) -> dict[str, float | None]:
+    if x is None:
+        return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
+    name = "trace_mean_field_elbo" if isinstance(loss, TraceMeanField_ELBO) else "trace_elbo"
+    parts = elbo(model, guide, x, objective=name, seed=subseed(seed, 0))
+    return {f"valid_{name}": getattr(parts, name).double().mean().item() for name in parts._fields}
+
+
+def _finish_epoch(result: Fit, row: dict[str, float | None], keep_best: bool) -> None:
+    value = row["valid_elbo"]
+    best = None if result.best_epoch is None else result.history[result.best_epoch - 1]
+    result.history.append(row)
+    if value is not None and (best is None or value > best["valid_elbo"]):
+        result.best_epoch = row["epoch"]
+        if keep_best:
+            result.best_state = result.svi.parameters.state_dict()
+    if isinstance(result.scheduler, ReduceLROnPlateau):
+        result.scheduler.step(-(row["train_elbo"] if value is None else value))
+    elif result.scheduler is not None:
+        result.scheduler.step()
+
+
+def _exhausted(result: Fit, patience: int | None) -> bool:
+    if patience is None or result.best_epoch is None:
+        return False
+    return len(result.history) - result.best_epoch >= patience

@@ -1,0 +1,24 @@
+"""Every test starts from the same state: one thread, a seed, an empty parameter store."""
+
+import os
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.set_num_threads(1)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with pyro.settings.context(module_local_params=False), pyro.validation_enabled(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return Path(__file__).resolve().parent.parent
