@@ -233,11 +233,13 @@ def _marks(site: dict) -> bool:
 
 
 def _value(site: dict, mean: bool) -> Tensor:
+    """The site's mean if wanted and known, or else its draw."""
     if mean:
         try:
-            return site["fn"].mean
+            found = site["fn"].mean
         except NotImplementedError:
             return site["value"]
+        return site["value"] if bool(found.isnan().any()) else found
     return site["value"]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -126,13 +126,9 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
         ValueError: If a latent is in one program only, no plate holds the batch, a site lies
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
-    with torch.no_grad():
-        try:
-            guide_trace = trace_guide(parameters, x, *context)
-            model_trace = _try_replay(parameters, guide_trace, x, *context)
-        except ValueError as error:
-            _refuse_non_finite(x, error)
-            raise
+    with torch.no_grad(), _blames_data(x):
+        guide_trace = trace_guide(parameters, x, *context)
+        model_trace = _try_replay(parameters, guide_trace, x, *context)
     model_sites, guide_sites = samples(model_trace), samples(guide_trace)
     observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
     latents = {n: s for n, s in model_sites.items() if not s["is_observed"]}
@@ -217,7 +213,7 @@ def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: 
     Raises:
         ValueError: Naming the site, its support and a value outside it.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _blames_data(x):
         head = x[:batch_size]
         model_trace, _ = trace_pair(parameters, head, *(c[:batch_size] for c in context))
         for name, site in samples(model_trace).items():
@@ -257,13 +253,19 @@ def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context:
         raise
 
 
-def _refuse_non_finite(x: Tensor, cause: Exception) -> None:
-    bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
-    if len(bad):
+@contextmanager
+def _blames_data(x: Tensor) -> Iterator[None]:
+    """Where a program fails on data that are not finite, say that of the data."""
+    try:
+        yield
+    except ValueError as error:
+        bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
+        if not len(bad):
+            raise
         raise ValueError(
             f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
             f"clean them, or let the programs mask them."
-        ) from cause
+        ) from error
 
 
 def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
