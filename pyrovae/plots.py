@@ -106,8 +106,8 @@ def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstru
         raise ValueError(f"Expected reconstructions {list(x.shape)}, got {list(xhat.shape)}.")
     names = ("data", "reconstruction")
     if x[0].size == 2:
-        points, pairs = np.concatenate([x, xhat]), np.stack([x, xhat], 1)
-        return _points(points, PLANE, title, np.repeat(names, len(x)), "", pairs)
+        pairs, labels = np.stack([x, xhat], 1), np.tile(names, len(x))
+        return _points(pairs, PLANE, title, labels, paths=pairs)
     data, found = _rows(x, 10), _rows(xhat, 10)
     cells = np.stack([data, found], 1).reshape(-1, *data.shape[1:])
     return _mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
@@ -145,7 +145,7 @@ def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
     if x[0, 0].size == 2:
         return _points(x, PLANE, title, paths=[*x, *x.swapaxes(0, 1)])
     names = [f"z[{i}], in prior standard deviations" for i in range(2)]
-    return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names, gap=0)
+    return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
 
 
 @_styled
@@ -153,17 +153,15 @@ def interpolations(rows: Tensor, *, title: str = "Interpolations in latent space
     """Draw paths ``[r, s, *shape]``, each a row from weight 0 (one datum) to 1 (another)."""
     x, name = _events(rows, 2), "mixing weight"
     if x[0, 0].size == 2:
-        weight = np.tile(np.linspace(0.0, 1.0, x.shape[1]), len(x))
-        return _points(x, PLANE, title, weight, name, x)
+        return _points(x, PLANE, title, np.tile(np.linspace(0, 1, x.shape[1]), len(x)), name, x)
     return _mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
 
 
 def _curves(history: Sequence[dict], name: str) -> dict[str, np.ndarray]:
     curves = {}
     for key, split in (("train", "train"), ("valid", "validation")):
-        points = [(row["epoch"], row.get(f"{key}_{name}")) for row in history]
-        if points := [point for point in points if point[1] not in (None, "")]:
-            curves[split] = np.array(points, float).T
+        if rows := [row for row in history if row.get(f"{key}_{name}") not in (None, "")]:
+            curves[split] = np.array([[r["epoch"], r[f"{key}_{name}"]] for r in rows], float).T
     return curves
 
 
@@ -221,9 +219,8 @@ def _points(points, names, title, labels=None, label="", paths=(), equal=False) 
     else:
         for path in paths:
             axes.plot(*path.reshape(-1, 2).T, color=GREY, lw=0.7, zorder=1)
-        colours = [classes[each] for each in labels.tolist()] if classes else labels
-        size = np.clip(12000 / len(points), 2, 18)
-        drawn = axes.scatter(*points.T, size, BLUE if labels is None else colours, linewidths=0)
+        colours = BLUE if labels is None else [classes.get(each, each) for each in labels.tolist()]
+        drawn = axes.scatter(*points.T, np.clip(12000 / len(points), 2, 18), colours, linewidths=0)
         axes.set_aspect("equal" if equal else "auto", adjustable="datalim")
         if labels is not None and not classes:
             figure.colorbar(drawn, label=label)
@@ -234,7 +231,7 @@ def _points(points, names, title, labels=None, label="", paths=(), equal=False) 
     return figure
 
 
-def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), gap=1, behind=None) -> Figure:
+def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), behind=None) -> Figure:
     """Draw cells ``[r, c, *shape]``, the centres of the first and last column being at ``x``."""
     from matplotlib.figure import Figure
 
@@ -242,7 +239,7 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), gap=1, behind=
     picture = dims == 1 or (len(shape) == 3 and shape[0] in (1, 3))
     behind = cells if behind is None else behind
     low, high = _limits(behind if picture else cells, 0.005 * picture)
-    gap *= picture and dims > 1
+    gap = int(picture and dims > 1)
     if picture:
         cells = cells.reshape(r, c, *(shape if len(shape) == 3 else (1, 1, 1)))
         canvas = _tile((cells - low) / (high - low) if shape[0] == 3 else cells, gap)
@@ -250,8 +247,7 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), gap=1, behind=
         dots = int(min(1200 / size.max(), 240 / (size / (r, c)).max()))
         height, width = np.round(size * (dots or min(1, 4000 / size.max())))
     else:
-        size, width = (r, c), min(480 * c, 1200)
-        height = min(0.7 * width * r / c, 4000)
+        size, width, height = (r, c), min(480 * c, 1200), min(336 * r, 840 * r / c, 4000)
     bar = picture and shape[0] != 3 and ((low, high) != (0, 1) or dims == 1)
     note = "" if picture else f"each panel: dimension 0 to {dims - 1}, "
     note += "" if picture and (bar or (low, high) == (0, 1)) else f"x from {low:.3g} to {high:.3g}"
@@ -260,7 +256,7 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), gap=1, behind=
     bottom = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
     full = max(left + width + right, 900)
     title = fill(title, int(full - left) // 18)
-    tall = bottom + height + 40 + 36 * len(title.splitlines())
+    tall = bottom + height + 76 + 36 * title.count("\n")
     figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
     box = [left / full, bottom / tall, width / full, height / tall]
     axes = figure.add_axes(box, title=title, xlabel=xlabel, ylabel=names[1])
@@ -276,8 +272,8 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), gap=1, behind=
     axes.set(xlim=(left, right), ylim=(bottom, top), aspect="auto", **ticks)
     axes.spines[:].set_visible(False)
     if bar:
-        side = [box[0] + box[2] + 30 / full, box[1], 30 / full, box[3]]
-        figure.colorbar(drawn, cax=figure.add_axes(side), label="x")
+        box[::2] = box[0] + box[2] + 30 / full, 30 / full
+        figure.colorbar(drawn, cax=figure.add_axes(box), label="x")
     return figure
 
 

@@ -33,34 +33,60 @@ CAPTIONS = {
 GROUPS = {"model": "Model", "guide": "Guide", "data": "Data", "versions": "Versions"}
 KHAT_SHARE = 0.05
 STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #666; --line: #ddd; --paper: #fff;
-        --note: #fff4e0; }
+:root { color-scheme: light dark;
+        --ink: #222; --soft: #666; --line: #ddd; --paper: #fff; --note: #fff1d6; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e4; --soft: #a0a0a0; --line: #444; --paper: #1a1a1a; --note: #44351a; } }
+  :root { --ink: #e4e4e4; --soft: #a5a5a5; --line: #444; --paper: #1a1a1a; --note: #4a3918; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 60rem; color: var(--ink);
-       background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; color: var(--ink);
+       background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+header, p, .numbers, .behind { max-width: 48rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { margin: .5rem 0; } .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p { margin: .5rem 0; }
+.soft, figcaption, thead th { color: var(--soft); font-size: .9rem; }
 .verdict { font-size: 1.1rem; }
 .note { background: var(--note); padding: .6rem .8rem; border-radius: .3rem; }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0; }
-caption { text-align: left; padding-bottom: .3rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
+table { border-collapse: collapse; width: 100%; margin: .8rem 0 1.4rem; }
+th, td { text-align: left; vertical-align: baseline; padding: .3rem 1rem .3rem 0;
          border-bottom: 1px solid var(--line); }
-th { font-weight: 500; } thead th { color: var(--soft); font-size: .9rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.settings th { width: 35%; }
-.figures { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
-figure { margin: 0; max-width: 100%; break-inside: avoid; }
+th { font-weight: 500; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.columns th { width: 40%; }
+.numbers td, .numbers th + th { text-align: right; padding: .3rem 0 .3rem .6rem; }
+.numbers td { white-space: nowrap; }
+.columns { columns: 2 24rem; column-gap: 3rem; }
+.columns > * { display: inline-block; width: 100%; margin: 0 0 1.4rem; break-inside: avoid; }
+.columns h2 { margin-top: .6rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+figcaption { margin-top: .3rem; }
 pre { white-space: pre-wrap; padding: .8rem; border: 1px solid var(--line); }
+@media (max-width: 30rem) { .numbers { font-size: .85rem; } }
 @page { margin: 15mm; }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --note: #fff; }
-  body { padding: 0; max-width: none; font-size: 10pt; }
-  h2 { break-after: avoid; } table { break-inside: avoid; } .note { border: 1px solid #000; } }
+  body { padding: 0; max-width: none; font-size: 9.5pt; }
+  .columns { columns: 2; column-gap: 1.5rem; }
+  h2 { break-after: avoid; }
+  tr, pre { break-inside: avoid; }
+  .note { border: 1px solid #000; }
+}
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
 """
 
 
@@ -93,19 +119,24 @@ def render_report(
         *(_split(split, results[split]) for split in sorted(results, key=order.index)),
         "" if results else "<p>Not evaluated yet.</p>",
         _pictures(figures),
+        '<div class="columns">',
         *_settings(config),
+        "</div>",
+        _command(config),
     ]
     return PAGE.format(title=title, style=STYLE, body="\n".join(filter(None, body)))
 
 
 def _name(part: Any) -> str:
-    return _plain(part.get("name") if isinstance(part, Mapping) else part)
+    return _plain((part.get("name") if isinstance(part, Mapping) else part) or "unnamed")
 
 
 def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
     if not history:
         return ""
-    text = f"{len(history)} epochs in {sum(row.get('seconds') or 0 for row in history):.1f} s"
+    seconds = sum(row.get("seconds") or 0.0 for row in history)
+    text = f"{len(history)} epoch{'s' * (len(history) > 1)}"
+    text += f" in {seconds:.1f} s" if seconds else ""
     text += f" on {config['device']}" if "device" in config else ""
     best = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
     text += f"; best validation ELBO {max(best):.3f} nats per datum" if best else ""
@@ -124,10 +155,11 @@ def _split(split: str, found: Mapping[str, Any]) -> str:
         rows.append(["log p(x)", *errors])
     others = {key: found[key] for key in found if key not in ("elbo", "log_likelihood", "num_data")}
     behind = [[BEHIND.get(key, key), _share(key, value)] for key, value in _flatten(ll | others)]
+    name = {"train": "training", "valid": "validation"}.get(split, split).capitalize()
     size = f", N = {found['num_data']:,}" if "num_data" in found else ""
     return "\n".join(
         [
-            f"<section><h2>{escape(split.capitalize() + ' data' + size)}</h2>",
+            f"<section><h2>{escape(name)} data{size}</h2>",
             _verdict(bounds, *errors[:2]),
             _warning(ll.get("khat_over_0.7")),
             _table(
@@ -148,8 +180,9 @@ def _verdict(bounds: Mapping[str, Any], mean: float | None, error: float | None)
     bound = bounds.get("trace_mean_field_elbo") or bounds.get("trace_elbo") or {}
     if bound.get("mean") is not None:
         gap = mean - bound["mean"]
-        text += f" It exceeds the ELBO by {_cell(gap)} nats, the looseness of the bound: "
-        text += "the mean of KL(q(z|x) ‖ p(z|x)), to within the errors."
+        text += f" The gap log p(x) − ELBO is {_cell(gap)} nats: the looseness of the bound, "
+        text += "which is the mean of KL(q(z|x) ‖ p(z|x))"
+        text += "." if gap > 0 else ", never negative: here sampling error outweighs it."
     return f'<p class="verdict">{text}</p>'
 
 
@@ -167,7 +200,7 @@ def _pictures(figures: Mapping[str, bytes]) -> str:
     drawn = [
         _figure(name, figures[name]) for kind in kinds for name in figures if _kind(name) == kind
     ]
-    heading = '<section><h2>Pictures</h2>\n<div class="figures">'
+    heading = '<section><h2>Pictures</h2>\n<div class="columns">'
     return "\n".join([heading, *drawn, "</div></section>"]) if drawn else ""
 
 
@@ -192,11 +225,14 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     training = {key: config[key] for key in config if key not in (*GROUPS, "command")}
     groups = {GROUPS[key]: config[key] for key in GROUPS if key in config}
     for title, group in {"Training": training, **groups}.items():
-        if rows := [[path, _plain(value)] for path, value in _flatten(group)]:
+        if rows := [[path, _plain(value)] for path, value in _flatten(group) if value is not None]:
             yield f"<section><h2>{title}</h2>{_table(rows)}</section>"
-    if "command" in config:
-        command = escape(_plain(config["command"]))
-        yield f"<section><h2>Do it again</h2><pre><code>{command}</code></pre></section>"
+
+
+def _command(config: Mapping[str, Any]) -> str:
+    command = escape(_plain(config.get("command")))
+    heading = "<section><h2>The command that makes this run</h2>"
+    return f"{heading}<pre><code>{command}</code></pre></section>" if command else ""
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -211,7 +247,7 @@ def _table(rows: Sequence[Sequence[Any]], *head: str) -> str:
     """Rows of a name and its values; values that are numbers keep all their digits."""
     if not rows:
         return ""
-    kind = "numbers" if head else "settings"
+    kind = "numbers" if head else "behind"
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = [f'<table class="{kind}">', f"<thead><tr>{top}</tr></thead>" if head else ""]
     for name, *values in rows:
@@ -223,9 +259,9 @@ def _table(rows: Sequence[Sequence[Any]], *head: str) -> str:
 def _cell(value: Any) -> str:
     """A float is shown rounded, with its exact value in the markup."""
     if not isinstance(value, float):
-        return "" if value is None else escape(_plain(value))
+        return escape(_plain(value))
     shown = f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
-    return f'<data value="{value!r}">{shown}</data>'
+    return f'<data value="{float(value)!r}">{shown}</data>'
 
 
 def _share(key: str, value: Any) -> Any:
@@ -233,4 +269,6 @@ def _share(key: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

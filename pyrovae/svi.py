@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyrovae.capture import Capture, CaptureError, signature
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.params import Parameters
 
 __all__ = ["SVI"]
+
+PAYS_AFTER = 5_000
 
 
 class SVI:
@@ -38,9 +42,15 @@ class SVI:
         loss: A Pyro ELBO, or a function ``(model, guide, x, *context)`` to differentiate.
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
+        compile: Run loss and gradients as one graph, captured from the handlers and compiled for
+            each shape of a batch: True from the second step on, False never, ``"auto"`` where it
+            pays, which is after 5,000 steps of a shape, or at once if ``steps`` are that many. A
+            pair that cannot be captured runs eagerly, with one warning that says why.
+        steps: How many steps are going to be taken, where that is known.
 
     Raises:
         TypeError: If ``optim`` or ``loss`` is none of these.
+        ValueError: If ``compile`` is none of these.
 
     References:
         Kingma and Welling (arXiv 1312.6114), algorithm 1.
@@ -59,11 +69,15 @@ class SVI:
         loss_and_grads: Callable | None = None,
         *,
         clip_norm: float | None = None,
+        compile: bool | str = "auto",
+        steps: int = 0,
     ) -> None:
         if not (isinstance(optim, PyroOptim | Optimizer) or callable(optim)):
             raise TypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
         if not (isinstance(loss, ELBO) or callable(loss)):
             raise TypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
+        if compile not in ("auto", True, False):
+            raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
         self.model, self.guide, self.optim = model, guide, optim
         self.objective = loss
         self.loss_and_grads = loss_and_grads
@@ -71,6 +85,10 @@ class SVI:
         self.parameters = Parameters(model, guide)
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
+        self.compile = compile
+        self._at_once = compile is True or steps >= PAYS_AFTER
+        self._captures: dict[Hashable, Capture | None] = {}
+        self._seen: dict[Hashable, int] = {}
         self._trained: dict[str, Tensor] = {}
         self._found = -1
 
@@ -95,7 +113,10 @@ class SVI:
         return result
 
     def gradients(self, *args: Any, **kwargs: Any) -> Estimate:
-        """Evaluate the objective on a batch and add its gradient to every parameter's."""
+        """Evaluate the objective on a batch and leave its gradient on every parameter."""
+        captured = self._captured(args, kwargs)
+        if captured is not None:
+            return captured
         if self.loss_and_grads is not None:
             programs = self.parameters.run_model, self.parameters.run_guide
             loss = self.loss_and_grads(*programs, *args, **kwargs)
@@ -107,6 +128,34 @@ class SVI:
         if result.surrogate is not None and result.surrogate.requires_grad:
             result.surrogate.backward()
         return result
+
+    def _captured(self, args: tuple, kwargs: dict) -> Estimate | None:
+        if self.compile is False or self.optimizer is None or self.loss_and_grads or kwargs:
+            return None
+        key = signature(self.objective, self.parameters, args)
+        if key is None or (key in self._captures and self._captures[key] is None):
+            return None
+        self._seen[key] = self._seen.get(key, 0) + 1
+        try:
+            if key not in self._captures:
+                if not self._pays(key):
+                    return None
+                leaves = [p for p in self._trained.values() if p.requires_grad]
+                self._captures[key] = Capture(self.objective, self.parameters, leaves, args)
+            capture = self._captures[key]
+            step = capture(args)
+        except CaptureError as error:
+            self._captures[key] = None
+            warnings.warn(f"The pair runs eagerly, not compiled: {error}.", stacklevel=4)
+            return None
+        for leaf, gradient in zip(capture.leaves, step.gradients, strict=True):
+            leaf.grad = gradient
+        return step.estimate
+
+    def _pays(self, key: Hashable) -> bool:
+        """The first shape is compiled at once if told so; others when they have come often."""
+        often = self._seen[key] >= PAYS_AFTER
+        return often or (self._at_once and not self._captures)
 
     def descend(self) -> None:
         """Step the optimizer on the gradients at hand and clear them."""

@@ -103,6 +103,7 @@ def fit(
     scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
     clip_norm: float | None = None,
     patience: int | None = None,
+    compile: bool | str = "auto",
     device: str | torch.device | None = None,
     seed: int | None = None,
     state: dict[str, Any] | None = None,
@@ -129,6 +130,7 @@ def fit(
         clip_norm: The largest norm of the gradient of the batch's summed loss.
         patience: Stop when the validation ELBO has not risen for so many epochs, and restore the
             best weights. None trains to the end and keeps the last weights.
+        compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 5,000 steps or more.
         device: Where to train; None stays where the pair is. Data move there once.
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.
@@ -156,7 +158,11 @@ def fit(
     _check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
         raise ValueError("Expected validation data for patience; got training data alone.")
-    svi = SVI(model, guide, _optimizer(optimizer, lr), loss, clip_norm=clip_norm)
+    steps = epochs * (len(data.train) // batch_size)
+    svi = SVI(
+        model, guide, _optimizer(optimizer, lr), loss,
+        clip_norm=clip_norm, compile=compile, steps=steps,
+    )  # fmt: skip
     if device is not None:
         svi.parameters.to(device)
     data = data.to(svi.parameters.device)

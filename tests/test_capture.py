@@ -1,0 +1,168 @@
+"""A captured step is the eager step, or it is not taken."""
+
+import random
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyrovae
+from pairs import LATENT, SHAPE, binary, functions, published_example, same_names, two_latents
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.nn import MLP
+
+X = binary()
+
+
+def _losses(make, loss, compile, steps=9, batches=(X,), **options):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    pair = make()
+    optim = pyro.optim.Adam({"lr": 0.01})
+    svi = pyrovae.SVI(*pair, optim, loss, compile=compile, **options)
+    losses = [svi.step(x) for _ in range(steps) for x in batches]
+    return losses, svi
+
+
+def _both(make, loss, **options):
+    eager, plain = _losses(make, loss, False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured, svi = _losses(make, loss, True, **options)
+    assert [c for c in svi._captures.values() if c is not None]
+    assert captured == pytest.approx(eager, rel=1e-5)
+    ours, theirs = svi.parameters.state_dict(), plain.parameters.state_dict()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+    return svi
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (published_example, Trace_ELBO(3, max_plate_nesting=1, vectorize_particles=True)),
+        (same_names, TraceMeanField_ELBO()),
+        (functions, Trace_ELBO()),
+        (two_latents, TraceMeanField_ELBO()),
+    ],
+    ids=["published", "same-names", "functions", "two-latents"],
+)
+def test_captured_training_is_eager_training(make, loss):
+    svi = _both(make, loss)
+    assert next(iter(svi._captures.values())).calls == 8
+
+
+class Stateful(nn.Module):
+    """Dropout and batch normalization in the model, and a weight that a person may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(LATENT, 8), nn.Dropout(0.5), MLP(8, SHAPE, (8,)))
+        self.norm = nn.BatchNorm1d(16)
+        self.beta = 1.0
+
+    def forward(self, x):
+        self.norm(x.flatten(1))
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=self.beta):
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(3), obs=x)
+
+
+def _stateful():
+    return Stateful(), MeanField(SHAPE, LATENT, (8,))
+
+
+def test_dropout_and_batch_statistics_are_those_of_the_eager_run():
+    svi = _both(_stateful, Trace_ELBO())
+    assert svi.model.norm.num_batches_tracked.item() == 9
+
+
+def test_a_changed_attribute_is_captured_anew():
+    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    svi.model.eval()
+    svi.model.beta = 0.25
+    pyro.set_rng_seed(5)
+    captured = svi.gradients(X)
+    found = [p.grad.clone() for p in svi.model.parameters() if p.grad is not None]
+    svi.optimizer.zero_grad()
+    svi.compile = False
+    pyro.set_rng_seed(5)
+    eager = svi.gradients(X)
+    expected = [p.grad for p in svi.model.parameters() if p.grad is not None]
+    torch.testing.assert_close(captured.loss, eager.loss)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def _with_model(model):
+    _, guide = _stateful()
+    return lambda: (model, guide)
+
+
+def _plain(net, logits):
+    def model(x):
+        pyro.module("decoder", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=logits(net(z))).to_event(3), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("logits", "words"),
+    [
+        (lambda y: y if y.sum().item() > 0 else 2 * y, "reads a value back"),
+        (lambda y: y if y.mean() > 0 else 2 * y, "reads a value back"),
+        (lambda y: y * random.random(), "changes from call to call|came out otherwise"),
+    ],
+    ids=["item", "branch", "random"],
+)
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(logits, words):
+    pyro.set_rng_seed(1)
+    model = _plain(MLP(LATENT, SHAPE, (8,)), logits)
+    with pytest.warns(UserWarning, match=words) as caught:
+        losses, svi = _losses(_with_model(model), Trace_ELBO(), True, steps=6)
+    assert len([w for w in caught if "runs eagerly" in str(w.message)]) == 1
+    assert list(svi._captures.values()) == [None]
+    assert len(losses) == 6
+
+
+def test_a_number_that_changes_unseen_is_found_by_the_audit():
+    pyro.set_rng_seed(1)
+    hidden = {"weight": 1.0}
+    model = _plain(MLP(LATENT, SHAPE, (8,)), lambda y: y * hidden["weight"])
+    _, svi = _losses(_with_model(model), Trace_ELBO(), True, steps=4)
+    hidden["weight"] = 3.0
+    with pytest.warns(UserWarning, match="came out otherwise"):
+        svi.step(X)
+    pyro.set_rng_seed(3)
+    found = svi.step(X)
+    svi.compile = False
+    assert found == pytest.approx(_repeat(svi), rel=0.05)
+
+
+def _repeat(svi):
+    pyro.set_rng_seed(3)
+    return svi.step(X)
+
+
+def test_a_smaller_last_batch_is_not_worth_a_capture():
+    svi = _both(published_example, Trace_ELBO(), batches=(X, X[:5]), steps=4)
+    assert len(svi._captures) == 1
+
+
+def test_auto_compiles_long_runs_alone():
+    _, short = _losses(published_example, Trace_ELBO(), "auto", steps=3)
+    assert not short._captures
+    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=5_000)
+    svi.step(X)
+    svi.step(X)
+    assert len(svi._captures) == 1
+    with pytest.raises(ValueError, match="compile='auto'"):
+        pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), compile="yes")
