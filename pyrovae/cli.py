@@ -12,7 +12,7 @@ from typing import Any
 
 from pyrovae.data import BINARIZE, DATASETS
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.programs import shipped
+from pyrovae.programs import place, plain, shipped
 from pyrovae.runs import Run
 from pyrovae.train import Fit, NonFiniteLoss
 
@@ -46,16 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run_command(options)
     except NonFiniteLoss as error:
-        return _fail(f"{error} The last checkpoint is kept.", 1)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        return _fail("stopped.", 130)
+        return _fail(str(error), 1)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "stopped.", 130)
+    except Exception as error:
+        where = place(error)
+        if not (where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError)):
+            raise
+        return _fail(f"{where}: {type(error).__name__}: {error}" if where else str(error), 2)
     return 0
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"pyrovae: error: {message}", file=sys.stderr)
+    sentence, _, _ = message.partition("Trace Shapes:")
+    print(f"pyrovae: error: {' '.join(sentence.split())}", file=sys.stderr)
     return code
 
 
@@ -73,9 +77,10 @@ def _train(options: argparse.Namespace) -> None:
     try:
         result = experiment.train(run, made, resume=options.resume, on_epoch=report)
     except KeyboardInterrupt:
-        done = f"after epoch {report.epoch}" if report.epoch else "before the first epoch's end"
-        print(f"\nStopped {done}; go on with: pyrovae train --out {options.out} --resume")
-        raise
+        raise KeyboardInterrupt(_stopped(run)) from None
+    except NonFiniteLoss as error:
+        kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
+        raise NonFiniteLoss(f"{error}{kept}") from error
     experiment.draw(run, made)
     last = result.history[-1]
     print(
@@ -83,6 +88,13 @@ def _train(options: argparse.Namespace) -> None:
         f"{last['valid_elbo']:.2f} (validation, best in epoch {result.best_epoch}) nats per datum."
     )
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
+
+
+def _stopped(run: Run) -> str:
+    if not run.history():
+        return "stopped before the end of the first epoch; nothing was written."
+    again = shlex.join(["pyrovae", "train", "--out", str(run.path), "--resume"])
+    return f"stopped after epoch {len(run.history())}; go on with: {again}"
 
 
 def _with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def _settings(pairs: list[str], stored: dict[str, dict]) -> dict[str, dict]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         kind, dot, option = name.partition(".")
-        if not equals or (dot and kind not in settings):
+        if not equals or not value or (dot and kind not in settings):
             raise ValueError(f"Expected --set model.NAME=VALUE or guide.NAME=VALUE, got {pair!r}.")
         for each in [kind] if dot else settings:
             settings[each][option if dot else name] = _literal(value)
@@ -118,24 +130,22 @@ def _settings(pairs: list[str], stored: dict[str, dict]) -> dict[str, dict]:
 
 def _literal(value: str) -> Any:
     try:
-        found = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+        return plain(ast.literal_eval(value))
+    except (ValueError, SyntaxError, TypeError):
         return value
-    return list(found) if isinstance(found, tuple) else found
 
 
 class _Log:
     """Tells of each epoch: a line where output is no terminal, and TensorBoard if asked."""
 
     def __init__(self, run: Run, tensorboard: bool, epochs: int) -> None:
-        self.run, self.epochs, self.epoch, self.writer = run, epochs, 0, None
+        self.run, self.epochs, self.writer = run, epochs, None
         self.tensorboard = tensorboard
         if tensorboard:
             self._writer_class()
 
     def __call__(self, result: Fit) -> None:
         row = result.history[-1]
-        self.epoch = row["epoch"]
         if not sys.stderr.isatty():
             print(
                 f"epoch {row['epoch']}/{self.epochs}  ELBO {row['train_elbo']:.3f} (train)  "
@@ -174,16 +184,21 @@ def _summary(found: dict[str, Any], split: str) -> str:
     return "\n".join(
         [
             f"{split}, {found['num_data']} data, nats per datum (higher is better)",
-            f"  ELBO, estimator A (Trace_ELBO)           {a['mean']:10.3f} ± "
-            f"{a['standard_error']:.3f} over data",
-            f"  ELBO, estimator B (TraceMeanField_ELBO)  {b['mean']:10.3f} ± "
-            f"{b['standard_error']:.3f} over data",
-            f"  log p(x), K = {ll['num_samples']:<26} {ll['mean']:10.3f} ± "
-            f"{ll['standard_error']:.3f} Monte Carlo, ± {ll['data_standard_error']:.3f} over data",
+            f"  ELBO, estimator A (Trace_ELBO)           {_number(a['mean'])} ± "
+            f"{_number(a['standard_error'])} over data",
+            f"  ELBO, estimator B (TraceMeanField_ELBO)  {_number(b['mean'])} ± "
+            f"{_number(b['standard_error'])} over data",
+            f"  log p(x), K = {ll['num_samples']:<26} {_number(ll['mean'])} ± "
+            f"{_number(ll['standard_error'])} Monte Carlo, ± "
+            f"{_number(ll['data_standard_error'])} over data",
             f"  k-hat > 0.7 for {ll['khat_over_0.7']:.1%} of the data; "
-            f"median effective sample size {ll['ess_median']:.0f}",
+            f"median effective sample size {_number(ll['ess_median'])}",
         ]
     )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _sample(options: argparse.Namespace) -> None:

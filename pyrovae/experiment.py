@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyrovae.data import Dataset, load_data
+from pyrovae.agreement import require_same_data, require_same_run
+from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import OBJECTIVES, elbo
 from pyrovae.params import Parameters
 from pyrovae.pictures import draw_pictures
-from pyrovae.programs import Program, find_program
+from pyrovae.programs import KINDS, Program, find_program
 from pyrovae.runs import Run
 from pyrovae.seeding import seeded, subseed
 from pyrovae.traces import inspect_pair
 from pyrovae.train import Fit, fit
 
-__all__ = ["Experiment", "evaluate", "load_experiment", "resolve", "train"]
+__all__ = [
+    "Experiment",
+    "choose_device",
+    "draw",
+    "evaluate",
+    "load_experiment",
+    "resolve",
+    "train",
+]
 
 PROGRAM_STREAM, PICTURE_STREAM, EVALUATION_STREAM = 1_000_001, 1_000_002, 1_000_003
-TRAINING = (
-    "objective",
-    "epochs",
-    "batch_size",
-    "particles",
-    "lr",
-    "schedule",
-    "clip_norm",
-    "patience",
-)
-FREE_ON_RESUME = ("epochs", "device", "command", "versions")
+FIT = ("objective", "epochs", "batch_size", "particles", "lr", "schedule", "clip_norm", "patience")
 
 
 class Experiment(NamedTuple):
@@ -44,7 +46,7 @@ class Experiment(NamedTuple):
     model: Callable
     guide: Callable
     data: Dataset
-    files: dict[str, Path]
+    files: dict[str, bytes]
 
 
 def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Experiment:
@@ -54,30 +56,30 @@ def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Ex
         options: ``model``, ``guide``, ``data``, ``settings`` (``{"model": {...}, "guide":
             {...}}``), ``binarize``, ``data_root``, ``device``, ``seed`` and the arguments of
             :func:`pyrovae.fit` that a configuration holds.
-        command: The command that reproduces the run.
+        command: The command that asks for the run.
         run: An existing run to go on with, whose copies of the user's files are used.
 
     Raises:
         ValueError: If anything asked for does not exist or does not fit together.
     """
     device = choose_device(options["device"])
-    programs = {kind: _program(options[kind], kind, run) for kind in ("model", "guide")}
+    programs = _programs({k: options[k] for k in KINDS}, run, options["seed"])
     settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
-    data = load_data(options["data"], binarize=options["binarize"], root=options["data_root"])
+    load = options["data"] if options["data"] in DATASETS else _absolute(options["data"])
+    root = options["data_root"] and _absolute(options["data_root"])
+    data = load_data(options["data"], binarize=options["binarize"], root=root)
     model, guide = _build(programs, settings, data, options["seed"])
-    files = {f"{k}.py": p.file for k, p in programs.items() if p.file is not None and not run}
-    source = Path(options["data"])
-    source = str(source.resolve()) if source.suffix else options["data"]
+    files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
     config = {
-        "command": command,
-        **{k: _describe(programs[k], settings[k]) for k in ("model", "guide")},
-        "data": {"load": source, "root": options["data_root"]} | data.provenance,
-        **{k: options[k] for k in TRAINING},
+        "command": _command(command, run, options["epochs"]),
+        **{k: _describe(programs[k], settings[k]) for k in KINDS},
+        "data": {"load": load, "root": root} | data.provenance,
+        **{k: options[k] for k in FIT},
         "device": str(device),
         "seed": options["seed"],
         "versions": _versions(),
     }
-    return Experiment(config, model, guide, data.to(device), files)
+    return Experiment(config, model, guide, data.to(device), {} if run else files)
 
 
 def train(
@@ -102,16 +104,16 @@ def train(
     """
     config, state = experiment.config, None
     if resume and run.exists():
-        _require_same(run.config, config)
+        require_same_run(run.config, config)
         state = run.load_checkpoint()
-        run.begin_again()
     else:
         run.require_new()
 
     def after_epoch(result: Fit) -> None:
-        if len(result.history) == 1 or not run.exists() or run.config != config:
+        if not run.exists() or run.config != config:
             run.create(config, experiment.files)
         run.save_checkpoint(result.state_dict())
+        run.save_metrics(result.history)
         if on_epoch is not None:
             on_epoch(result)
 
@@ -119,7 +121,7 @@ def train(
         experiment.model,
         experiment.guide,
         experiment.data,
-        **{k: config[k] for k in TRAINING if k != "schedule"},
+        **{k: config[k] for k in FIT if k != "schedule"},
         scheduler=_scheduler(config),
         device=config["device"],
         seed=config["seed"],
@@ -127,6 +129,7 @@ def train(
         on_epoch=after_epoch,
         progress=progress,
     )
+    run.save_metrics(result.history)
     run.save_weights(result.svi.parameters.state_dict())
     return result
 
@@ -138,11 +141,11 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
         ValueError: If weights, programs or data are not those that the run was made with.
     """
     config = run.config
-    programs = {kind: _program(config[kind]["name"], kind, run) for kind in ("model", "guide")}
-    settings = {kind: config[kind]["settings"] for kind in programs}
+    programs = _programs({kind: config[kind]["name"] for kind in KINDS}, run, config["seed"])
+    settings = {kind: config[kind]["settings"] for kind in KINDS}
     stored = config["data"]
     data = load_data(stored["load"], binarize=stored["binarize"], root=root or stored["root"])
-    _require_same_data(stored, data.provenance)
+    require_same_data(stored, data.provenance)
     model, guide = _build(programs, settings, data, config["seed"])
     parameters = Parameters(model, guide)
     with seeded(0):
@@ -170,15 +173,15 @@ def evaluate(
         progress: Show a bar if standard error is a terminal.
 
     Returns:
-        The split's results, ready for JSON, in nats per datum.
+        The split's results, ready for JSON, in nats per datum; None where K is too small to tell.
     """
-    x = getattr(experiment.data, split)
+    earlier, x = run.results, getattr(experiment.data, split)
     pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
     ll = log_likelihood(*pair, x, num_samples=num_samples, seed=seed, progress=progress)
     bounds = {}
     for name in OBJECTIVES:
-        bound = elbo(*pair, x, objective=name, particles=10, seed=seed)
-        bounds[name] = {"mean": bound.mean, "standard_error": bound.standard_error}
+        bound = elbo(*pair, x, objective=name, particles=64, batch_size=128, seed=seed)
+        bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
     found = {
         "num_data": len(x),
         "binarize": experiment.data.binarize,
@@ -186,17 +189,19 @@ def evaluate(
         "elbo": bounds,
         "reconstruction": bound.reconstruction.double().mean().item(),
         "kl": bound.kl.double().mean().item(),
-        "log_likelihood": {
-            "mean": ll.mean,
-            "standard_error": ll.mean_standard_error,
-            "data_standard_error": ll.data_standard_error,
-            "num_samples": num_samples,
-            "ess_median": ll.ess.median().item(),
-            "khat_median": ll.khat.median().item(),
-            "khat_over_0.7": (ll.khat > 0.7).double().mean().item(),
-        },
+        "log_likelihood": _known(
+            {
+                "mean": ll.mean,
+                "standard_error": ll.mean_standard_error,
+                "data_standard_error": ll.data_standard_error,
+                "num_samples": num_samples,
+                "ess_median": ll.ess.median().item(),
+                "khat_median": ll.khat.median().item(),
+                "khat_over_0.7": (ll.khat > 0.7).double().mean().item(),
+            }
+        ),
     }
-    run.write_json("results.json", run.results | {split: found})
+    run.write_json("results.json", earlier | {split: found})
     return found
 
 
@@ -216,12 +221,15 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: If CUDA is asked for and there is none, or the name is no device.
     """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ValueError(f"Expected device 'auto', 'cpu' or 'cuda', got {name!r}.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("There is no CUDA device here: use --device cpu or --device auto.")
+    if kind == "cuda" and int(index or 0) >= count:
+        found = f"There are {count} CUDA devices" if count else "There is no CUDA device"
+        raise ValueError(f"{found} here: use --device cpu or --device auto.")
     return torch.device(name)
 
 
@@ -235,8 +243,26 @@ def _build(
 
 
 def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:
-    stored = None if program.file is None else f"programs/{program.kind}.py"
+    stored = None if program.source is None else f"programs/{program.kind}.py"
     return {"name": program.name, "file": stored, "settings": settings}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _command(command: str, run: Run | None, epochs: int) -> str:
+    """What reproduces the run: going on with it takes a further command only for more epochs."""
+    if run is None:
+        return command
+    before = run.config
+    more = "" if before["epochs"] == epochs else f" && {command}"
+    return before["command"] + more
+
+
+def _programs(names: dict[str, str], run: Run | None, seed: int) -> dict[str, Program]:
+    with seeded(subseed(seed, PROGRAM_STREAM, 0)):
+        return {kind: _program(name, kind, run) for kind, name in names.items()}
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:
@@ -250,29 +276,13 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
 
 def _scheduler(config: dict[str, Any]) -> Callable | None:
     if config["schedule"] == "cosine":
-        return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, config["epochs"]
-        )
+        return partial(CosineAnnealingLR, T_max=config["epochs"])
     return None
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    free = FREE_ON_RESUME if now["schedule"] == "none" else FREE_ON_RESUME[1:]
-    plain = {k: v for k, v in before.items() if k not in free}
-    for key, value in plain.items():
-        if now.get(key) != value:
-            raise ValueError(
-                f"The run was made with {key} = {value}, and --resume was asked for "
-                f"{now.get(key)}: leave the option out, or choose another --out."
-            )
-
-
-def _require_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in now.items():
-        if key != "source" and key in before and before[key] != value:
-            raise ValueError(
-                f"The data are not those of the run: {key} was {before[key]}, is now {value}."
-            )
+def _known(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _versions() -> dict[str, str]:

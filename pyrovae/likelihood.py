@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrovae.capture import CaptureError, Graph, compare
 from pyrovae.params import Parameters
 from pyrovae.progress import progress_bar
 from pyrovae.psis import pareto_khat, tail_length
@@ -22,11 +24,13 @@ from pyrovae.traces import (
     site_scores,
     take_particles,
     trace_guide,
+    trace_pair,
 )
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
 DATA_TILE, PARTICLE_TILE = 64, 128
+PAYS_AFTER = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def log_likelihood(
     num_samples: int = 1000,
     max_rows: int = DATA_TILE * PARTICLE_TILE,
     seed: int | None = None,
+    compile: bool | str = "auto",
     progress: bool = False,
 ) -> LogLikelihood:
     r"""Estimate log p(x) of each datum by importance sampling from its guide.
@@ -92,6 +97,8 @@ def log_likelihood(
         max_rows: The largest number of (particle, datum) pairs that the model scores at once;
             it bounds memory. Less than 64 counts as 64.
         seed: Seeds the draws; None draws a seed from torch's global stream.
+        compile: Compile the weights of a tile: True, False, or ``"auto"`` where N K is at least
+            five million, so that it pays.
         progress: Show a bar with an estimate of the time left.
 
     Returns:
@@ -122,83 +129,116 @@ def log_likelihood(
     with parameters.mode(training=False):
         with seeded(seed, x.device):
             layout = inspect_pair(parameters, *tiles[0])
+        weights = _Weights(parameters, layout, max_rows)
+        if compile is True or (compile == "auto" and len(x) * num_samples >= PAYS_AFTER):
+            weights.compile(tiles[0], min(num_samples, PARTICLE_TILE))
         bar = progress_bar(tiles, enabled=progress, desc="log p(x)", unit="tile")
         with pyro.validation_enabled(False):
             for index, rows in enumerate(bar):
-                tile = _Tile(parameters, layout, rows, DATA_TILE * index, max_rows)
-                results.append(tile.run(num_samples, subseed(seed, index)))
-    return LogLikelihood(
-        *(torch.cat(r).to(device) for r in zip(*results, strict=True)), num_samples
-    )
+                results.append(
+                    _stream(weights, rows, DATA_TILE * index, num_samples, subseed(seed, index))
+                )
+    log_prob, error, ess, khat = (torch.cat(r).to(device) for r in zip(*results, strict=True))
+    return LogLikelihood(log_prob, error, ess, khat, num_samples)
 
 
-class _Tile:
-    """The importance weights of a few data, streamed."""
-
-    def __init__(
-        self, parameters: Parameters, layout: Layout, rows: tuple, first: int, max_rows: int
-    ) -> None:
-        self.parameters, self.layout, self.rows, self.first = parameters, layout, rows, first
-        self.num_data = len(rows[0])
-        self.scale: Tensor | float | None = None
-        self.replayed = max(1, max_rows // self.num_data)
-
-    def run(self, num_samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = self.rows[0]
-        top = x.new_full((self.num_data,), -math.inf, dtype=torch.float64)
-        first, second = torch.zeros_like(top), torch.zeros_like(top)
-        keep = tail_length(num_samples) + 1
-        tail = top.new_empty(0, self.num_data)
-        for index, start in enumerate(range(0, num_samples, PARTICLE_TILE)):
-            particles = min(PARTICLE_TILE, num_samples - start)
+def _stream(
+    weights: _Weights, rows: tuple, first_row: int, num_samples: int, seed: int
+) -> tuple[Tensor, ...]:
+    """Sum the weights of a few data, tile by tile of particles."""
+    x = rows[0]
+    top = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+    first, second = torch.zeros_like(top), torch.zeros_like(top)
+    keep = tail_length(num_samples) + 1
+    tail = top.new_empty(0, len(x))
+    for index, start in enumerate(range(0, num_samples, PARTICLE_TILE)):
+        particles = min(PARTICLE_TILE, num_samples - start)
+        with seeded(subseed(seed, index), x.device):
+            log_weight = weights(rows, particles)
+        if bool(log_weight.isnan().any()):
             with seeded(subseed(seed, index), x.device):
-                log_weight = self._log_weights(particles)
-            peak = torch.maximum(top, log_weight.amax(0))
-            shift = torch.where(peak.isinf(), 0.0, peak)
-            decay, weight = (top - shift).exp(), (log_weight - shift).exp()
-            first = first * decay + weight.sum(0)
-            second = second * decay.square() + weight.square().sum(0)
-            top = peak
-            tail = torch.cat([tail, log_weight])
-            tail = tail.topk(min(keep, len(tail)), dim=0).values
-        mean = torch.where(top.isinf(), top, top + (first / num_samples).log())
-        ess = first.square() / second
-        error = ((num_samples / ess - 1).clamp(min=0) / (num_samples - 1)).sqrt()
-        if num_samples == 1:
-            error = torch.full_like(error, math.nan)
-        khat = pareto_khat(tail.flip(0).T, num_samples)
-        return self.scale * mean, abs(self.scale) * error, ess, khat
+                weights.refuse_nan(rows, particles, first_row)
+        peak = torch.maximum(top, log_weight.amax(0))
+        shift = torch.where(peak.isinf(), 0.0, peak)
+        decay, weight = (top - shift).exp(), (log_weight - shift).exp()
+        first = first * decay + weight.sum(0)
+        second = second * decay.square() + weight.square().sum(0)
+        top = peak
+        tail = torch.cat([tail, log_weight])
+        tail = tail.topk(min(keep, len(tail)), dim=0).values
+    mean = torch.where(top.isinf(), top, top + (first / num_samples).log())
+    ess = (first.square() / second).nan_to_num(nan=0.0)
+    error = ((num_samples / ess - 1).clamp(min=0) / (num_samples - 1)).sqrt()
+    if num_samples == 1:
+        error = torch.full_like(error, math.nan)
+    scale = weights.scale(rows)
+    khat = pareto_khat(tail.flip(0).T, num_samples)
+    return scale * mean, abs(scale) * error, ess, khat
 
-    def _log_weights(self, particles: int) -> Tensor:
-        at = {"particles": particles, "layout": self.layout}
-        guide_trace = trace_guide(self.parameters, *self.rows, **at)
-        shape = (self.layout, particles, self.num_data)
-        guide_scores = site_scores(guide_trace, *shape)
-        total = -sum(score.double() for score in guide_scores.values())
-        for start in range(0, particles, self.replayed):
-            part = slice(start, min(start + self.replayed, particles))
-            count = part.stop - part.start
-            some = take_particles(guide_trace, part) if count < particles else guide_trace
-            at["particles"] = count
-            model_trace = replay_model(self.parameters, some, *self.rows, **at)
-            scores = site_scores(model_trace, self.layout, count, self.num_data)
-            total[part] += sum(score.double() for score in scores.values())
-            if total[part].isnan().any():
-                self._refuse_nan(guide=guide_scores, model=scores)
-            if self.scale is None:
-                self.scale = common_scale((model_trace, guide_trace), self.layout)
-        return total
 
-    def _refuse_nan(self, **programs: dict[str, Tensor]) -> None:
-        for program, scores in programs.items():
+class _Weights:
+    """ln p(x, z) − ln q(z | x) of fresh draws, ``[K, N]`` in float64."""
+
+    def __init__(self, parameters: Parameters, layout: Layout, max_rows: int) -> None:
+        self.parameters, self.layout, self.max_rows = parameters, layout, max_rows
+        self.graph: Graph | None = None
+        self.shape: tuple = ()
+
+    def __call__(self, rows: tuple, particles: int) -> Tensor:
+        if self.graph is not None and self.shape == (rows[0].shape, particles):
+            return self.graph(*rows)[0]
+        guide, model = self._scores(rows, particles)
+        return sum(s.double() for s in model.values()) - sum(s.double() for s in guide.values())
+
+    def compile(self, rows: tuple, particles: int) -> None:
+        """Compile what a full tile takes; where that fails, stay eager and say why."""
+
+        def flat(*rows: Tensor) -> list[Tensor]:
+            return [self(rows, particles)]
+
+        try:
+            graph = Graph(flat, rows, self.parameters)
+            with seeded(0, rows[0].device):
+                expected = flat(*rows)[0]
+            with seeded(0, rows[0].device):
+                compare("a log-weight", graph(*rows)[0], expected)
+        except CaptureError as error:
+            warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=3)
+            return
+        self.graph, self.shape = graph, (rows[0].shape, particles)
+
+    def scale(self, rows: tuple) -> Tensor | float:
+        """What the programs' scales multiply each datum's log p(x) by."""
+        with seeded(0, rows[0].device):
+            return common_scale(trace_pair(self.parameters, *rows), self.layout)
+
+    def refuse_nan(self, rows: tuple, particles: int, first_row: int) -> None:
+        """Say which site's log-probability is NaN, and for which datum."""
+        guide, model = self._scores(rows, particles)
+        for program, scores in (("guide", guide), ("model", model)):
             for name, score in scores.items():
                 bad = score.isnan().any(0).nonzero()
                 if len(bad):
                     raise ValueError(
                         f"The log-probability of site {name!r} in the {program} is NaN for datum "
-                        f"{self.first + bad[0].item()}: look at its parameters there."
+                        f"{first_row + bad[0].item()}: look at its parameters there."
                     )
         raise ValueError(
             "A log-weight is infinity minus infinity: a guide's site has no finite log-probability "
             "at its own draw."
         )
+
+    def _scores(self, rows: tuple, particles: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        at = {"particles": particles, "layout": self.layout}
+        guide_trace = trace_guide(self.parameters, *rows, **at)
+        num_data = len(rows[0])
+        step = max(1, self.max_rows // num_data)
+        parts = []
+        for start in range(0, particles, step):
+            part = slice(start, min(start + step, particles))
+            at["particles"] = part.stop - part.start
+            some = take_particles(guide_trace, part) if step < particles else guide_trace
+            model_trace = replay_model(self.parameters, some, *rows, **at)
+            parts.append(site_scores(model_trace, self.layout, at["particles"], num_data))
+        model = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return site_scores(guide_trace, self.layout, particles, num_data), model

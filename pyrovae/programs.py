@@ -8,9 +8,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,32 +20,36 @@ from typing import Any, NamedTuple
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["Program", "find_program", "shipped"]
+__all__ = ["Program", "find_program", "near", "place", "plain", "shipped"]
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
+PREFIX = "pyrovae_program_"
 
 
 class Program(NamedTuple):
-    """Where a program comes from: its spelling, its file (None if shipped), what makes it."""
+    """Where a program comes from: its spelling, its source (None if shipped), what makes it."""
 
     kind: str
     name: str
-    file: Path | None
+    source: bytes | None
     make: Any
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's keyword arguments, the given ones over its defaults.
+        """The constructor's keyword arguments, the given ones over those defaults JSON can hold.
 
         Raises:
             ValueError: If it takes no argument of a given name.
         """
-        options = {n: p.default for n, p in self._arguments().items() if p.default is not p.empty}
+        known, options = self._arguments(), {}
         for name in given:
-            if name not in self._arguments():
+            if name not in known:
                 raise ValueError(
                     f"The {self.kind} {self.name!r} takes no setting {name!r}"
-                    f"{near(name, options)}; it takes {options}."
+                    f"{near(name, known)}; it takes {', '.join(known) or 'none'}."
                 )
+        for name, parameter in known.items():
+            with suppress(TypeError, ValueError):
+                options[name] = plain(parameter.default)
         return options | given
 
     def build(self, shape: tuple[int, ...], settings: dict[str, Any]) -> Callable:
@@ -57,8 +63,10 @@ class Program(NamedTuple):
         positional = [shape] if self._takes_shape() else []
         try:
             return self.make(*positional, **self.settings(settings))
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"The {self.kind} {self.name!r} cannot be built: {error}.") from error
+        except Exception as error:
+            known = isinstance(error, ValueError | TypeError)
+            reason = f"{error}" if known else f"{type(error).__name__}: {error}"
+            raise ValueError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
 
     def _takes_shape(self) -> bool:
         parameters = _parameters(self.make) if inspect.isclass(self.make) else []
@@ -88,9 +96,8 @@ def find_program(spec: str, kind: str) -> Program:
     """
     path, _, attribute = spec.partition(":")
     if path.endswith(".py"):
-        file = Path(path)
-        module = _load_file(file, kind)
-        return Program(kind, spec, file, _pick(module, kind, attribute, spec))
+        module, source = _load_file(Path(path), kind)
+        return Program(kind, spec, source, _pick(module, kind, attribute, spec))
     names = shipped(kind)
     if spec not in names:
         raise ValueError(
@@ -114,7 +121,27 @@ def shipped(kind: str) -> dict[str, str]:
 def near(name: str, names: Any) -> str:
     """A hint at the nearest of some names, or nothing."""
     found = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def place(error: BaseException) -> str:
+    """The last line of a user's file that an error passed through, or nothing."""
+    found, step = "", error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_globals.get("__name__", "").startswith(PREFIX):
+            found = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
+        step = step.tb_next
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back.
+
+    Raises:
+        TypeError: If JSON has no such type.
+        ValueError: If JSON has no such number.
+    """
+    return json.loads(json.dumps(value, allow_nan=False))
 
 
 def _parameters(make: type) -> list[inspect.Parameter]:
@@ -122,22 +149,21 @@ def _parameters(make: type) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(make).parameters.values() if p.kind not in kinds]
 
 
-def _load_file(file: Path, kind: str) -> ModuleType:
+def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
+    """Run a file's bytes, past any cache of bytecode, which an edit may not have reached."""
     if not file.is_file():
         raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
     source = file.read_bytes()
-    name = f"pyrovae_{kind}_{file.stem}_{hashlib.sha256(source).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
+    name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        exec(compile(source, file, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        line = getattr(error, "lineno", None)
-        where = f" (line {line})" if line else ""
-        raise ValueError(f"{file} cannot be run{where}: {type(error).__name__}: {error}") from error
-    return module
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place(error) or file}: the file cannot be run: {reason}") from error
+    return module, source
 
 
 def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
@@ -148,7 +174,7 @@ def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
         found = (classes | functions).get(attribute)
         if found is None:
             known = sorted(classes | functions)
-            raise ValueError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}")
+            raise ValueError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}.")
         return found
     named = [classes.get(kind.capitalize()), functions.get(kind)]
     pyro_modules = [c for c in classes.values() if issubclass(c, PyroModule)]

@@ -24,6 +24,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["Run", "write_atomic"]
+
+PROGRAM, DATA = {"name", "file", "settings"}, {"load", "root", "binarize"}
+STATE = {"weights": dict, "optimizer": dict, "history": list, "seed": int}
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -41,10 +45,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     try:
         _replace(path, content)
+        _sync(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{path} cannot be written, and stays as it was: {reason}.") from error
-    folder = os.open(path.parent, os.O_RDONLY)
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _sync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -95,7 +102,7 @@ class Run:
         """Refuse a directory that is in use.
 
         Raises:
-            ValueError: If there is anything in it.
+            ValueError: If there is anything in it, or it cannot be created.
         """
         if self.exists():
             raise ValueError(
@@ -103,24 +110,47 @@ class Run:
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} exists and is not empty: choose another --out.")
+        path = self.path.absolute()
+        found = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not (found.is_dir() and os.access(found, os.W_OK)):
+            raise ValueError(f"{self.path} cannot be made: {found} is no folder to write in.")
 
-    def create(self, config: dict[str, Any], files: dict[str, Path]) -> None:
-        """Write the configuration and copy the user's program files.
+    def create(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
+        """Write the configuration and the user's program files, or nothing.
 
         Args:
             config: Ready for JSON.
-            files: The user's files by their name under ``programs/``.
+            files: The content of the user's files by their name under ``programs/``.
         """
-        (self.path / "figures").mkdir(parents=True, exist_ok=True)
-        for name, file in files.items():
-            (self.path / "programs").mkdir(exist_ok=True)
-            write_atomic(self.path / "programs" / name, file.read_bytes())
-        self.write_json("config.json", config)
+        fresh, programs = not self.exists(), self.path / "programs"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                programs.mkdir(exist_ok=True)
+                write_atomic(programs / name, content)
+            self.write_json("config.json", config)
+        except BaseException:
+            if fresh:
+                for path in (self.path / "config.json", *(programs / name for name in files)):
+                    path.unlink(missing_ok=True)
+                for folder in (programs, self.path):
+                    with suppress(OSError):
+                        folder.rmdir()
+            raise
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration."""
-        return self.read_json("config.json")
+        """The resolved configuration.
+
+        Raises:
+            ValueError: If the file is missing or damaged.
+        """
+        config = self.read_json("config.json")
+        parts = {"model": PROGRAM, "guide": PROGRAM, "data": DATA}
+        whole = {*parts, "command", "epochs", "schedule", "device", "seed"} <= config.keys()
+        if not whole or not all(_holds(config[part], keys) for part, keys in parts.items()):
+            raise ValueError(f"{self.path / 'config.json'} is damaged: entries are missing.")
+        return config
 
     @property
     def results(self) -> dict[str, Any]:
@@ -138,19 +168,26 @@ class Run:
             ValueError: If the file is missing or damaged.
         """
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self.path / name} is damaged or missing: {error}.") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.path / name} is damaged: it holds no JSON object.")
+        return content
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write where training goes on from, and the metrics so far."""
+        """Write where training goes on from, in place of the weights of an earlier end."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.path / "checkpoint.pt", buffer.getvalue())
+        (self.path / "weights.safetensors").unlink(missing_ok=True)
+
+    def save_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write one row an epoch."""
         table = io.StringIO()
-        writer = csv.DictWriter(table, state["history"][0], lineterminator="\n")
+        writer = csv.DictWriter(table, history[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(state["history"])
+        writer.writerows(history)
         write_atomic(self.path / "metrics.csv", table.getvalue().encode())
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -165,11 +202,19 @@ class Run:
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
-            if broken is None:
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is damaged and was not loaded: {_line(error)}") from error
-        raise ValueError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
+            state = torch.load(path, map_location="cpu", weights_only=True) if not broken else None
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} was not loaded: it holds more than tensors and plain data, which is never "
+                "executed."
+            ) from error
+        except Exception as error:
+            raise ValueError(f"{path} is damaged and was not loaded: {_line(error)}.") from error
+        if broken:
+            raise ValueError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
+        if not _is_state(state):
+            raise ValueError(f"{path} was not loaded: it is no checkpoint of a training.")
+        return state
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         """Write the trained weights."""
@@ -184,7 +229,7 @@ class Run:
         Raises:
             ValueError: If there are none, or the file is truncated or altered.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         path = self.path / "weights.safetensors"
         if not path.exists():
@@ -197,15 +242,11 @@ class Run:
                 metadata = file.metadata() or {}
                 names = file.keys()
                 weights = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged and was not loaded: {error}.") from error
+        except Exception as error:
+            raise ValueError(f"{path} is damaged and was not loaded: {_line(error)}.") from error
         if metadata.get("sha256") != _digest(weights):
             raise ValueError(f"{path} is damaged and was not loaded: its checksum is wrong.")
         return weights
-
-    def begin_again(self) -> None:
-        """Make the checkpoint, not the weights of an earlier end, what the run stands at."""
-        (self.path / "weights.safetensors").unlink(missing_ok=True)
 
     def save_figure(self, name: str, png: bytes) -> Path:
         """Write a picture as ``figures/<name>.png``."""
@@ -224,12 +265,27 @@ class Run:
         path = self.path / "metrics.csv"
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return [
-            {n: int(v) if n == "epoch" else float(v) if v else None for n, v in row.items()}
-            for row in rows
-        ]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            return [
+                {n: int(v) if n == "epoch" else float(v) if v else None for n, v in row.items()}
+                for row in rows
+            ]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+def _holds(part: Any, keys: set[str]) -> bool:
+    return isinstance(part, dict) and keys <= part.keys()
+
+
+def _is_state(state: Any) -> bool:
+    if not (_holds(state, {*STATE, "scheduler", "best_epoch", "best_state"}) and state["history"]):
+        return False
+    kinds = all(isinstance(state[name], kind) for name, kind in STATE.items())
+    best = state["best_epoch"] is None or 1 <= state["best_epoch"] <= len(state["history"])
+    return kinds and best and _holds(state["optimizer"], {"state", "param_groups"})
 
 
 def _digest(weights: dict[str, Tensor]) -> str:
@@ -241,4 +297,4 @@ def _digest(weights: dict[str, Tensor]) -> str:
 
 
 def _line(error: Exception) -> str:
-    return f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

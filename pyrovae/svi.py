@@ -50,7 +50,7 @@ class SVI:
 
     Raises:
         TypeError: If ``optim`` or ``loss`` is none of these.
-        ValueError: If ``compile`` is none of these.
+        ValueError: If ``compile`` is none of these or ``clip_norm`` is not positive.
 
     References:
         Kingma and Welling (arXiv 1312.6114), algorithm 1.
@@ -76,6 +76,8 @@ class SVI:
             raise TypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
         if not (isinstance(loss, ELBO) or callable(loss)):
             raise TypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
+        if clip_norm is not None and not 0 < clip_norm < float("inf"):
+            raise ValueError(f"Expected clip_norm > 0, got {clip_norm}.")
         if compile not in ("auto", True, False):
             raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
         self.model, self.guide, self.optim = model, guide, optim

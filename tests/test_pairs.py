@@ -3,11 +3,11 @@
 import pyro
 import pytest
 import torch
-from pairs import PAIRS, binary
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.util import prune_subsample_sites
 
 import pyrovae
+from pairs import PAIRS, binary
 from pyrovae.objectives import estimate
 from pyrovae.params import Parameters
 from pyrovae.traces import inspect_pair, replay_model, site_scores, take_particles, trace_guide

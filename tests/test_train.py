@@ -299,6 +299,8 @@ def test_enumeration_trains_with_pyros_own_objective():
         ({"particles": 0}, "particles >= 1"),
         ({"patience": 0}, "patience >= 1"),
         ({"lr": 0.0}, "learning rate > 0"),
+        ({"clip_norm": -1.0}, "clip_norm > 0"),
+        ({"clip_norm": math.nan}, "clip_norm > 0"),
         ({"objective": "trace_elb"}, "did you mean 'trace_elbo'"),
     ],
 )

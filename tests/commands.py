@@ -1,0 +1,52 @@
+"""Commands on tiny nets, and what they leave on disk."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from pyrovae.cli import main
+
+SIZES = ["--set", "hidden=8", "--set", "latent=2", "--batch-size", "64", "--lr", "0.01"]
+PAIR = ["--model", "bernoulli", "--guide", "mean_field"]
+DIGITS = ["--data", "digits", "--binarize", "dynamic"]
+TRAIN = ["train", *PAIR, *DIGITS, *SIZES, "--epochs", "2"]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, and every folder."""
+    found = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in found}
+
+
+def refusal(capsys: Any, *arguments: object, code: int = 2) -> str:
+    """The sentence with which a command is refused; it leaves the working folder as it was."""
+    before = snapshot(Path())
+    capsys.readouterr()
+    assert run(*arguments) == code
+    shown = capsys.readouterr()
+    assert shown.err.startswith("pyrovae: error: ")
+    assert shown.err.count("\n") == 1
+    assert "Trace" not in shown.err
+    assert shown.out == ""
+    assert snapshot(Path()) == before
+    return shown.err
+
+
+def history(folder: Path) -> list[dict[str, str]]:
+    """The metrics as they are spelled, without the seconds."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, str]], bytes]:
+    """What two runs of one experiment have in common, to the last bit."""
+    return history(folder), (folder / "weights.safetensors").read_bytes()
+
+
+def config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
