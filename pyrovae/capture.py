@@ -128,14 +128,16 @@ class Capture:
 def signature(objective: Any, parameters: Parameters, args: tuple) -> Hashable | None:
     """What a captured step is good for; None if no batch is described by it.
 
-    Shapes, dtypes and devices of the arguments, and every number, flag and loose tensor that is
-    an attribute of the objective or of a module: a change of one asks for another capture.
+    Shapes, dtypes and devices of the arguments, which parameters there are and which are frozen,
+    and every number, flag and loose tensor that is an attribute of the objective or of a module:
+    a change of one asks for another capture.
     """
     if not args or not all(isinstance(arg, Tensor) and not arg.requires_grad for arg in args):
         return None
     shapes = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
+    leaves = tuple((id(p), p.dtype, p.requires_grad) for p in parameters.leaves())
     objects = [objective, *(m for root in parameters.roots.values() for m in root.modules())]
-    return shapes, tuple(_state(thing) for thing in objects)
+    return shapes, leaves, tuple(_state(thing) for thing in objects)
 
 
 def _state(thing: Any) -> tuple:

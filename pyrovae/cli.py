@@ -27,6 +27,7 @@ DEFAULTS = {
     "schedule": "none",
     "clip_norm": None,
     "patience": None,
+    "compile": "auto",
     "device": "auto",
     "seed": 0,
     "binarize": "none",
@@ -284,6 +285,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--schedule", choices=("none", "cosine"), help="of the learning rate")
     train.add_argument("--clip-norm", type=float, help="the largest norm of a gradient")
     train.add_argument("--patience", type=int, help="epochs without a better validation ELBO")
+    train.add_argument("--compile", choices=("auto", "on", "off"), help="auto: where it pays")
     train.add_argument("--device", help="auto, cpu or cuda")
     train.add_argument("--seed", type=int, help="seeds every draw, default 0")
     train.add_argument("--binarize", help=f"one of {', '.join(BINARIZE)}")

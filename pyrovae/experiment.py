@@ -36,7 +36,18 @@ __all__ = [
 ]
 
 PROGRAM_STREAM, PICTURE_STREAM, EVALUATION_STREAM = 1_000_001, 1_000_002, 1_000_003
-FIT = ("objective", "epochs", "batch_size", "particles", "lr", "schedule", "clip_norm", "patience")
+FIT = (
+    "objective",
+    "epochs",
+    "batch_size",
+    "particles",
+    "lr",
+    "schedule",
+    "clip_norm",
+    "patience",
+    "compile",
+)
+COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
 class Experiment(NamedTuple):
@@ -121,7 +132,8 @@ def train(
         experiment.model,
         experiment.guide,
         experiment.data,
-        **{k: config[k] for k in FIT if k != "schedule"},
+        **{k: config[k] for k in FIT if k not in ("schedule", "compile")},
+        compile=COMPILE[config["compile"]],
         scheduler=_scheduler(config),
         device=config["device"],
         seed=config["seed"],

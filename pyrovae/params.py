@@ -140,6 +140,13 @@ class Parameters:
                 named[f"param.{name}"] = leaf
         return named
 
+    def leaves(self) -> Iterator[Tensor]:
+        """Every parameter, frozen or not; one may come twice."""
+        for root in self.roots.values():
+            yield from root.parameters()
+        yield from self.model.found.values()
+        yield from self.guide.found.values()
+
     def _loose(self) -> dict[str, Tensor]:
         owned = {id(p) for root in self.roots.values() for p in root.parameters()}
         found = self.model.found | self.guide.found

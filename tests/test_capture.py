@@ -99,6 +99,19 @@ def test_a_changed_attribute_is_captured_anew():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*requires_grad=False")
+def test_a_frozen_parameter_stays_where_it_is():
+    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    for parameter in svi.guide.parameters():
+        parameter.requires_grad_(False)
+    before = [p.clone() for p in svi.guide.parameters()]
+    svi.optimizer.zero_grad()
+    svi.step(X)
+    svi.step(X)
+    for old, new in zip(before, svi.guide.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
 def _with_model(model):
     _, guide = _stateful()
     return lambda: (model, guide)

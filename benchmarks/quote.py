@@ -1,0 +1,138 @@
+"""Write the tables that the documents quote from benchmarks/results/ into the documents.
+
+    python benchmarks/quote.py [--check]
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; --check changes nothing and exits
+with 1 where a document does not say what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent
+DOCUMENTS = (HOME.parent / "README.md", HOME.parent / "docs" / "benchmarks.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = quoted(before)
+        if check and before != after:
+            raise SystemExit(f"{path.name} does not quote the results: run benchmarks/quote.py")
+        path.write_text(after, encoding="utf-8")
+
+
+def quoted(text: str) -> str:
+    """A document with every table as the results have it."""
+
+    def fill(found: re.Match) -> str:
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def mnist() -> str:
+    rows = _results("mnist")["trained"]
+    head = ["trained by", "test ELBO, A", "test ELBO, B", "log p(x), K = 1000", "k-hat > 0.7"]
+    body = [
+        [
+            f"`{row['trained by']}`" if "." in row["trained by"] else "hand-written PyTorch",
+            f"{row['test ELBO A']:.2f}",
+            f"{row['test ELBO B']:.2f}",
+            f"{row['log p(x)']:.2f} ± {row['±']:.3f}",
+            f"{row['k-hat > 0.7']:.0%} of the images",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def exact() -> str:
+    rows = _results("elbo")["exact"]
+    head = ["decoder", "estimator", "dtype", "value, relative", "gradient, relative"]
+    groups = {(row["decoder"], row["estimator"], row["dtype"]): [] for row in rows}
+    for row in rows:
+        groups[row["decoder"], row["estimator"], row["dtype"]].append(row)
+    body = [
+        [*key, *(f"{max(row[f'{of} rel'] for row in found):.1e}" for of in ("value", "gradient"))]
+        for key, found in groups.items()
+    ]
+    return _table(head, body)
+
+
+def slopes() -> str:
+    rows = _results("elbo")["variance"]
+    head = ["decoder", "weights", "against", "of", "slope, A", "slope, B"]
+    body = [
+        [
+            *(row[name] for name in ("decoder", "weights", "against", "of")),
+            f"{row['slope A']:.3f} ± {row['± A']:.3f}",
+            f"{row['slope B']:.3f} ± {row['± B']:.3f}",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def races() -> str:
+    rows = _results("elbo")["races"]
+    head = ["L", "M", "rows a step", "test ELBO after 2,000 steps", "against (1, 128)"]
+    body = [
+        [
+            str(row["L"]),
+            str(row["M"]),
+            str(row["rows a step"]),
+            f"{row['test ELBO']:.2f} ± {row['±']:.2f}",
+            f"{row['difference']:+.2f} ± {row['± of it']:.2f}" if row["difference"] else "–",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def curves() -> str:
+    rows = _results("elbo")["curves"]
+    head = ["decoder", "estimator", "dtype", "`pyro.infer.SVI`", "`pyrovae.SVI`"]
+    body = [
+        [row["decoder"], row["estimator"], row["dtype"]]
+        + [f"{row[name]:.1e}" for name in ("pyro", "pyrovae")]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
+def speed() -> str:
+    found = _results("speed")
+    names = list(found["sizes"][0]["milliseconds"])
+    head = ["networks, batch", *names]
+    body = [
+        [f"{row['networks']}, {row['batch']}", *(f"{row['milliseconds'][n]:.2f}" for n in names)]
+        for row in found["sizes"]
+    ]
+    return _table(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (mnist, exact, slopes, races, curves, speed)
+}
+
+
+def _results(name: str) -> dict:
+    return json.loads((HOME / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
