@@ -85,8 +85,9 @@ def _train(options: argparse.Namespace) -> None:
     experiment.draw(run, made)
     last = result.history[-1]
     print(
-        f"{len(result.history)} epochs: ELBO {last['train_elbo']:.2f} (train), "
-        f"{last['valid_elbo']:.2f} (validation, best in epoch {result.best_epoch}) nats per datum."
+        f"{len(result.history)} epochs: ELBO {_number(last['train_elbo'])} (train), "
+        f"{_number(last['valid_elbo'])} (validation, best in epoch {result.best_epoch}), "
+        f"nats per datum."
     )
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
 
@@ -149,8 +150,8 @@ class _Log:
         row = result.history[-1]
         if not sys.stderr.isatty():
             print(
-                f"epoch {row['epoch']}/{self.epochs}  ELBO {row['train_elbo']:.3f} (train)  "
-                f"{row['valid_elbo']:.3f} (validation)  {row['seconds']:.1f} s",
+                f"epoch {row['epoch']}/{self.epochs}  ELBO {_number(row['train_elbo'])} (train)  "
+                f"{_number(row['valid_elbo'])} (validation)  {row['seconds']:.1f} s",
                 flush=True,
             )
         if self.tensorboard:

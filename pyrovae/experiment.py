@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrovae.agreement import require_same_data, require_same_run
+from pyrovae.contract import inspect_pair
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import OBJECTIVES, elbo
@@ -22,7 +23,6 @@ from pyrovae.pictures import draw_pictures
 from pyrovae.programs import KINDS, Program, find_program
 from pyrovae.runs import Run
 from pyrovae.seeding import seeded, subseed
-from pyrovae.traces import inspect_pair
 from pyrovae.train import Fit, fit
 
 __all__ = [

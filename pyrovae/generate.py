@@ -10,9 +10,10 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.contract import inspect_pair
 from pyrovae.params import Parameters
 from pyrovae.seeding import seeded
-from pyrovae.traces import inspect_pair, samples, trace_guide, trace_pair
+from pyrovae.traces import is_bookkeeping, samples, trace_guide, trace_pair
 
 __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
 
@@ -77,6 +78,8 @@ def decode(
     Raises:
         ValueError: If a name is no latent site of the model.
     """
+    if not latents:
+        raise ValueError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))
     return _generate(model, latents, like[:1].expand(n, *like.shape[1:]), context, mean, seed)
 
@@ -112,33 +115,46 @@ def reconstruct(
     with parameters.mode(training=False), seeded(seed, rows[0].device):
         layout = inspect_pair(parameters, *rows)
         model_trace, _ = trace_pair(parameters, *rows)
-        found = {name: _value(model_trace.nodes[name], mean) for name in layout.observed}
+        sites = {name: model_trace.nodes[name] for name in layout.observed}
+        found = {n: _value(s, mean) for n, s in sites.items() if not is_bookkeeping(s)}
     return _as_given(found, x)
 
 
 @torch.no_grad()
-def encode(guide: Callable, x: Tensor, *context: Tensor) -> dict[str, Tensor]:
+def encode(
+    guide: Callable, x: Tensor, *context: Tensor, seed: int | None = None
+) -> dict[str, Tensor]:
     """The posterior mean of each latent of each datum, as the guide has it.
 
     Args:
         guide: The guide program.
         x: Data ``[N, ...]``; ``context`` are further arguments of the guide, ``[N, ...]``.
+        seed: Seeds the draws; None continues torch's global stream.
 
     Returns:
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
     parameters = Parameters(guide, guide)
-    with parameters.mode(training=False):
-        trace = trace_guide(parameters, *_move(parameters, x, *context))
+    rows = _move(parameters, x, *context)
+    with parameters.mode(training=False), seeded(seed, rows[0].device):
+        trace = trace_guide(parameters, *rows)
     return {
         name: _value(site, mean=True).to(x.device)
         for name, site in samples(trace).items()
-        if not site["infer"].get("is_auxiliary")
+        if not site["infer"].get("is_auxiliary") and not is_bookkeeping(site)
     }
 
 
-def interpolate(model: Callable, guide: Callable, x: Tensor, y: Tensor, *, steps: int = 9) -> Sites:
+def interpolate(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 9,
+    seed: int | None = None,
+) -> Sites:
     r"""Decode what lies between the encodings of two data.
 
     .. math:: z_t = (1 - t)\, E[z \mid x] + t\, E[z \mid y], \qquad t = 0, \dots, 1
@@ -149,6 +165,7 @@ def interpolate(model: Callable, guide: Callable, x: Tensor, y: Tensor, *, steps
         x: Where to start, ``[N, ...]``.
         y: Where to go, ``[N, ...]``.
         steps: The number of values of t.
+        seed: Seeds what is drawn on the way; None continues torch's global stream.
 
     Returns:
         E[x | z_t], ``[N, steps, ...]``.
@@ -156,18 +173,25 @@ def interpolate(model: Callable, guide: Callable, x: Tensor, y: Tensor, *, steps
     Raises:
         ValueError: If a latent is discrete.
     """
-    start, end = encode(guide, x), encode(guide, y)
+    start, end = encode(guide, x, seed=seed), encode(guide, y, seed=seed)
     for name, value in start.items():
         if not value.is_floating_point():
             raise ValueError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
     path = {name: _mix(start[name], end[name], t) for name in start}
-    found = decode(model, path, like=x)
+    found = decode(model, path, like=x, seed=seed)
     return _map(found, lambda value: value.reshape(len(x), steps, *value.shape[1:]))
 
 
 def traverse(
-    model: Callable, guide: Callable, x: Tensor, site: str, dim: int, values: Tensor
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    site: str,
+    dim: int,
+    values: Tensor,
+    *,
+    seed: int | None = None,
 ) -> Sites:
     """Decode data with one latent dimension set to each of some values.
 
@@ -178,19 +202,23 @@ def traverse(
         site: The latent site.
         dim: The dimension of its last axis to set.
         values: What to set it to, ``[V]``.
+        seed: Seeds what is drawn on the way; None continues torch's global stream.
 
     Returns:
         E[x | z], ``[N, V, ...]``.
 
     Raises:
-        ValueError: If the guide has no such site.
+        ValueError: If the guide has no such site, or the site no such dimension.
     """
-    latents = encode(guide, x)
+    latents = encode(guide, x, seed=seed)
     if site not in latents:
         raise ValueError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
+    size = latents[site].shape[-1]
+    if not -size <= dim < size:
+        raise ValueError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
     repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
     repeated[site][..., dim] = values.to(x).repeat(len(x))
-    found = decode(model, repeated, like=x)
+    found = decode(model, repeated, like=x, seed=seed)
     return _map(found, lambda value: value.reshape(len(x), len(values), *value.shape[1:]))
 
 
@@ -221,15 +249,12 @@ def _generate(
         program = poutine.uncondition(_Given(values)(parameters.run_model))
         trace = poutine.trace(program).get_trace(*rows)
     sites = samples(trace)
-    if unknown := sorted(values.keys() - sites.keys()):
-        raise ValueError(f"No latent sites {unknown}; the model has {sorted(sites)}.")
     was_observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
-    found = {n: _value(s, mean) for n, s in was_observed.items() if not _marks(s)}
+    hidden = sites.keys() - was_observed.keys()
+    if unknown := sorted(values.keys() - hidden):
+        raise ValueError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
+    found = {n: _value(s, mean) for n, s in was_observed.items() if not is_bookkeeping(s)}
     return _as_given(found, template)
-
-
-def _marks(site: dict) -> bool:
-    return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
 
 
 def _value(site: dict, mean: bool) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.capture import CaptureError, Graph, compare
+from pyrovae.contract import inspect_pair
 from pyrovae.params import Parameters
 from pyrovae.progress import progress_bar
 from pyrovae.psis import pareto_khat, tail_length
@@ -19,7 +20,6 @@ from pyrovae.seeding import draw_seed, seeded, subseed
 from pyrovae.traces import (
     Layout,
     common_scale,
-    inspect_pair,
     replay_model,
     site_scores,
     take_particles,
@@ -86,8 +86,8 @@ def log_likelihood(
               \qquad z_k \sim q(z \mid x)
 
     The weights are never kept: sums are streamed in float64 over tiles of 64 data and 128
-    particles, each with a random stream of its own, so that neither memory nor the draws depend
-    on N, on K or on ``max_rows``.
+    particles, each with a random stream of its own, so that memory depends on neither N nor K,
+    and the draws do not depend on ``max_rows``.
 
     Args:
         model: The model program.
@@ -116,8 +116,12 @@ def log_likelihood(
         >>> ll = pyrovae.log_likelihood(model, guide, data.test, num_samples=1000)
         >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum")
     """
-    if num_samples < 1:
-        raise ValueError(f"Expected num_samples >= 1, got {num_samples}.")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"Expected an integer num_samples >= 1, got {num_samples}.")
+    if max_rows < 1:
+        raise ValueError(f"Expected max_rows >= 1, got {max_rows}.")
+    if compile not in ("auto", True, False):
+        raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
     if len(x) == 0:
         raise ValueError("Expected at least one datum, got an empty tensor.")
     seed = draw_seed(seed)

@@ -16,15 +16,24 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceMeanField_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyrovae.contract import inspect_pair
 from pyrovae.params import Parameters
 from pyrovae.seeding import seeded
-from pyrovae.traces import Layout, inspect_pair, reduce_to, trace_pair
+from pyrovae.traces import Layout, reduce_to, trace_pair, unscale
 
 __all__ = [
     "OBJECTIVES",
@@ -32,10 +41,13 @@ __all__ = [
     "Estimate",
     "elbo",
     "estimate",
+    "is_differentiable",
     "make_objective",
     "site_terms",
+    "summed",
 ]
 
+GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceMeanField_ELBO)
 OBJECTIVES = {
     "trace_elbo": (Trace_ELBO, "estimator A: Monte Carlo for every term"),
     "trace_mean_field_elbo": (TraceMeanField_ELBO, "estimator B: analytic KL where there is one"),
@@ -47,12 +59,14 @@ class Estimate(NamedTuple):
 
     ``loss`` is the value to report and ``surrogate`` the scalar whose gradient is the estimator's
     (None if it has already been propagated). ``terms`` splits the ELBO by site, where the
-    objective has such a split: ln p for an observed site, ln p − ln q or −KL for a latent.
+    objective has such a split: ln p for an observed site, ln p − ln q or −KL for a latent. An
+    objective of several losses has them in ``parts``.
     """
 
     loss: Tensor
     surrogate: Tensor | None
     terms: dict[str, Tensor]
+    parts: tuple[Tensor, ...] = ()
 
 
 def make_objective(objective: str | ELBO | Callable, particles: int = 1) -> ELBO | Callable:
@@ -89,19 +103,38 @@ def estimate(loss: ELBO | Callable, parameters: Parameters, *args: Any, **kwargs
         ValueError: If a ``RenyiELBO`` meets a scaled or subsampled site, where it is no bound.
     """
     model, guide = parameters.run_model, parameters.run_guide
-    if type(loss) in (Trace_ELBO, TraceMeanField_ELBO):
+    if type(loss) in GENERIC + ANALYTIC:
         return _elbo_estimate(loss, model, guide, args, kwargs)
     if isinstance(loss, RenyiELBO):
-        _refuse_scales(parameters, *args, **kwargs)
-    if isinstance(loss, ELBO) and not hasattr(loss, "differentiable_loss"):
+        model, guide = _NoScale()(model), _NoScale()(guide)
+    if not is_differentiable(loss):
         value = loss.loss_and_grads(_with_statement(model, parameters), guide, *args, **kwargs)
-        parts = value if isinstance(value, tuple) else (value,)
-        return Estimate(sum(torch.as_tensor(part).detach() for part in parts), None, {})
+        return summed(value)
     differentiable = loss.differentiable_loss if isinstance(loss, ELBO) else loss
     surrogate = differentiable(model, guide, *args, **kwargs)
     if not isinstance(surrogate, Tensor):
         raise TypeError(f"Expected a loss that is a tensor to differentiate, got {surrogate!r}.")
     return Estimate(surrogate.detach(), surrogate, {})
+
+
+def is_differentiable(loss: ELBO | Callable) -> bool:
+    """Whether an objective leaves the backward pass to its caller.
+
+    Pyro's ELBOs with a ``differentiable_loss`` do, unless a subclass has its own
+    ``loss_and_grads``.
+    """
+    if not isinstance(loss, ELBO):
+        return True
+    written = getattr(type(loss).loss_and_grads, "__module__", "")
+    return hasattr(loss, "differentiable_loss") and written.startswith("pyro.")
+
+
+def summed(value: Any) -> Estimate:
+    """The estimate of a loss that has been propagated, or of several."""
+    if isinstance(value, tuple):
+        parts = tuple(torch.as_tensor(part).detach() for part in value)
+        return Estimate(sum(parts), None, {}, parts)
+    return Estimate(torch.as_tensor(value).detach(), None, {})
 
 
 def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[str, Tensor]:
@@ -143,7 +176,7 @@ def _latent_term(site: dict, guide_site: dict, analytic: bool) -> Tensor:
 def _elbo_estimate(
     loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
 ) -> Estimate:
-    analytic = type(loss) is TraceMeanField_ELBO
+    analytic = type(loss) in ANALYTIC
     total: dict[str, Tensor] = {}
     surrogate = 0.0
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
@@ -172,16 +205,16 @@ def _with_statement(model: Callable, parameters: Parameters) -> Callable:
     return program
 
 
-def _refuse_scales(parameters: Parameters, *args: Any, **kwargs: Any) -> None:
-    with torch.no_grad():
-        traces = trace_pair(parameters, *args, **kwargs)
-    for trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and torch.as_tensor(site["scale"] != 1.0).any():
-                raise ValueError(
-                    f"RenyiELBO puts the scale of site {name!r} inside its log-sum-exp, where it "
-                    f"is no bound on log p(x): drop poutine.scale or the subsampling plate."
-                )
+class _NoScale(Messenger):
+    """Refuses scaled sites, for a loss that would put the scale where it does not belong."""
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        scale = msg["scale"]
+        if isinstance(scale, Tensor) or scale != 1.0:
+            raise ValueError(
+                f"RenyiELBO puts the scale of site {msg['name']!r} inside its log-sum-exp, where "
+                f"it is no bound on log p(x): drop poutine.scale or the subsampling plate."
+            )
 
 
 class ElboResult(NamedTuple):
@@ -231,7 +264,8 @@ def elbo(
         seed: Seeds the draws; None continues torch's global stream.
 
     Returns:
-        Nats per datum, ``[N]``; modules are in eval mode meanwhile.
+        Nats per datum, ``[N]``, whatever :func:`pyro.poutine.scale` or a subsampled plate makes
+        of them in training; modules are in eval mode meanwhile.
 
     Raises:
         ValueError: If the pair breaks the contract, or the objective has another name.
@@ -255,8 +289,9 @@ def _elbo_batch(
     parameters: Parameters, layout: Layout, rows: tuple, analytic: bool, particles: int
 ) -> tuple[Tensor, Tensor]:
     model_trace, guide_trace = trace_pair(parameters, *rows, particles=particles, layout=layout)
-    model_trace.compute_log_prob()
-    guide_trace.compute_log_prob()
+    for trace in (model_trace, guide_trace):
+        unscale(trace, layout)
+        trace.compute_log_prob()
     observed, latent = 0.0, 0.0
     for name, term in site_terms(model_trace, guide_trace, analytic).items():
         term = reduce_to(term, layout, particles, len(rows[0])).mean(0)

@@ -8,6 +8,7 @@ holds only what a program asks of it by name, with ``pyro.param("name", initial_
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,18 +20,53 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = ["OwnParameters", "Parameters", "owner"]
+__all__ = ["OwnParameters", "Parameters", "owners"]
 
 
-def owner(program: Callable) -> nn.Module | None:
-    """The module that a program belongs to: itself, or the ``self`` of a bound method, or None."""
-    program = poutine.unwrap(program)
-    while isinstance(program, functools.partial):
-        program = program.func
-    if isinstance(program, nn.Module):
-        return program
-    bound_to = getattr(program, "__self__", None)
-    return bound_to if isinstance(bound_to, nn.Module) else None
+def owners(program: Callable) -> list[nn.Module]:
+    """The modules that a program is made of, each once.
+
+    A module itself, the ``self`` of a bound method, what a partial or a handler wraps, and the
+    modules that a function or a plain object refers to by name.
+    """
+    return _owners(program, set())
+
+
+def _owners(thing: Any, seen: set[int]) -> list[nn.Module]:
+    thing = poutine.unwrap(thing)
+    if id(thing) in seen:
+        return []
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        return [thing]
+    return [module for inner in _inside(thing) for module in _owners(inner, seen)]
+
+
+def _inside(thing: Any) -> list[Any]:
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if inspect.ismethod(thing):
+        return [thing.__self__]
+    if inspect.isfunction(thing):
+        held = [_cell(cell) for cell in thing.__closure__ or ()]
+        held += [thing.__globals__.get(name) for name in thing.__code__.co_names]
+        return [v for v in held if isinstance(v, nn.Module) or _is_near(v, thing)]
+    if isinstance(thing, type) or not callable(thing):
+        return []
+    return [v for v in getattr(thing, "__dict__", {}).values() if isinstance(v, nn.Module)]
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _is_near(thing: Any, function: Callable) -> bool:
+    """Whether a function's module also defines another function or method that it refers to."""
+    is_code = inspect.isfunction(thing) or inspect.ismethod(thing)
+    return is_code and thing.__module__ == function.__module__
 
 
 class OwnParameters(Messenger):
@@ -46,12 +82,12 @@ class OwnParameters(Messenger):
 
     def __init__(self, program: Callable) -> None:
         super().__init__()
-        self._owner = owner(program)
+        self._owners = owners(program)
         self.found: dict[str, Tensor] = {}
 
     def __enter__(self) -> OwnParameters:
         store = pyro.get_param_store()
-        self._own_names = _pyro_param_names(self._owner)
+        self._own_names = _pyro_param_names(self._owners)
         self._aside = {n: _take(store, n) for n in self._own_names if n in store}
         self._local = pyro.settings.get("module_local_params")
         if self._local:
@@ -90,11 +126,10 @@ class OwnParameters(Messenger):
             self.found[msg["name"]] = leaf
 
 
-def _pyro_param_names(module: nn.Module | None) -> list[str]:
-    if module is None:
-        return []
+def _pyro_param_names(modules: list[nn.Module]) -> list[str]:
     return [
         f"{child._pyro_name}.{name}" if child._pyro_name else name
+        for module in modules
         for child in module.modules()
         if isinstance(child, PyroModule)
         for name in child._pyro_params
@@ -115,13 +150,12 @@ class Parameters:
         guide: The guide program.
 
     A module's entries are called ``model.…`` and ``guide.…`` (``pair.…`` when one module owns
-    both programs); those in Pyro's store, ``param.…``.
+    both programs, ``model.0.…`` and so on when several own one); those in Pyro's store,
+    ``param.…``.
     """
 
     def __init__(self, model: Callable, guide: Callable) -> None:
-        first, second = owner(model), owner(guide)
-        roots = {"pair": first} if first is second else {"model": first, "guide": second}
-        self.roots: dict[str, nn.Module] = {k: m for k, m in roots.items() if m is not None}
+        self.roots = _roots(owners(model), owners(guide))
         self.model, self.guide = OwnParameters(model), OwnParameters(guide)
         self.run_model, self.run_guide = self.model(model), self.guide(guide)
 
@@ -152,13 +186,13 @@ class Parameters:
         found = self.model.found | self.guide.found
         return {name: leaf for name, leaf in found.items() if id(leaf) not in owned}
 
-    def check_reach(self, surrogate: Tensor) -> None:
+    def check_reach(self, surrogate: Tensor, args: tuple = ()) -> None:
         """Refuse a loss that depends on parameters which belong to no module and no statement.
 
         Raises:
             ValueError: With the shapes of those parameters and the mend.
         """
-        known = {id(leaf) for leaf in self.named().values()}
+        known = {id(leaf) for leaf in (*self.named().values(), *args)}
         lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
         if lost:
             raise ValueError(
@@ -223,6 +257,17 @@ class Parameters:
         finally:
             for module, flag in zip(modules, before, strict=True):
                 module.training = flag
+
+
+def _roots(model: list[nn.Module], guide: list[nn.Module]) -> dict[str, nn.Module]:
+    shared = [m for m in guide if any(m is other for other in model)]
+    if len(model) == len(shared) == 1:
+        return {"pair": model[0]}
+    roots = {}
+    for prefix, found in (("model", model), ("guide", [m for m in guide if m not in shared])):
+        for index, module in enumerate(found):
+            roots[prefix if len(found) == 1 else f"{prefix}.{index}"] = module
+    return roots
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from pyro.params.param_store import normalize_param_name
+from pyro.params.param_store import (
+    module_from_param_with_module_name,
+    normalize_param_name,
+    user_param_name,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.capture import Capture, CaptureError, signature
-from pyrovae.objectives import Estimate, estimate
+from pyrovae.objectives import Estimate, estimate, is_differentiable, summed
 from pyrovae.params import Parameters
 
 __all__ = ["SVI"]
@@ -93,6 +97,7 @@ class SVI:
         self._seen: dict[Hashable, int] = {}
         self._trained: dict[str, Tensor] = {}
         self._found = -1
+        self._reached = False
 
     def step(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
         """Take one gradient step.
@@ -101,12 +106,14 @@ class SVI:
             args: The batch and the programs' further arguments.
 
         Returns:
-            The loss before the step: nats summed over the batch, lower is better.
+            The loss before the step: nats summed over the batch, lower is better; a tuple for an
+            objective of several losses, as in Pyro.
 
         Raises:
             ValueError: If the loss depends on parameters that neither program owns.
         """
-        return self.update(*args, **kwargs).loss.item()
+        result = self.update(*args, **kwargs)
+        return tuple(p.item() for p in result.parts) if result.parts else result.loss.item()
 
     def update(self, *args: Any, **kwargs: Any) -> Estimate:
         """Take one gradient step and return its estimate, unread, on the device."""
@@ -115,24 +122,27 @@ class SVI:
         return result
 
     def gradients(self, *args: Any, **kwargs: Any) -> Estimate:
-        """Evaluate the objective on a batch and leave its gradient on every parameter."""
+        """Evaluate the objective on a batch and add its gradient to every parameter's."""
         captured = self._captured(args, kwargs)
         if captured is not None:
             return captured
         if self.loss_and_grads is not None:
             programs = self.parameters.run_model, self.parameters.run_guide
-            loss = self.loss_and_grads(*programs, *args, **kwargs)
-            result = Estimate(torch.as_tensor(loss).detach(), None, {})
+            result = summed(self.loss_and_grads(*programs, *args, **kwargs))
         else:
             result = estimate(self.objective, self.parameters, *args, **kwargs)
-        if self.optimizer is None and result.surrogate is not None:
-            self.parameters.check_reach(result.surrogate)
+        if not self._reached and result.surrogate is not None:
+            self.parameters.check_reach(result.surrogate, args)
+            self._reached = True
         if result.surrogate is not None and result.surrogate.requires_grad:
             result.surrogate.backward()
         return result
 
     def _captured(self, args: tuple, kwargs: dict) -> Estimate | None:
-        if self.compile is False or self.optimizer is None or self.loss_and_grads or kwargs:
+        ready = self._reached and self.optimizer is not None
+        if self.compile is False or not ready or self.loss_and_grads or kwargs:
+            return None
+        if not is_differentiable(self.objective):
             return None
         key = signature(self.objective, self.parameters, args)
         if key is None or (key in self._captures and self._captures[key] is None):
@@ -151,7 +161,8 @@ class SVI:
             warnings.warn(f"The pair runs eagerly, not compiled: {error}.", stacklevel=4)
             return None
         for leaf, gradient in zip(capture.leaves, step.gradients, strict=True):
-            leaf.grad = gradient
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         return step.estimate
 
     def _pays(self, key: Hashable) -> bool:
@@ -164,9 +175,10 @@ class SVI:
         self._collect()
         self._clip()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        for parameter in self._trained.values():
+            parameter.grad = None
 
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
         """Evaluate the loss without a gradient step.
 
         Returns:
@@ -176,7 +188,7 @@ class SVI:
             if isinstance(self.objective, ELBO):
                 programs = self.parameters.run_model, self.parameters.run_guide
                 loss = self.objective.loss(*programs, *args, **kwargs)
-                return sum(loss) if isinstance(loss, tuple) else float(loss)
+                return tuple(map(float, loss)) if isinstance(loss, tuple) else float(loss)
             return estimate(self.objective, self.parameters, *args, **kwargs).loss.item()
 
     def build(self) -> None:
@@ -190,6 +202,7 @@ class SVI:
         self._found = found
         fresh = {n: p for n, p in self.parameters.named().items() if n not in self._trained}
         self._trained |= fresh
+        self._reached = self._reached and not (fresh and self.optimizer)
         if self.optimizer is None:
             self._make_optimizer(fresh)
         elif fresh and not isinstance(self.optim, Optimizer):
@@ -202,6 +215,11 @@ class SVI:
         if isinstance(self.optim, Optimizer):
             self.optimizer = self.optim
         elif isinstance(self.optim, PyroOptim):
+            if self.optim._state_waiting_to_be_consumed:
+                raise ValueError(
+                    "One optimizer steps all parameters here: restore its state with "
+                    "svi.build() and svi.optimizer.load_state_dict(state), not with optim.load()."
+                )
             self.optimizer = self.optim.pt_optim_constructor(self._groups(named))
             self._lend_to_pyro(next(iter(named.values())))
         else:
@@ -213,15 +231,20 @@ class SVI:
         options = self.optim.pt_optim_args if isinstance(self.optim, PyroOptim) else {}
         if not callable(options):
             return [{"params": list(named.values()), **options}]
-        spelled = self._pyro_names()
+        by_path = self.optim.pt_optim_args_argc == 1
         return [
-            {"params": [p], **options(normalize_param_name(spelled.get(id(p), name)))}
-            for name, p in named.items()
+            {
+                "params": [p],
+                **(options(normalize_param_name(n)) if by_path else options(*_split(n))),
+            }
+            for n, p in self._pyro_names(named).items()
         ]
 
-    def _pyro_names(self) -> dict[int, str]:
+    def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters by the names that Pyro has for them, where it has one."""
         found = self.parameters.model.found | self.parameters.guide.found
-        return {id(leaf): name for name, leaf in found.items()}
+        spelled = {id(leaf): name for name, leaf in found.items()}
+        return {spelled.get(id(p), name): p for name, p in named.items()}
 
     def _lend_to_pyro(self, key: Tensor) -> None:
         """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer."""
@@ -233,10 +256,14 @@ class SVI:
     def _clip(self) -> None:
         clip = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
         if clip:
-            spelled = self._pyro_names()
-            for name, parameter in self._trained.items():
+            for name, parameter in self._pyro_names(self._trained).items():
                 if parameter.grad is not None:
-                    options = clip(spelled.get(id(parameter), name)) if callable(clip) else clip
+                    options = clip(*_split(name)) if callable(clip) else clip
                     PyroOptim._clip_grad(parameter, **options)
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._trained.values(), self.clip_norm)
+            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
+
+
+def _split(name: str) -> tuple[str, str]:
+    return module_from_param_with_module_name(name), user_param_name(name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,16 +19,17 @@ from pyrovae.params import Parameters
 
 __all__ = [
     "Layout",
-    "check_support",
     "common_scale",
-    "inspect_pair",
+    "is_bookkeeping",
     "reduce_to",
     "replay_model",
     "samples",
+    "site_scale",
     "site_scores",
     "take_particles",
     "trace_guide",
     "trace_pair",
+    "unscale",
 ]
 
 
@@ -37,7 +37,8 @@ class Layout(NamedTuple):
     """Which sites a pair has, and where the batch lies in their log-probabilities.
 
     ``dim`` is the batch's dimension and ``particle_dim`` the one left of every plate, both
-    counted from the right; ``plate`` is the name of the plate over the batch.
+    counted from the right; ``plate`` is the name of the plate over the batch. ``scaled`` says
+    whether some site carries a scale beside that of the plate, ``plate_scale``.
     """
 
     plate: str
@@ -45,6 +46,8 @@ class Layout(NamedTuple):
     particle_dim: int
     latents: tuple[str, ...]
     observed: tuple[str, ...]
+    plate_scale: float = 1.0
+    scaled: bool = False
 
 
 def trace_pair(
@@ -112,44 +115,12 @@ def take_particles(guide_trace: Trace, part: slice) -> Trace:
     return taken
 
 
-def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
-    """Run a pair once and check that its programs belong together.
-
-    Args:
-        parameters: The pair.
-        x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
-
-    Returns:
-        The pair's layout.
-
-    Raises:
-        ValueError: If a latent is in one program only, no plate holds the batch, a site lies
-            outside that plate, event dimensions disagree, or x is outside a site's support.
-    """
-    with torch.no_grad(), _blames_data(x):
-        guide_trace = trace_guide(parameters, x, *context)
-        model_trace = _try_replay(parameters, guide_trace, x, *context)
-    model_sites, guide_sites = samples(model_trace), samples(guide_trace)
-    observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
-    latents = {n: s for n, s in model_sites.items() if not s["is_observed"]}
-    _check_sites(latents, guide_sites)
-    for name in latents:
-        _check_event(name, latents[name], guide_sites[name])
-    every = [*model_sites.items(), *guide_sites.items()]
-    frame = _batch_frame(every, len(x))
-    for name, site in observed.items():
-        _check_observed(name, site)
-    dims = [f.dim for _, site in every for f in site["cond_indep_stack"] if f.vectorized]
-    seen = tuple(n for n, s in observed.items() if not _is_bookkeeping(s))
-    return Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), seen)
-
-
 def site_scores(trace: Trace, layout: Layout, particles: int, num_data: int) -> dict[str, Tensor]:
     """Each sample site's log-probability, masked but not scaled.
 
     Args:
         trace: The trace of a program run with K particles.
-        layout: What :func:`inspect_pair` said of the pair.
+        layout: What :func:`pyrovae.contract.inspect_pair` said of the pair.
         particles: K.
         num_data: N.
 
@@ -174,10 +145,10 @@ def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
         ValueError: If sites carry different scales, so that no log p(x) is defined.
     """
     scales = {
-        name: _site_scale(site, layout)
+        name: site_scale(site, layout)
         for trace in traces
         for name, site in samples(trace).items()
-        if not _is_bookkeeping(site)
+        if not is_bookkeeping(site)
     }
     (first, scale), *rest = scales.items()
     for name, other in rest:
@@ -202,30 +173,14 @@ def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -
     return total.expand(particles, num_data)
 
 
-def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: int = 512) -> None:
-    """Check a whole data set against the supports of the sites that observe it.
-
-    Args:
-        parameters: The pair.
-        x: The data ``[N, ...]``.
-        batch_size: How many rows are run at a time.
-
-    Raises:
-        ValueError: Naming the site, its support and a value outside it.
-    """
-    with torch.no_grad(), _blames_data(x):
-        head = x[:batch_size]
-        model_trace, _ = trace_pair(parameters, head, *(c[:batch_size] for c in context))
-        for name, site in samples(model_trace).items():
-            value = site["value"]
-            if not site["is_observed"] or value.numel() != head.numel():
-                continue
-            if not torch.equal(value.reshape(-1), head.reshape(-1)):
-                continue
-            for rows in x.split(len(head)):
-                if len(rows) == len(head):
-                    _check_observed(name, site | {"value": rows.reshape(value.shape)})
-            _check_observed(name, site | {"value": x[-len(head) :].reshape(value.shape)})
+def unscale(trace: Trace, layout: Layout) -> None:
+    """Take poutine.scale and the batch's subsampling off a trace; inner subsampling stays."""
+    for site in samples(trace).values():
+        site["scale"] = prod(
+            f.full_size / f.size
+            for f in site["cond_indep_stack"]
+            if f.vectorized and f.full_size and f.name != layout.plate
+        )
 
 
 def samples(trace: Trace) -> dict[str, dict]:
@@ -237,132 +192,13 @@ def samples(trace: Trace) -> dict[str, dict]:
     }
 
 
-def _is_bookkeeping(site: dict) -> bool:
+def is_bookkeeping(site: dict) -> bool:
+    """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data."""
     return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
 
 
-def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
-    try:
-        return replay_model(parameters, guide_trace, x, *context)
-    except (ValueError, RuntimeError):
-        guide_sites = samples(guide_trace)
-        free = samples(poutine.trace(parameters.run_model).get_trace(x, *context))
-        for name, site in free.items():
-            if name in guide_sites and not site["is_observed"]:
-                _check_event(name, site, guide_sites[name])
-        raise
-
-
-@contextmanager
-def _blames_data(x: Tensor) -> Iterator[None]:
-    """Where a program fails on data that are not finite, say that of the data."""
-    try:
-        yield
-    except ValueError as error:
-        bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
-        if not len(bad):
-            raise
-        raise ValueError(
-            f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
-            f"clean them, or let the programs mask them."
-        ) from error
-
-
-def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
-    proposed = {n for n, s in guide_sites.items() if not s["infer"].get("is_auxiliary")}
-    for name in latents:
-        if name not in guide_sites:
-            raise ValueError(
-                f"The model's latent site {name!r} is missing in the guide, which samples "
-                f"{sorted(guide_sites)}{_near(name, guide_sites)}: sample every latent there."
-            )
-    for name in sorted(proposed - set(latents)):
-        raise ValueError(
-            f"The guide samples {name!r}, which is no latent site of the model (its latents are "
-            f"{sorted(latents)}{_near(name, latents)}): remove it, or mark it with "
-            f"infer={{'is_auxiliary': True}}."
-        )
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}" if near else ""
-
-
-def _check_event(name: str, model_site: dict, guide_site: dict) -> None:
-    ours, theirs = model_site["fn"], guide_site["fn"]
-    if ours.event_dim != theirs.event_dim:
-        raise ValueError(
-            f"Site {name!r} has {ours.event_dim} event dimensions in the model and "
-            f"{theirs.event_dim} in the guide: end both distributions in the same .to_event(n)."
-        )
-    if ours.event_shape != theirs.event_shape:
-        raise ValueError(
-            f"Site {name!r} has event shape {list(ours.event_shape)} in the model and "
-            f"{list(theirs.event_shape)} in the guide: give both the same latent size."
-        )
-
-
-def _batch_frame(sites: list[tuple[str, dict]], num_data: int) -> Any:
-    sites = [(n, s) for n, s in sites if not _is_bookkeeping(s)]
-    stacks = {n: [f for f in s["cond_indep_stack"] if f.vectorized] for n, s in sites}
-    holding = [f for stack in stacks.values() for f in stack if f.size == num_data]
-    if not holding:
-        raise ValueError(
-            f"Expected a plate over the batch of {num_data}, got plates "
-            f"{sorted({(f.name, f.size) for stack in stacks.values() for f in stack})}: open "
-            f"`with pyro.plate('data', len(x))` in the model and in the guide."
-        )
-    names = {f.name for f in holding}
-    common = [n for n in names if all(n in {f.name for f in stack} for stack in stacks.values())]
-    plate = "data" if "data" in (common or names) else sorted(common or names)[0]
-    for name, stack in stacks.items():
-        if plate not in {f.name for f in stack}:
-            raise ValueError(
-                f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "
-                f"log-probability belongs to no datum: sample it inside that plate."
-            )
-    return next(f for f in holding if f.name == plate)
-
-
-def _check_observed(name: str, site: dict) -> None:
-    if _is_bookkeeping(site):
-        return
-    fn, value = site["fn"], site["value"]
-    batch = value.shape[: value.dim() - fn.event_dim]
-    if value.shape[value.dim() - fn.event_dim :] != fn.event_shape:
-        raise ValueError(
-            f"Site {name!r} observes events of shape {list(value.shape[1:])}, but its distribution "
-            f"has events {list(fn.event_shape)} and batch {list(fn.batch_shape)}: check the "
-            f"model's data shape, and declare event dimensions with .to_event(n)."
-        )
-    inside = fn.support.check(value)
-    mask = site["mask"]
-    if isinstance(mask, Tensor):
-        inside = inside | ~mask.expand(batch)
-    if mask is not False and not bool(inside.all()):
-        row = tuple((~inside).nonzero()[0].tolist())
-        raise ValueError(_outside(name, fn, value[row]))
-
-
-def _outside(name: str, fn: Any, value: Tensor) -> str:
-    base = fn
-    while hasattr(base, "base_dist") and not hasattr(base, "transforms"):
-        base = base.base_dist
-    kind = type(base).__name__
-    bad = value[~base.support.check(value)] if base.event_dim == 0 else value.reshape(-1)
-    shown = f"{bad.reshape(-1)[0].item():.6g}" if bad.numel() else "a value"
-    mend = "choose a likelihood whose support holds the data"
-    if kind in ("Bernoulli", "RelaxedBernoulli"):
-        mend = (
-            "a Bernoulli scores only 0 and 1, so binarize the data (binarize='threshold', "
-            "'static' or 'dynamic'), or choose a likelihood for grey values (continuous "
-            "Bernoulli, Gaussian)"
-        )
-    return f"Site {name!r} observes {shown}, outside the support of {kind}: {mend}."
-
-
-def _site_scale(site: dict, layout: Layout) -> Tensor | float:
+def site_scale(site: dict, layout: Layout) -> Tensor | float:
+    """A site's scale beside the batch's subsampling, a number or ``[N]``."""
     plate = prod(
         f.full_size / f.size
         for f in site["cond_indep_stack"]

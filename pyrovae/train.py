@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae.contract import check_support, inspect_pair
 from pyrovae.data import Dataset
 from pyrovae.objectives import Estimate, elbo, make_objective
 from pyrovae.params import Parameters
 from pyrovae.progress import progress_bar
 from pyrovae.seeding import draw_seed, seeded, subseed
 from pyrovae.svi import SVI
-from pyrovae.traces import Layout, check_support, inspect_pair, samples, trace_pair
+from pyrovae.traces import Layout, samples, trace_pair
 
 __all__ = ["Fit", "NonFiniteLoss", "fit"]
 
@@ -37,9 +38,9 @@ class Fit:
     Attributes:
         model: The model program.
         guide: The guide program.
-        history: One row an epoch: ``epoch``, ``train_`` and ``valid_`` ``elbo``,
-            ``reconstruction`` and ``kl`` in nats per datum at β = 1 (None where unknown), ``lr``,
-            ``seconds``.
+        history: One row an epoch: ``epoch``; ``train_loss``, the objective; ``train_`` and
+            ``valid_`` ``elbo``, ``reconstruction`` and ``kl`` at β = 1 (None where the objective
+            is no ELBO or sites are scaled), all in nats per datum; ``lr``; ``seconds``.
         seed: The seed that every draw of the training derives from.
         best_epoch: The epoch of the highest validation ELBO so far, if there is one.
     """
@@ -55,9 +56,9 @@ class Fit:
 
     @property
     def elbo(self) -> float:
-        """The last epoch's validation ELBO (or training ELBO without one), nats per datum."""
+        """The last epoch's validation ELBO (without one, minus its loss), nats per datum."""
         last = self.history[-1]
-        return last["train_elbo"] if last["valid_elbo"] is None else last["valid_elbo"]
+        return -last["train_loss"] if last["valid_elbo"] is None else last["valid_elbo"]
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: weights, optimizer, schedule, history, seed.
@@ -243,18 +244,21 @@ def _train_epoch(
             split = bool(estimate.terms)
             totals += _parts(estimate, layout)
     monitor.check()
-    loss, reconstruction, kl = (totals / num_data).tolist()
+    loss, reconstruction, kl = (totals / num_data / layout.plate_scale).tolist()
+    bound = type(svi.objective).__module__.startswith("pyro.infer.trace") and not layout.scaled
     return {
-        "train_elbo": -loss,
-        "train_reconstruction": reconstruction if split else None,
-        "train_kl": kl if split else None,
+        "train_loss": loss,
+        "train_elbo": -loss if bound else None,
+        "train_reconstruction": reconstruction if bound and split else None,
+        "train_kl": kl if bound and split else None,
     }
 
 
 def _parts(estimate: Estimate, layout: Layout) -> Tensor:
-    latent = [-term for name, term in estimate.terms.items() if name in layout.latents]
-    kl = sum(latent) if latent else torch.zeros_like(estimate.loss)
-    return torch.stack([estimate.loss, kl - estimate.loss, kl]).double()
+    """The loss, the part of the ELBO from observed sites, and the rest with its sign turned."""
+    observed = [term for name, term in estimate.terms.items() if name in layout.observed]
+    reconstruction = sum(observed, torch.zeros_like(estimate.loss))
+    return torch.stack([estimate.loss, reconstruction, reconstruction + estimate.loss]).double()
 
 
 class _Monitor:
@@ -323,7 +327,7 @@ def _finish_epoch(result: Fit, row: dict[str, float | None], keep_best: bool) ->
         if keep_best:
             result.best_state = result.svi.parameters.state_dict()
     if isinstance(result.scheduler, ReduceLROnPlateau):
-        result.scheduler.step(-(row["train_elbo"] if value is None else value))
+        result.scheduler.step(row["train_loss"] if value is None else -value)
     elif result.scheduler is not None:
         result.scheduler.step()
 

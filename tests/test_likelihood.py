@@ -9,13 +9,14 @@ import torch
 
 import pyrovae
 from pairs import LATENT, binary, discrete, shipped_bernoulli
+from pyrovae.contract import inspect_pair
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.params import Parameters
 from pyrovae.psis import pareto_khat, tail_length
 from pyrovae.seeding import seeded, subseed
-from pyrovae.traces import inspect_pair, replay_model, site_scores, trace_guide
+from pyrovae.traces import replay_model, site_scores, trace_guide
 
 X = binary()
 

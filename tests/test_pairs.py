@@ -8,9 +8,10 @@ from pyro.poutine.util import prune_subsample_sites
 
 import pyrovae
 from pairs import PAIRS, binary
+from pyrovae.contract import inspect_pair
 from pyrovae.objectives import estimate
 from pyrovae.params import Parameters
-from pyrovae.traces import inspect_pair, replay_model, site_scores, take_particles, trace_guide
+from pyrovae.traces import replay_model, site_scores, take_particles, trace_guide
 
 each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 X = binary()

@@ -195,15 +195,18 @@ def test_grey_pixels_under_a_bernoulli_are_refused(validate):
 
 def test_parameters_that_nobody_owns_are_refused():
     decoder = MLP(LATENT, SHAPE, (8,))
+    nets = {"decoder": decoder}
     _, guide = shipped_bernoulli()
 
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(3), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=nets["decoder"](z)).to_event(3), obs=x)
 
     with pytest.raises(ValueError, match=r"\[16\].*pyro.module"):
         _svi((model, guide)).step(X)
+    with pytest.raises(ValueError, match=r"\[16\].*pyro.module"):
+        pyrovae.fit(model, guide, X, epochs=1, batch_size=4)
     decoder.requires_grad_(False)
     assert _gain((model, guide), steps=5) > -1
 
@@ -241,3 +244,137 @@ def test_event_shapes_that_disagree_are_named():
     model, _ = shipped_bernoulli()
     with pytest.raises(ValueError, match=r"'z'.*\[3\].*\[4\].*latent"):
         pyrovae.elbo(model, MeanField(SHAPE, LATENT + 1), X)
+
+
+def _around(module):
+    return lambda x: module(x)
+
+
+class _Holder:
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x):
+        self.module(x)
+
+    def run(self, x):
+        self.module(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [_around, _Holder, lambda m: _Holder(m).run, lambda m: _around(_around(m))],
+    ids=["lambda", "object", "method", "nested"],
+)
+@pytest.mark.parametrize("make", [plain_modules, same_names])
+def test_modules_behind_functions_and_objects_train(wrap, make):
+    for _ in range(2):
+        inner = make()
+        before = [[p.clone() for p in program.parameters()] for program in inner]
+        assert _gain(tuple(map(wrap, inner)), steps=30) > 0.1
+        for program, old in zip(inner, before, strict=True):
+            pairs = zip(program.parameters(), old, strict=True)
+            assert not any(torch.equal(p, q) for p, q in pairs)
+
+
+def test_modules_behind_functions_are_scored_in_eval_mode():
+    class Noisy(PlainModel):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(self.training)
+            super().forward(x)
+
+    model, (_, guide) = Noisy(), plain_modules()
+    pyrovae.elbo(_around(model), _around(guide), X)
+    assert model.seen
+    assert not any(model.seen)
+
+
+def test_bounds_are_reported_without_the_scales_of_training():
+    model, guide = shipped_bernoulli()
+    plain = pyrovae.elbo(model, guide, X, particles=20, seed=0)
+    history = pyrovae.fit(model, guide, X, epochs=1, batch_size=12, lr=1e-9, seed=0).history
+
+    def subsampled(program):
+        def run(x):
+            with pyro.plate("rows", 600, subsample=torch.arange(len(x))):
+                program(x)
+
+        return run
+
+    def body(inner):
+        def run(x):
+            if inner is guide:
+                loc, log_scale = guide.encoder(x).unbind(-2)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            else:
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=model.decoder(z)).to_event(3), obs=x)
+
+        return run
+
+    pair = subsampled(body(model)), subsampled(body(guide))
+    found = pyrovae.elbo(*pair, X, particles=20, seed=0)
+    torch.testing.assert_close(found.elbo, plain.elbo)
+    row = pyrovae.fit(*pair, X, epochs=1, batch_size=12, lr=1e-9, seed=0).history[0]
+    assert row["train_elbo"] == pytest.approx(history[0]["train_elbo"], rel=0.1)
+
+    scaled = [pyro.poutine.scale(program, scale=0.1) for program in (model, guide)]
+    found = pyrovae.elbo(*scaled, X, particles=20, seed=0)
+    torch.testing.assert_close(found.elbo, plain.elbo)
+    row = pyrovae.fit(*scaled, X, epochs=1, batch_size=12, lr=1e-9, seed=0).history[0]
+    assert row["train_elbo"] is None
+    assert row["train_loss"] == pytest.approx(-0.1 * history[0]["train_elbo"], rel=0.1)
+
+
+def test_losses_of_several_parts_are_returned_as_pyro_returns_them():
+    loss = ReweightedWakeSleep(num_particles=4, vectorize_particles=True)
+    svi = _svi(shipped_bernoulli(), loss)
+    for found in (svi.step(X), svi.evaluate_loss(X)):
+        assert isinstance(found, tuple)
+        assert len(found) == 2
+        assert all(isinstance(part, float) for part in found)
+
+
+def test_gradients_add_up_over_calls():
+    for compile in (False, True):
+        svi = pyrovae.SVI(*shipped_bernoulli(), torch.optim.Adam, Trace_ELBO(), compile=compile)
+        svi.step(X)
+        total = None
+        for seed in (1, 2):
+            pyro.set_rng_seed(seed)
+            svi.gradients(X)
+            grads = [p.grad.clone() for p in svi.parameters.named().values()]
+            if total is None:
+                total = grads
+        pyro.set_rng_seed(2)
+        svi.optimizer.zero_grad()
+        svi.gradients(X)
+        for whole, first, p in zip(grads, total, svi.parameters.named().values(), strict=True):
+            torch.testing.assert_close(whole, first + p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plate_of_the_batch_is_found_among_plates_of_its_size():
+    n = 6
+
+    class Pixels(torch.nn.Module):
+        def __init__(self, encodes):
+            super().__init__()
+            self.encodes = encodes
+            self.loc = torch.nn.Parameter(torch.linspace(-1, 1, n))
+
+        def forward(self, x):
+            with pyro.plate("batch", len(x), dim=-2), pyro.plate("a_pixel", n, dim=-1):
+                if self.encodes:
+                    pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+                else:
+                    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(n, n)
+    found = pyrovae.log_likelihood(Pixels(False), Pixels(True), x, num_samples=30, seed=0)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1).double()
+    torch.testing.assert_close(found.log_prob, exact, atol=1e-4, rtol=0)
