@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.params import Parameters
 
-__all__ = ["Capture", "CaptureError", "Graph", "Step", "compare", "signature"]
+__all__ = ["Capture", "CaptureError", "Graph", "Step", "compare", "signature", "undone"]
 
 AUDIT = 500
 SCALARS = (bool, int, float, str, type(None))
@@ -97,9 +97,9 @@ class Capture:
         return self._run(args)
 
     def _audit(self, args: tuple) -> None:
-        with _undone(self.parameters, args):
+        with undone(self.parameters, args):
             expected = self.eager(args)
-        with _undone(self.parameters, args):
+        with undone(self.parameters, args):
             found = self._run(args)
         compare("the loss", found.estimate.loss, expected.estimate.loss)
         ours, theirs = (
@@ -171,7 +171,7 @@ def _trace(
 
     graphs = []
     for _ in range(2):
-        with _undone(parameters, args), pyro.validation_enabled(False):
+        with undone(parameters, args), pyro.validation_enabled(False):
             try:
                 graphs.append(make_fx(function)(*args))
             except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -230,7 +230,7 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
 
 
 @contextmanager
-def _undone(parameters: Parameters, args: tuple) -> Iterator[None]:
+def undone(parameters: Parameters, args: tuple) -> Iterator[None]:
     """Run a block and give buffers and random streams back as they were."""
     before = [
         (module, name, buffer, buffer.clone())

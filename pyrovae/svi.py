@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyrovae.capture import Capture, CaptureError, signature
+from pyrovae.capture import Capture, CaptureError, signature, undone
 from pyrovae.objectives import Estimate, estimate, is_differentiable, summed
 from pyrovae.params import Parameters
 
 __all__ = ["SVI"]
 
-PAYS_AFTER = 5_000
+PAYS_AFTER, AGAIN_AFTER, REMEMBERED = 5_000, 500, 64
 
 
 class SVI:
@@ -47,8 +47,9 @@ class SVI:
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
         compile: Run loss and gradients as one graph, captured from the handlers and compiled for
-            each shape of a batch: True from the second step on, False never, ``"auto"`` where it
-            pays, which is after 5,000 steps of a shape, or at once if ``steps`` are that many. A
+            a shape of a batch: True from the second step on, False never, ``"auto"`` where it
+            pays, which is after 5,000 steps, or at once if ``steps`` are that many. Another shape,
+            or the same after a change to the modules, is compiled when it has come 500 times. A
             pair that cannot be captured runs eagerly, with one warning that says why.
         steps: How many steps are going to be taken, where that is known.
 
@@ -92,7 +93,8 @@ class SVI:
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.compile = compile
-        self._at_once = compile is True or steps >= PAYS_AFTER
+        self._wait = 0 if compile is True or steps >= PAYS_AFTER else PAYS_AFTER
+        self._taken = 0
         self._captures: dict[Hashable, Capture | None] = {}
         self._seen: dict[Hashable, int] = {}
         self._trained: dict[str, Tensor] = {}
@@ -139,7 +141,8 @@ class SVI:
         return result
 
     def _captured(self, args: tuple, kwargs: dict) -> Estimate | None:
-        ready = self._reached and self.optimizer is not None
+        self._taken += 1
+        ready = self._reached and self.optimizer is not None and self._taken > self._wait
         if self.compile is False or not ready or self.loss_and_grads or kwargs:
             return None
         if not is_differentiable(self.objective):
@@ -147,7 +150,6 @@ class SVI:
         key = signature(self.objective, self.parameters, args)
         if key is None or (key in self._captures and self._captures[key] is None):
             return None
-        self._seen[key] = self._seen.get(key, 0) + 1
         try:
             if key not in self._captures:
                 if not self._pays(key):
@@ -166,9 +168,11 @@ class SVI:
         return step.estimate
 
     def _pays(self, key: Hashable) -> bool:
-        """The first shape is compiled at once if told so; others when they have come often."""
-        often = self._seen[key] >= PAYS_AFTER
-        return often or (self._at_once and not self._captures)
+        """The first batch is worth a capture; another one if it keeps coming."""
+        if len(self._seen) > REMEMBERED:
+            self._seen.clear()
+        self._seen[key] = self._seen.get(key, 0) + 1
+        return not self._captures or self._seen[key] >= AGAIN_AFTER
 
     def descend(self) -> None:
         """Step the optimizer on the gradients at hand and clear them."""
@@ -191,9 +195,21 @@ class SVI:
                 return tuple(map(float, loss)) if isinstance(loss, tuple) else float(loss)
             return estimate(self.objective, self.parameters, *args, **kwargs).loss.item()
 
-    def build(self) -> None:
-        """Make the optimizer over the parameters known so far, for a state to be loaded into."""
+    def build(self, *args: Any) -> None:
+        """Make the optimizer before the first step, for a state to be loaded into.
+
+        Args:
+            args: A batch, on which the objective is tried once.
+
+        Raises:
+            ValueError: If the loss depends on parameters that neither program owns.
+        """
+        if self.loss_and_grads is None and is_differentiable(self.objective):
+            with undone(self.parameters, args):
+                surrogate = estimate(self.objective, self.parameters, *args).surrogate
+            self.parameters.check_reach(surrogate, args)
         self._collect()
+        self._reached = True
 
     def _collect(self) -> None:
         found = len(self.parameters.model.found) + len(self.parameters.guide.found)

@@ -224,7 +224,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int) -> Layout:
         for split in (data.train, data.valid, data.test):
             if split is not None:
                 check_support(parameters, split)
-    svi.build()
+        svi.build(data.train[:batch_size])
     return layout
 
 

@@ -82,12 +82,19 @@ def test_dropout_and_batch_statistics_are_those_of_the_eager_run():
     assert svi.model.norm.num_batches_tracked.item() == 9
 
 
+@pytest.fixture
+def _again_at_once(monkeypatch):
+    monkeypatch.setattr("pyrovae.svi.AGAIN_AFTER", 1)
+
+
+@pytest.mark.usefixtures("_again_at_once")
 def test_a_changed_attribute_is_captured_anew():
     _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
     svi.model.eval()
     svi.model.beta = 0.25
     pyro.set_rng_seed(5)
     captured = svi.gradients(X)
+    assert len(svi._captures) == 2
     found = [p.grad.clone() for p in svi.model.parameters() if p.grad is not None]
     svi.optimizer.zero_grad()
     svi.compile = False
@@ -119,6 +126,7 @@ def test_gradients_that_are_zero_but_for_rounding_stay_captured():
     assert svi.model.net[1].num_batches_tracked.item() == 9
 
 
+@pytest.mark.usefixtures("_again_at_once")
 def test_a_buffer_set_anew_is_captured_anew():
     class Weighted(Stateful):
         def __init__(self):
@@ -137,6 +145,7 @@ def test_a_buffer_set_anew_is_captured_anew():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.usefixtures("_again_at_once")
 @pytest.mark.filterwarnings("ignore:.*requires_grad=False")
 def test_a_frozen_parameter_stays_where_it_is():
     _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
@@ -148,6 +157,14 @@ def test_a_frozen_parameter_stays_where_it_is():
     svi.step(X)
     for old, new in zip(before, svi.guide.parameters(), strict=True):
         assert torch.equal(old, new)
+
+
+def test_an_attribute_that_changes_each_step_runs_eagerly():
+    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    for step in range(5):
+        svi.model.beta = 0.1 * (step + 1)
+        svi.step(X)
+    assert len(svi._captures) == 1
 
 
 def _with_model(model):
