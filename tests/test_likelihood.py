@@ -123,9 +123,9 @@ def test_more_samples_raise_the_bound_and_shrink_the_error():
 
 
 def test_khat_is_that_of_arviz():
-    """Against ArviZ's PSIS, whichever generation of it is installed."""
+    """Where ArviZ 0.x and 1.x agree on the length of the tail: 3√K is whole."""
     generator = torch.Generator().manual_seed(0)
-    for draws in (100, 1000, 5000):
+    for draws in (100, 400, 2500):
         noise = torch.randn(6, draws, generator=generator, dtype=torch.float64)
         spread = torch.tensor([0.3, 0.7, 1.0, 1.5, 2.5, 4.0])[:, None]
         log_weight = spread * noise
@@ -140,7 +140,7 @@ def _arviz_khat(log_weight):
     except ImportError:
         from arviz_stats.base import array_stats
 
-        return array_stats.psislw(log_weight, axis=-1)[1]
+        return array_stats.psislw(-log_weight, axis=-1)[1]
     return psislw(log_weight)[1]
 
 
