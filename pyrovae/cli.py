@@ -21,7 +21,7 @@ __all__ = ["main"]
 DEFAULTS = {
     "objective": "trace_elbo",
     "epochs": 50,
-    "batch_size": 128,
+    "batch_size": None,
     "particles": 1,
     "lr": 1e-3,
     "schedule": "none",
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteLoss as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:
-        return _fail(str(error) or "stopped.", 130)
+        print(f"pyrovae: {error or 'stopped.'}", file=sys.stderr)
+        return 130
     except Exception as error:
         where = place(error)
         if not (where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError)):
@@ -86,7 +87,7 @@ def _train(options: argparse.Namespace) -> None:
     last = result.history[-1]
     print(
         f"{len(result.history)} epochs: ELBO {_number(last['train_elbo'])} (train), "
-        f"{_number(last['valid_elbo'])} (validation, best in epoch {result.best_epoch}), "
+        f"{_number(last['valid_elbo'])} (validation; best in epoch {result.best_epoch}), "
         f"nats per datum."
     )
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
@@ -112,7 +113,7 @@ def _with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict
         }
     missing = [k for k in ("model", "guide", "data") if k not in stored | given]
     if missing:
-        raise ValueError(f"train needs --{', --'.join(missing)}.")
+        raise ValueError(f"train needs --{', --'.join(missing)}: see pyrovae list.")
     given = given | {"settings": _settings(given.get("set", []), stored.get("settings", {}))}
     wanted = (*DEFAULTS, "model", "guide", "data", "settings")
     return {k: v for k, v in (DEFAULTS | stored | given).items() if k in wanted}
@@ -193,10 +194,16 @@ def _summary(found: dict[str, Any], split: str) -> str:
             f"  log p(x), K = {ll['num_samples']:<26} {_number(ll['mean'])} ± "
             f"{_number(ll['standard_error'])} Monte Carlo, ± "
             f"{_number(ll['data_standard_error'])} over data",
-            f"  k-hat > 0.7 for {ll['khat_over_0.7']:.1%} of the data; "
-            f"median effective sample size {_number(ll['ess_median'])}",
+            f"  {_khat(ll['khat_over_0.7'])}; median effective sample size "
+            f"{ll['ess_median'] or 0:.0f} of {ll['num_samples']}",
         ]
     )
+
+
+def _khat(share: float | None) -> str:
+    if share is None:
+        return "k-hat needs more samples"
+    return f"k-hat > 0.7 for {share:.1%} of the data"
 
 
 def _number(value: float | None) -> str:
@@ -256,12 +263,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "The ELBO by both estimators and log p(x), in nats per datum."
     evaluate = command("evaluate", _evaluate, text)
     evaluate.add_argument("run", metavar="DIR")
-    evaluate.add_argument("--samples", type=int, default=1000, metavar="K")
+    evaluate.add_argument("--samples", type=int, default=1000, metavar="K", help="default 1000")
     evaluate.add_argument("--split", choices=("test", "valid", "train"), default="test")
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
     sample = command("sample", _sample, "Draw samples into DIR/figures/samples.png.")
     sample.add_argument("run", metavar="DIR")
-    sample.add_argument("-n", type=int, default=64, metavar="N")
+    sample.add_argument("-n", type=int, default=64, metavar="N", help="default 64")
     sample.add_argument("--seed", type=int)
     report = command("report", _report, "Write DIR/report.html and its figures.")
     report.add_argument("run", metavar="DIR")
@@ -280,7 +287,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--out", metavar="DIR", required=True, help="the run directory")
     train.add_argument("--objective", metavar="O", help=f"one of {', '.join(OBJECTIVES)}")
     train.add_argument("--epochs", type=int, metavar="E", help=f"default {default['epochs']}")
-    train.add_argument("--batch-size", type=int, metavar="M", help=f"{default['batch_size']}")
+    train.add_argument("--batch-size", type=int, metavar="M", help="default 128, or all if fewer")
     train.add_argument("--particles", type=int, metavar="L", help="samples per datum, default 1")
     train.add_argument("--lr", type=float, help=f"learning rate of Adam, default {default['lr']}")
     train.add_argument("--schedule", choices=("none", "cosine"), help="of the learning rate")
@@ -292,7 +299,10 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--binarize", help=f"one of {', '.join(BINARIZE)}")
     train.add_argument("--data-root", help="where the torchvision data lie (or PYROVAE_DATA)")
     train.add_argument(
-        "--set", action="append", metavar="NAME=VALUE", help="model.latent=20, guide.hidden=200,200"
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="latent=5 (for both), model.scale=pixel",
     )
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     train.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")

@@ -97,17 +97,37 @@ def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context:
 
 @contextmanager
 def _blames_data(x: Tensor) -> Iterator[None]:
-    """Where a program fails on data that are not finite, say that of the data."""
+    """Where a program fails at first sight, say of the data or of the program what is wrong."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
+            f"and .test."
+        )
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
-        if not len(bad):
-            raise
-        raise ValueError(
-            f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
-            f"clean them, or let the programs mask them."
-        ) from error
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
+                f"{bad[0].item()}: clean them, or let the programs mask them."
+            ) from error
+        text = str(error).partition("Trace Shapes:")[0].strip()
+        raise ValueError(_mended(text, x)) from error
+
+
+def _mended(text: str, x: Tensor) -> str:
+    if "Shape mismatch inside plate" in text:
+        return f"{text}: declare the dimensions of one event with .to_event(n)."
+    if text.startswith("Expected parameter"):
+        what = text.partition("but found")[0].strip(" ,")
+        return (
+            f"{what}, and it does not. The data run from {x.min():.4g} to {x.max():.4g}: scale "
+            f"them to about [0, 1], or look at the network that makes the parameter."
+        )
+    if "must have the same dtype" in text:
+        return f"{text}. The data are {x.dtype}: convert them or the modules."
+    return text
 
 
 def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
@@ -120,19 +140,19 @@ def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
         if name not in guide_sites:
             raise ValueError(
                 f"The model's latent site {name!r} is missing in the guide, which samples "
-                f"{sorted(guide_sites)}{_near(name, guide_sites)}: sample every latent there."
+                f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}."
             )
     for name in sorted(proposed - set(latents)):
         raise ValueError(
             f"The guide samples {name!r}, which is no latent site of the model (its latents are "
-            f"{sorted(latents)}{_near(name, latents)}): remove it, or mark it with "
-            f"infer={{'is_auxiliary': True}}."
+            f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
+            f"exchange model and guide if they are the wrong way round{_near(name, latents)}."
         )
 
 
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _check_event(name: str, model_site: dict, guide_site: dict) -> None:

@@ -47,6 +47,7 @@ FIT = (
     "patience",
     "compile",
 )
+BATCH_SIZE = 128
 COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
@@ -86,6 +87,7 @@ def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Ex
         **{k: _describe(programs[k], settings[k]) for k in KINDS},
         "data": {"load": load, "root": root} | data.provenance,
         **{k: options[k] for k in FIT},
+        "batch_size": _batch_size(options["batch_size"], len(data.train)),
         "device": str(device),
         "seed": options["seed"],
         "versions": _versions(),
@@ -190,7 +192,7 @@ def evaluate(
     earlier, x = run.results, getattr(experiment.data, split)
     pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
     ll = log_likelihood(*pair, x, num_samples=num_samples, seed=seed, progress=progress)
-    bounds = {}
+    bounds, nan = {}, torch.tensor(math.nan, dtype=torch.float64, device=ll.khat.device)
     for name in OBJECTIVES:
         bound = elbo(*pair, x, objective=name, particles=64, batch_size=128, seed=seed)
         bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
@@ -209,7 +211,11 @@ def evaluate(
                 "num_samples": num_samples,
                 "ess_median": ll.ess.median().item(),
                 "khat_median": ll.khat.median().item(),
-                "khat_over_0.7": (ll.khat > 0.7).double().mean().item(),
+                "khat_over_0.7": ll.khat.gt(0.7)
+                .double()
+                .where(~ll.khat.isnan(), nan)
+                .mean()
+                .item(),
             }
         ),
     }
@@ -252,6 +258,10 @@ def _build(
         model = programs["model"].build(tuple(data.shape), settings["model"])
         guide = programs["guide"].build(tuple(data.shape), settings["guide"])
     return model, guide
+
+
+def _batch_size(asked: int | None, num_data: int) -> int:
+    return min(BATCH_SIZE, num_data) if asked is None else asked
 
 
 def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:

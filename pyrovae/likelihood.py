@@ -42,7 +42,7 @@ class LogLikelihood:
         standard_error: Its Monte Carlo standard error by the delta method, ``[N]``; NaN for K = 1.
         ess: The effective sample size out of K, ``[N]``.
         khat: The Pareto shape of the weights' tail, ``[N]``; above 0.7 the error is not to be
-            trusted and more samples or a better guide are needed.
+            trusted and more samples or a better guide are needed. NaN for K too small to tell.
         num_samples: K.
     """
 

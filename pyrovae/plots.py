@@ -144,7 +144,7 @@ def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
     x, title = _events(grid, 2), "Events decoded over the latent plane"
     if x[0, 0].size == 2:
         return _points(x, PLANE, title, paths=[*x, *x.swapaxes(0, 1)])
-    names = [f"z[{i}], in prior standard deviations" for i in range(2)]
+    names = [f"z[{i}]" for i in range(2)]
     return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
 
 

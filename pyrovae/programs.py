@@ -124,13 +124,16 @@ def near(name: str, names: Any) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def place(error: BaseException) -> str:
-    """The last line of a user's file that an error passed through, or nothing."""
-    found, step = "", error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_globals.get("__name__", "").startswith(PREFIX):
-            found = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
-        step = step.tb_next
+def place(error: BaseException | None) -> str:
+    """The last line of a user's file that an error, or its cause, passed through, or nothing."""
+    found = ""
+    while error is not None and not found:
+        step = error.__traceback__
+        while step is not None:
+            if step.tb_frame.f_globals.get("__name__", "").startswith(PREFIX):
+                found = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
+            step = step.tb_next
+        error = error.__cause__
     return found
 
 

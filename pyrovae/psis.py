@@ -30,8 +30,9 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
         num_samples: The number of weights K that they were taken from.
 
     Returns:
-        The shape k̂ with its weak prior at 0.5, ``[N]``: infinite where the tail is too short to
-        fit, 0 where the weights are equal.
+        The shape k̂ with its weak prior at 0.5, ``[N]``: NaN where the tail has fewer than five
+        weights (K < 21) and cannot be fitted, 0 where the weights are equal, infinite where most
+        weights are zero.
 
     References:
         Zhang and Stephens (2009), A new and efficient estimation method for the generalized
@@ -39,7 +40,7 @@ def pareto_khat(tail: Tensor, num_samples: int) -> Tensor:
     """
     length = min(tail_length(num_samples), tail.shape[1] - 1)
     if length < 5:
-        return tail.new_full((len(tail),), math.inf)
+        return tail.new_full((len(tail),), math.nan)
     weights = (tail - tail[:, -1:]).exp()
     excess = weights[:, 1:] - weights[:, :1]
     constant = ~(excess[:, -1] > 0)

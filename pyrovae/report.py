@@ -180,8 +180,10 @@ def _verdict(bounds: Mapping[str, Any], mean: float | None, error: float | None)
     bound = bounds.get("trace_mean_field_elbo") or bounds.get("trace_elbo") or {}
     if bound.get("mean") is not None:
         gap = mean - bound["mean"]
-        text += f" The gap log p(x) − ELBO is {_cell(gap)} nats: the looseness of the bound, "
-        text += "which is the mean of KL(q(z|x) ‖ p(z|x))"
+        which = "B" if "trace_mean_field_elbo" in bounds else "A"
+        text += f" The gap log p(x) − ELBO ({which}) is {_cell(gap)} nats: the looseness of the "
+        text += "bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where k-hat is "
+        text += "above 0.7"
         text += "." if gap > 0 else ", never negative: here sampling error outweighs it."
     return f'<p class="verdict">{text}</p>'
 

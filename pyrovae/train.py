@@ -154,8 +154,7 @@ def fit(
         >>> result.elbo
     """
     loss = make_objective(objective, particles)
-    if isinstance(data, Tensor):
-        data = Dataset("tensor", data.shape[1:], data, valid=None, test=None)
+    data = _as_dataset(data)
     _check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
         raise ValueError("Expected validation data for patience; got training data alone.")
@@ -194,6 +193,19 @@ def fit(
     return result
 
 
+def _as_dataset(data: Any) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if not isinstance(data, Tensor):
+        raise TypeError(
+            f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file with "
+            f"pyrovae.load_data, or use torch.as_tensor(array)."
+        )
+    if not data.is_floating_point():
+        raise TypeError(f"Expected floating-point data, got {data.dtype}: scale and use .float().")
+    return Dataset("tensor", data.shape[1:], data, valid=None, test=None)
+
+
 def _check_sizes(
     num_data: int, epochs: int, batch_size: int, patience: int | None, lr: float
 ) -> None:
@@ -201,7 +213,8 @@ def _check_sizes(
         raise ValueError(f"Expected epochs >= 1, got {epochs}.")
     if not 1 <= batch_size <= num_data:
         raise ValueError(
-            f"Expected a batch size between 1 and the {num_data} training data, got {batch_size}."
+            f"Expected a batch size between 1 and the {num_data} training data, got {batch_size}: "
+            f"choose another."
         )
     if patience is not None and patience < 1:
         raise ValueError(f"Expected patience >= 1, got {patience}.")

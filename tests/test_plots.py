@@ -116,8 +116,8 @@ def test_the_manifold_shows_each_event_at_its_latent():
             j = int((point[0] - left) / (right - left) * columns)
             i = int((top - point[1]) / (top - bottom) * rows)
             assert drawn[i, j] == pytest.approx(point[dim])
-        assert image.axes.get_xlabel() == "z[0], in prior standard deviations"
-        assert image.axes.get_ylabel() == "z[1], in prior standard deviations"
+        assert image.axes.get_xlabel() == "z[0]"
+        assert image.axes.get_ylabel() == "z[1]"
 
 
 def test_interpolations_run_from_weight_zero_to_one():

@@ -136,7 +136,7 @@ def test_ctrl_c_tells_how_to_resume(workspace, ctrl_c):
     done = len(history(workspace / "a run"))
     assert 3 <= done < EPOCHS
     again = "go on with: pyrovae train --out 'a run' --resume"
-    assert error == f"pyrovae: error: stopped after epoch {done}; {again}\n"
+    assert error == f"pyrovae: stopped after epoch {done}; {again}\n"
     assert run("train", "--out", "a run", "--resume") == 0
     assert run(*command, "--out", "whole") == 0
     assert outcome(workspace / "a run") == outcome(workspace / "whole")
