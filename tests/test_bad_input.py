@@ -124,7 +124,7 @@ PROGRAMS = {
         "import pyro, torch, pyro.distributions as dist\n"
         "def model(x):\n"
         "    return x.reshape(-1, 784)\n",
-        ["own.py, line 3", "RuntimeError", "784"],
+        ["own.py, line 3", "784"],
     ),
     "bug": ("def model(x):\n    return {}['said']\n", ["own.py, line 2", "KeyError", "said"]),
     "argument": (
