@@ -178,6 +178,31 @@ def discrete():
     return Discrete(False), Discrete(True)
 
 
+class Mixed(nn.Module):
+    """A categorical latent beside a continuous one."""
+
+    def __init__(self, encodes):
+        super().__init__()
+        self.encodes = encodes
+        self.net = MLP(SHAPE, (3, 3), (8,)) if encodes else MLP(6, SHAPE, (8,))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            if self.encodes:
+                logits, loc, log_scale = self.net(x).unbind(-2)
+                pyro.sample("y", dist.OneHotCategorical(logits=logits))
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            else:
+                y = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(3)))
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                logits = self.net(torch.cat([y, z], -1))
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+
+def mixed():
+    return Mixed(False), Mixed(True)
+
+
 PAIRS = {
     make.__name__: make
     for make in (
@@ -189,5 +214,6 @@ PAIRS = {
         functions,
         two_latents,
         discrete,
+        mixed,
     )
 }

@@ -94,3 +94,59 @@ def test_bad_input_is_named():
         pyrovae.sample(model, like=X, n=0)
     with pytest.raises(ValueError, match=r"No latent sites \['w'\]"):
         pyrovae.decode(model, {"w": torch.zeros(2, 3)}, like=X)
+
+
+def test_reconstructions_and_encodings_are_made_in_eval_mode():
+    model, guide = shipped_bernoulli()
+    seen = []
+    for net in (model.decoder, guide.encoder):
+        net.register_forward_hook(lambda net, *_: seen.append(net.training))
+    pyrovae.reconstruct(model, guide, X)
+    pyrovae.encode(guide, X)
+    assert seen
+    assert not any(seen)
+    assert model.decoder.training
+    assert guide.encoder.training
+
+
+def test_seeds_are_repeatable_and_leave_the_global_stream_alone():
+    model, guide = two_latents()
+    for call in (
+        lambda seed: pyrovae.reconstruct(model, guide, X, seed=seed)["x"],
+        lambda seed: pyrovae.encode(guide, X, seed=seed)["low"],
+    ):
+        before = torch.get_rng_state()
+        one, two, other = call(1), call(1), call(2)
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(one, two)
+        assert not torch.equal(one, other)
+
+
+def test_context_and_deterministic_sites_go_through():
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = pyro.deterministic("loc", z + y, event_dim=1)
+            pyro.sample("x", pyro.distributions.Normal(loc, 0.1).to_event(1), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", pyro.distributions.Normal(0.0, 1e-3), infer={"is_auxiliary": True})
+            scale = 1e-3 + 0 * a[..., None]
+            pyro.sample("z", pyro.distributions.Normal(x - y, scale).to_event(1))
+
+    y = 100.0 * torch.arange(1.0, 5)[:, None]
+    drawn = pyrovae.sample(model, y, like=torch.zeros(1, 2), n=4, seed=0)
+    assert ((drawn - y).abs() < 10).all()
+    x = drawn + 50
+    assert pyrovae.encode(guide, x, y).keys() == {"z"}
+    torch.testing.assert_close(pyrovae.encode(guide, x, y)["z"], x - y)
+    torch.testing.assert_close(pyrovae.reconstruct(model, guide, x, y), x, atol=0.02, rtol=0)
+    decoded = pyrovae.decode(model, {"z": x - y}, y, like=x)
+    torch.testing.assert_close(decoded, x, atol=1e-3, rtol=0)
+
+
+def test_a_dimension_that_a_site_lacks_is_named():
+    for dim in (3, -4):
+        with pytest.raises(ValueError, match=f"3 dimensions, so there is no dimension {dim}"):
+            pyrovae.traverse(*shipped_bernoulli(), X, "z", dim, torch.zeros(1))

@@ -269,3 +269,68 @@ def test_weights_of_zero_give_minus_infinity():
 
     found = pyrovae.log_likelihood(model, guide, torch.zeros(3, 2), num_samples=50, seed=0)
     assert (found.log_prob == -math.inf).all()
+
+
+def test_standard_errors_of_the_mean_are_those_of_draws_and_of_data():
+    found = pyrovae.LogLikelihood(
+        log_prob=torch.tensor([-3.0, -5.0, -10.0]),
+        standard_error=torch.tensor([0.2, 0.1, 0.2]),
+        ess=torch.ones(3),
+        khat=torch.zeros(3),
+        num_samples=9,
+    )
+    assert found.mean == pytest.approx(-6.0)
+    assert found.mean_standard_error == pytest.approx(0.3 / 3)
+    assert found.data_standard_error == pytest.approx((13 / 3) ** 0.5)
+
+
+def test_each_datum_may_have_a_scale_of_its_own():
+    pair, scale = shipped_bernoulli(), torch.linspace(0.5, 2.0, len(X))
+    plain = pyrovae.log_likelihood(*pair, X, num_samples=50, seed=0)
+    scaled = [pyro.poutine.scale(program, scale=scale) for program in pair]
+    found = pyrovae.log_likelihood(*scaled, X, num_samples=50, seed=0)
+    torch.testing.assert_close(found.log_prob, scale * plain.log_prob)
+    torch.testing.assert_close(found.standard_error, scale * plain.standard_error)
+
+    def pixels(x):
+        scale = 1 + torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0))
+        rows, columns = pyro.plate("data", len(x), dim=-2), pyro.plate("pixel", 2, dim=-1)
+        with pyro.poutine.scale(scale=scale), rows, columns:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = pyro.poutine.block(pyro.poutine.uncondition(pixels), hide=["x"])
+    with pytest.raises(ValueError, match="one scale per datum"):
+        pyrovae.log_likelihood(pixels, guide, torch.zeros(5, 2), seed=0)
+
+
+def test_a_nan_past_the_first_tile_names_its_datum():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = torch.where(x == 1, math.nan, z)
+            pyro.sample("x", dist.Normal(loc, 1.0, validate_args=False), obs=x)
+
+    x = torch.zeros(70)
+    x[66] = 1
+    with pytest.raises(ValueError, match="'x' in the model is NaN for datum 66"):
+        pyrovae.log_likelihood(model, guide, x, num_samples=5, seed=0)
+
+
+def test_infinity_minus_infinity_is_refused():
+    model, guide = shipped_bernoulli()
+
+    def never(program, name):
+        def run(x):
+            program(x)
+            with pyro.plate(f"{name}_data", len(x)):
+                pyro.factor(name, torch.full((len(x),), -math.inf), has_rsample=True)
+
+        return run
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="infinity minus infinity"):
+        pyrovae.log_likelihood(never(model, "m"), never(guide, "g"), X, num_samples=5, seed=0)

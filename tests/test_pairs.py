@@ -15,6 +15,7 @@ from pyrovae.traces import replay_model, site_scores, take_particles, trace_guid
 
 each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 X = binary()
+DISCRETE = (PAIRS["discrete"], PAIRS["mixed"])
 
 
 def _parameters(make):
@@ -56,7 +57,7 @@ def test_a_second_pair_in_the_same_process_trains_too(make):
 @pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
 @pytest.mark.parametrize("particles", [1, 3])
 def test_value_and_gradients_are_those_of_pyro(make, loss, particles):
-    if make is PAIRS["discrete"] and loss is TraceMeanField_ELBO:
+    if make in DISCRETE and loss is TraceMeanField_ELBO:
         particles = None
     parameters = Parameters(*make())
     inspect_pair(parameters, X)
@@ -116,7 +117,7 @@ def test_elbo_is_below_log_likelihood_and_both_estimators_agree(make):
     ll = pyrovae.log_likelihood(model, guide, X, num_samples=2000, seed=1)
     assert a.mean <= ll.mean + 3 * ll.mean_standard_error
     torch.testing.assert_close(a.elbo, a.reconstruction - a.kl)
-    if make is not PAIRS["discrete"]:
+    if make not in DISCRETE:
         b = pyrovae.elbo(model, guide, X, particles=400, seed=2, objective="trace_mean_field_elbo")
         assert abs(a.mean - b.mean) < 0.3
 
@@ -146,3 +147,71 @@ def test_state_survives_a_round_trip(make):
     svi.parameters.load_state_dict(state)
     restored = pyrovae.log_likelihood(model, guide, X, num_samples=20, seed=0).log_prob
     assert torch.equal(reference, restored)
+
+
+@pytest.mark.filterwarnings("ignore:Found plate statements in guide")
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+def test_scales_masks_and_auxiliary_sites_count_as_in_pyro(loss):
+    model, guide = PAIRS["shipped_bernoulli"]()
+    keep = torch.arange(len(X)) % 3 > 0
+
+    def weighted(program):
+        def run(x):
+            with pyro.poutine.scale(scale=0.3), pyro.poutine.mask(mask=keep):
+                program(x)
+
+        return run
+
+    def more(x):
+        guide(x)
+        with pyro.plate("again", len(x)):
+            normal = pyro.distributions.Normal(0.0, 2.0)
+            pyro.sample("side", normal.expand([len(x)]), infer={"is_auxiliary": True})
+
+    parameters = Parameters(weighted(model), weighted(more))
+    objective = loss(num_particles=3)
+    pyro.set_rng_seed(3)
+    theirs = objective.differentiable_loss(parameters.run_model, parameters.run_guide, X)
+    pyro.set_rng_seed(3)
+    ours = estimate(objective, parameters, X)
+    leaves = list(parameters.named().values())
+    torch.testing.assert_close(ours.loss, theirs.detach(), rtol=1e-5, atol=1e-4)
+    expected = torch.autograd.grad(theirs, leaves)
+    for one, other in zip(torch.autograd.grad(ours.surrogate, leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_standard_error_of_a_bound_is_that_of_the_mean():
+    parts = torch.tensor([-3.0, -5.0, -10.0])
+    found = pyrovae.objectives.ElboResult(parts, parts, torch.zeros(3))
+    assert found.mean == pytest.approx(-6.0)
+    assert found.standard_error == pytest.approx((13 / 3) ** 0.5)
+
+
+def test_deterministic_sites_count_for_nothing():
+    model, guide = PAIRS["shipped_bernoulli"]()
+
+    def more(x):
+        pyro.deterministic("weight", torch.ones(2))
+        model(x)
+
+    for call in (
+        lambda model: pyrovae.elbo(model, guide, X, seed=0).elbo,
+        lambda model: pyrovae.log_likelihood(model, guide, X, num_samples=9, seed=0).log_prob,
+    ):
+        assert torch.equal(call(more), call(model))
+
+
+def test_auxiliary_sites_of_the_guide_keep_the_contract():
+    model, guide = PAIRS["shipped_bernoulli"]()
+
+    def more(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = guide.encoder(x).unbind(-2)
+            pyro.sample("side", pyro.distributions.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", pyro.distributions.Normal(loc, log_scale.exp()).to_event(1))
+
+    plain = pyrovae.elbo(model, guide, X, particles=400, seed=0)
+    found = pyrovae.elbo(model, more, X, particles=400, seed=0)
+    entropy = 0.5 * (1 + torch.log(torch.tensor(2 * torch.pi)))
+    assert abs(found.mean - plain.mean - entropy) < 0.3

@@ -15,6 +15,7 @@ import pyrovae
 from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli, shipped_gaussian
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.seeding import subseed
 from pyrovae.train import NonFiniteLoss
 
 X = binary(40)
@@ -333,3 +334,49 @@ def test_nan_data_are_refused():
     x[13, 0, 1, 1] = math.nan
     with pytest.raises(ValueError, match=r"1 of 20 data hold NaN or infinity, first in row 13"):
         pyrovae.fit(*shipped_gaussian(), x, epochs=1, batch_size=5)
+
+
+def test_a_bound_that_stays_is_no_rise():
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    result = pyrovae.fit(
+        *shipped_bernoulli(), _data(), epochs=9, batch_size=20, optimizer=frozen, patience=2, seed=0
+    )
+    assert result.best_epoch == 1
+    assert len(result.history) == 3
+
+
+def test_epochs_draw_anew_and_are_validated_alike():
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    one, two = pyrovae.fit(
+        *shipped_bernoulli(), _data(), epochs=2, batch_size=20, optimizer=frozen, seed=0
+    ).history
+    assert one["train_loss"] != two["train_loss"]
+    assert one["valid_elbo"] == two["valid_elbo"]
+
+
+def test_a_non_finite_loss_is_not_stepped_on():
+    model, guide = shipped_bernoulli()
+    thrown = partial(torch.optim.SGD, lr=1e30)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLoss, match="epoch 1, step 2"):
+        pyrovae.fit(model, guide, X, epochs=1, batch_size=8, optimizer=thrown, seed=0)
+    assert all(p.isfinite().all() for p in (*model.parameters(), *guide.parameters()))
+
+
+@pytest.mark.parametrize("objective", ["trace_elbo", "trace_mean_field_elbo"])
+def test_validation_is_by_the_estimator_of_the_objective(objective):
+    pair, data = shipped_bernoulli(), _data()
+    result = pyrovae.fit(*pair, data, objective=objective, epochs=1, batch_size=20, seed=3)
+    found = pyrovae.elbo(*pair, data.valid, objective=objective, seed=subseed(3, 0))
+    row = result.history[0]
+    assert row["valid_elbo"] == pytest.approx(found.mean)
+    assert row["valid_kl"] == pytest.approx(found.kl.double().mean().item())
+
+
+def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
+    history = pyrovae.fit(
+        *shipped_bernoulli_seeded(), _data(), epochs=4, batch_size=20, lr=1e-3, seed=0,
+        scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.0),
+    ).history  # fmt: skip
+    elbos = [row["valid_elbo"] for row in history]
+    assert elbos == sorted(elbos)
+    assert [row["lr"] for row in history] == [1e-3] * 4

@@ -378,3 +378,59 @@ def test_the_plate_of_the_batch_is_found_among_plates_of_its_size():
     found = pyrovae.log_likelihood(Pixels(False), Pixels(True), x, num_samples=30, seed=0)
     exact = dist.Normal(0.0, 2**0.5).log_prob(x).sum(-1).double()
     torch.testing.assert_close(found.log_prob, exact, atol=1e-4, rtol=0)
+
+
+def test_renyi_refuses_scales_of_either_program_and_of_each_datum():
+    model, guide = shipped_bernoulli()
+    each = torch.linspace(0.5, 2.0, len(X))
+    for pair in (
+        (model, pyro.poutine.scale(guide, scale=2.0)),
+        (pyro.poutine.scale(model, scale=each), guide),
+    ):
+        with pytest.raises(ValueError, match=r"RenyiELBO.*scale"):
+            _svi(pair, RenyiELBO(num_particles=2)).step(X)
+
+
+def test_every_module_keeps_its_own_mode():
+    model, guide = shipped_bernoulli()
+    model.decoder.eval()
+    pyrovae.elbo(model, guide, X)
+    assert model.training
+    assert guide.encoder.training
+    assert not model.decoder.training
+
+
+def test_data_outside_the_support_may_be_masked():
+    model, guide = shipped_bernoulli()
+    grey, keep = X.clone(), torch.arange(len(X)) != 4
+    grey[4, 0, 0, 0] = 0.25
+
+    def masked(program):
+        def run(x):
+            with pyro.poutine.mask(mask=keep):
+                program(x)
+
+        return run
+
+    plain = pyrovae.elbo(model, guide, X, seed=0).elbo
+    with pyro.validation_enabled(False):
+        found = pyrovae.elbo(masked(model), masked(guide), grey, seed=0).elbo
+    torch.testing.assert_close(found[keep], plain[keep])
+    assert found[4] == 0
+
+
+def test_parameters_that_appear_late_are_trained():
+    model, guide = shipped_bernoulli()
+    calls = []
+
+    def late(x):
+        calls.append(len(x))
+        guide(x)
+        if len(calls) > 2:
+            pyro.factor("late", pyro.param("shift", torch.tensor(1.0)) ** 2, has_rsample=True)
+
+    svi = pyrovae.SVI(model, late, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), compile=False)
+    with pyro.validation_enabled(False):
+        for _ in range(6):
+            svi.step(X)
+    assert pyro.param("shift").item() != 1.0
