@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO, TraceMeanField_ELBO
 from pyro.optim import PyroOptim
@@ -17,18 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae.contract import check_support, inspect_pair
 from pyrovae.data import Dataset
+from pyrovae.monitor import Monitor, NonFiniteLoss
 from pyrovae.objectives import Estimate, elbo, make_objective
-from pyrovae.params import Parameters
 from pyrovae.progress import progress_bar
 from pyrovae.seeding import draw_seed, seeded, subseed
 from pyrovae.svi import SVI
-from pyrovae.traces import Layout, samples, trace_pair
+from pyrovae.traces import Layout
 
 __all__ = ["Fit", "NonFiniteLoss", "fit"]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; the message names the epoch, the step and the site."""
 
 
 @dataclass
@@ -246,7 +241,7 @@ def _train_epoch(
 ) -> dict[str, float | None]:
     device, num_data = svi.parameters.device, len(data.train)
     order = torch.randperm(num_data).to(device)
-    monitor = _Monitor(svi, epoch)
+    monitor = Monitor(svi, epoch)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     split = False
     with svi.parameters.mode(training=True):
@@ -272,53 +267,6 @@ def _parts(estimate: Estimate, layout: Layout) -> Tensor:
     observed = [term for name, term in estimate.terms.items() if name in layout.observed]
     reconstruction = sum(observed, torch.zeros_like(estimate.loss))
     return torch.stack([estimate.loss, reconstruction, reconstruction + estimate.loss]).double()
-
-
-class _Monitor:
-    """Watches the loss of every step: at once on a CPU, at the epoch's end on an accelerator."""
-
-    def __init__(self, svi: SVI, epoch: int) -> None:
-        self.svi, self.epoch = svi, epoch
-        self.names: list[str] = []
-        self.values: list[Tensor] = []
-
-    def gradients(self, x: Tensor) -> Estimate:
-        try:
-            estimate = self.svi.gradients(x)
-        except ValueError as error:
-            site = _non_finite_site(self.svi.parameters, x)
-            if site is None:
-                raise
-            raise self._stop(len(self.values) + 1, site) from error
-        self.names = [*estimate.terms, "loss"]
-        self.values.append(torch.stack([*estimate.terms.values(), estimate.loss]))
-        if x.device.type == "cpu" and not bool(estimate.loss.isfinite()):
-            self.check()
-        return estimate
-
-    def check(self) -> None:
-        finite = torch.stack(self.values).isfinite()
-        if not bool(finite.all()):
-            step, column = (~finite).nonzero()[0].tolist()
-            raise self._stop(step + 1, self.names[column])
-
-    def _stop(self, step: int, site: str) -> NonFiniteLoss:
-        what = "the loss" if site == "loss" else f"the log-probability of site {site!r}"
-        return NonFiniteLoss(
-            f"Training stopped in epoch {self.epoch}, step {step}: {what} is not finite. Lower "
-            f"the learning rate, clip the gradient (clip_norm), or look at that site's parameters."
-        )
-
-
-@torch.no_grad()
-def _non_finite_site(parameters: Parameters, x: Tensor) -> str | None:
-    with pyro.validation_enabled(False):
-        for trace in reversed(trace_pair(parameters, x)):
-            trace.compute_log_prob()
-            for name, site in samples(trace).items():
-                if not bool(site["log_prob"].isfinite().all()):
-                    return name
-    return None
 
 
 def _validate(
