@@ -166,7 +166,7 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("--tensorboard needs: pip install 'pyrovae[tensorboard]'.") from error
+            raise ValueError("--tensorboard needs: pip install tensorboard") from error
         return SummaryWriter
 
 

@@ -11,7 +11,7 @@
 ``report.html``           the one-page report
 ========================= =====================================================================
 
-Every write is atomic: a temporary file is written, synced and renamed. Nothing is unpickled.
+Every write is atomic: a temporary file is written, synced and renamed. No pickle is executed.
 """
 
 from __future__ import annotations
