@@ -10,14 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pyrovae.data import BINARIZE, DATASETS
+from pyrovae.data import BINARIZE, CONTEXTS, DATASETS
 from pyrovae.objectives import OBJECTIVES
+from pyrovae.precision import PRECISIONS
 from pyrovae.programs import place, plain, shipped
 from pyrovae.runs import Run
 from pyrovae.train import Fit, NonFiniteLoss
 
 __all__ = ["main"]
 
+SHOWN = ("binarize", "context", "labelled")
 DEFAULTS = {
     "objective": "trace_elbo",
     "epochs": 50,
@@ -28,9 +30,12 @@ DEFAULTS = {
     "clip_norm": None,
     "patience": None,
     "compile": "auto",
+    "precision": "float32",
     "device": "auto",
     "seed": 0,
     "binarize": "none",
+    "context": "none",
+    "labelled": None,
     "data_root": None,
 }
 
@@ -107,7 +112,7 @@ def _with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict
             "model": config["model"]["name"],
             "guide": config["guide"]["name"],
             "data": config["data"]["load"],
-            "binarize": config["data"]["binarize"],
+            **{k: config["data"][k] for k in SHOWN if k in config["data"]},
             "data_root": config["data"]["root"],
             "settings": {k: config[k]["settings"] for k in ("model", "guide")},
         }
@@ -294,9 +299,12 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--clip-norm", type=float, help="the largest norm of a gradient")
     train.add_argument("--patience", type=int, help="epochs without a better validation ELBO")
     train.add_argument("--compile", choices=("auto", "on", "off"), help="auto: where it pays")
+    train.add_argument("--precision", help=f"of matrix products: {', '.join(PRECISIONS)}")
     train.add_argument("--device", help="auto, cpu or cuda")
     train.add_argument("--seed", type=int, help="seeds every draw, default 0")
     train.add_argument("--binarize", help=f"one of {', '.join(BINARIZE)}")
+    train.add_argument("--context", help=f"what the programs see beside x: {', '.join(CONTEXTS)}")
+    train.add_argument("--labelled", type=int, metavar="N", help="show N of the training labels")
     train.add_argument("--data-root", help="where the torchvision data lie (or PYROVAE_DATA)")
     train.add_argument(
         "--set",

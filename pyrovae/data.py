@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.files import SUFFIXES, Arrays, read_arrays
-from pyrovae.images import read_images
+from pyrovae.binarization import draw_binary
+from pyrovae.context import LABEL_SEED, label_context
+from pyrovae.files import Arrays
 from pyrovae.seeding import subseed
+from pyrovae.sources import DATASETS, find_source, unknown
 
-__all__ = ["BINARIZE", "DATASETS", "SPLIT_SEED", "Dataset", "Splits", "load_data"]
+__all__ = ["BINARIZE", "CONTEXTS", "DATASETS", "SPLIT_SEED", "Dataset", "Splits", "load_data"]
 
 BINARIZE = ("none", "threshold", "static", "dynamic")
-DATASETS = {
-    "digits": "1,797 handwritten digits, 8×8, 17 grey levels (scikit-learn, no download)",
-    "mnist": "70,000 handwritten digits, 28×28 (torchvision)",
-    "fashion_mnist": "70,000 articles of clothing, 28×28 (torchvision)",
-    "kmnist": "70,000 cursive Japanese characters, 28×28 (torchvision)",
-    "cifar10": "60,000 colour photographs of ten classes, 3×32×32 (torchvision)",
-    "svhn": "99,289 colour photographs of house numbers, 3×32×32 (torchvision)",
-}
+CONTEXTS = ("none", "labels")
 SPLIT_SEED = 0
 
 
@@ -55,6 +45,7 @@ class Dataset:
         intensities: What ``"dynamic"`` draws training batches from, ``[N, *shape]``, uint8 or
             float32; the probability of a one is ``intensities / scale``.
         scale: The intensity of a certain one.
+        context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``.
     """
 
     name: str
@@ -67,6 +58,7 @@ class Dataset:
     binarize: str = "none"
     intensities: Tensor | None = None
     scale: float = 1.0
+    context: Splits | None = None
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{split}={len(getattr(self, split))}" for split in Splits._fields)
@@ -83,9 +75,34 @@ class Dataset:
         """
         if self.intensities is None:
             return self.train[index]
-        p = self.intensities[index].float() / self.scale
-        uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
-        return (uniform < p).float()
+        return draw_binary(self.intensities[index], self.scale, generator)
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The arguments of both programs for the training rows ``index`` ``[M]``.
+
+        Returns:
+            ``(x, *context)``, x as :meth:`batch` gives it.
+        """
+        context = self.context.train if self.context else ()
+        return self.batch(index, generator), *(tensor[index] for tensor in context)
+
+    def split(self, name: str) -> tuple[Tensor, ...]:
+        """The arguments of both programs for a whole split.
+
+        Args:
+            name: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Returns:
+            ``(x, *context)``; nothing, ``()``, where there is no such split.
+
+        Raises:
+            ValueError: If the name is another.
+        """
+        if name not in Splits._fields:
+            raise ValueError(unknown("the split", str(name), Splits._fields))
+        x = getattr(self, name)
+        context = getattr(self.context, name) if self.context else ()
+        return () if x is None else (x, *context)
 
     def to(self, device: torch.device | str | int | None) -> Dataset:
         """The same data on another device; None leaves it where it is."""
@@ -94,17 +111,8 @@ class Dataset:
         names = ("train", "valid", "test", "intensities")
         moved = {name: t.to(device) for name in names if (t := getattr(self, name)) is not None}
         labels = self.labels and Splits(*(y.to(device) for y in self.labels))
-        return replace(self, labels=labels, **moved)
-
-
-class _Source(NamedTuple):
-    """Arrays as they were found, and how to read them: intensities are ``x / scale``."""
-
-    name: str
-    arrays: Arrays
-    scale: float
-    scaling: str
-    origin: dict[str, str]
+        context = self.context and Splits(*(tuple(t.to(device) for t in c) for c in self.context))
+        return replace(self, labels=labels, context=context, **moved)
 
 
 def load_data(
@@ -114,6 +122,8 @@ def load_data(
     root: str | Path | None = None,
     device: torch.device | str | int | None = None,
     seed: int = 0,
+    context: str = "none",
+    labelled: int | None = None,
 ) -> Dataset:
     """Load a shipped data set or a file, split it, and binarize it as told.
 
@@ -137,6 +147,11 @@ def load_data(
             ``pyrovae/data`` in the user's cache. What is missing there is downloaded into it.
         device: Where the tensors go.
         seed: The seed of the fixed draws.
+        context: ``"labels"`` hands the classes, int64 ``[N]``, to both programs beside x:
+            ``model(x, y)``, ``guide(x, y)``.
+        labelled: How many training labels the programs are shown, as many of each class and the
+            same ones for every ``seed``; all other labels of ``context`` are −1, those of
+            validation and test data among them. ``.labels`` keeps every one.
 
     Raises:
         ValueError: If an argument or the data cannot be used; the message names the mend.
@@ -147,9 +162,13 @@ def load_data(
         Dataset('digits', [1, 8, 8], train=1258, valid=180, test=359, binarize='dynamic')
     """
     if binarize not in BINARIZE:
-        raise ValueError(_unknown("binarize", str(binarize), BINARIZE))
-    source = _find(name, root)
-    x = torch.from_numpy(_channels_first(source.arrays.x))
+        raise ValueError(unknown("binarize", str(binarize), BINARIZE))
+    if context not in CONTEXTS:
+        raise ValueError(unknown("context", str(context), CONTEXTS))
+    if labelled is not None and context != "labels":
+        raise ValueError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
+    source = find_source(name, root)
+    x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
         _check_intensities(x, source.scale, binarize)
     index, split = _split(len(x), source.arrays.sizes, source.name)
@@ -172,52 +191,19 @@ def load_data(
     data = Dataset(source.name, x.shape[1:], *seen, labels, provenance, binarize)
     if binarize == "dynamic":
         data = replace(data, intensities=raw.train, scale=source.scale)
+    if context == "labels":
+        data = _with_labels(data, labelled)
     return data.to(device)
 
 
-def _find(name: str | Path, root: str | Path | None) -> _Source:
-    if not isinstance(name, str | os.PathLike):
-        raise TypeError(
-            f"Expected the name of a data set or a file, got {type(name).__name__}; save an array "
-            "with numpy.save, or give tensors to pyrovae.data.Dataset."
-        )
-    if str(name) == "digits":
-        return _digits()
-    if str(name) in DATASETS:
-        origin = {"source": f"torchvision {version('torchvision')}"}
-        return _Source(str(name), read_images(str(name), root), 255.0, "uint8 / 255", origin)
-    path = Path(name).expanduser()
-    if path.suffix.lower() not in SUFFIXES:
-        files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise ValueError(_unknown("the data set", str(name), [*DATASETS, files]))
-    return _file(path)
-
-
-def _digits() -> _Source:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    arrays = Arrays(found.images.astype(np.uint8), found.target.astype(np.int64))
-    origin = {"source": f"scikit-learn {version('scikit-learn')}"}
-    return _Source("digits", arrays, 16.0, "/ 16", origin)
-
-
-def _file(path: Path) -> _Source:
-    arrays = read_arrays(path)
-    with path.open("rb") as file:
-        origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    grey = arrays.x.dtype == np.uint8 and arrays.x.max() > 1
-    scale, scaling = (255.0, "uint8 / 255") if grey else (1.0, "none")
-    return _Source(path.stem, arrays, scale, scaling, origin)
-
-
-def _channels_first(x: np.ndarray) -> np.ndarray:
-    """Events of shape ``[D]`` or ``[C, H, W]``."""
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3):
-        x = np.moveaxis(x, -1, 1)
-    return np.ascontiguousarray(x)
+def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
+    shown = label_context(data.labels, data.name, labelled)
+    chosen = {"labelled": labelled, "label_seed": None if labelled is None else LABEL_SEED}
+    return replace(
+        data,
+        context=Splits(*((y,) for y in shown)),
+        provenance=data.provenance | {"context": "labels", **chosen},
+    )
 
 
 def _split(
@@ -273,9 +259,3 @@ def _labels(arrays: Arrays, index: Splits) -> tuple[Splits | None, dict[str, Any
     classes = {} if y.is_floating_point() else {"classes": len(y.unique())}
     names = {} if arrays.classes is None else {"class_names": arrays.classes}
     return Splits(*(y[i] for i in index)), classes | names
-
-
-def _unknown(what: str, got: str, known: Iterable[str]) -> str:
-    close = get_close_matches(got.lower().replace("-", "_"), known)
-    guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    return f"Expected {what} to be one of {', '.join(known)}, got {got!r}{guess}"

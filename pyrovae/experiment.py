@@ -46,8 +46,10 @@ FIT = (
     "clip_norm",
     "patience",
     "compile",
+    "precision",
 )
 BATCH_SIZE = 128
+SHOWN = {"binarize": "none", "context": "none", "labelled": None}
 COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
@@ -79,7 +81,8 @@ def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Ex
     settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
     load = options["data"] if options["data"] in DATASETS else _absolute(options["data"])
     root = options["data_root"] and _absolute(options["data_root"])
-    data = load_data(options["data"], binarize=options["binarize"], root=root)
+    shown = {k: options[k] for k in SHOWN}
+    data = load_data(options["data"], root=root, **shown)
     model, guide = _build(programs, settings, data, options["seed"])
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
     config = {
@@ -158,12 +161,13 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
     programs = _programs({kind: config[kind]["name"] for kind in KINDS}, run, config["seed"])
     settings = {kind: config[kind]["settings"] for kind in KINDS}
     stored = config["data"]
-    data = load_data(stored["load"], binarize=stored["binarize"], root=root or stored["root"])
+    shown = {k: stored.get(k, default) for k, default in SHOWN.items()}
+    data = load_data(stored["load"], root=root or stored["root"], **shown)
     require_same_data(stored, data.provenance)
     model, guide = _build(programs, settings, data, config["seed"])
     parameters = Parameters(model, guide)
     with seeded(0):
-        inspect_pair(parameters, data.test[:2])
+        inspect_pair(parameters, *(tensor[:2] for tensor in data.split("test")))
     parameters.load_state_dict(run.load_weights())
     parameters.to(choose_device(device))
     return Experiment(config, model, guide, data.to(choose_device(device)), {})
@@ -189,15 +193,15 @@ def evaluate(
     Returns:
         The split's results, ready for JSON, in nats per datum; None where K is too small to tell.
     """
-    earlier, x = run.results, getattr(experiment.data, split)
+    earlier, x = run.results, experiment.data.split(split)
     pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
-    ll = log_likelihood(*pair, x, num_samples=num_samples, seed=seed, progress=progress)
+    ll = log_likelihood(*pair, *x, num_samples=num_samples, seed=seed, progress=progress)
     bounds, nan = {}, torch.tensor(math.nan, dtype=torch.float64, device=ll.khat.device)
     for name in OBJECTIVES:
-        bound = elbo(*pair, x, objective=name, particles=64, batch_size=128, seed=seed)
+        bound = elbo(*pair, *x, objective=name, particles=64, batch_size=128, seed=seed)
         bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
     found = {
-        "num_data": len(x),
+        "num_data": len(x[0]),
         "binarize": experiment.data.binarize,
         "units": "nats per datum",
         "elbo": bounds,
@@ -254,10 +258,13 @@ def choose_device(name: str) -> torch.device:
 def _build(
     programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
 ) -> tuple[Callable, Callable]:
+    shape = tuple(data.shape)
     with seeded(subseed(seed, PROGRAM_STREAM)):
-        model = programs["model"].build(tuple(data.shape), settings["model"])
-        guide = programs["guide"].build(tuple(data.shape), settings["guide"])
-    return model, guide
+        if programs["model"].takes("guide"):
+            guide = programs["guide"].build(shape, settings["guide"])
+            return programs["model"].build(shape, settings["model"], guide=guide), guide
+        model = programs["model"].build(shape, settings["model"])
+        return model, programs["guide"].build(shape, settings["guide"])
 
 
 def _batch_size(asked: int | None, num_data: int) -> int:

@@ -52,8 +52,17 @@ class Program(NamedTuple):
                 options[name] = plain(parameter.default)
         return options | given
 
-    def build(self, shape: tuple[int, ...], settings: dict[str, Any]) -> Callable:
+    def takes(self, argument: str) -> bool:
+        """Whether its constructor takes an argument of a name."""
+        return argument in self._arguments()
+
+    def build(self, shape: tuple[int, ...], settings: dict[str, Any], **parts: Any) -> Callable:
         """Construct the program for data of an event shape.
+
+        Args:
+            shape: The event shape.
+            settings: Keyword arguments that a configuration holds.
+            parts: Further ones, such as the guide of a model whose prior is made of it.
 
         Raises:
             ValueError: If its constructor refuses the settings; the message is the constructor's.
@@ -62,7 +71,7 @@ class Program(NamedTuple):
             return self.make
         positional = [shape] if self._takes_shape() else []
         try:
-            return self.make(*positional, **self.settings(settings))
+            return self.make(*positional, **self.settings(settings) | parts)
         except Exception as error:
             known = isinstance(error, ValueError | TypeError)
             reason = f"{error}" if known else f"{type(error).__name__}: {error}"

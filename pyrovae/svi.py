@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from pyro.params.param_store import (
-    module_from_param_with_module_name,
-    normalize_param_name,
-    user_param_name,
-)
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyrovae.capture import Capture, CaptureError, signature, undone
+from pyrovae.capture import Capture, CaptureError, Step, undone
+from pyrovae.descent import Descent, UpdateError
 from pyrovae.objectives import Estimate, estimate, is_differentiable, summed
+from pyrovae.optimization import (
+    clip_gradients,
+    clips,
+    lend_to_pyro,
+    make_groups,
+    make_optimizer,
+)
 from pyrovae.params import Parameters
+from pyrovae.watch import watch_optimizer, watch_pair
 
 __all__ = ["SVI"]
 
-PAYS_AFTER, AGAIN_AFTER, REMEMBERED = 5_000, 500, 64
+PAYS_AFTER, AGAIN_AFTER, REMEMBERED = 3_000, 500, 64
 
 
 class SVI:
@@ -48,7 +53,7 @@ class SVI:
         clip_norm: The largest norm of the whole gradient; None clips nothing.
         compile: Run loss and gradients as one graph, captured from the handlers and compiled for
             a shape of a batch: True from the second step on, False never, ``"auto"`` where it
-            pays, which is after 5,000 steps, or at once if ``steps`` are that many. Another shape,
+            pays, which is after 3,000 steps, or at once if ``steps`` are that many. Another shape,
             or the same after a change to the modules, is compiled when it has come 500 times. A
             pair that cannot be captured runs eagerly, with one warning that says why.
         steps: How many steps are going to be taken, where that is known.
@@ -93,6 +98,10 @@ class SVI:
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.compile = compile
+        self.compiling: Callable[[], AbstractContextManager] = nullcontext
+        self.reduce: Callable[[Estimate, list[Tensor]], Estimate] | None = None
+        self._records_updates = True
+        self._watch = watch_pair(loss, self.parameters)
         self._wait = 0 if compile is True or steps >= PAYS_AFTER else PAYS_AFTER
         self._taken = 0
         self._captures: dict[Hashable, Capture | None] = {}
@@ -117,17 +126,55 @@ class SVI:
         result = self.update(*args, **kwargs)
         return tuple(p.item() for p in result.parts) if result.parts else result.loss.item()
 
-    def update(self, *args: Any, **kwargs: Any) -> Estimate:
-        """Take one gradient step and return its estimate, unread, on the device."""
-        result = self.gradients(*args, **kwargs)
+    def update(
+        self,
+        *args: Any,
+        load: Callable | None = None,
+        inspect: Callable[[Estimate], None] | None = None,
+        **kwargs: Any,
+    ) -> Estimate:
+        """Take one gradient step and return its estimate, unread, on the device.
+
+        Args:
+            args: The batch and the programs' further arguments, or what ``load`` makes them from.
+            load: Makes the programs' arguments from ``args``, such as :meth:`Dataset.rows` from
+                the numbers of rows; it becomes a part of the compiled step.
+            inspect: Called with the estimate, before the update where that is a step of its own;
+                a compiled step takes no notice of the gradient of a loss that is not finite.
+        """
+        inside = self._updates_inside()
+        begun = bool(self.optimizer and self.optimizer.state)
+        if inside and begun:
+            step = self._captured(args, kwargs, load, whole=True)
+            if step is not None:
+                self._collect()
+                if inspect is not None:
+                    inspect(step.estimate)
+                return step.estimate
+        result = self._gradients(args, kwargs, load, eagerly=inside and not begun)
+        if self.reduce is not None:
+            self._collect()
+            result = self.reduce(result, self._leaves())
+        if inspect is not None:
+            inspect(result)
         self.descend()
         return result
 
-    def gradients(self, *args: Any, **kwargs: Any) -> Estimate:
+    def gradients(self, *args: Any, load: Callable | None = None, **kwargs: Any) -> Estimate:
         """Evaluate the objective on a batch and add its gradient to every parameter's."""
-        captured = self._captured(args, kwargs)
-        if captured is not None:
-            return captured
+        return self._gradients(args, kwargs, load)
+
+    def _gradients(
+        self, args: tuple, kwargs: dict, load: Callable | None, eagerly: bool = False
+    ) -> Estimate:
+        step = None if eagerly else self._captured(args, kwargs, load, whole=False)
+        if step is not None:
+            for leaf, gradient in zip(self._leaves(), step.gradients, strict=True):
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            return step.estimate
+        self._taken += 1
+        args = load(*args) if load else args
         if self.loss_and_grads is not None:
             programs = self.parameters.run_model, self.parameters.run_guide
             result = summed(self.loss_and_grads(*programs, *args, **kwargs))
@@ -140,32 +187,51 @@ class SVI:
             result.surrogate.backward()
         return result
 
-    def _captured(self, args: tuple, kwargs: dict) -> Estimate | None:
-        self._taken += 1
-        ready = self._reached and self.optimizer is not None and self._taken > self._wait
+    def _updates_inside(self) -> bool:
+        """Whether the optimizer's update may be a part of the compiled step."""
+        if self.optimizer is None or not self._records_updates or self.reduce is not None:
+            return False
+        untouched = not any(leaf.grad is not None for leaf in self._trained.values())
+        return untouched and Descent.can_record(self.optimizer)
+
+    def _captured(
+        self, args: tuple, kwargs: dict, load: Callable | None, whole: bool
+    ) -> Step | None:
+        """The outcome of the compiled step, with the update if ``whole``; None to go eagerly."""
+        ready = self._reached and self.optimizer is not None and self._taken >= self._wait
         if self.compile is False or not ready or self.loss_and_grads or kwargs:
             return None
-        if not is_differentiable(self.objective):
+        if not is_differentiable(self.objective) or not args:
             return None
-        key = signature(self.objective, self.parameters, args)
-        if key is None or (key in self._captures and self._captures[key] is None):
+        if not all(isinstance(arg, Tensor) and not arg.requires_grad for arg in args):
+            return None
+        shapes = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
+        key = shapes, self._watch(), load, self._watch_optimizer() if whole else None
+        if key in self._captures and self._captures[key] is None:
             return None
         try:
             if key not in self._captures:
                 if not self._pays(key):
                     return None
-                leaves = [p for p in self._trained.values() if p.requires_grad]
-                self._captures[key] = Capture(self.objective, self.parameters, leaves, args)
-            capture = self._captures[key]
-            step = capture(args)
+                self._captures[key] = self._capture(args, load, whole)
+            return self._captures[key](args)
         except CaptureError as error:
             self._captures[key] = None
-            warnings.warn(f"The pair runs eagerly, not compiled: {error}.", stacklevel=4)
+            if whole and isinstance(error.__cause__, UpdateError):
+                self._records_updates = False
+            else:
+                warnings.warn(f"The pair runs eagerly, not compiled: {error}.", stacklevel=4)
             return None
-        for leaf, gradient in zip(capture.leaves, step.gradients, strict=True):
-            if gradient is not None:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        return step.estimate
+
+    def _capture(self, args: tuple, load: Callable | None, whole: bool) -> Capture:
+        leaves = self._leaves()
+        clip = self._clip if clips(self.optim, self.clip_norm) else None
+        descent = Descent(self.optimizer, leaves, clip) if whole else None
+        with self.compiling():
+            return Capture(self.objective, self.parameters, leaves, args, load, descent)
+
+    def _leaves(self) -> list[Tensor]:
+        return [p for p in self._trained.values() if p.requires_grad]
 
     def _pays(self, key: Hashable) -> bool:
         """The first batch is worth a capture; another one if it keeps coming."""
@@ -177,7 +243,8 @@ class SVI:
     def descend(self) -> None:
         """Step the optimizer on the gradients at hand and clear them."""
         self._collect()
-        self._clip()
+        if clips(self.optim, self.clip_norm):
+            self._clip()
         self.optimizer.step()
         for parameter in self._trained.values():
             parameter.grad = None
@@ -219,42 +286,16 @@ class SVI:
         fresh = {n: p for n, p in self.parameters.named().items() if n not in self._trained}
         self._trained |= fresh
         self._reached = self._reached and not (fresh and self.optimizer)
+        spelled = self._pyro_names(fresh)
         if self.optimizer is None:
-            self._make_optimizer(fresh)
+            self.optimizer = make_optimizer(self.optim, spelled)
+            self._watch_optimizer = watch_optimizer(self.optimizer)
+            if isinstance(self.optim, PyroOptim):
+                first = next(iter(fresh.values()))
+                self.scheduler = lend_to_pyro(self.optim, self.optimizer, first)
         elif fresh and not isinstance(self.optim, Optimizer):
-            for group in self._groups(fresh):
+            for group in make_groups(self.optim, spelled):
                 self.optimizer.add_param_group(group)
-
-    def _make_optimizer(self, named: dict[str, Tensor]) -> None:
-        if not named:
-            raise ValueError("The pair has no parameters to train.")
-        if isinstance(self.optim, Optimizer):
-            self.optimizer = self.optim
-        elif isinstance(self.optim, PyroOptim):
-            if self.optim._state_waiting_to_be_consumed:
-                raise ValueError(
-                    "One optimizer steps all parameters here: restore its state with "
-                    "svi.build() and svi.optimizer.load_state_dict(state), not with optim.load()."
-                )
-            self.optimizer = self.optim.pt_optim_constructor(self._groups(named))
-            self._lend_to_pyro(next(iter(named.values())))
-        else:
-            self.optimizer = self.optim(list(named.values()))
-            if not isinstance(self.optimizer, Optimizer):
-                raise TypeError(f"Expected a torch optimizer from {self.optim!r}.")
-
-    def _groups(self, named: dict[str, Tensor]) -> list[dict]:
-        options = self.optim.pt_optim_args if isinstance(self.optim, PyroOptim) else {}
-        if not callable(options):
-            return [{"params": list(named.values()), **options}]
-        by_path = self.optim.pt_optim_args_argc == 1
-        return [
-            {
-                "params": [p],
-                **(options(normalize_param_name(n)) if by_path else options(*_split(n))),
-            }
-            for n, p in self._pyro_names(named).items()
-        ]
 
     def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by the names that Pyro has for them, where it has one."""
@@ -262,24 +303,6 @@ class SVI:
         spelled = {id(leaf): name for name, leaf in found.items()}
         return {spelled.get(id(p), name): p for name, p in named.items()}
 
-    def _lend_to_pyro(self, key: Tensor) -> None:
-        """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer."""
-        make_scheduler = getattr(self.optim, "pt_scheduler_constructor", None)
-        if make_scheduler is not None:
-            self.scheduler = make_scheduler(self.optimizer, **self.optim.kwargs)
-        self.optim.optim_objs = {key: self.scheduler or self.optimizer}
-
     def _clip(self) -> None:
-        clip = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
-        if clip:
-            for name, parameter in self._pyro_names(self._trained).items():
-                if parameter.grad is not None:
-                    options = clip(*_split(name)) if callable(clip) else clip
-                    PyroOptim._clip_grad(parameter, **options)
-        if self.clip_norm is not None:
-            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
-
-
-def _split(name: str) -> tuple[str, str]:
-    return module_from_param_with_module_name(name), user_param_name(name)
+        named = self._pyro_names(self._trained)
+        clip_gradients(self.optim, self.optimizer, named, self.clip_norm)

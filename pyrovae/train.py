@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae.contract import check_support, inspect_pair
-from pyrovae.data import Dataset
+from pyrovae.data import Dataset, Splits
 from pyrovae.monitor import Monitor, NonFiniteLoss
-from pyrovae.objectives import Estimate, elbo, make_objective
+from pyrovae.objectives import elbo, make_objective
+from pyrovae.precision import check_precision, matmul_precision
 from pyrovae.progress import progress_bar
 from pyrovae.seeding import draw_seed, seeded, subseed
 from pyrovae.svi import SVI
@@ -100,6 +102,7 @@ def fit(
     clip_norm: float | None = None,
     patience: int | None = None,
     compile: bool | str = "auto",
+    precision: str = "float32",
     device: str | torch.device | None = None,
     seed: int | None = None,
     state: dict[str, Any] | None = None,
@@ -126,7 +129,9 @@ def fit(
         clip_norm: The largest norm of the gradient of the batch's summed loss.
         patience: Stop when the validation ELBO has not risen for so many epochs, and restore the
             best weights. None trains to the end and keeps the last weights.
-        compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 5,000 steps or more.
+        compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
+        precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
+            :func:`pyrovae.precision.matmul_precision`.
         device: Where to train; None stays where the pair is. Data move there once.
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.
@@ -150,6 +155,7 @@ def fit(
     """
     loss = make_objective(objective, particles)
     data = _as_dataset(data)
+    check_precision(precision)
     _check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
         raise ValueError("Expected validation data for patience; got training data alone.")
@@ -170,22 +176,27 @@ def fit(
         result.load_state_dict(state)
     first = len(result.history) + 1
     bar = progress_bar(range(first, epochs + 1), enabled=progress, desc="training", unit="epoch")
-    for epoch in bar:
-        if _exhausted(result, patience):
-            break
-        started = time.perf_counter()
-        with seeded(subseed(result.seed, epoch), svi.parameters.device):
-            row = {"epoch": epoch} | _train_epoch(svi, layout, data, batch_size, epoch)
-        row |= _validate(model, guide, data.valid, loss, result.seed)
-        row["lr"] = svi.optimizer.param_groups[0]["lr"]
-        row["seconds"] = time.perf_counter() - started
-        _finish_epoch(result, row, keep_best=patience is not None)
-        bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
-        if on_epoch is not None:
-            on_epoch(result)
+    svi.compiling = lambda: _compiling(bar)
+    with matmul_precision(precision):
+        for epoch in bar:
+            if _exhausted(result, patience):
+                break
+            _run_epoch(result, layout, data, batch_size, epoch, keep_best=patience is not None)
+            bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
+            if on_epoch is not None:
+                on_epoch(result)
     if result.best_state is not None:
         svi.parameters.load_state_dict(result.best_state)
     return result
+
+
+@contextmanager
+def _compiling(bar: Any) -> Iterator[None]:
+    """Say on the bar that the step is being compiled, and how long that took."""
+    started = time.perf_counter()
+    bar.set_postfix_str("compiling the step")
+    yield
+    bar.set_postfix_str(f"compiled in {time.perf_counter() - started:.0f} s")
 
 
 def _as_dataset(data: Any) -> Dataset:
@@ -227,55 +238,56 @@ def _optimizer(optimizer: Any, lr: float) -> Any:
 
 def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int) -> Layout:
     parameters = svi.parameters
+    first = [tensor[:batch_size] for tensor in data.split("train")]
     with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
-        layout = inspect_pair(parameters, data.train[:batch_size])
-        for split in (data.train, data.valid, data.test):
-            if split is not None:
-                check_support(parameters, split)
-        svi.build(data.train[:batch_size])
+        layout = inspect_pair(parameters, *first)
+        for rows in filter(None, map(data.split, Splits._fields)):
+            check_support(parameters, *rows)
+        svi.build(*first)
     return layout
+
+
+def _run_epoch(
+    result: Fit, layout: Layout, data: Dataset, batch_size: int, epoch: int, keep_best: bool
+) -> None:
+    started = time.perf_counter()
+    svi = result.svi
+    with seeded(subseed(result.seed, epoch), svi.parameters.device):
+        row = {"epoch": epoch} | _train_epoch(svi, layout, data, batch_size, epoch)
+    row |= _validate(result, data.split("valid"))
+    row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
+    row["seconds"] = time.perf_counter() - started
+    _finish_epoch(result, row, keep_best)
 
 
 def _train_epoch(
     svi: SVI, layout: Layout, data: Dataset, batch_size: int, epoch: int
 ) -> dict[str, float | None]:
-    device, num_data = svi.parameters.device, len(data.train)
-    order = torch.randperm(num_data).to(device)
-    monitor = Monitor(svi, epoch)
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    split = False
+    num_data = len(data.train)
+    monitor = Monitor(svi, data.rows, epoch)
+    order = torch.randperm(num_data).to(svi.parameters.device)
     with svi.parameters.mode(training=True):
         for index in order.split(batch_size):
-            x = data.batch(index)
-            estimate = monitor.gradients(x)
-            svi.descend()
-            split = bool(estimate.terms)
-            totals += _parts(estimate, layout)
-    monitor.check()
-    loss, reconstruction, kl = (totals / num_data / layout.plate_scale).tolist()
+            monitor.step(index)
+    mean = {n: total / num_data / layout.plate_scale for n, total in monitor.totals().items()}
+    loss = mean.pop("loss")
     bound = type(svi.objective).__module__.startswith("pyro.infer.trace") and not layout.scaled
+    reconstruction = sum(value for name, value in mean.items() if name in layout.observed)
     return {
         "train_loss": loss,
         "train_elbo": -loss if bound else None,
-        "train_reconstruction": reconstruction if bound and split else None,
-        "train_kl": kl if bound and split else None,
+        "train_reconstruction": reconstruction if bound and mean else None,
+        "train_kl": reconstruction + loss if bound and mean else None,
     }
 
 
-def _parts(estimate: Estimate, layout: Layout) -> Tensor:
-    """The loss, the part of the ELBO from observed sites, and the rest with its sign turned."""
-    observed = [term for name, term in estimate.terms.items() if name in layout.observed]
-    reconstruction = sum(observed, torch.zeros_like(estimate.loss))
-    return torch.stack([estimate.loss, reconstruction, reconstruction + estimate.loss]).double()
-
-
-def _validate(
-    model: Callable, guide: Callable, x: Tensor | None, loss: Any, seed: int
-) -> dict[str, float | None]:
-    if x is None:
+def _validate(result: Fit, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
+    if not rows:
         return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
-    name = "trace_mean_field_elbo" if isinstance(loss, TraceMeanField_ELBO) else "trace_elbo"
-    parts = elbo(model, guide, x, objective=name, seed=subseed(seed, 0))
+    analytic = isinstance(result.svi.objective, TraceMeanField_ELBO)
+    name = "trace_mean_field_elbo" if analytic else "trace_elbo"
+    seed = subseed(result.seed, 0)
+    parts = elbo(result.model, result.guide, *rows, objective=name, seed=seed)
     return {f"valid_{name}": getattr(parts, name).double().mean().item() for name in parts._fields}
 
 

@@ -1,5 +1,6 @@
 """A captured step is the eager step, or it is not taken."""
 
+import copy
 import random
 import warnings
 
@@ -16,6 +17,13 @@ from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
 
 X = binary()
+
+
+@pytest.fixture(autouse=True)
+def _recorded(request, monkeypatch):
+    """Run the record itself; the tests marked ``inductor`` run what Inductor makes of it."""
+    if "inductor" not in request.keywords:
+        monkeypatch.setattr("pyrovae.graph._compile", lambda graph, inputs: graph)
 
 
 def _losses(make, loss, compile, steps=9, batches=(X,), **options):
@@ -41,6 +49,7 @@ def _both(make, loss, weights=True, **options):
     return svi
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize(
     ("make", "loss"),
     [
@@ -77,6 +86,7 @@ def _stateful():
     return Stateful(), MeanField(SHAPE, LATENT, (8,))
 
 
+@pytest.mark.inductor
 def test_dropout_and_batch_statistics_are_those_of_the_eager_run():
     svi = _both(_stateful, Trace_ELBO())
     assert svi.model.norm.num_batches_tracked.item() == 9
@@ -87,23 +97,50 @@ def _again_at_once(monkeypatch):
     monkeypatch.setattr("pyrovae.svi.AGAIN_AFTER", 1)
 
 
+def _captured_gradients(make, calls=2):
+    """An SVI whose loss and gradients are captured, and have been audited for the last time."""
+    _, svi = _losses(make, Trace_ELBO(), True, steps=1)
+    for _ in range(calls):
+        svi.gradients(X)
+        svi.optimizer.zero_grad()
+    return svi
+
+
+def _assert_captured_anew(svi):
+    """The pair as it is now runs captured, and as it does eagerly."""
+    found = []
+    for compile in (True, False):
+        svi.compile = compile
+        pyro.set_rng_seed(5)
+        loss = svi.gradients(X).loss
+        found.append(
+            [loss, *(p.grad.clone() for p in svi.model.parameters() if p.grad is not None)]
+        )
+        svi.optimizer.zero_grad()
+    assert len([c for c in svi._captures.values() if c is not None]) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("_again_at_once")
 def test_a_changed_attribute_is_captured_anew():
-    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    svi = _captured_gradients(_stateful)
     svi.model.eval()
     svi.model.beta = 0.25
-    pyro.set_rng_seed(5)
-    captured = svi.gradients(X)
-    assert len(svi._captures) == 2
-    found = [p.grad.clone() for p in svi.model.parameters() if p.grad is not None]
-    svi.optimizer.zero_grad()
-    svi.compile = False
-    pyro.set_rng_seed(5)
-    eager = svi.gradients(X)
-    expected = [p.grad for p in svi.model.parameters() if p.grad is not None]
-    torch.testing.assert_close(captured.loss, eager.loss)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    _assert_captured_anew(svi)
+
+
+@pytest.mark.usefixtures("_again_at_once")
+def test_a_buffer_set_anew_is_captured_anew():
+    class Weighted(Stateful):
+        def __init__(self):
+            super().__init__()
+            del self.beta
+            self.register_buffer("beta", torch.tensor(1.0))
+
+    svi = _captured_gradients(lambda: (Weighted(), MeanField(SHAPE, LATENT, (8,))))
+    svi.model.beta = torch.tensor(0.2)
+    _assert_captured_anew(svi)
 
 
 class Normalized(nn.Module):
@@ -124,25 +161,6 @@ def test_gradients_that_are_zero_but_for_rounding_stay_captured():
         lambda: (Normalized(), MeanField(SHAPE, LATENT, (8,))), Trace_ELBO(), weights=False, steps=9
     )
     assert svi.model.net[1].num_batches_tracked.item() == 9
-
-
-@pytest.mark.usefixtures("_again_at_once")
-def test_a_buffer_set_anew_is_captured_anew():
-    class Weighted(Stateful):
-        def __init__(self):
-            super().__init__()
-            del self.beta
-            self.register_buffer("beta", torch.tensor(1.0))
-
-    _, svi = _losses(lambda: (Weighted(), MeanField(SHAPE, LATENT, (8,))), Trace_ELBO(), True, 4)
-    svi.model.eval()
-    losses = []
-    for compile in (True, False):
-        svi.compile = compile
-        svi.model.beta = torch.tensor(0.2)
-        pyro.set_rng_seed(7)
-        losses.append(svi.gradients(X).loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.usefixtures("_again_at_once")
@@ -220,6 +238,63 @@ def _repeat(svi):
     return svi.step(X)
 
 
+def _rows(index):
+    noise = torch.randint(-(2**62), 2**62, (len(index), 4))
+    return ((X[index].flatten(1) + (noise.view(torch.int16)[:, :16] > 30_000) > 0).float()
+            .view(-1, *SHAPE),)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "inside"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=0.01), True),
+        (lambda p: torch.optim.Adam(p, lr=0.01, fused=True, weight_decay=0.1), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True), True),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01), True),
+        (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), False),
+        (pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}), False),
+    ],
+    ids=["adam", "fused-adam", "adamw", "rmsprop", "sgd", "clipped-adam"],
+)
+def test_the_whole_step_is_the_eager_step(optimizer, inside):
+    """From rows' numbers to updated weights, clipped, with a learning rate for every step."""
+    found = []
+    for compile in (True, False):
+        pyro.set_rng_seed(3)
+        optim = optimizer if callable(optimizer) else copy.deepcopy(optimizer)
+        svi = pyrovae.SVI(*published_example(), optim, Trace_ELBO(), clip_norm=5.0, compile=compile)
+        for step in range(6):
+            svi.update(torch.arange(step, step + 6), load=_rows)
+            if inside:
+                svi.optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+        found.append(svi)
+    captured = [c for c in found[0]._captures.values() if c is not None]
+    assert [c.descent is not None for c in captured] == [inside]
+    ours, theirs = (svi.parameters.state_dict() for svi in found)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+    one, other = (svi.optimizer.state_dict() for svi in found)
+    assert one["param_groups"] == other["param_groups"]
+    for index, state in other["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(one["state"][index][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_update_is_found_by_the_audit(monkeypatch):
+    def halved(graph, inputs):
+        for node in graph.graph.nodes:
+            if "addcdiv_" in str(node.target):
+                node.args = (node.args[0], node.args[1], node.args[1])
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr("pyrovae.graph._compile", halved)
+    with pytest.warns(UserWarning, match="the update of a tensor"):
+        _, svi = _losses(published_example, Trace_ELBO(), True, steps=3)
+    eager, _ = _losses(published_example, Trace_ELBO(), False, steps=4)
+    assert svi.step(X) == pytest.approx(eager[-1], rel=0.2)
+
+
 def test_a_smaller_last_batch_is_not_worth_a_capture():
     svi = _both(published_example, Trace_ELBO(), batches=(X, X[:5]), steps=4)
     assert len(svi._captures) == 1
@@ -228,7 +303,7 @@ def test_a_smaller_last_batch_is_not_worth_a_capture():
 def test_auto_compiles_long_runs_alone():
     _, short = _losses(published_example, Trace_ELBO(), "auto", steps=3)
     assert not short._captures
-    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=5_000)
+    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=3_000)
     svi.step(X)
     svi.step(X)
     assert len(svi._captures) == 1

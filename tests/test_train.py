@@ -105,7 +105,7 @@ def test_going_on_from_a_state_is_bit_identical(make):
 
 
 def test_a_compiled_run_resumes_bit_identical():
-    """Every step is compiled, the first after a resume as well."""
+    """Every step but the very first is compiled, the first after a resume as well."""
     options = {"batch_size": 16, "seed": 3, "compile": True}
 
     def start():
@@ -115,7 +115,7 @@ def test_a_compiled_run_resumes_bit_identical():
     whole = pyrovae.fit(*start(), _data(48), epochs=4, **options)
     half = pyrovae.fit(*start(), _data(48), epochs=2, **options).state_dict()
     resumed = pyrovae.fit(*start(), _data(48), epochs=4, state=half, **options)
-    assert [c.calls for c in whole.svi._captures.values()] == [12]
+    assert [c.calls for c in whole.svi._captures.values()] == [11]
     assert [c.calls for c in resumed.svi._captures.values()] == [6]
     assert _same(_weights(whole), _weights(resumed))
 
