@@ -4,6 +4,7 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
+from pyrovae.check import Report, check
 from pyrovae.data import Dataset, load_data
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.kl import kl_standard_normal
@@ -20,7 +21,9 @@ __all__ = [
     "Fit",
     "LogLikelihood",
     "NonFiniteLoss",
+    "Report",
     "SVI",
+    "check",
     "decode",
     "elbo",
     "encode",

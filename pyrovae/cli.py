@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, report, list."""
+"""The command line: train, check, evaluate, sample, report, list."""
 
 from __future__ import annotations
 
@@ -7,50 +7,30 @@ import ast
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyrovae.data import BINARIZE, CONTEXTS, DATASETS
-from pyrovae.objectives import OBJECTIVES
-from pyrovae.precision import PRECISIONS
+from pyrovae.data import DATASETS
+from pyrovae.objectives import ESTIMATORS, OBJECTIVES
+from pyrovae.parser import DEFAULTS, SHOWN, make_parser
 from pyrovae.programs import place, plain, shipped
 from pyrovae.runs import Run
 from pyrovae.train import Fit, NonFiniteLoss
 
 __all__ = ["main"]
 
-SHOWN = ("binarize", "context", "labelled")
-DEFAULTS = {
-    "objective": "trace_elbo",
-    "epochs": 50,
-    "batch_size": None,
-    "particles": 1,
-    "lr": 1e-3,
-    "schedule": "none",
-    "clip_norm": None,
-    "patience": None,
-    "compile": "auto",
-    "precision": "float32",
-    "device": "auto",
-    "seed": 0,
-    "binarize": "none",
-    "context": "none",
-    "labelled": None,
-    "data_root": None,
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 1 if training failed, 2 for bad input, 130 after Ctrl-C.
+        0, or 1 if training or a check failed, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
+    options = make_parser(COMMANDS).parse_args(arguments)
     options.command_line = shlex.join(["pyrovae", *arguments])
     try:
-        options.run_command(options)
+        return options.run_command(options) or 0
     except NonFiniteLoss as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt as error:
@@ -61,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError)):
             raise
         return _fail(f"{where}: {type(error).__name__}: {error}" if where else str(error), 2)
-    return 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -98,6 +77,19 @@ def _train(options: argparse.Namespace) -> None:
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
 
 
+def _check(options: argparse.Namespace) -> int:
+    from pyrovae import experiment
+    from pyrovae.check import check
+
+    given = {k: v for k, v in vars(options).items() if v is not None}
+    particles = given.pop("particles")
+    made = experiment.resolve(_with_defaults(given, None), options.command_line)
+    rows = made.data.split("train")
+    report = check(made.model, made.guide, *rows, seed=made.config["seed"], particles=particles)
+    print(report)
+    return 0 if report.passed else 1
+
+
 def _stopped(run: Run) -> str:
     if not run.history():
         return "stopped before the end of the first epoch; nothing was written."
@@ -114,24 +106,28 @@ def _with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict
             "data": config["data"]["load"],
             **{k: config["data"][k] for k in SHOWN if k in config["data"]},
             "data_root": config["data"]["root"],
-            "settings": {k: config[k]["settings"] for k in ("model", "guide")},
+            "settings": {k: config[k]["settings"] for k in ("model", "guide")}
+            | {"objective": config["objective_settings"]},
         }
     missing = [k for k in ("model", "guide", "data") if k not in stored | given]
     if missing:
-        raise ValueError(f"train needs --{', --'.join(missing)}: see pyrovae list.")
+        raise ValueError(f"Expected --{', --'.join(missing)} as well: see pyrovae list.")
     given = given | {"settings": _settings(given.get("set", []), stored.get("settings", {}))}
     wanted = (*DEFAULTS, "model", "guide", "data", "settings")
     return {k: v for k, v in (DEFAULTS | stored | given).items() if k in wanted}
 
 
 def _settings(pairs: list[str], stored: dict[str, dict]) -> dict[str, dict]:
-    settings = {kind: dict(stored.get(kind, {})) for kind in ("model", "guide")}
+    settings = {kind: dict(stored.get(kind, {})) for kind in ("model", "guide", "objective")}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         kind, dot, option = name.partition(".")
         if not equals or not value or (dot and kind not in settings):
-            raise ValueError(f"Expected --set model.NAME=VALUE or guide.NAME=VALUE, got {pair!r}.")
-        for each in [kind] if dot else settings:
+            raise ValueError(
+                f"Expected --set model.NAME=VALUE, guide.NAME=VALUE, objective.NAME=VALUE or "
+                f"NAME=VALUE for both programs, got {pair!r}."
+            )
+        for each in [kind] if dot else ("model", "guide"):
             settings[each][option if dot else name] = _literal(value)
     return settings
 
@@ -187,7 +183,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _summary(found: dict[str, Any], split: str) -> str:
-    a, b = (found["elbo"][name] for name in OBJECTIVES)
+    a, b = (found["elbo"][name] for name in ESTIMATORS)
     ll = found["log_likelihood"]
     return "\n".join(
         [
@@ -255,62 +251,11 @@ def _list(options: argparse.Namespace) -> None:
             print(f"  {name:<24}{line}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pyrovae", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(run_command=function)
-        return made
-
-    _add_train(command("train", _train, "Train a model and its guide into a run directory."))
-    text = "The ELBO by both estimators and log p(x), in nats per datum."
-    evaluate = command("evaluate", _evaluate, text)
-    evaluate.add_argument("run", metavar="DIR")
-    evaluate.add_argument("--samples", type=int, default=1000, metavar="K", help="default 1000")
-    evaluate.add_argument("--split", choices=("test", "valid", "train"), default="test")
-    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
-    sample = command("sample", _sample, "Draw samples into DIR/figures/samples.png.")
-    sample.add_argument("run", metavar="DIR")
-    sample.add_argument("-n", type=int, default=64, metavar="N", help="default 64")
-    sample.add_argument("--seed", type=int)
-    report = command("report", _report, "Write DIR/report.html and its figures.")
-    report.add_argument("run", metavar="DIR")
-    for made in (evaluate, sample, report):
-        made.add_argument("--device", default="auto")
-        made.add_argument("--data-root", help="where the torchvision data lie")
-    command("list", _list, "List every shipped model, guide, objective and data set.")
-    return parser
-
-
-def _add_train(train: argparse.ArgumentParser) -> None:
-    default = DEFAULTS
-    train.add_argument("--model", metavar="M", help="a shipped name, FILE.py or FILE.py:CLASS")
-    train.add_argument("--guide", metavar="G", help="likewise")
-    train.add_argument("--data", metavar="D", help="a shipped name, or a .npy, .npz or .csv file")
-    train.add_argument("--out", metavar="DIR", required=True, help="the run directory")
-    train.add_argument("--objective", metavar="O", help=f"one of {', '.join(OBJECTIVES)}")
-    train.add_argument("--epochs", type=int, metavar="E", help=f"default {default['epochs']}")
-    train.add_argument("--batch-size", type=int, metavar="M", help="default 128, or all if fewer")
-    train.add_argument("--particles", type=int, metavar="L", help="samples per datum, default 1")
-    train.add_argument("--lr", type=float, help=f"learning rate of Adam, default {default['lr']}")
-    train.add_argument("--schedule", choices=("none", "cosine"), help="of the learning rate")
-    train.add_argument("--clip-norm", type=float, help="the largest norm of a gradient")
-    train.add_argument("--patience", type=int, help="epochs without a better validation ELBO")
-    train.add_argument("--compile", choices=("auto", "on", "off"), help="auto: where it pays")
-    train.add_argument("--precision", help=f"of matrix products: {', '.join(PRECISIONS)}")
-    train.add_argument("--device", help="auto, cpu or cuda")
-    train.add_argument("--seed", type=int, help="seeds every draw, default 0")
-    train.add_argument("--binarize", help=f"one of {', '.join(BINARIZE)}")
-    train.add_argument("--context", help=f"what the programs see beside x: {', '.join(CONTEXTS)}")
-    train.add_argument("--labelled", type=int, metavar="N", help="show N of the training labels")
-    train.add_argument("--data-root", help="where the torchvision data lie (or PYROVAE_DATA)")
-    train.add_argument(
-        "--set",
-        action="append",
-        metavar="NAME=VALUE",
-        help="latent=5 (for both), model.scale=pixel",
-    )
-    train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
-    train.add_argument("--tensorboard", action="store_true", help="also write DIR/tensorboard")
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "train": _train,
+    "check": _check,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "report": _report,
+    "list": _list,
+}

@@ -10,9 +10,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae.enumeration import enumerates
 from pyrovae.params import Parameters
 from pyrovae.traces import (
     Layout,
@@ -24,7 +26,16 @@ from pyrovae.traces import (
     trace_pair,
 )
 
-__all__ = ["check_support", "inspect_pair"]
+__all__ = [
+    "batch_frame",
+    "batch_plates",
+    "check_event",
+    "check_objective",
+    "check_sites",
+    "check_support",
+    "inspect_pair",
+    "mended",
+]
 
 
 def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
@@ -46,22 +57,25 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
         model_trace = _try_replay(parameters, guide_trace, x, *context)
     model_sites, guide_sites = samples(model_trace), samples(guide_trace)
     observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
-    latents = {n: s for n, s in model_sites.items() if not s["is_observed"]}
-    _check_sites(latents, guide_sites)
+    hidden = {n: s for n, s in model_sites.items() if not s["is_observed"]}
+    enumerated = [n for n, s in hidden.items() if n not in guide_sites and enumerates(s)]
+    latents = {n: s for n, s in hidden.items() if n not in enumerated}
+    check_sites(latents, guide_sites)
     for name in latents:
-        _check_event(name, latents[name], guide_sites[name])
+        check_event(name, latents[name], guide_sites[name])
     every = [*model_sites.items(), *guide_sites.items()]
-    plates = _batch_plates(every, len(x))
+    plates = batch_plates(every, len(x))
     if len(plates) > 1 and len(x) > 1:
         plates = [inspect_pair(parameters, x[1:], *(c[1:] for c in context)).plate]
-    frame = _batch_frame(every, plates[0])
+    frame = batch_frame(every, plates[0])
     for name, site in observed.items():
         _check_observed(name, site)
     dims = [f.dim for _, site in every for f in site["cond_indep_stack"] if f.vectorized]
     layout = Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), tuple(observed))
     scales = [site_scale(s, layout) for _, s in every if not is_bookkeeping(s)]
     scaled = any(isinstance(s, Tensor) or s != 1.0 for s in scales)
-    return layout._replace(plate_scale=(frame.full_size or frame.size) / frame.size, scaled=scaled)
+    plate_scale = (frame.full_size or frame.size) / frame.size
+    return layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
 
 
 def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: int = 512) -> None:
@@ -83,6 +97,25 @@ def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: 
                     _check_observed(name, site)
 
 
+def check_objective(layout: Layout, objective: Any) -> None:
+    """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
+
+    Args:
+        layout: What :func:`inspect_pair` said of the pair.
+        objective: What the pair is to be trained with.
+
+    Raises:
+        ValueError: Naming the latents and the objective that sums over them.
+    """
+    sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)
+    if layout.enumerated and not sums:
+        raise ValueError(
+            f"{type(objective).__name__} is no bound for latents that the model alone has, "
+            f"{sorted(layout.enumerated)}: train with TraceEnum_ELBO, which sums over them, or "
+            f"sample them in the guide."
+        )
+
+
 def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
     try:
         return replay_model(parameters, guide_trace, x, *context)
@@ -91,7 +124,7 @@ def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context:
         free = samples(poutine.trace(parameters.run_model).get_trace(x, *context))
         for name, site in free.items():
             if name in guide_sites and not site["is_observed"]:
-                _check_event(name, site, guide_sites[name])
+                check_event(name, site, guide_sites[name])
         raise
 
 
@@ -113,10 +146,16 @@ def _blames_data(x: Tensor) -> Iterator[None]:
                 f"{bad[0].item()}: clean them, or let the programs mask them."
             ) from error
         text = str(error).partition("Trace Shapes:")[0].strip()
-        raise ValueError(_mended(text, x)) from error
+        raise ValueError(mended(text, x)) from error
+    except IndexError as error:
+        raise ValueError(
+            f"A program looks up what it does not have ({error}): give it as many classes as there "
+            f"are labels, and labels that are not hidden (-1) where it needs them."
+        ) from error
 
 
-def _mended(text: str, x: Tensor) -> str:
+def mended(text: str, x: Tensor) -> str:
+    """An error's text with what to change, where that is known."""
     if "Shape mismatch inside plate" in text:
         return f"{text}: declare the dimensions of one event with .to_event(n)."
     if text.startswith("Expected parameter"):
@@ -130,7 +169,12 @@ def _mended(text: str, x: Tensor) -> str:
     return text
 
 
-def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
+def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
+    """Check that the guide samples the model's latents, and no others.
+
+    Raises:
+        ValueError: Naming the first that is missing, or too many.
+    """
     proposed = {
         name
         for name, site in guide_sites.items()
@@ -140,7 +184,9 @@ def _check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
         if name not in guide_sites:
             raise ValueError(
                 f"The model's latent site {name!r} is missing in the guide, which samples "
-                f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}."
+                f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}, or "
+                f"mark one that is discrete with infer={{'enumerate': 'parallel'}} in the model "
+                f"and train with TraceEnum_ELBO."
             )
     for name in sorted(proposed - set(latents)):
         raise ValueError(
@@ -155,7 +201,12 @@ def _near(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _check_event(name: str, model_site: dict, guide_site: dict) -> None:
+def check_event(name: str, model_site: dict, guide_site: dict) -> None:
+    """Check that a latent is of one shape in both programs.
+
+    Raises:
+        ValueError: If its event dimensions or sizes differ.
+    """
     ours, theirs = model_site["fn"], guide_site["fn"]
     if ours.event_dim != theirs.event_dim:
         raise ValueError(
@@ -169,8 +220,12 @@ def _check_event(name: str, model_site: dict, guide_site: dict) -> None:
         )
 
 
-def _batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
-    """The plates that may hold the batch: those of its size, around every site if there is one."""
+def batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
+    """The plates that may hold the batch: those of its size, around every site if there is one.
+
+    Raises:
+        ValueError: If there is none.
+    """
     stacks = [_plates(site) for _, site in sites if not is_bookkeeping(site)]
     fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
     if not fitting:
@@ -183,7 +238,12 @@ def _batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
     return ["data"] if "data" in (common or fitting) else (common or fitting)
 
 
-def _batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
+def batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
+    """The frame of the plate that holds the batch.
+
+    Raises:
+        ValueError: If a site lies outside it.
+    """
     for name, site in sites:
         if plate not in _plates(site) and not is_bookkeeping(site):
             raise ValueError(

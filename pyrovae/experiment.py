@@ -17,7 +17,7 @@ from pyrovae.agreement import require_same_data, require_same_run
 from pyrovae.contract import inspect_pair
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.likelihood import log_likelihood
-from pyrovae.objectives import OBJECTIVES, elbo
+from pyrovae.objectives import ESTIMATORS, elbo, make_objective
 from pyrovae.params import Parameters
 from pyrovae.pictures import draw_pictures
 from pyrovae.programs import KINDS, Program, find_program
@@ -90,11 +90,13 @@ def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Ex
         **{k: _describe(programs[k], settings[k]) for k in KINDS},
         "data": {"load": load, "root": root} | data.provenance,
         **{k: options[k] for k in FIT},
+        "objective_settings": options["settings"].get("objective", {}),
         "batch_size": _batch_size(options["batch_size"], len(data.train)),
         "device": str(device),
         "seed": options["seed"],
         "versions": _versions(),
     }
+    _objective(config)
     return Experiment(config, model, guide, data.to(device), {} if run else files)
 
 
@@ -137,7 +139,8 @@ def train(
         experiment.model,
         experiment.guide,
         experiment.data,
-        **{k: config[k] for k in FIT if k not in ("schedule", "compile")},
+        objective=_objective(config),
+        **{k: config[k] for k in FIT if k not in ("objective", "particles", "schedule", "compile")},
         compile=COMPILE[config["compile"]],
         scheduler=_scheduler(config),
         device=config["device"],
@@ -197,7 +200,7 @@ def evaluate(
     pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
     ll = log_likelihood(*pair, *x, num_samples=num_samples, seed=seed, progress=progress)
     bounds, nan = {}, torch.tensor(math.nan, dtype=torch.float64, device=ll.khat.device)
-    for name in OBJECTIVES:
+    for name in ESTIMATORS:
         bound = elbo(*pair, *x, objective=name, particles=64, batch_size=128, seed=seed)
         bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
     found = {
@@ -301,6 +304,10 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
     attribute = name.partition(":")[2]
     file = str(run.path / stored)
     return find_program(f"{file}:{attribute}" if attribute else file, kind)._replace(name=name)
+
+
+def _objective(config: dict[str, Any]) -> Any:
+    return make_objective(config["objective"], config["particles"], **config["objective_settings"])
 
 
 def _scheduler(config: dict[str, Any]) -> Callable | None:

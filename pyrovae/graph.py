@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from pyrovae.kernels import choose_kernels
 from pyrovae.params import Parameters
 
-__all__ = ["CaptureError", "Graph", "compare", "undone"]
+__all__ = ["CaptureError", "Graph", "compare", "record", "undone"]
 
 WARM_UP = 3
 
@@ -57,7 +57,7 @@ class Graph:
         changed: tuple[Tensor, ...] = (),
         copied: int | None = None,
     ) -> None:
-        graph, self.constants = _lift(_trace(function, args, parameters, changed))
+        graph, self.constants = _lift(record(function, args, parameters, changed))
         with undone(parameters, args, changed), torch.no_grad():
             choose_kernels(graph, [*self._held(), *args])
             self.run = _compile(graph, [*self._held(), *args])
@@ -73,12 +73,17 @@ class Graph:
         return [tensor.detach() for tensor in self.constants]
 
 
-def _trace(
+def record(
     function: Callable[..., list[Tensor]],
     args: tuple,
     parameters: Parameters,
-    changed: tuple[Tensor, ...],
+    changed: tuple[Tensor, ...] = (),
 ) -> GraphModule:
+    """What a function asks of the device; arguments as for :class:`Graph`.
+
+    Raises:
+        CaptureError: If it reads values back or changes from call to call.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graphs = []

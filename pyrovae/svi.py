@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.capture import Capture, CaptureError, Step, undone
 from pyrovae.descent import Descent, UpdateError
-from pyrovae.objectives import Estimate, estimate, is_differentiable, summed
+from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
 from pyrovae.optimization import (
     clip_gradients,
     clips,
@@ -48,7 +48,8 @@ class SVI:
         optim: A Pyro optimizer, a torch optimizer over the pair's parameters, or a function from
             parameters to a torch optimizer, such as ``torch.optim.Adam``. One torch optimizer
             steps all parameters, with Pyro's per-parameter options and clipping as given.
-        loss: A Pyro ELBO, or a function ``(model, guide, x, *context)`` to differentiate.
+        loss: A Pyro ELBO, an :class:`pyrovae.objectives.Objective`, or a function ``(model, guide,
+            x, *context)`` to differentiate.
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
         compile: Run loss and gradients as one graph, captured from the handlers and compiled for
@@ -100,6 +101,7 @@ class SVI:
         self.compile = compile
         self.compiling: Callable[[], AbstractContextManager] = nullcontext
         self.reduce: Callable[[Estimate, list[Tensor]], Estimate] | None = None
+        self.steps_taken = 0
         self._records_updates = True
         self._watch = watch_pair(loss, self.parameters)
         self._wait = 0 if compile is True or steps >= PAYS_AFTER else PAYS_AFTER
@@ -142,6 +144,9 @@ class SVI:
             inspect: Called with the estimate, before the update where that is a step of its own;
                 a compiled step takes no notice of the gradient of a loss that is not finite.
         """
+        if isinstance(self.objective, Objective):
+            self.objective.at_step(self.steps_taken)
+        self.steps_taken += 1
         inside = self._updates_inside()
         begun = bool(self.optimizer and self.optimizer.state)
         if inside and begun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae.check import quick
 from pyrovae.contract import check_support, inspect_pair
 from pyrovae.data import Dataset, Splits
 from pyrovae.monitor import Monitor, NonFiniteLoss
-from pyrovae.objectives import elbo, make_objective
+from pyrovae.objectives import Objective, elbo, make_objective
 from pyrovae.precision import check_precision, matmul_precision
 from pyrovae.progress import progress_bar
 from pyrovae.seeding import draw_seed, seeded, subseed
@@ -92,10 +94,10 @@ def fit(
     guide: Callable,
     data: Dataset | Tensor,
     *,
-    objective: str | ELBO | Callable = "trace_elbo",
+    objective: str | ELBO | Objective | Callable = "trace_elbo",
     epochs: int = 50,
     batch_size: int = 128,
-    particles: int = 1,
+    particles: int | None = None,
     optimizer: type[Optimizer] | PyroOptim | Optimizer | Callable | None = None,
     lr: float = 1e-3,
     scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
@@ -117,10 +119,11 @@ def fit(
         model: The model program.
         guide: The guide program.
         data: A data set of :func:`pyrovae.load_data`, or training data ``[N, ...]`` alone.
-        objective: ``"trace_elbo"``, ``"trace_mean_field_elbo"``, a Pyro ELBO, or a function.
+        objective: A name in :data:`pyrovae.objectives.OBJECTIVES`, an objective that
+            :func:`pyrovae.objectives.make_objective` made, a Pyro ELBO, or a function.
         epochs: How many passes over the training data, those of ``state`` included.
         batch_size: The size M of a minibatch; the last of an epoch may be smaller.
-        particles: The samples L per datum of a named objective.
+        particles: The samples per datum of a named objective; None is the objective's own number.
         optimizer: A torch optimizer's class, called with ``lr``; a Pyro or torch optimizer; or a
             function of the parameters. Adam by default.
         lr: The learning rate of an optimizer given by class, or of the default.
@@ -159,22 +162,21 @@ def fit(
     _check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
         raise ValueError("Expected validation data for patience; got training data alone.")
-    steps = epochs * (len(data.train) // batch_size)
+    epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
         model, guide, _optimizer(optimizer, lr), loss,
-        clip_norm=clip_norm, compile=compile, steps=steps,
+        clip_norm=clip_norm, compile=compile, steps=epochs * epoch_steps,
     )  # fmt: skip
     if device is not None:
         svi.parameters.to(device)
     data = data.to(svi.parameters.device)
     result = Fit(model, guide, svi, draw_seed(seed) if state is None else state["seed"])
-    layout = _prepare(svi, data, batch_size, result.seed)
-    if isinstance(objective, str):
-        loss.max_plate_nesting = -layout.particle_dim
+    layout = _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
     result.scheduler = scheduler(svi.optimizer) if scheduler else svi.scheduler
     if state is not None:
         result.load_state_dict(state)
     first = len(result.history) + 1
+    svi.steps_taken = len(result.history) * epoch_steps
     bar = progress_bar(range(first, epochs + 1), enabled=progress, desc="training", unit="epoch")
     svi.compiling = lambda: _compiling(bar)
     with matmul_precision(precision):
@@ -236,15 +238,25 @@ def _optimizer(optimizer: Any, lr: float) -> Any:
     return optimizer
 
 
-def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int) -> Layout:
+def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> Layout:
     parameters = svi.parameters
     first = [tensor[:batch_size] for tensor in data.split("train")]
+    quick(svi.model, svi.guide, *first)
     with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
         layout = inspect_pair(parameters, *first)
         for rows in filter(None, map(data.split, Splits._fields)):
             check_support(parameters, *rows)
+        _prepare_objective(svi, layout, tuple(first), steps)
         svi.build(*first)
     return layout
+
+
+def _prepare_objective(svi: SVI, layout: Layout, args: tuple, steps: int) -> None:
+    loss = svi.objective
+    if isinstance(loss, Objective):
+        loss.prepare(svi.parameters, args, layout, steps)
+    elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:
+        loss.max_plate_nesting = -layout.particle_dim
 
 
 def _run_epoch(
@@ -271,13 +283,21 @@ def _train_epoch(
             monitor.step(index)
     mean = {n: total / num_data / layout.plate_scale for n, total in monitor.totals().items()}
     loss = mean.pop("loss")
-    bound = type(svi.objective).__module__.startswith("pyro.infer.trace") and not layout.scaled
-    reconstruction = sum(value for name, value in mean.items() if name in layout.observed)
+    return {"train_loss": loss} | _split_elbo(svi.objective, layout, loss, mean)
+
+
+def _split_elbo(
+    objective: Any, layout: Layout, loss: float, terms: dict[str, float]
+) -> dict[str, float | None]:
+    """The ELBO at β = 1 and its two parts, as far as an objective knows them."""
+    elbo = sum(terms.values()) if terms else -loss
+    known = bool(terms) or type(objective).__module__.startswith("pyro.infer.trace")
+    reconstruction = sum(value for name, value in terms.items() if name in layout.observed)
+    split = bool(terms) and not layout.scaled
     return {
-        "train_loss": loss,
-        "train_elbo": -loss if bound else None,
-        "train_reconstruction": reconstruction if bound and mean else None,
-        "train_kl": reconstruction + loss if bound and mean else None,
+        "train_elbo": elbo if known and not layout.scaled else None,
+        "train_reconstruction": reconstruction if split else None,
+        "train_kl": reconstruction - elbo if split else None,
     }
 
 

@@ -1,0 +1,148 @@
+"""Lines of a user's own files: where a site is sampled, and where an error came from."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import nn
+
+__all__ = ["Places", "error_place", "failed_message", "lines_with"]
+
+LIBRARIES = tuple(
+    str(Path(path).resolve())
+    for path in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *torch.__path__)
+) + tuple(pyro.__path__)
+PROGRAMS = (["pyrovae", "models"], ["pyrovae", "guides"])
+
+
+class Places(Messenger):
+    """Notes the line on which each sample statement and plate of a program stands.
+
+    Attributes:
+        found: ``file:line: source`` by the name of the site.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] not in self.found:
+            place = next(filter(None, map(_place, _callers(sys._getframe(1)))), "")
+            self.found[msg["name"]] = place
+
+
+def error_place(error: BaseException | None) -> str:
+    """The last line of a user's file that an error, or its cause, passed through, or nothing."""
+    while error is not None:
+        places = [_place(frame, line) for frame, line in _steps(error)]
+        if found := [place for place in places if place]:
+            return found[-1]
+        error = error.__cause__
+    return ""
+
+
+def failed_message(error: BaseException) -> dict | None:
+    """Pyro's message of the sample statement that an error came out of, if there is one."""
+    messages = [frame.f_locals.get("msg") for frame, _ in _steps(error)]
+    messages = [m for m in messages if isinstance(m, dict) and m.get("type") == "sample"]
+    return messages[-1] if messages else None
+
+
+def lines_with(programs: Iterable[Any], *words: str) -> list[str]:
+    """The lines of a user's programs, modules or classes that contain one of some words."""
+    found: dict[str, None] = {}
+    seen: set[Any] = set()
+    for program in programs:
+        for source in _sources(program, seen):
+            found |= dict.fromkeys(_lines_with(source, words))
+    return list(found)
+
+
+def _lines_with(source: Any, words: tuple[str, ...]) -> Iterator[str]:
+    try:
+        lines, first = inspect.getsourcelines(source)
+        file = inspect.getsourcefile(source)
+    except (OSError, TypeError):
+        return
+    if _is_users(file, source.__module__):
+        for number, line in enumerate(lines, max(first, 1)):
+            if any(word in line.partition("#")[0] for word in words):
+                yield _spelled(file, number, line)
+
+
+def _sources(program: Any, seen: set[Any]) -> Iterator[Any]:
+    """The classes and functions that a program is written in, each once."""
+    program = poutine.unwrap(program)
+    if isinstance(program, nn.Module):
+        yield from (s for m in program.modules() for s in _sources(type(m), seen))
+    elif inspect.ismethod(program):
+        yield from _sources(program.__func__, seen)
+        yield from _sources(program.__self__, seen)
+    elif isinstance(program, partial):
+        yield from _sources(program.func, seen)
+    elif (inspect.isfunction(program) or inspect.isclass(program)) and program not in seen:
+        seen.add(program)
+        yield program
+        for value in _referred(program):
+            yield from _sources(value, seen)
+
+
+def _referred(program: Any) -> list[Any]:
+    """The functions of its own file that a function refers to."""
+    if not inspect.isfunction(program):
+        return []
+    closure, names, *_ = inspect.getclosurevars(program)
+    found = [*closure.values(), *names.values()]
+    return [v for v in found if inspect.isfunction(v) and v.__module__ == program.__module__]
+
+
+def _steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    step = error.__traceback__
+    while step is not None:
+        yield step.tb_frame, step.tb_lineno
+        step = step.tb_next
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames that led to one, up to those of the check itself."""
+    while frame is not None and frame.f_globals.get("__name__", "") != "pyrovae.check_case":
+        yield frame
+        frame = frame.f_back
+
+
+def _place(frame: FrameType, line: int | None = None) -> str:
+    """A line of a frame of a user's file; nothing for a library's."""
+    file = frame.f_code.co_filename
+    if not _is_users(file, frame.f_globals.get("__name__", "")):
+        return ""
+    line = frame.f_lineno if line is None else line
+    return _spelled(file, line, linecache.getline(file, line))
+
+
+@cache
+def _is_users(file: str, module: str) -> bool:
+    """Whether a file is a program's and no library's."""
+    name = module.split(".")
+    if name[0] in ("pyrovae", "pyro", "torch"):
+        return name[:2] in PROGRAMS
+    return not (file.startswith("<frozen") or str(Path(file).resolve()).startswith(LIBRARIES))
+
+
+def _spelled(file: Any, line: int, source: str) -> str:
+    path = Path(file)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return f"{path}:{line}: {source.strip()}".removesuffix(": ")

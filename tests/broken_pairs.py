@@ -1,0 +1,592 @@
+"""Pairs with one mistake each, the row of the check that is meant to find it, and its mend."""
+
+import random
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import nn
+from torch.distributions.kl import register_kl
+from torch.nn.functional import softplus
+
+from pairs import LATENT, SHAPE, PlainGuide, PlainModel, binary
+from pyrovae.nn import MLP
+
+BROKEN = {}
+N = len(binary())
+
+
+class Broken(NamedTuple):
+    make: object
+    row: str
+    words: str
+    line: str
+    data: object
+    also: tuple
+
+
+def broken(row, words, line="", data=binary, also=()):
+    """Files a pair under its name: the row that fails, a pattern in it, a piece of its line."""
+
+    def file(make):
+        BROKEN[make.__name__] = Broken(make, row, words, line, data, also)
+        return make
+
+    return file
+
+
+def decoder(out=SHAPE):
+    return MLP(LATENT, out, (8,))
+
+
+def encoder(out=(2, LATENT)):
+    return MLP(SHAPE, out, (8,))
+
+
+def standard():
+    return dist.Normal(torch.zeros(LATENT), 1.0).to_event(1)
+
+
+def real():
+    return torch.randn(N, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def column():
+    return real().flatten(1)[:, :1]
+
+
+def grey():
+    return 0.9 * binary()
+
+
+def pixels(net, z, x):
+    pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(3), obs=x)
+
+
+def posterior(net, x, name="z"):
+    loc, log_scale = net(x).unbind(-2)
+    return pyro.sample(name, dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def with_model(likelihood, prior=standard, net=None):
+    """A pair of PlainGuide and a model that goes on from z as it is told."""
+    net = net or decoder()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            likelihood(net, pyro.sample("z", prior()), x)
+
+    return model, PlainGuide()
+
+
+@broken("runs", r"The model fails with ValueError: Expected events of shape \[3\]", "net(top)")
+def network_of_another_size():
+    net = decoder()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            top = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+            logits = net(top)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return model, PlainGuide()
+
+
+@broken("sites", r"'z' is missing in the guide.*sample every latent there", '"z", standard()')
+def latent_missing_in_the_guide():
+    net = decoder()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pixels(net, pyro.sample("z", standard()), x)
+
+    return model, lambda x: None
+
+
+@broken("sites", r"'z' is missing.*did you mean 'zz'\?", '"zz", standard()')
+def misspelt_latent():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("zz", standard())
+
+    return PlainModel(), guide
+
+
+@broken("sites", r"observes nothing.*obs=x", "pyro.sample")
+def forgotten_observation():
+    return with_model(
+        lambda net, z, x: pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(3))
+    )[0], lambda x: both_latents(x)
+
+
+def both_latents(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", standard())
+        pyro.sample("x", dist.Bernoulli(torch.full(SHAPE, 0.5)).to_event(3))
+
+
+@broken("plates and events", r"Site 'x' has batch shape \[11, 1, 4, 4\].*\.to_event\(3\)", "obs=x")
+def likelihood_without_to_event():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(logits=net(z)), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("plates and events", r"'x'.*\.to_event\(3\)", "obs=x")
+def likelihood_with_too_few_event_dimensions():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(1), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("plates and events", r"Site 'z' has batch shape \[3\].*\.to_event\(1\)", '"z", prior()')
+def prior_without_to_event():
+    return with_model(pixels, prior=lambda: dist.Normal(torch.zeros(LATENT), 1.0))
+
+
+@broken("plates and events", r"Site 'z' has batch shape \[11, 3\].*\.to_event\(1\)", '"z", dist')
+def guide_without_to_event():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x).unbind(-2)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    return PlainModel(), guide
+
+
+@broken(
+    "plates and events", r"'z' has 0 event.*model's lacks.*\.expand\(\[3\]\)\.to_event\(1\)", "z"
+)
+def scalar_prior():
+    net = MLP((), SHAPE, (8,))
+    return with_model(pixels, prior=lambda: dist.Normal(0.0, 1.0), net=net)
+
+
+@broken(
+    "plates and events", r"'x' has batch shape \[11, 11\].*\.to_event\(1\)", "obs=x", data=column
+)
+def one_column_without_to_event():
+    net, other = MLP(LATENT, 1, ()), MLP(1, (2, LATENT), ())
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", standard())
+            pyro.sample("x", dist.Normal(net(z), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            posterior(other, x)
+
+    return model, guide
+
+
+@broken("plates and events", r"\[2, 11\] in the model and \[11\] in the guide", "standard()")
+def plate_of_the_model_alone():
+    net = decoder()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.plate("part", 2):
+                z = pyro.sample("z", standard())
+            pixels(net, z.mean(0), x)
+
+    return model, PlainGuide()
+
+
+@broken("plates and events", r"with the guide's it fails, .*one dtype", "net(z)")
+def latents_of_another_dtype():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x).double().unbind(-2)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken("plates and events", r"event shape \[4\] in the model and \[3\] in the guide", '"z", prior')
+def latents_of_two_sizes():
+    def prior():
+        return dist.Normal(torch.zeros(4), 1.0).to_event(1)
+
+    return with_model(pixels, prior=prior, net=MLP(4, SHAPE, (8,)))
+
+
+@broken("plates and events", r"swallows the batch, end it in \.to_event\(3\)", "to_event(4)")
+def event_that_swallows_the_batch():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(4), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("plates and events", r"batch of 11, got plates \[\].*pyro\.plate\('data', len\(x\)\)")
+def no_plate():
+    net, other = decoder(), encoder()
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), LATENT), 1.0).to_event(2))
+        pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(4), obs=x)
+
+    def guide(x):
+        loc, log_scale = other(x).unbind(-2)
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(2))
+
+    return model, guide
+
+
+@broken("plates and events", r"'w' lies outside the plate 'data'.*inside that plate", '"w"')
+def site_outside_the_plate():
+    model, guide = PlainModel(), PlainGuide()
+
+    def outside(program):
+        def run(x):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+            program(x)
+
+        return run
+
+    return outside(model), outside(guide)
+
+
+@broken("plates and events", r"'data' of size 4, but the batch has 11.*'data', len\(x\)", "plate(")
+def plate_of_another_size():
+    net = decoder()
+
+    def model(x):
+        with pyro.plate("data", x.shape[-1]):
+            z = pyro.sample("z", standard())
+            pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", x.shape[-1]):
+            pyro.sample("z", dist.Normal(x.flatten(1)[:, :LATENT], 1.0).to_event(1))
+
+    return model, guide
+
+
+@broken(
+    "plates and events", r"observes \[11, 1, 4, 4\].*draws \[11, 16\].*reshape the data", "obs=x"
+)
+def flat_likelihood():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(1), obs=x)
+
+    return with_model(likelihood, net=decoder(16))
+
+
+@broken("data in support", r"observes 0\.9, outside.*Bernoulli.*binarize", "obs=x", data=grey)
+def grey_data():
+    return PlainModel(), PlainGuide()
+
+
+@broken("latents in support", r"the guide can draw -\d.*prior has no mass.*prior's support", '"z"')
+def normal_guide_of_a_positive_latent():
+    def prior():
+        return dist.LogNormal(torch.zeros(LATENT), 1.0).to_event(1)
+
+    return with_model(pixels, prior=prior)
+
+
+@broken("latents in support", r"the guide never draws -?\d.*Widen the guide", "Uniform")
+def bounded_guide_of_a_normal_latent():
+    net = encoder(LATENT)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = net(x)
+            pyro.sample("z", dist.Uniform(loc - 1, loc + 1).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken("latents in support", r"the guide never draws 3", "Categorical")
+def fewer_categories_in_the_guide():
+    def choose(size):
+        return pyro.sample("y", dist.Categorical(logits=torch.zeros(size)))
+
+    net = nn.Embedding(4, 16)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            logits = net(choose(4))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.flatten(1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            choose(3)
+
+    return model, guide
+
+
+@broken("numbers", r"log-probability of site 'x' in the model is nan: look for a log of 0")
+def logarithm_of_zero():
+    def likelihood(net, z, x):
+        probs = torch.sigmoid(net(z)) * (torch.arange(4) > 0)
+        pyro.factor("x", (x * probs.log()).sum((-1, -2, -3)).where(x.sum((-1, -2, -3)) > 0, 0.0))
+
+    return with_model(likelihood)
+
+
+@broken("numbers", r"With these weights scale at site 'z' of the guide is -\d.*softplus")
+def scale_that_may_be_negative():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, scale = net(x).unbind(-2)
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken(
+    "numbers",
+    r"On data far \w+ their range, scale at site 'z' of the guide is 0, not > 0: bound it",
+    data=real,
+)
+def scale_that_underflows():
+    net = encoder(LATENT)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = torch.exp(-x.flatten(1).square().sum(-1, keepdim=True))
+            pyro.sample("z", dist.Normal(net(x), scale).to_event(1))
+
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Normal(net(z), 1.0).to_event(3), obs=x)
+
+    return with_model(likelihood)[0], guide
+
+
+@broken("gradients", r"No gradient reaches guide\.net\.layers\.0\.weight, .*: use it", "no_grad")
+def detached_encoder():
+    class Detached(PlainGuide):
+        def forward(self, x):
+            with torch.no_grad():
+                loc, log_scale = self.net(x).unbind(-2)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return PlainModel(), Detached()
+
+
+@broken("gradients", r"No other site of the model depends on latent z.*detach", "z.detach()")
+def detached_latent():
+    def likelihood(net, z, x):
+        pixels(net, z.detach(), x)
+
+    return with_model(likelihood)
+
+
+@broken("gradients", r"No gradient reaches model\.extra\.weight, model\.extra\.bias: use it")
+def unused_layer():
+    model = PlainModel()
+    model.extra = nn.Linear(2, 2)
+    return model, PlainGuide()
+
+
+@broken(
+    "gradients", r"model\.nets holds parameters that no module owns.*nn\.ModuleList", "self.nets"
+)
+def networks_in_a_list():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = [decoder()]
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pixels(self.nets[0], pyro.sample("z", standard()), x)
+
+    return Listed(), PlainGuide()
+
+
+@broken("gradients", r"shapes \[\[.*\]\] that neither the model nor the guide owns.*pyro\.module")
+def networks_in_a_closed_dictionary():
+    nets = {"decoder": decoder()}
+    return with_model(lambda net, z, x: pixels(nets["decoder"], z, x), net=lambda z: z)
+
+
+@broken("gradients", r"The gradient is NaN or infinite for model\.floor: look for a root")
+def root_of_zero():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.floor = decoder(), nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", standard()) + (0 * self.floor).sqrt()
+                pixels(self.net, z, x)
+
+    return Root(), PlainGuide()
+
+
+@broken("independent data", r"in train mode: guide\.net\.1 normalizes over the batch.*LayerNorm")
+def batch_normalization():
+    guide = PlainGuide()
+    guide.net = nn.Sequential(MLP(SHAPE, 8, ()), nn.BatchNorm1d(8), nn.ReLU(), MLP(8, (2, 3), ()))
+    return PlainModel(), guide
+
+
+@broken("independent data", r"'z' of the guide changes by .* no mean, sum or norm", ".mean(0)")
+def centred_by_the_batch():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            posterior(net, x - x.mean(0))
+
+    return PlainModel(), guide
+
+
+@broken(
+    "independent data",
+    r"'likelihood' of the model changes by .* per datum",
+    ".sum()",
+    also=("particles",),
+)
+def likelihood_summed_over_the_batch():
+    def likelihood(net, z, x):
+        fit = dist.Bernoulli(logits=net(z)).to_event(3).log_prob(x)
+        pyro.factor("likelihood", fit.sum())
+
+    return with_model(likelihood)
+
+
+@broken("independent data", r"fails on a batch of 1,.*squeeze", "squeeze()")
+def squeezed_batch():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x).squeeze().unbind(1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken("particles", r"plate of 3 particles.*z\.reshape\(\*z\.shape\[:-1\], \.\.\.\)", "reshape")
+def decoder_without_particles():
+    def likelihood(net, z, x):
+        logits = net(z.reshape(len(x), -1))
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("particles", r"'x' of the model scores .* otherwise among 3 particles than alone", "obs=x")
+def mean_over_particles():
+    def likelihood(net, z, x):
+        logits = net(z).reshape(-1, len(x), *SHAPE).mean(0)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("estimators agree", r"A - B = .*do not belong to one distribution", "Wide(")
+def draws_that_do_not_fit_their_density():
+    class Wide(dist.Normal):
+        def rsample(self, sample_shape=()):
+            return self.loc + 2 * (super().rsample(torch.Size(sample_shape)) - self.loc)
+
+        def expand(self, shape, _instance=None):
+            return super().expand(shape, self._get_checked_instance(Wide, _instance))
+
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x).unbind(-2)
+            pyro.sample("z", Wide(loc, 0.1 * log_scale.exp()).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken("ELBO below IWAE", r"different scales.*log p\(x\) is not defined")
+def hidden_weight_on_the_divergence():
+    net, guide = decoder(), PlainGuide()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=0.1):
+                z = pyro.sample("z", standard())
+            pixels(net, z, x)
+
+    return model, poutine.scale(guide, scale=0.1)
+
+
+@broken("ELBO below IWAE", r"estimator B, .*, is above the bound of 64", also=("estimators agree",))
+def divergence_that_is_no_divergence():
+    class Own(dist.Normal):
+        def expand(self, shape, _instance=None):
+            return super().expand(shape, self._get_checked_instance(Own, _instance))
+
+    register_kl(Own, dist.Normal)(lambda q, p: torch.zeros_like(q.loc))
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = net(x).unbind(-2)
+            pyro.sample("z", Own(loc, 0.1 * log_scale.exp()).to_event(1))
+
+    return PlainModel(), guide
+
+
+@broken("samples", r"draws \{'x': 8\} numbers per datum and the data have 16.*obs=x", "obs=")
+def half_of_the_data():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(3), obs=x[..., :2, :])
+
+    return with_model(likelihood, net=decoder((1, 2, 4)))
+
+
+@broken("samples", r"'x' draws what lies outside its own support", "Soft(")
+def draws_outside_the_support():
+    class Soft(dist.Bernoulli):
+        def sample(self, sample_shape=()):
+            return self.probs.expand(self._extended_shape(sample_shape))
+
+        def expand(self, shape, _instance=None):
+            return super().expand(shape, self._get_checked_instance(Soft, _instance))
+
+    def likelihood(net, z, x):
+        pyro.sample("x", Soft(logits=net(z)).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("capture", r"reads a value back.*keep it on the device", ".item()")
+def value_read_back():
+    def likelihood(net, z, x):
+        noise = 1.0 + softplus(z).mean().item() * 0.0
+        pyro.sample("x", dist.Bernoulli(logits=net(z) * noise).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("capture", r"reads a value back.*if tensor", "if z.sum()")
+def branch_on_a_tensor():
+    def likelihood(net, z, x):
+        if z.sum() > 1e9:
+            z = z / 2
+        pixels(net, z, x)
+
+    return with_model(likelihood)
+
+
+@broken("capture", r"otherwise at the next call.*Draw with torch", "random.random()")
+def random_control_flow():
+    def likelihood(net, z, x):
+        logits = net(z) if random.random() < 0.5 else net(z / 2)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return with_model(likelihood)
