@@ -7,10 +7,13 @@ import ast
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyrovae.data import DATASETS
+from pyrovae.distributed import Diverged, World, join
+from pyrovae.ending import Ending
 from pyrovae.objectives import ESTIMATORS, OBJECTIVES
 from pyrovae.parser import DEFAULTS, SHOWN, make_parser
 from pyrovae.programs import place, plain, shipped
@@ -27,46 +30,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 if training or a check failed, 2 for bad input, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = make_parser(COMMANDS).parse_args(arguments)
-    options.command_line = shlex.join(["pyrovae", *arguments])
+    ending = Ending(World())
     try:
-        return options.run_command(options) or 0
-    except NonFiniteLoss as error:
-        return _fail(str(error), 1)
+        ending = Ending(join())
+        with ending.hushed():
+            return _run(arguments, ending)
+    except (NonFiniteLoss, Diverged) as error:
+        return _fail(str(error), 1, ending)
     except KeyboardInterrupt as error:
-        print(f"pyrovae: {error or 'stopped.'}", file=sys.stderr)
-        return 130
+        return ending.end(f"pyrovae: {error or 'stopped.'}", 130)
     except Exception as error:
         where = place(error)
-        if not (where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError)):
+        if where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError):
+            text = f"{where}: {type(error).__name__}: {error}" if where else str(error)
+            return _fail(text, 2, ending)
+        if ending.world.size == 1:
             raise
-        return _fail(f"{where}: {type(error).__name__}: {error}" if where else str(error), 2)
+        return ending.end(traceback.format_exc(), 1)
 
 
-def _fail(message: str, code: int) -> int:
+def _run(arguments: list[str], ending: Ending) -> int:
+    options = ending.parse(make_parser(COMMANDS), arguments)
+    if ending.world.size > 1 and options.run_command is not _train:
+        raise ValueError("Several processes are for train alone: start this without torchrun.")
+    options.command_line = shlex.join([*ending.world.command, *arguments])
+    options.ending = ending
+    return options.run_command(options) or 0
+
+
+def _fail(message: str, code: int, ending: Ending) -> int:
     sentence, _, _ = message.partition("Trace Shapes:")
-    print(f"pyrovae: error: {' '.join(sentence.split())}", file=sys.stderr)
-    return code
+    return ending.end(f"pyrovae: error: {' '.join(sentence.split())}", code)
 
 
 def _train(options: argparse.Namespace) -> None:
+    run = Run(options.out)
+    with options.ending.parting(lambda: _stopped(run, options.ending.world)):
+        _train_into(run, options)
+
+
+def _train_into(run: Run, options: argparse.Namespace) -> None:
     from pyrovae import experiment
 
-    run = Run(options.out)
+    world = options.ending.world
     given = {k: v for k, v in vars(options).items() if v is not None}
     resumed = options.resume and run.exists()
     settings = _with_defaults(given, run.config if resumed else None)
     if not resumed:
         run.require_new()
-    made = experiment.resolve(settings, options.command_line, run if resumed else None)
+    with world.in_turn():
+        made = experiment.resolve(settings, options.command_line, run if resumed else None)
     report = _Log(run, options.tensorboard, made.config["epochs"])
     try:
         result = experiment.train(run, made, resume=options.resume, on_epoch=report)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_stopped(run)) from None
+        raise KeyboardInterrupt(_stopped(run, world)) from None
     except NonFiniteLoss as error:
         kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
         raise NonFiniteLoss(f"{error}{kept}") from error
+    if not world.first:
+        return
     experiment.draw(run, made)
     last = result.history[-1]
     print(
@@ -90,10 +113,10 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _stopped(run: Run) -> str:
+def _stopped(run: Run, world: World) -> str:
     if not run.history():
         return "stopped before the end of the first epoch; nothing was written."
-    again = shlex.join(["pyrovae", "train", "--out", str(run.path), "--resume"])
+    again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
     return f"stopped after epoch {len(run.history())}; go on with: {again}"
 
 
@@ -219,7 +242,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise ValueError(f"Expected -n >= 1, got {options.n}.")
     made = experiment.load_experiment(run, options.device, options.data_root)
-    figure = sample_picture(made.model, made.data.test, options.n, options.seed)
+    figure = sample_picture(made.model, *made.data.split("test"), n=options.n, seed=options.seed)
     print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
 
 

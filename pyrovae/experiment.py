@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from pyrovae.agreement import require_same_data, require_same_run
 from pyrovae.contract import inspect_pair
 from pyrovae.data import DATASETS, Dataset, load_data
+from pyrovae.distributed import join
 from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import ESTIMATORS, elbo, make_objective
 from pyrovae.params import Parameters
@@ -76,7 +77,7 @@ def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Ex
     Raises:
         ValueError: If anything asked for does not exist or does not fit together.
     """
-    device = choose_device(options["device"])
+    device = join().place(choose_device(options["device"]))
     programs = _programs({k: options[k] for k in KINDS}, run, options["seed"])
     settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
     load = options["data"] if options["data"] in DATASETS else _absolute(options["data"])
@@ -149,8 +150,9 @@ def train(
         on_epoch=after_epoch,
         progress=progress,
     )
-    run.save_metrics(result.history)
-    run.save_weights(result.svi.parameters.state_dict())
+    if result.world.first:
+        run.save_metrics(result.history)
+        run.save_weights(result.svi.parameters.state_dict())
     return result
 
 

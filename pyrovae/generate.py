@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae.contract import inspect_pair
 from pyrovae.params import Parameters
 from pyrovae.seeding import seeded
-from pyrovae.traces import is_bookkeeping, samples, trace_guide, trace_pair
+from pyrovae.traces import is_bookkeeping, samples, trace_guide, trace_posterior
 
 __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
 
@@ -25,7 +25,7 @@ def sample(
     model: Callable,
     *context: Tensor,
     like: Tensor,
-    n: int = 64,
+    n: int | None = None,
     mean: bool = False,
     seed: int | None = None,
 ) -> Sites:
@@ -37,7 +37,7 @@ def sample(
         model: The model program.
         context: Its further arguments, ``[n, ...]``.
         like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
-        n: How many data to draw.
+        n: How many data to draw; by default one for each row of the context, 64 without one.
         mean: Return E[x | z] in place of x, where the likelihood knows it.
         seed: Seeds the draws; None continues torch's global stream.
 
@@ -45,8 +45,10 @@ def sample(
         ``[n, ...]``, or a dictionary of them if the model observes several sites.
 
     Raises:
-        ValueError: If ``n`` is not positive or ``like`` is empty.
+        ValueError: If ``n`` is not positive, ``like`` is empty, or the context has not n rows.
     """
+    if n is None:
+        n = len(context[0]) if context else 64
     if n < 1 or len(like) < 1:
         raise ValueError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
     template = like[:1].expand(n, *like.shape[1:])
@@ -111,10 +113,10 @@ def reconstruct(
         ValueError: If the pair breaks the contract.
     """
     parameters = Parameters(model, guide)
-    rows = _move(parameters, x, *context)
+    rows = [tensor.to(parameters.device) for tensor in (x, *context)]
     with parameters.mode(training=False), seeded(seed, rows[0].device):
         layout = inspect_pair(parameters, *rows)
-        model_trace, _ = trace_pair(parameters, *rows)
+        model_trace = trace_posterior(parameters, layout, *rows)
         sites = {name: model_trace.nodes[name] for name in layout.observed}
         found = {n: _value(s, mean) for n, s in sites.items() if not is_bookkeeping(s)}
     return _as_given(found, x)
@@ -136,7 +138,7 @@ def encode(
         below another one is conditioned on a draw of it.
     """
     parameters = Parameters(guide, guide)
-    rows = _move(parameters, x, *context)
+    rows = [tensor.to(parameters.device) for tensor in (x, *context)]
     with parameters.mode(training=False), seeded(seed, rows[0].device):
         trace = trace_guide(parameters, *rows)
     return {
@@ -151,7 +153,7 @@ def interpolate(
     guide: Callable,
     x: Tensor,
     y: Tensor,
-    *,
+    *context: Tensor,
     steps: int = 9,
     seed: int | None = None,
 ) -> Sites:
@@ -164,6 +166,7 @@ def interpolate(
         guide: The guide program, with real-valued latents.
         x: Where to start, ``[N, ...]``.
         y: Where to go, ``[N, ...]``.
+        context: Further arguments of both programs, the same all the way, ``[N, ...]``.
         steps: The number of values of t.
         seed: Seeds what is drawn on the way; None continues torch's global stream.
 
@@ -173,13 +176,14 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    start, end = encode(guide, x, seed=seed), encode(guide, y, seed=seed)
+    start, end = (encode(guide, data, *context, seed=seed) for data in (x, y))
     for name, value in start.items():
         if not value.is_floating_point():
             raise ValueError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
     path = {name: _mix(start[name], end[name], t) for name in start}
-    found = decode(model, path, like=x, seed=seed)
+    along = (c.repeat_interleave(steps, 0) for c in context)
+    found = decode(model, path, *along, like=x, seed=seed)
     return _map(found, lambda value: value.reshape(len(x), steps, *value.shape[1:]))
 
 
@@ -190,7 +194,7 @@ def traverse(
     site: str,
     dim: int,
     values: Tensor,
-    *,
+    *context: Tensor,
     seed: int | None = None,
 ) -> Sites:
     """Decode data with one latent dimension set to each of some values.
@@ -202,6 +206,7 @@ def traverse(
         site: The latent site.
         dim: The dimension of its last axis to set.
         values: What to set it to, ``[V]``.
+        context: Further arguments of both programs, ``[N, ...]``.
         seed: Seeds what is drawn on the way; None continues torch's global stream.
 
     Returns:
@@ -210,7 +215,7 @@ def traverse(
     Raises:
         ValueError: If the guide has no such site, or the site no such dimension.
     """
-    latents = encode(guide, x, seed=seed)
+    latents = encode(guide, x, *context, seed=seed)
     if site not in latents:
         raise ValueError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
     size = latents[site].shape[-1]
@@ -218,7 +223,8 @@ def traverse(
         raise ValueError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
     repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
     repeated[site][..., dim] = values.to(x).repeat(len(x))
-    found = decode(model, repeated, like=x, seed=seed)
+    along = (c.repeat_interleave(len(values), 0) for c in context)
+    found = decode(model, repeated, *along, like=x, seed=seed)
     return _map(found, lambda value: value.reshape(len(x), len(values), *value.shape[1:]))
 
 
@@ -242,8 +248,13 @@ def _generate(
     mean: bool,
     seed: int | None,
 ) -> Sites:
+    if lengths := [len(tensor) for tensor in context if len(tensor) != len(template)]:
+        raise ValueError(
+            f"Expected a context of {len(template)} rows, one for each datum to draw, got "
+            f"{lengths[0]}: give n, the latents and the context the same number of rows."
+        )
     parameters = Parameters(model, model)
-    rows = _move(parameters, template, *context)
+    rows = [tensor.to(parameters.device) for tensor in (template, *context)]
     values = {name: value.to(rows[0].device) for name, value in latents.items()}
     with parameters.mode(training=False), seeded(seed, rows[0].device):
         program = poutine.uncondition(_Given(values)(parameters.run_model))
@@ -259,17 +270,13 @@ def _generate(
 
 def _value(site: dict, mean: bool) -> Tensor:
     """The site's mean if wanted and known, or else its draw."""
-    if mean:
-        try:
-            found = site["fn"].mean
-        except NotImplementedError:
-            return site["value"]
-        return site["value"] if bool(found.isnan().any()) else found
-    return site["value"]
-
-
-def _move(parameters: Parameters, *rows: Tensor) -> list[Tensor]:
-    return [tensor.to(parameters.device) for tensor in rows]
+    if not mean:
+        return site["value"]
+    try:
+        found = site["fn"].mean
+    except NotImplementedError:
+        return site["value"]
+    return site["value"] if bool(found.isnan().any()) else found
 
 
 def _as_given(found: dict[str, Tensor], x: Tensor) -> Sites:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP"]
+__all__ = ["ConvDecoder", "ConvEncoder", "MLP"]
 
 
 class MLP(nn.Module):
@@ -55,12 +55,125 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
-        batch = x.shape[: x.dim() - len(self.in_shape)]
-        if x.shape[len(batch) :] != self.in_shape:
-            raise ValueError(
-                f"Expected events of shape {list(self.in_shape)}, got a tensor {list(x.shape)}."
-            )
+        batch = _batch(x, self.in_shape)
         return self.layers(x.reshape(*batch, -1)).reshape(*batch, *self.out_shape)
+
+
+class ConvEncoder(nn.Module):
+    """A convolutional network from images to events of another shape.
+
+    Each convolution, 4x4 with stride 2, halves height and width (rounded down); an :class:`MLP`
+    reads what is left. Everything to the left of the image is a batch dimension, as in the MLP.
+
+    Args:
+        in_shape: The event shape of the images, ``[C, H, W]``.
+        out_shape: The event shape of the output.
+        channels: The channels of the convolutions, from the image inwards.
+        hidden: The widths of the MLP's hidden layers.
+        activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class.
+
+    Raises:
+        ValueError: If the images are no ``[C, H, W]``, or too small to be halved so often.
+
+    Example:
+        >>> ConvEncoder((1, 28, 28), (2, 20))(torch.zeros(5, 3, 1, 28, 28)).shape
+        torch.Size([5, 3, 2, 20])
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        out_shape: int | Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        hidden: int | Sequence[int] = (256,),
+        activation: str | type[nn.Module] = "ReLU",
+    ) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
+        *_, last = sizes = _image_sizes(self.in_shape, channels)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            layers += [nn.Conv2d(before[0], after[0], 4, 2, 1), _activation(activation)()]
+        self.layers = nn.Sequential(*layers)
+        self.head = MLP(last, out_shape, hidden, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
+        batch = _batch(x, self.in_shape)
+        return self.head(self.layers(x.reshape(-1, *self.in_shape))).reshape(
+            *batch, *self.out_shape
+        )
+
+
+class ConvDecoder(nn.Module):
+    """A convolutional network from events of any shape to images: the encoder turned round.
+
+    An :class:`MLP` makes a small image, and each transposed convolution, 4x4 with stride 2,
+    doubles it, to the very sizes that :class:`ConvEncoder` passes through.
+
+    Args:
+        in_shape: The event shape of the input; an int means ``[D]``.
+        out_shape: The event shape of the images, ``[C, H, W]``.
+        channels: The channels of the convolutions, from the image inwards, as in the encoder.
+        hidden: The widths of the MLP's hidden layers.
+        activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class.
+
+    Raises:
+        ValueError: If the images are no ``[C, H, W]``, or too small to be halved so often.
+
+    Example:
+        >>> ConvDecoder(20, (1, 28, 28))(torch.zeros(5, 3, 20)).shape
+        torch.Size([5, 3, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_shape: int | Sequence[int],
+        out_shape: Sequence[int],
+        channels: Sequence[int] = (32, 64),
+        hidden: int | Sequence[int] = (256,),
+        activation: str | type[nn.Module] = "ReLU",
+    ) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
+        first, *_ = sizes = _image_sizes(self.out_shape, channels)[::-1]
+        self.stem = MLP(in_shape, first, hidden, activation)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            odd = after[1] % 2, after[2] % 2
+            conv = nn.ConvTranspose2d(before[0], after[0], 4, 2, 1, output_padding=odd)
+            layers += [_activation(activation)(), conv]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
+        batch = _batch(z, self.in_shape)
+        return self.layers(self.stem(z.reshape(-1, *self.in_shape))).reshape(
+            *batch, *self.out_shape
+        )
+
+
+def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The image's ``[C, H, W]``, and those of what each halving leaves."""
+    channels = tuple(_shape(channels))
+    if len(shape) != 3:
+        raise ValueError(f"Expected images [C, H, W], got {list(shape)}: use an MLP for others.")
+    if min(shape[1:]) < 2 ** len(channels):
+        raise ValueError(
+            f"Expected images of {2 ** len(channels)} pixels and more on a side, to be halved "
+            f"{len(channels)} times, got {list(shape)}: give fewer channels than {channels}."
+        )
+    return [
+        (width, shape[1] >> depth, shape[2] >> depth)
+        for depth, width in enumerate((shape[0], *channels))
+    ]
+
+
+def _batch(x: Tensor, shape: torch.Size) -> torch.Size:
+    batch = x.shape[: x.dim() - len(shape)]
+    if x.shape[len(batch) :] != shape:
+        raise ValueError(f"Expected events of shape {list(shape)}, got a tensor {list(x.shape)}.")
+    return batch
 
 
 def _shape(shape: int | Sequence[int]) -> torch.Size:

@@ -88,7 +88,9 @@ class OwnParameters(Messenger):
     def __enter__(self) -> OwnParameters:
         store = pyro.get_param_store()
         self._own_names = _pyro_param_names(self._owners)
-        self._aside = {n: _take(store, n) for n in self._own_names if n in store}
+        foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
+        aside = dict.fromkeys([*self._own_names, *foreign])
+        self._aside = {n: _take(store, n) for n in aside if n in store}
         self._local = pyro.settings.get("module_local_params")
         if self._local:
             pyro.settings.set(module_local_params=False)
@@ -99,8 +101,8 @@ class OwnParameters(Messenger):
         if self._local:
             pyro.settings.set(module_local_params=True)
         store = pyro.get_param_store()
-        for name in self._own_names:
-            if name in store:
+        for name, value in list(store._params.items()):
+            if name in self._own_names or isinstance(value, nn.Parameter):
                 _take(store, name)
         for name, (value, constraint) in self._aside.items():
             store.set_state({"params": {name: value}, "constraints": {name: constraint}})

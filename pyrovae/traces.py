@@ -11,10 +11,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import infer_discrete
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyrovae.enumeration import in_parallel, sum_out
 from pyrovae.params import Parameters
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "take_particles",
     "trace_guide",
     "trace_pair",
+    "trace_posterior",
     "unscale",
 ]
 
@@ -38,7 +41,8 @@ class Layout(NamedTuple):
 
     ``dim`` is the batch's dimension and ``particle_dim`` the one left of every plate, both
     counted from the right; ``plate`` is the name of the plate over the batch. ``scaled`` says
-    whether some site carries a scale beside that of the plate, ``plate_scale``.
+    whether some site carries a scale beside that of the plate, ``plate_scale``. ``latents`` are
+    those that both programs sample, ``enumerated`` those that the model alone has and sums over.
     """
 
     plate: str
@@ -48,6 +52,7 @@ class Layout(NamedTuple):
     observed: tuple[str, ...]
     plate_scale: float = 1.0
     scaled: bool = False
+    enumerated: tuple[str, ...] = ()
 
 
 def trace_pair(
@@ -63,7 +68,8 @@ def trace_pair(
         parameters: The pair.
         x: A batch ``[N, ...]``, handed to both programs with ``context``.
         particles: The size K of a plate opened to the left of all others; None opens none.
-        layout: Where that plate goes; needed with ``particles``.
+        layout: Where that plate goes; needed with ``particles``, and to sum over the latents that
+            the model enumerates, which are drawn from the model otherwise.
 
     Returns:
         The model's trace and the guide's, without the sites of subsampling plates.
@@ -95,9 +101,28 @@ def replay_model(
     layout: Layout | None = None,
 ) -> Trace:
     """Trace the model with the latents of a guide's trace; arguments as in :func:`trace_pair`."""
-    replayed = poutine.replay(parameters.run_model, trace=guide_trace)
+    model, summed = parameters.run_model, layout.enumerated if layout else ()
+    if summed:
+        model = in_parallel(model, left_of=layout.particle_dim)
+    replayed = poutine.replay(model, trace=guide_trace)
     with _particle_plate(particles, layout):
-        return poutine.trace(replayed).get_trace(x, *context)
+        trace = poutine.trace(replayed).get_trace(x, *context)
+    return sum_out(trace, summed) if summed else trace
+
+
+def trace_posterior(parameters: Parameters, layout: Layout, x: Tensor, *context: Any) -> Trace:
+    """Trace the model at one draw of every latent given x.
+
+    The guide draws what it samples; what the model sums over is drawn from its exact posterior
+    given the guide's draw. Arguments as in :func:`trace_pair`.
+    """
+    guide_trace = trace_guide(parameters, x, *context)
+    if not layout.enumerated:
+        return replay_model(parameters, guide_trace, x, *context)
+    drawn = {name: guide_trace.nodes[name]["value"] for name in layout.latents}
+    given = poutine.condition(parameters.run_model, data=drawn)
+    given = infer_discrete(given, first_available_dim=layout.particle_dim)
+    return poutine.trace(given).get_trace(x, *context)
 
 
 def _particle_plate(particles: int | None, layout: Layout | None) -> Any:

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyrovae.check import quick
 from pyrovae.contract import check_support, inspect_pair
 from pyrovae.data import Dataset, Splits
+from pyrovae.distributed import World, join
 from pyrovae.monitor import Monitor, NonFiniteLoss
 from pyrovae.objectives import Objective, elbo, make_objective
 from pyrovae.precision import check_precision, matmul_precision
@@ -42,6 +43,7 @@ class Fit:
             is no ELBO or sites are scaled), all in nats per datum; ``lr``; ``seconds``.
         seed: The seed that every draw of the training derives from.
         best_epoch: The epoch of the highest validation ELBO so far, if there is one.
+        world: The processes that train it.
     """
 
     model: Callable
@@ -52,6 +54,7 @@ class Fit:
     history: list[dict] = field(default_factory=list)
     best_epoch: int | None = None
     best_state: dict[str, Tensor] | None = None
+    world: World = field(default_factory=World)
 
     @property
     def elbo(self) -> float:
@@ -135,11 +138,12 @@ def fit(
         compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
         precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
             :func:`pyrovae.precision.matmul_precision`.
-        device: Where to train; None stays where the pair is. Data move there once.
+        device: Where to train; None stays where the pair is. Data move there once. On CUDA, each
+            of several processes has the GPU of its rank on its machine.
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.
-        on_epoch: Called with the :class:`Fit` after each epoch.
-        progress: Show a bar if standard error is a terminal.
+        on_epoch: Called with the :class:`Fit` after each epoch, by rank 0 alone.
+        progress: Show a bar if standard error is a terminal, on rank 0.
 
     Returns:
         The trained pair with its history.
@@ -167,17 +171,21 @@ def fit(
         model, guide, _optimizer(optimizer, lr), loss,
         clip_norm=clip_norm, compile=compile, steps=epochs * epoch_steps,
     )  # fmt: skip
-    if device is not None:
-        svi.parameters.to(device)
+    world = join()
+    svi.parameters.to(world.place(svi.parameters.device if device is None else device))
     data = data.to(svi.parameters.device)
-    result = Fit(model, guide, svi, draw_seed(seed) if state is None else state["seed"])
+    seed = world.share(draw_seed(seed)) if state is None else state["seed"]
+    result = Fit(model, guide, svi, seed, world=world)
     layout = _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
     result.scheduler = scheduler(svi.optimizer) if scheduler else svi.scheduler
     if state is not None:
         result.load_state_dict(state)
     first = len(result.history) + 1
     svi.steps_taken = len(result.history) * epoch_steps
-    bar = progress_bar(range(first, epochs + 1), enabled=progress, desc="training", unit="epoch")
+    world.agree(epoch=first, epochs=epochs, batch_size=batch_size, data=len(data.train))
+    world.prepare(svi, data.rows, torch.arange(batch_size, device=svi.parameters.device))
+    shown = progress and world.first
+    bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     svi.compiling = lambda: _compiling(bar)
     with matmul_precision(precision):
         for epoch in bar:
@@ -185,7 +193,7 @@ def fit(
                 break
             _run_epoch(result, layout, data, batch_size, epoch, keep_best=patience is not None)
             bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
-            if on_epoch is not None:
+            if on_epoch is not None and world.first:
                 on_epoch(result)
     if result.best_state is not None:
         svi.parameters.load_state_dict(result.best_state)
@@ -265,22 +273,25 @@ def _run_epoch(
     started = time.perf_counter()
     svi = result.svi
     with seeded(subseed(result.seed, epoch), svi.parameters.device):
-        row = {"epoch": epoch} | _train_epoch(svi, layout, data, batch_size, epoch)
-    row |= _validate(result, data.split("valid"))
+        row = {"epoch": epoch} | _train_epoch(result, layout, data, batch_size, epoch)
+    result.world.settle(svi)
+    if result.world.first:
+        row |= _validate(result, data.split("valid"))
     row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
     row["seconds"] = time.perf_counter() - started
-    _finish_epoch(result, row, keep_best)
+    _finish_epoch(result, result.world.share(row), keep_best)
 
 
 def _train_epoch(
-    svi: SVI, layout: Layout, data: Dataset, batch_size: int, epoch: int
+    result: Fit, layout: Layout, data: Dataset, batch_size: int, epoch: int
 ) -> dict[str, float | None]:
-    num_data = len(data.train)
-    monitor = Monitor(svi, data.rows, epoch)
+    svi, world, num_data = result.svi, result.world, len(data.train)
+    monitor = Monitor(svi, world.load, epoch)
     order = torch.randperm(num_data).to(svi.parameters.device)
     with svi.parameters.mode(training=True):
         for index in order.split(batch_size):
-            monitor.step(index)
+            with world.batch(len(index)):
+                monitor.step(index)
     mean = {n: total / num_data / layout.plate_scale for n, total in monitor.totals().items()}
     loss = mean.pop("loss")
     return {"train_loss": loss} | _split_elbo(svi.objective, layout, loss, mean)

@@ -1,0 +1,50 @@
+"""A normal posterior with a few directions of covariance, read off the data by one network."""
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyrovae.nn import MLP
+
+__all__ = ["LowRank"]
+
+
+class LowRank(PyroModule):
+    r"""The normal guide whose covariance is diagonal plus low rank.
+
+    .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(x), \; W(x) W(x)^\top
+              + \mathrm{diag}\,\sigma^2(x)\bigr), \qquad W \in \mathbb{R}^{\text{latent} \times R}
+
+    Args:
+        shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
+        latent: The dimension of z.
+        hidden: The widths of the encoder's hidden layers.
+        activation: The name of a :mod:`torch.nn` activation.
+        rank: The number R of directions.
+
+    References:
+        Rezende, Mohamed and Wierstra, Stochastic Backpropagation (arXiv 1401.4082), with one
+        direction.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int = 20,
+        hidden: Sequence[int] = (400,),
+        activation: str = "ReLU",
+        rank: int = 4,
+    ) -> None:
+        super().__init__()
+        self.encoder = MLP(shape, (2 + rank, latent), hidden, activation)
+
+    def forward(self, x: Tensor) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+        with pyro.plate("data", len(x)):
+            out = self.encoder(x)
+            loc, log_scale, factor = out[..., 0, :], out[..., 1, :], out[..., 2:, :].mT
+            variance = (2 * log_scale).exp() + 1e-5
+            pyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, variance))

@@ -1,0 +1,62 @@
+"""A standard normal prior and continuous Bernoulli pixels."""
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyrovae.nn import MLP
+
+__all__ = ["ContinuousBernoulli"]
+
+
+class ContinuousBernoulli(PyroModule):
+    r"""A VAE for grey values in [0, 1], with the constant that a Bernoulli leaves out.
+
+    .. math:: z \sim \mathcal{N}(0, I), \qquad
+              p(x_d \mid z) = \frac{\lambda_d e^{\lambda_d x_d}}{e^{\lambda_d} - 1}, \quad
+              |\lambda_d| < \text{limit}
+
+    It is a density, so that log p(x) may be positive. Without a limit on λ = f(z) it would grow
+    without bound at pixels that are exactly 0 or 1; with it, it stays near ``limit`` at most, and
+    log p(x) is to be compared at the same limit alone.
+
+    Args:
+        shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
+        latent: The dimension of z.
+        hidden: The widths of the decoder's hidden layers.
+        activation: The name of a :mod:`torch.nn` activation.
+        limit: The largest λ in size, up to which float32 holds the density.
+
+    Raises:
+        ValueError: If ``limit`` is not positive.
+
+    References:
+        Loaiza-Ganem and Cunningham, The continuous Bernoulli (arXiv 1907.06845).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int = 20,
+        hidden: Sequence[int] = (400,),
+        activation: str = "ReLU",
+        limit: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if limit <= 0:
+            raise ValueError(f"Expected limit > 0, got {limit!r}.")
+        self.limit = limit
+        self.decoder = MLP(latent, shape, hidden, activation)
+        self.register_buffer("zero", torch.zeros(latent), persistent=False)
+
+    def forward(self, x: Tensor) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
+            logits = self.limit * torch.tanh(self.decoder(z) / self.limit)
+            likelihood = dist.ContinuousBernoulli(logits=logits)
+            pyro.sample("x", likelihood.to_event(x.dim() - 1), obs=x)

@@ -1,0 +1,55 @@
+"""A mixture of Gaussians as the prior, its component a latent of its own; binary data."""
+
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyrovae.nn import MLP
+
+__all__ = ["GMVAE"]
+
+
+class GMVAE(PyroModule):
+    r"""A VAE that clusters: each datum comes from one of C components.
+
+    .. math:: y \sim \mathrm{Cat}(\pi), \qquad
+              z \mid y \sim \mathcal{N}(\mu_y, \mathrm{diag}\,\sigma_y^2), \qquad
+              x_d \mid z \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(f_d(z)))
+
+    Args:
+        shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
+        latent: The dimension of z.
+        components: The number of components C.
+        hidden: The widths of the decoder's hidden layers.
+        activation: The name of a :mod:`torch.nn` activation.
+
+    References:
+        Jiang et al., Variational Deep Embedding (arXiv 1611.05148), equations 1 to 5.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int = 20,
+        components: int = 10,
+        hidden: Sequence[int] = (400,),
+        activation: str = "ReLU",
+    ) -> None:
+        super().__init__()
+        self.decoder = MLP(latent, shape, hidden, activation)
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, latent))
+        self.scale = PyroParam(torch.ones(components, latent), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        """Sample ``y`` ``[N]`` and ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=self.logits))
+            z = pyro.sample("z", dist.Normal(self.loc[y], self.scale[y]).to_event(1))
+            logits = self.decoder(z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)

@@ -1,0 +1,205 @@
+r"""Distributions on a grid of grey levels, which neither torch nor Pyro has.
+
+Eight-bit images are whole numbers k = 0, …, 255, handed over as x = k / 255. A distribution on
+that grid gives probability masses, so that its log-likelihood is in nats of a discrete datum, and
+:math:`-\ln p(x) / (D \ln 2)` is in bits per dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import broadcast_all
+from torch.nn.functional import logsigmoid
+
+__all__ = ["DiscretizedLogistic", "Grid", "GridCategorical"]
+
+
+class Grid(constraints.Constraint):
+    r"""The numbers :math:`k / (L - 1)` for :math:`k = 0, \dots, L - 1`.
+
+    Args:
+        levels: The number of levels L: 256 for 8-bit images, 17 for the digits.
+
+    Raises:
+        ValueError: If there are fewer than two levels.
+    """
+
+    is_discrete = True
+
+    def __init__(self, levels: int) -> None:
+        if levels < 2:
+            raise ValueError(f"Expected levels >= 2, got {levels}.")
+        self.levels = levels
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"Grid(levels={self.levels})"
+
+    def check(self, value: Tensor) -> Tensor:
+        """Which values lie on the grid, to a thousandth of a step."""
+        k = value * (self.levels - 1)
+        return (k - self.index(value)).abs() < 1e-3
+
+    def index(self, value: Tensor) -> Tensor:
+        """The k of the nearest level."""
+        return (value * (self.levels - 1)).round().clamp(0, self.levels - 1)
+
+    def values(self, like: Tensor) -> Tensor:
+        """Every level ``[L]``, in the dtype and on the device of ``like``."""
+        steps = torch.arange(self.levels, dtype=like.dtype, device=like.device)
+        return steps / (self.levels - 1)
+
+
+class GridCategorical(TorchDistribution):
+    r"""A categorical distribution over the levels of a grid.
+
+    .. math:: p\bigl(x = \tfrac{k}{L - 1}\bigr) = \mathrm{softmax}(\mathrm{logits})_k
+
+    Args:
+        logits: Unnormalized log-probabilities ``[..., L]``.
+
+    Example:
+        >>> GridCategorical(torch.zeros(3, 256)).log_prob(torch.tensor([0.0, 51 / 255, 1.0])).exp()
+        tensor([0.0039, 0.0039, 0.0039])
+    """
+
+    arg_constraints: ClassVar = {"logits": constraints.real_vector}
+
+    def __init__(self, logits: Tensor, *, validate_args: bool | None = None) -> None:
+        self.logits = logits.log_softmax(-1)
+        self.grid = Grid(logits.shape[-1])
+        super().__init__(logits.shape[:-1], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Grid:
+        """The grid."""
+        return self.grid
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> GridCategorical:
+        """The same distribution with a larger batch."""
+        new = self._get_checked_instance(GridCategorical, _instance)
+        new.logits = self.logits.expand(*batch_shape, -1)
+        new.grid = self.grid
+        super(GridCategorical, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-mass of each value, in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        index = self.grid.index(value).long().unsqueeze(-1)
+        shape = torch.broadcast_shapes(index.shape[:-1], self.batch_shape)
+        logits = self.logits.expand(*shape, -1)
+        return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``[*sample_shape, *batch_shape]``."""
+        with torch.no_grad():
+            draws = math.prod(sample_shape)
+            index = self.logits.exp().reshape(-1, self.grid.levels).multinomial(draws, True)
+            index = index.mT.reshape(self._extended_shape(sample_shape))
+            return self.grid.values(self.logits)[index]
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x]."""
+        return self.logits.exp() @ self.grid.values(self.logits)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x]."""
+        values = self.grid.values(self.logits)
+        return (self.logits.exp() * (values - self.mean.unsqueeze(-1)).square()).sum(-1)
+
+
+class DiscretizedLogistic(TorchDistribution):
+    r"""A logistic variable rounded to a grid, with both tails in the outermost levels.
+
+    .. math:: p\bigl(x = \tfrac{k}{L - 1}\bigr) = F(x + h) - F(x - h), \qquad
+              F(t) = \mathrm{sigmoid}\bigl(\tfrac{t - \mu}{s}\bigr), \quad h = \tfrac{1}{2(L - 1)}
+
+    with :math:`F(0 - h)` taken as 0 and :math:`F(1 + h)` as 1. The difference is the product
+    :math:`F(x + h) \, (1 - F(x - h)) \, (1 - e^{-2h/s})`, whose logarithm is exact however far x
+    is from μ.
+
+    Args:
+        loc: The location μ, in the units of x.
+        scale: The scale s, in the units of x.
+        levels: The number of levels L.
+
+    References:
+        Salimans et al., PixelCNN++ (arXiv 1701.05517), section 2.1.
+    """
+
+    arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        levels: int = 256,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.loc, self.scale = broadcast_all(loc, scale)
+        self.grid = Grid(levels)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Grid:
+        """The grid."""
+        return self.grid
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
+        """The same distribution with a larger batch."""
+        new = self._get_checked_instance(DiscretizedLogistic, _instance)
+        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        new.grid = self.grid
+        super(DiscretizedLogistic, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-mass of each value, in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        index, top = self.grid.index(value), self.grid.levels - 1
+        below = logsigmoid((value + 0.5 / top - self.loc) / self.scale)
+        above = logsigmoid(-(value - 0.5 / top - self.loc) / self.scale)
+        width = torch.log(-torch.expm1(-1 / (top * self.scale)))
+        inside = (index > 0) & (index < top)
+        return (
+            below.where(index < top, 0.0) + above.where(index > 0, 0.0) + width.where(inside, 0.0)
+        )
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``[*sample_shape, *batch_shape]``."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            x = self.loc + self.scale * u.logit(torch.finfo(u.dtype).tiny)
+            return self.grid.index(x) / (self.grid.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        r""":math:`E[x] = \frac{1}{L - 1} \sum_{k > 0} P(x \ge \frac{k}{L - 1})`."""
+        return self._moment(1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x]."""
+        return (self._moment(2) - self._moment(1).square()).clamp(min=0)
+
+    def _moment(self, power: int) -> Tensor:
+        top, total = self.grid.levels - 1, torch.zeros_like(self.loc)
+        for k in range(1, top + 1):
+            weight = (k**power - (k - 1) ** power) / top**power
+            total += weight * torch.sigmoid((self.loc - (k - 0.5) / top) / self.scale)
+        return total

@@ -1,0 +1,212 @@
+r"""Exact sums over discrete latents: those of the guide, and those that the model alone has.
+
+For latents y that the guide enumerates, and latents u that the model enumerates,
+
+.. math:: \mathcal{L}(x) = E_{q(z|x)} \sum_y q(y|x, z)
+          \Bigl[\ln \sum_u p(x, u, y, z) - \ln q(y, z|x)\Bigr].
+
+The sums are Pyro's tensor variable elimination over plates (:mod:`pyro.ops.contract`), with the
+factors of one sum added before the exponential, so that factors that disagree by hundreds of nats
+do not underflow, and with nothing read back from the device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import is_identically_zero
+from pyro.ops import packed
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+__all__ = ["enumerates", "exact_terms", "in_parallel", "sum_out"]
+
+
+def enumerates(site: dict) -> bool:
+    """Whether a latent is marked to be summed over, ``infer={"enumerate": "parallel"}``."""
+    marked = site["infer"].get("enumerate") == "parallel"
+    return marked and not site["is_observed"] and site["infer"].get("num_samples") is None
+
+
+def in_parallel(program: Callable, left_of: int) -> Callable:
+    """A program whose marked latents take all their values, along dimensions left of another."""
+    return poutine.enum(program, first_available_dim=left_of - 1)
+
+
+def sum_out(trace: Trace, latents: Iterable[str]) -> Trace:
+    """Sum a model's trace over latents that it enumerates.
+
+    Of the sites that depend on one of them, the first latent then scores ln p of all remaining
+    latents, the first observed site ln p of the data given these, and the others 0.
+
+    Args:
+        trace: The trace of a program run :func:`in_parallel`.
+        latents: The sites to sum over.
+    """
+    summed = prune_subsample_sites(trace)
+    summed.compute_log_prob()
+    summed.pack_tensors()
+    for name, score in _marginal_scores(summed, list(latents)).items():
+        site = summed.nodes[name]
+        log_prob = packed.unpack(score, summed.symbol_to_dim)
+        site = {key: site[key] for key in site if key not in ("log_prob", "unscaled_log_prob")}
+        summed.nodes[name] = site | {"fn": _Scored(site["fn"], log_prob), "mask": None}
+    return summed
+
+
+def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor] | None:
+    """The ELBO by site, summed over enumerated latents, plates and particles.
+
+    Args:
+        model_trace: The model's trace as :class:`pyro.infer.TraceEnum_ELBO` makes it.
+        guide_trace: The guide's trace from the same place.
+
+    Returns:
+        Nats by site, scaled and differentiable; None if the guide draws a latent that is neither
+        enumerated nor reparameterized, so that the gradient needs a score.
+    """
+    model, guide = _sites(model_trace), _sites(guide_trace)
+    weights = []
+    for site in guide.values():
+        if _is_summed(site):
+            weights.append((_ordinal(guide_trace, site), site["packed"]["unscaled_log_prob"]))
+        elif not is_identically_zero(site["packed"]["score_parts"].score_function):
+            return None
+    latents = [name for name, site in model.items() if _is_summed(site) and name not in guide]
+    scores = {name: site["packed"]["log_prob"] for name, site in model.items()}
+    for name, score in _marginal_scores(model_trace, latents).items():
+        scores[name] = packed.scale_and_mask(score, scale=model[name]["scale"])
+    terms = {n: _expected(s, _ordinal(model_trace, model[n]), weights) for n, s in scores.items()}
+    for name, site in guide.items():
+        cost = _expected(site["packed"]["log_prob"], _ordinal(guide_trace, site), weights)
+        terms[name] = terms.get(name, 0.0) - cost
+    return terms
+
+
+def _is_summed(site: dict) -> bool:
+    return enumerates(site) and "_enumerate_dim" in site["infer"]
+
+
+def _marginal_scores(trace: Trace, latents: list[str]) -> dict[str, Tensor]:
+    """Packed scores, masked and not scaled, of the sites that depend on ``latents``."""
+    if not latents:
+        return {}
+    sites = _sites(trace)
+    symbols = {sites[name]["infer"]["_enumerate_symbol"] for name in latents}
+    factors = {
+        name: site["packed"]["unscaled_log_prob"]
+        if name in latents
+        else packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
+        for name, site in sites.items()
+        if name in latents or symbols & set(site["packed"]["unscaled_log_prob"]._pyro_dims)
+    }
+    hidden = [name for name in factors if not sites[name]["is_observed"]]
+    seen = [name for name in factors if sites[name]["is_observed"]]
+    prior = _contract(trace, {name: factors[name] for name in hidden}, symbols)
+    scores = {name: _zeros_like(prior) for name in factors}
+    scores[next((name for name in hidden if name not in latents), latents[0])] = prior
+    if seen:
+        joint = _contract(trace, factors, symbols)
+        scores[seen[0]] = _add([joint, packed.neg(prior)])
+    return scores
+
+
+def _contract(trace: Trace, factors: dict[str, Tensor], symbols: set[str]) -> Tensor:
+    """Sum a product of factors over symbols, and over the plates that not all sites are in."""
+    sites = _sites(trace)
+    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for name, factor in factors.items():
+        tree.setdefault(_ordinal(trace, sites[name]), []).append(factor)
+    sizes = {
+        trace.plate_to_symbol[f.name]: f.size
+        for site in sites.values()
+        for f in site["cond_indep_stack"]
+        if f.vectorized
+    }
+    common = frozenset.intersection(*(_ordinal(trace, site) for site in sites.values()))
+    return contract_to_tensor(tree, symbols, common, ring=_AddingRing(dim_to_size=sizes))
+
+
+class _AddingRing(LogRing):
+    """Sums of exponentials one dimension at a time, over the sum of the terms that have it."""
+
+    def sumproduct(self, terms: list[Tensor], dims: Iterable[str]) -> Tensor:
+        terms, left = list(terms), set(dims)
+        while left:
+            dim = min(sorted(left), key=lambda d: len(_joint_dims(terms, d)))
+            having = [term for term in terms if dim in term._pyro_dims]
+            terms = [term for term in terms if dim not in term._pyro_dims]
+            if having:
+                terms.append(_log_sum_exp(_add(having), dim))
+            left.remove(dim)
+        return _add(terms)
+
+
+def _joint_dims(terms: list[Tensor], dim: str) -> set[str]:
+    return set().union(*(term._pyro_dims for term in terms if dim in term._pyro_dims))
+
+
+def _log_sum_exp(term: Tensor, dim: str) -> Tensor:
+    return _named(term.logsumexp(term._pyro_dims.index(dim)), term._pyro_dims.replace(dim, ""))
+
+
+def _add(terms: list[Tensor]) -> Tensor:
+    first, *rest = packed.broadcast_all(*terms)
+    return _named(sum(rest, first[...]), first._pyro_dims)
+
+
+def _zeros_like(term: Tensor) -> Tensor:
+    return _named(torch.zeros_like(term), term._pyro_dims)
+
+
+def _named(term: Tensor, dims: str) -> Tensor:
+    term._pyro_dims = dims
+    return term
+
+
+def _expected(
+    cost: Tensor, ordinal: frozenset[str], weights: list[tuple[frozenset[str], Tensor]]
+) -> Tensor:
+    """A cost summed over its dimensions, those of enumerated latents weighted by the guide."""
+    upstream = [weight for where, weight in weights if where <= ordinal]
+    if not upstream:
+        return cost.sum()
+    others = set().union(*(w._pyro_dims for w in upstream)) - set(cost._pyro_dims) - ordinal
+    weight = packed.exp(_AddingRing().sumproduct(upstream, others))
+    weight, cost = packed.broadcast_all(weight, cost)
+    return (weight * torch.where(weight > 0, cost, 0.0)).sum()
+
+
+def _sites(trace: Trace) -> dict[str, dict]:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _ordinal(trace: Trace, site: dict) -> frozenset[str]:
+    frames = site["cond_indep_stack"]
+    return frozenset(trace.plate_to_symbol[f.name] for f in frames if f.vectorized)
+
+
+class _Scored(TorchDistribution):
+    """A distribution that has been scored already."""
+
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, base: TorchDistribution, log_prob: Tensor) -> None:
+        super().__init__(log_prob.shape, base.event_shape, validate_args=False)
+        self._base, self._log_prob = base, log_prob
+
+    @property
+    def support(self) -> Constraint:
+        return self._base.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_prob
