@@ -14,6 +14,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import speed_tables
+from tables import markdown
+
 HOME = Path(__file__).resolve().parent
 DOCUMENTS = (HOME.parent / "README.md", HOME.parent / "docs" / "benchmarks.md")
 
@@ -52,7 +55,7 @@ def mnist() -> str:
         ]
         for row in rows
     ]
-    return _table(head, body)
+    return markdown(head, body)
 
 
 def exact() -> str:
@@ -65,7 +68,7 @@ def exact() -> str:
         [*key, *(f"{max(row[f'{of} rel'] for row in found):.1e}" for of in ("value", "gradient"))]
         for key, found in groups.items()
     ]
-    return _table(head, body)
+    return markdown(head, body)
 
 
 def slopes() -> str:
@@ -79,7 +82,7 @@ def slopes() -> str:
         ]
         for row in rows
     ]
-    return _table(head, body)
+    return markdown(head, body)
 
 
 def races() -> str:
@@ -95,7 +98,7 @@ def races() -> str:
         ]
         for row in rows
     ]
-    return _table(head, body)
+    return markdown(head, body)
 
 
 def curves() -> str:
@@ -106,32 +109,16 @@ def curves() -> str:
         + [f"{row[name]:.1e}" for name in ("pyro", "pyrovae")]
         for row in rows
     ]
-    return _table(head, body)
-
-
-def speed() -> str:
-    found = _results("speed")
-    names = list(found["sizes"][0]["milliseconds"])
-    head = ["networks, batch", *names]
-    body = [
-        [f"{row['networks']}, {row['batch']}", *(f"{row['milliseconds'][n]:.2f}" for n in names)]
-        for row in found["sizes"]
-    ]
-    return _table(head, body)
+    return markdown(head, body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (mnist, exact, slopes, races, curves, speed)
-}
+    table.__name__: table for table in (mnist, exact, slopes, races, curves)
+} | speed_tables.TABLES
 
 
 def _results(name: str) -> dict:
     return json.loads((HOME / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _table(head: list[str], body: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,183 +1,135 @@
-"""Time of a training step: hand-written PyTorch, Pyro, and this project, interleaved.
+"""Time of a training step, and of log p(x), against everything else that computes the same.
 
-    python benchmarks/speed.py [--rounds 30] [--threads 2]
+    python benchmarks/speed.py [--device cpu|cuda] [--rounds 10] [--threads 2] [--only steps ...]
 
 Every contender goes from uint8 images to updated weights: gather, binarize, estimator B, Adam at
-1e-3. They take turns, four steps at a time, and the median over all their steps counts, so that
-what else the machine does falls on all alike. All are first trained for 200 steps from the same
-weights, and must have reached the same loss. Writes results/speed.json, in milliseconds a step.
+1e-3. All are first trained from the same weights and must reach the same loss; then they take
+turns, and a ratio is the median over rounds of two turns of one round, so that what else the
+machine does falls on all alike. NumPyro and Pythae take part where they are installed. Each
+section is written to results/speed.json when it is finished; --resume leaves those that stand
+there under the same conditions. Draws docs/figures/speed.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
+import os
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median, quantiles
 
-import pyro
 import torch
-from pyro.infer import JitTraceMeanField_ELBO, TraceMeanField_ELBO
+from speed_contenders import BEST, FLOOR, OURS, variants
+from speed_figure import draw
+from speed_likelihood import likelihood
+from speed_problem import Problem, make_images
+from speed_race import compare, floor_of, ratio
+from speed_start import imports, measure
+from speed_sweeps import SIZES, SWEEPS, sweep
 from tables import machine, show, write
-from torch import Tensor
 
-import pyrovae
-from pyrovae.guides.mean_field import MeanField
-from pyrovae.models.bernoulli import Bernoulli
-from pyrovae.seeding import seeded
-
-RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
-SHAPE, IMAGES, LR = (1, 28, 28), 10_000, 1e-3
-SIZES = [(20, (400,), 128), (20, (400,), 512), (50, (200, 200), 20), (50, (200, 200), 100)]
-SIZES.append((50, (200, 200), 1000))
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "speed.json"
+FIGURE = HERE.parent / "docs" / "figures" / "speed.png"
+IMAGES = {"cpu": 256, "cuda": 10_000}
+STARTED = [f"{BEST}: loss", f"{BEST}: step", "Pyro SVI", "Pyro SVI, JIT", "NumPyro, jit", OURS]
+BOUNDED = ["log p(x), 64 images", "log p(x), 256 images"]
+RIVALS = ("hand-written", BEST, "Pyro SVI", "Pyro SVI, JIT", "NumPyro, jit", "Pythae", FLOOR)
 
 
 def main() -> None:
+    options = parse()
+    use_cores(options.threads)
+    about, images = conditions(options), make_images(options.device)
+    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    found = results.setdefault(options.device, {})
+    for name, run in sections(options, images).items():
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
+        if options.resume and found.get(name, {}).get("about") == about:
+            continue
+        print(f"\n{name}", flush=True)
+        started = time.perf_counter()
+        section = run()
+        found[name] = {"about": about, "seconds": time.perf_counter() - started} | section
+        write(options.out, results)
+    draw(found, options.figure)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="+", help="the beginnings of the sections' names")
+    parser.add_argument("--resume", action="store_true", help="leave what is already measured")
+    parser.add_argument("--images", type=int, help="how many for log p(x), scaled to 10,000")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    sizes = [measure(*size, options.rounds) for size in SIZES]
-    show([{"networks": row["networks"], "batch": row["batch"]} | row["milliseconds"]
-          for row in sizes], ".2f")  # fmt: skip
-    write(RESULTS, {"about": {"rounds": options.rounds} | machine(), "sizes": sizes})
+    options.images = options.images or IMAGES[options.device]
+    return options
 
 
-def measure(latent: int, hidden: tuple[int, ...], batch: int, rounds: int) -> dict:
-    """One row of the table."""
-    images = _images()
-    steps = {n: make(latent, hidden) for n, make in CONTENDERS.items()}
-    losses = {name: _train(step, images, batch) for name, step in steps.items()}
-    low, high = min(losses.values()), max(losses.values())
-    if high - low > 0.02 * abs(low):
-        raise SystemExit(f"Not the same training: {losses}")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            for index in torch.randint(IMAGES, (4, batch)):
-                started = time.perf_counter()
-                step(_binary(images, index))
-                times[name].append(1e3 * (time.perf_counter() - started))
-    widths = "-".join(map(str, (784, *hidden, latent)))
-    spread = {n: [round(q, 3) for q in quantiles(t, n=10)[::8]] for n, t in times.items()}
+def use_cores(threads: int) -> None:
+    """Keep every library to so many cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    torch.set_num_threads(threads)
+
+
+def conditions(options: argparse.Namespace) -> dict:
+    """Where and how the numbers are measured, and with what."""
+    about = machine() | {"rounds": options.rounds, "dtype": "float32"}
+    for name in ("numpyro", "jax", "pythae"):
+        try:
+            about["versions"][name] = version(name)
+        except PackageNotFoundError:
+            about["versions"][name] = "not installed"
+    if options.device == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Callable[[], dict]]:
+    """What can be measured, by name."""
+    device, rounds = options.device, options.rounds
+    fewer = max(2, rounds // 2)
+    base, known = Problem("784-400-20", 128, device=device), {}
+    sizes = {
+        f"steps/{networks}/{batch}": Problem(networks, batch, device=device)
+        for networks, batch in SIZES
+    }
     return {
-        "networks": widths,
-        "batch": batch,
-        "milliseconds": {name: median(values) for name, values in times.items()},
-        "deciles 1 and 9": spread,
-        "loss after 200 steps": losses,
+        **{name: lambda p=p: steps(p, images, rounds, known) for name, p in sizes.items()},
+        **{f"sweep/{n}": lambda n=n: swept(n, images, device, fewer, known) for n in SWEEPS},
+        "likelihood": lambda: likelihood(base, images[: options.images], max(1, rounds // 4)),
+        "start": lambda: {"rows": measure(STARTED + BOUNDED, device)},
+        "import": lambda: {"seconds to import": imports(("pyro", "pyrovae"), fewer)},
     }
 
 
-def _images() -> Tensor:
-    with seeded(0):
-        blobs = torch.nn.functional.interpolate(
-            torch.rand(IMAGES, 1, 4, 4), size=28, mode="bicubic"
-        )
-    return (255 * blobs.clamp(0, 1)).to(torch.uint8)
+def steps(problem: Problem, images: torch.Tensor, rounds: int, known: dict) -> dict:
+    """One size of the table: times, and ratios to each rival."""
+    found = known[problem] = compare(variants(problem.device), problem, images, rounds)
+    show([{"contender": n, "ms": row["ms"]} for n, row in found.items() if "ms" in row], ".2f")
+    ratios = {f"{OURS} / {rival}": ratio(found, OURS, rival) for rival in RIVALS}
+    ratios["pyrovae, eager / hand-written"] = ratio(found, "pyrovae, eager", "hand-written")
+    size = {"networks": problem.networks, "batch": problem.batch}
+    return size | {"contenders": found, "ratios": ratios, "floor": floor_of(problem, images)}
 
 
-def _binary(images: Tensor, index: Tensor) -> Tensor:
-    x = images[index].float() / 255
-    return (torch.rand_like(x) < x).float()
-
-
-def _train(step: Callable, images: Tensor, batch: int) -> float:
-    with seeded(1):
-        losses = [step(_binary(images, index)) for index in torch.randint(IMAGES, (200, batch))]
-    return sum(float(loss) for loss in losses[-20:]) / 20 / batch
-
-
-def _pair(latent: int, hidden: tuple[int, ...]) -> tuple[Bernoulli, MeanField]:
-    with seeded(2):
-        return Bernoulli(SHAPE, latent, hidden[::-1]), MeanField(SHAPE, latent, hidden)
-
-
-def _adam(parameters: object) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=LR, fused=True)
-
-
-class Plain(torch.nn.Module):
-    """The hand-written step: same networks, closed-form KL, no handlers."""
-
-    def __init__(self, latent: int, hidden: tuple[int, ...]) -> None:
-        super().__init__()
-        model, guide = _pair(latent, hidden)
-        self.decoder, self.encoder = copy.deepcopy(model.decoder), copy.deepcopy(guide.encoder)
-
-    def forward(self, x: Tensor) -> Tensor:
-        loc, log_scale = self.encoder(x).unbind(-2)
-        z = loc + log_scale.exp() * torch.randn_like(loc)
-        kl = 0.5 * (loc.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum()
-        logits = self.decoder(z)
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-        return bce + kl
-
-
-def hand(latent: int, hidden: tuple[int, ...], compiled: bool = False) -> Callable:
-    net = Plain(latent, hidden)
-    optimizer = _adam(net.parameters())
-    loss_of = torch.compile(net) if compiled else net
-
-    def step(x: Tensor) -> Tensor:
-        loss = loss_of(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def hand_compiled(latent: int, hidden: tuple[int, ...]) -> Callable:
-    return hand(latent, hidden, compiled=True)
-
-
-def by_pyro(latent: int, hidden: tuple[int, ...]) -> Callable:
-    return _own_store(latent, hidden, TraceMeanField_ELBO())
-
-
-def by_pyro_jit(latent: int, hidden: tuple[int, ...]) -> Callable:
-    return _own_store(latent, hidden, JitTraceMeanField_ELBO(ignore_jit_warnings=True))
-
-
-def _own_store(latent: int, hidden: tuple[int, ...], loss: object) -> Callable:
-    """A step of Pyro's own SVI; its parameters live in a store that no other contender sees."""
-    model, guide = _pair(latent, hidden)
-    store = pyro.get_param_store()
-    state: dict = {"params": {}, "constraints": {}}
-    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": LR}), loss)
-
-    def step(x: Tensor) -> float:
-        store.clear()
-        store.set_state(state)
-        loss = svi.step(x)
-        state.update(store.get_state())
-        return loss
-
-    return step
-
-
-def ours(latent: int, hidden: tuple[int, ...], compiled: bool = False) -> Callable:
-    svi = pyrovae.SVI(*_pair(latent, hidden), _adam, TraceMeanField_ELBO(), compile=compiled)
-    return lambda x: svi.update(x).loss
-
-
-def ours_compiled(latent: int, hidden: tuple[int, ...]) -> Callable:
-    return ours(latent, hidden, compiled=True)
-
-
-CONTENDERS: dict[str, Callable] = {
-    "hand-written": hand,
-    "hand-written, torch.compile": hand_compiled,
-    "Pyro SVI": by_pyro,
-    "Pyro SVI, JIT": by_pyro_jit,
-    "pyrovae, eager": ours,
-    "pyrovae, compiled": ours_compiled,
-}
+def swept(name: str, images: torch.Tensor, device: str, rounds: int, known: dict) -> dict:
+    """One sweep, and the ratio at each of its points."""
+    rows = sweep(name, images, device, rounds, known)
+    times = [
+        {name: row[name]} | {c: found["ms"] for c, found in row.items() if isinstance(found, dict)}
+        for row in rows
+    ]
+    show(times, ".2f")
+    return {"rows": [row | {"ratio": ratio(row, OURS, BEST)} for row in rows]}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 import pyrovae
 
-__all__ = ["machine", "show", "write"]
+__all__ = ["machine", "markdown", "show", "write"]
 
 
 def show(table: list[dict], spec: str) -> None:
@@ -28,6 +28,12 @@ def show(table: list[dict], spec: str) -> None:
     print()
     for line in cells:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table as the documents have it."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def machine() -> dict:

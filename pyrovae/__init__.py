@@ -5,6 +5,7 @@ traces. All log-probabilities are in nats per datum.
 """
 
 from pyrovae.check import Report, check
+from pyrovae.classify import classify
 from pyrovae.data import Dataset, load_data
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.kl import kl_standard_normal
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "SVI",
     "check",
+    "classify",
     "decode",
     "elbo",
     "encode",

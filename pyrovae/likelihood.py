@@ -1,83 +1,41 @@
-"""log p(x) of each datum, with a stated error."""
+"""log p(x) of each datum by importance sampling, with a stated error."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import pyro
-import torch
 from torch import Tensor
 
-from pyrovae.capture import CaptureError, Graph, compare
-from pyrovae.contract import inspect_pair
-from pyrovae.params import Parameters
-from pyrovae.progress import progress_bar
-from pyrovae.psis import pareto_khat, tail_length
-from pyrovae.seeding import draw_seed, seeded, subseed
-from pyrovae.traces import (
-    Layout,
-    common_scale,
-    replay_model,
-    site_scores,
-    take_particles,
-    trace_guide,
-    trace_pair,
-)
+from pyrovae.evaluation import Evaluation, particle_tile, power_of_two, row_limit
+from pyrovae.evidence import LogLikelihood
+from pyrovae.joint import Joint
+from pyrovae.proposals import Defensive, FromGuide, require_density, require_scorable
+from pyrovae.refined import Refined
+from pyrovae.seeding import seeded, subseed
+from pyrovae.sums import Sums, curve_points
+from pyrovae.tiles import Found
+from pyrovae.weights import Weights
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 
-DATA_TILE, PARTICLE_TILE = 64, 128
 PAYS_AFTER = 5_000_000
 
 
-@dataclass(frozen=True)
-class LogLikelihood:
-    """An estimate of log p(x) for each of N data, in nats.
-
-    Attributes:
-        log_prob: The estimate, ``[N]``; a lower bound in expectation.
-        standard_error: Its Monte Carlo standard error by the delta method, ``[N]``; NaN for K = 1.
-        ess: The effective sample size out of K, ``[N]``.
-        khat: The Pareto shape of the weights' tail, ``[N]``; above 0.7 the error is not to be
-            trusted and more samples or a better guide are needed. NaN for K too small to tell.
-        num_samples: K.
-    """
-
-    log_prob: Tensor
-    standard_error: Tensor
-    ess: Tensor
-    khat: Tensor
-    num_samples: int
-
-    @property
-    def mean(self) -> float:
-        """The mean over data, nats per datum."""
-        return self.log_prob.double().mean().item()
-
-    @property
-    def mean_standard_error(self) -> float:
-        """The Monte Carlo standard error of that mean: these data, other random draws."""
-        return (self.standard_error.double().square().sum().sqrt() / len(self.log_prob)).item()
-
-    @property
-    def data_standard_error(self) -> float:
-        """The standard error of that mean over data: other data from the same source."""
-        return (self.log_prob.double().std() / math.sqrt(len(self.log_prob))).item()
-
-
-@torch.no_grad()
 def log_likelihood(
     model: Callable,
     guide: Callable,
     x: Tensor,
     *context: Tensor,
     num_samples: int = 1000,
-    max_rows: int = DATA_TILE * PARTICLE_TILE,
+    curve: Sequence[int] = (),
+    defensive: float = 0.0,
+    refine_steps: int = 0,
+    max_rows: int | None = None,
     seed: int | None = None,
     compile: bool | str = "auto",
+    checkpoint: str | Path | None = None,
+    processes: bool = False,
     progress: bool = False,
 ) -> LogLikelihood:
     r"""Estimate log p(x) of each datum by importance sampling from its guide.
@@ -85,28 +43,43 @@ def log_likelihood(
     .. math:: \ln \hat p(x) = \ln \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)},
               \qquad z_k \sim q(z \mid x)
 
-    The weights are never kept: sums are streamed in float64 over tiles of 64 data and 128
-    particles, each with a random stream of its own, so that memory depends on neither N nor K,
-    and the draws do not depend on ``max_rows``.
+    The weights are never kept: sums are streamed in float64 over tiles of 64 data and some
+    thousand draws, each with a random stream of its own, so that memory depends on neither N nor
+    K. Draws do not depend on ``max_rows``, those for fewer samples are the first of those for
+    more, and with more than 64 data a datum's draws depend on its place and not on N.
 
     Args:
         model: The model program.
         guide: The guide program.
         x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
         num_samples: The number of samples K of each datum.
+        curve: The numbers of samples, up to K, to report the bound for in ``.curve``; by default
+            1, 10, 100, ….
+        defensive: The share α of the prior in the proposal (1 − α) q(z|x) + α p(z), which bounds
+            the weights by p(x|z) / α; 0 takes the guide alone.
+        refine_steps: Before sampling, fit a normal of independent coordinates to each datum's
+            posterior by so many steps from the guide's moments, and take that as the proposal;
+            the result then has an ``amortization_gap``. For continuous latents.
         max_rows: The largest number of (particle, datum) pairs that the model scores at once;
-            it bounds memory. Less than 64 counts as 64.
-        seed: Seeds the draws; None draws a seed from torch's global stream.
-        compile: Compile the weights of a tile: True, False, or ``"auto"`` where N K is at least
-            five million, so that it pays.
+            it bounds memory, and less than 64 counts as 64. None is 2,048 on a CPU and 65,536
+            elsewhere.
+        seed: Seeds the draws; None draws a seed from torch's global stream, or goes on with that
+            of the checkpoint.
+        compile: Compile draws and weights: True, False, or ``"auto"`` where N K is at least five
+            million, so that it pays.
+        checkpoint: A file to keep finished data in; with the same file, an evaluation that was
+            stopped goes on and ends as if it had not been.
+        processes: Share the data among the processes of :mod:`torch.distributed`, each of which
+            calls this and gets the whole result.
         progress: Show a bar with an estimate of the time left.
 
     Returns:
-        Nats per datum, with standard errors, effective sample sizes and Pareto shapes.
+        Nats per datum, with standard errors, effective sample sizes, Pareto shapes and a verdict.
 
     Raises:
         ValueError: If K is not positive, x is empty, the pair breaks the contract, sites carry
-            different scales, or a log-weight is NaN (the message names the site and the datum).
+            different scales, a log-weight is NaN (the message names the site and the datum), or
+            the checkpoint is of another evaluation.
 
     References:
         Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519), equation 8; Vehtari et
@@ -114,135 +87,98 @@ def log_likelihood(
 
     Example:
         >>> ll = pyrovae.log_likelihood(model, guide, data.test, num_samples=1000)
-        >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum")
+        >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum. {ll.verdict}")
     """
+    _check(num_samples, defensive, refine_steps, max_rows, compile)
+    points = curve_points(num_samples, curve)
+    compiled = compile is True or (compile == "auto" and len(x) * num_samples >= PAYS_AFTER)
+    options = {
+        "method": "importance sampling",
+        "num_samples": num_samples,
+        "curve": points,
+        "defensive": defensive,
+        "refine_steps": refine_steps,
+        "max_rows": max_rows,
+        "compiled": compiled,
+        "seed": seed,
+    }
+    task = Evaluation(model, guide, (x, *context), options, checkpoint, processes)
+    with task.opened() as joint:
+        with seeded(task.seed, task.device):
+            weights = _weights(joint, task.first, defensive, refine_steps, max_rows)
+        with task.bar(num_samples, enabled=progress) as bar:
+            sampler = _Sampler(weights, task.seed, num_samples, points, bar.update, compiled)
+            found = task.run(sampler, joint)
+        method, covers = _method(defensive, refine_steps), bool(defensive or refine_steps)
+        return task.result(found, joint, num_samples, points, method, covers=covers)
+
+
+class _Sampler:
+    """Sums the weights of a tile of data, one tile of particles after another."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        seed: int,
+        num_samples: int,
+        points: list[int],
+        tick: Callable[[int], object],
+        compiled: bool,
+    ) -> None:
+        self.weights, self.seed, self.tick = weights, seed, tick
+        self.num_samples, self.points, self.compiled = num_samples, points, compiled
+
+    def __call__(self, index: int, rows: tuple) -> Found:
+        seed, weights = subseed(self.seed, index), self.weights
+        about = weights.proposal.prepare(rows, seed)
+        if self.compiled:
+            weights.compile(rows)
+            self.compiled = False
+        sums = Sums(self.num_samples, self.points, rows[0])
+        for number, start in enumerate(range(0, self.num_samples, weights.tile)):
+            particles = min(weights.tile, self.num_samples - start)
+            with seeded(subseed(seed, number), rows[0].device):
+                log_weight = weights(rows, particles)
+            if bool(log_weight.isnan().any()):
+                weights.refuse_nan(rows, subseed(seed, number), index * len(rows[0]))
+            sums.add(log_weight)
+            self.tick(particles)
+        return sums.result() | about
+
+
+def _weights(
+    joint: Joint, rows: tuple, defensive: float, refine_steps: int, max_rows: int | None
+) -> Weights:
+    require_density(joint, rows)
+    chunk = power_of_two(row_limit(rows, max_rows) // len(rows[0]))
+    proposal = Refined(joint, rows, refine_steps, chunk) if refine_steps else FromGuide(joint)
+    if defensive:
+        if not refine_steps:
+            require_scorable(joint, rows, "leave out defensive")
+        proposal = Defensive(proposal, defensive)
+    return Weights(joint, proposal, particle_tile(rows), chunk)
+
+
+def _method(defensive: float, refine_steps: int) -> str:
+    base = "the guide refined for each datum" if refine_steps else "the guide"
+    mixed = f" and, for {defensive:.0%} of the draws, the prior" if defensive else ""
+    return f"importance sampling from {base}{mixed}"
+
+
+def _check(
+    num_samples: int,
+    defensive: float,
+    refine_steps: int,
+    max_rows: int | None,
+    compile: bool | str,
+) -> None:
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"Expected an integer num_samples >= 1, got {num_samples}.")
-    if max_rows < 1:
+    if not 0 <= defensive < 1:
+        raise ValueError(f"Expected 0 <= defensive < 1, got {defensive}.")
+    if not isinstance(refine_steps, int) or refine_steps < 0:
+        raise ValueError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
+    if max_rows is not None and max_rows < 1:
         raise ValueError(f"Expected max_rows >= 1, got {max_rows}.")
     if compile not in ("auto", True, False):
         raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
-    if len(x) == 0:
-        raise ValueError("Expected at least one datum, got an empty tensor.")
-    seed = draw_seed(seed)
-    parameters = Parameters(model, guide)
-    device = x.device
-    x, *context = (tensor.to(parameters.device) for tensor in (x, *context))
-    tiles = list(zip(*(tensor.split(DATA_TILE) for tensor in (x, *context)), strict=True))
-    results = []
-    with parameters.mode(training=False):
-        with seeded(seed, x.device):
-            layout = inspect_pair(parameters, *tiles[0])
-        weights = _Weights(parameters, layout, max_rows)
-        if compile is True or (compile == "auto" and len(x) * num_samples >= PAYS_AFTER):
-            weights.compile(tiles[0], min(num_samples, PARTICLE_TILE))
-        bar = progress_bar(tiles, enabled=progress, desc="log p(x)", unit="tile")
-        with pyro.validation_enabled(False):
-            for index, rows in enumerate(bar):
-                results.append(
-                    _stream(weights, rows, DATA_TILE * index, num_samples, subseed(seed, index))
-                )
-    log_prob, error, ess, khat = (torch.cat(r).to(device) for r in zip(*results, strict=True))
-    return LogLikelihood(log_prob, error, ess, khat, num_samples)
-
-
-def _stream(
-    weights: _Weights, rows: tuple, first_row: int, num_samples: int, seed: int
-) -> tuple[Tensor, ...]:
-    """Sum the weights of a few data, tile by tile of particles."""
-    x = rows[0]
-    top = x.new_full((len(x),), -math.inf, dtype=torch.float64)
-    first, second = torch.zeros_like(top), torch.zeros_like(top)
-    keep = tail_length(num_samples) + 1
-    tail = top.new_empty(0, len(x))
-    for index, start in enumerate(range(0, num_samples, PARTICLE_TILE)):
-        particles = min(PARTICLE_TILE, num_samples - start)
-        with seeded(subseed(seed, index), x.device):
-            log_weight = weights(rows, particles)
-        if bool(log_weight.isnan().any()):
-            with seeded(subseed(seed, index), x.device):
-                weights.refuse_nan(rows, particles, first_row)
-        peak = torch.maximum(top, log_weight.amax(0))
-        shift = torch.where(peak.isinf(), 0.0, peak)
-        decay, weight = (top - shift).exp(), (log_weight - shift).exp()
-        first = first * decay + weight.sum(0)
-        second = second * decay.square() + weight.square().sum(0)
-        top = peak
-        tail = torch.cat([tail, log_weight])
-        tail = tail.topk(min(keep, len(tail)), dim=0).values
-    mean = torch.where(top.isinf(), top, top + (first / num_samples).log())
-    ess = (first.square() / second).nan_to_num(nan=0.0)
-    error = ((num_samples / ess - 1).clamp(min=0) / (num_samples - 1)).sqrt()
-    if num_samples == 1:
-        error = torch.full_like(error, math.nan)
-    scale = weights.scale(rows)
-    khat = pareto_khat(tail.flip(0).T, num_samples)
-    return scale * mean, abs(scale) * error, ess, khat
-
-
-class _Weights:
-    """ln p(x, z) − ln q(z | x) of fresh draws, ``[K, N]`` in float64."""
-
-    def __init__(self, parameters: Parameters, layout: Layout, max_rows: int) -> None:
-        self.parameters, self.layout, self.max_rows = parameters, layout, max_rows
-        self.graph: Graph | None = None
-        self.shape: tuple = ()
-
-    def __call__(self, rows: tuple, particles: int) -> Tensor:
-        if self.graph is not None and self.shape == (rows[0].shape, particles):
-            return self.graph(*rows)[0]
-        guide, model = self._scores(rows, particles)
-        return sum(s.double() for s in model.values()) - sum(s.double() for s in guide.values())
-
-    def compile(self, rows: tuple, particles: int) -> None:
-        """Compile what a full tile takes; where that fails, stay eager and say why."""
-
-        def flat(*rows: Tensor) -> list[Tensor]:
-            return [self(rows, particles)]
-
-        try:
-            graph = Graph(flat, rows, self.parameters)
-            with seeded(0, rows[0].device):
-                expected = flat(*rows)[0]
-            with seeded(0, rows[0].device):
-                compare("a log-weight", graph(*rows)[0], expected)
-        except CaptureError as error:
-            warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=3)
-            return
-        self.graph, self.shape = graph, (rows[0].shape, particles)
-
-    def scale(self, rows: tuple) -> Tensor | float:
-        """What the programs' scales multiply each datum's log p(x) by."""
-        with seeded(0, rows[0].device):
-            return common_scale(trace_pair(self.parameters, *rows), self.layout)
-
-    def refuse_nan(self, rows: tuple, particles: int, first_row: int) -> None:
-        """Say which site's log-probability is NaN, and for which datum."""
-        guide, model = self._scores(rows, particles)
-        for program, scores in (("guide", guide), ("model", model)):
-            for name, score in scores.items():
-                bad = score.isnan().any(0).nonzero()
-                if len(bad):
-                    raise ValueError(
-                        f"The log-probability of site {name!r} in the {program} is NaN for datum "
-                        f"{first_row + bad[0].item()}: look at its parameters there."
-                    )
-        raise ValueError(
-            "A log-weight is infinity minus infinity: a guide's site has no finite log-probability "
-            "at its own draw."
-        )
-
-    def _scores(self, rows: tuple, particles: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        at = {"particles": particles, "layout": self.layout}
-        guide_trace = trace_guide(self.parameters, *rows, **at)
-        num_data = len(rows[0])
-        step = max(1, self.max_rows // num_data)
-        parts = []
-        for start in range(0, particles, step):
-            part = slice(start, min(start + step, particles))
-            at["particles"] = part.stop - part.start
-            some = take_particles(guide_trace, part) if step < particles else guide_trace
-            model_trace = replay_model(self.parameters, some, *rows, **at)
-            parts.append(site_scores(model_trace, self.layout, at["particles"], num_data))
-        model = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return site_scores(guide_trace, self.layout, particles, num_data), model

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae.check import quick
-from pyrovae.contract import check_support, inspect_pair
+from pyrovae.contract import check_objective, check_support, inspect_pair
 from pyrovae.data import Dataset, Splits
 from pyrovae.distributed import World, join
 from pyrovae.monitor import Monitor, NonFiniteLoss
@@ -249,11 +249,12 @@ def _optimizer(optimizer: Any, lr: float) -> Any:
 def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> Layout:
     parameters = svi.parameters
     first = [tensor[:batch_size] for tensor in data.split("train")]
-    quick(svi.model, svi.guide, *first)
     with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
         layout = inspect_pair(parameters, *first)
         for rows in filter(None, map(data.split, Splits._fields)):
             check_support(parameters, *rows)
+        quick(svi.model, svi.guide, *first)
+        check_objective(layout, svi.objective)
         _prepare_objective(svi, layout, tuple(first), steps)
         svi.build(*first)
     return layout

@@ -31,7 +31,8 @@ def refusal(capsys: Any, *arguments: object, code: int = 2) -> str:
     shown = capsys.readouterr()
     assert shown.err.startswith("pyrovae: error: ")
     assert shown.err.count("\n") == 1
-    assert "Trace" not in shown.err
+    assert "Traceback" not in shown.err
+    assert "Trace Shapes" not in shown.err
     assert shown.out == ""
     assert snapshot(Path()) == before
     return shown.err

@@ -186,14 +186,16 @@ def test_an_objective_that_the_pair_rules_out(workspace, refused):
     (workspace / "own.py").write_text(
         "import torch, pyro, pyro.distributions as dist\n"
         "net = torch.nn.Linear(64, 3)\n"
-        "def sample(x, logits):\n"
+        "def sample(x, logits, **data):\n"
         "    with pyro.plate('data', len(x)):\n"
         "        pyro.sample('y', dist.OneHotCategorical(logits=logits))\n"
+        "        for name in data:\n"
+        "            pyro.sample(name, dist.Normal(0 * x, 1).to_event(3), obs=x)\n"
         "        return pyro.module('net', net)\n"
         "def guide(x):\n"
         "    sample(x, net(x.flatten(1)))\n"
         "def model(x):\n"
-        "    sample(x, torch.zeros(3))\n"
+        "    sample(x, torch.zeros(3), seen=x)\n"
     )
     pair = ["--model", "own.py", "--guide", "own.py", "--objective", "trace_mean_field_elbo"]
     refused("train", *pair, "--data", "digits", "--out", "new", says=["reparam"])

@@ -1,6 +1,7 @@
 """log p(x) against closed forms, and the errors that it states."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -165,7 +166,9 @@ def test_scale_is_applied_outside_the_mean_over_samples():
         num_samples=200,
         seed=0,
     )
-    torch.testing.assert_close(scaled.log_prob, 3 * plain.log_prob)
+    for name in ("log_prob", "standard_error", "smoothed"):
+        torch.testing.assert_close(getattr(scaled, name), 3 * getattr(plain, name))
+    torch.testing.assert_close(scaled.curve.log_prob, 3 * plain.curve.log_prob)
     torch.testing.assert_close(scaled.ess, plain.ess)
     with pytest.raises(ValueError, match="different scales"):
         pyrovae.log_likelihood(model, pyro.poutine.scale(guide, scale=3.0), X, seed=0)
@@ -334,3 +337,30 @@ def test_infinity_minus_infinity_is_refused():
 
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="infinity minus infinity"):
         pyrovae.log_likelihood(never(model, "m"), never(guide, "g"), X, num_samples=5, seed=0)
+
+
+def test_compiled_weights_are_those_of_the_handlers(monkeypatch):
+    monkeypatch.setattr("pyrovae.graph._compile", lambda graph, inputs: graph)
+    pair, x = shipped_bernoulli(), binary(70)
+    expected = pyrovae.log_likelihood(*pair, x, num_samples=150, seed=3, compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = pyrovae.log_likelihood(*pair, x, num_samples=150, seed=3, compile=True)
+    torch.testing.assert_close(found.log_prob, expected.log_prob, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.ess, expected.ess, rtol=1e-3, atol=0)
+    assert expected.curve.num_samples == (1, 10, 100, 150)
+
+
+def test_a_model_without_latents_needs_no_samples():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x)
+
+    def guide(x):
+        pass
+
+    x = torch.randn(5, 3)
+    found = pyrovae.log_likelihood(model, guide, x, num_samples=30, seed=0)
+    exact = dist.Normal(0.0, 1.0).log_prob(x).sum(-1).double()
+    torch.testing.assert_close(found.log_prob, exact)
+    assert (found.ess - 30).abs().max() < 1e-6

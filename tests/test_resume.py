@@ -22,7 +22,7 @@ VARIANTS = {
     "clipped": ["--clip-norm", "10", "--seed", "5"],
     "grey": ["--model", "gaussian", "--binarize", "none", "--set", "model.scale=pixel"],
 }
-PATIENCE = ["--patience", "2", "--lr", "0.3"]
+PATIENCE = ["--patience", "2", "--lr", "0.2"]
 EPOCHS = 20
 
 

@@ -1,0 +1,84 @@
+"""The step through Pyro's own SVI, and through this project's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import JitTraceMeanField_ELBO, TraceMeanField_ELBO
+from speed_hand import binarized
+from speed_problem import LR, Problem, Race
+from torch import Tensor
+
+import pyrovae
+from pyrovae.data import Dataset
+
+__all__ = ["by_pyro", "by_pyro_jit", "ours", "ours_compiled"]
+
+
+def by_pyro(problem: Problem, images: Tensor) -> Race:
+    """``pyro.infer.SVI`` as it is."""
+    return _own_store(problem, images, TraceMeanField_ELBO(**_particles(problem)))
+
+
+def by_pyro_jit(problem: Problem, images: Tensor) -> Race:
+    """``pyro.infer.SVI`` with its loss traced by ``torch.jit``, once."""
+    loss = TracedOnce(ignore_jit_warnings=True, **_particles(problem))
+    return _own_store(problem, images, loss)
+
+
+class TracedOnce(JitTraceMeanField_ELBO):
+    """Pyro's, which in 1.9.2 looks for its trace under another name and makes it at every step."""
+
+    def differentiable_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        result = super().differentiable_loss(*args, **kwargs)
+        self._loss_and_surrogate_loss = self._differentiable_loss
+        return result
+
+
+def _own_store(problem: Problem, images: Tensor, loss: object) -> Race:
+    """Steps of Pyro's SVI; its parameters live in a store that no other contender sees."""
+    model, guide = problem.pair()
+    store = pyro.get_param_store()
+    state: dict = {"params": {}, "constraints": {}}
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": LR}), loss)
+
+    def run(index: Tensor) -> list[float]:
+        store.clear()
+        store.set_state(state)
+        losses = [svi.step(binarized(images, rows)) for rows in index]
+        state.update(store.get_state())
+        store.clear()
+        return losses
+
+    return run
+
+
+def ours(problem: Problem, images: Tensor, compile: bool = False) -> Race:
+    """``pyrovae.SVI`` with every step through the handlers."""
+    data = Dataset(
+        "images", images.shape[1:], images, None, None,
+        binarize="dynamic", intensities=images, scale=255.0,
+    )  # fmt: skip
+    loss = TraceMeanField_ELBO(**_particles(problem))
+    svi = pyrovae.SVI(*problem.pair(), _adam, loss, compile=compile)
+    return lambda index: torch.stack([svi.update(rows, load=data.rows).loss for rows in index])
+
+
+def ours_compiled(problem: Problem, images: Tensor) -> Race:
+    """``pyrovae.SVI`` with its step captured and compiled, images to updated weights."""
+    return ours(problem, images, compile=True)
+
+
+def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=LR, fused=True)
+
+
+def _particles(problem: Problem) -> dict:
+    many = problem.particles > 1
+    return {
+        "num_particles": problem.particles,
+        "vectorize_particles": many,
+        "max_plate_nesting": 1 if many else float("inf"),
+    }

@@ -1,0 +1,187 @@
+"""What the documents quote from results/speed.json: one block for each device measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tables import markdown
+
+__all__ = ["TABLES"]
+
+RESULTS = Path(__file__).resolve().parent / "results" / "speed.json"
+BEST, OURS, FLOOR = "hand-written, compiled", "pyrovae, compiled", "matrix products alone"
+COLUMNS = {
+    "hand-written": "by hand",
+    BEST: "by hand, compiled",
+    "Pyro SVI": "Pyro SVI",
+    "Pyro SVI, JIT": "Pyro SVI, JIT",
+    "NumPyro, jit": "NumPyro, jit",
+    "Pythae": "Pythae",
+    "pyrovae, eager": "pyrovae, eager",
+    OURS: "pyrovae, compiled",
+    FLOOR: "products alone",
+}
+RATIOS = {
+    f"{OURS} / {BEST}": ("compiled / by hand, compiled", "1.0"),
+    f"{OURS} / hand-written": ("compiled / by hand", "0.6"),
+    f"{OURS} / Pyro SVI": ("compiled / Pyro SVI", "0.4"),
+    f"{OURS} / NumPyro, jit": ("compiled / NumPyro, jit", "1.0"),
+    "pyrovae, eager / hand-written": ("eager / by hand", "1.15"),
+    f"{OURS} / {FLOOR}": ("compiled / products alone", "–"),
+}
+SWEPT = ("hand-written", BEST, "Pyro SVI", "pyrovae, eager", OURS)
+
+
+def speed() -> str:
+    """Milliseconds a step, and the rate of the floor."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        sizes = _sizes(found)
+        names = [n for n in COLUMNS if any(n in s["contenders"] for s in sizes)]
+        head = ["networks, batch", *(COLUMNS[n] for n in names), "GFLOP/s of products"]
+        body = [
+            [_size(size), *(_milliseconds(size["contenders"].get(n)) for n in names), _rate(size)]
+            for size in sizes
+        ]
+        return head, body
+
+    return _blocks("steps/", block)
+
+
+def speed_ratios() -> str:
+    """What was asked for, and what is measured."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        head = ["networks, batch", *(title for title, _ in RATIOS.values())]
+        aims = ["aim", *("≤ " * (aim != "–") + aim for _, aim in RATIOS.values())]
+        body = [
+            [_size(size), *(_ratio(size["ratios"].get(name)) for name in RATIOS)]
+            for size in _sizes(found)
+        ]
+        return head, [aims, *body]
+
+    return _blocks("steps/", block)
+
+
+def speed_sweeps() -> str:
+    """Milliseconds a step of 784-400-20 as one size is varied."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        head = ["varied", *(COLUMNS[name] for name in SWEPT), "compiled / by hand, compiled"]
+        body = []
+        for name, section in found.items():
+            if name.startswith("sweep/"):
+                varied = name.removeprefix("sweep/")
+                body += [
+                    [
+                        f"{varied} {row[varied]}",
+                        *(_milliseconds(row.get(contender)) for contender in SWEPT),
+                        _ratio(row["ratio"]),
+                    ]
+                    for row in section["rows"]
+                ]
+        return head, body
+
+    return _blocks("sweep/", block)
+
+
+def speed_likelihood() -> str:
+    """Seconds to log p(x) of 10,000 images."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        section = found["likelihood"]
+        head = ["log p(x), K = 5000, of 10,000 images", "s"]
+        body = [
+            [f"`log_likelihood`, from {section['images']:,} images", f"{section['seconds']:.4g}"],
+            ["of it capture and compilation", f"{max(0.0, section['seconds fixed']):.2g}"],
+            [
+                f"products alone, {section['gigaflop/s of products']:.0f} GFLOP/s",
+                f"{section['seconds of products']:.4g}",
+            ],
+            ["ratio (aim ≤ 1.25)", f"{section['ratio']:.2f}"],
+        ]
+        return head, body
+
+    return _blocks("likelihood", block)
+
+
+def speed_start() -> str:
+    """Seconds and memory before and during the first steps, and of imports."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        head = ["784-400-20, batch 128", "s", "s, compiled before", "peak MiB", "of it at start"]
+        body = [
+            [row["contender"], row.get("error", "–"), "–", "–", "–"]
+            if "error" in row
+            else [
+                row["contender"],
+                f"{row['first, s']:.1f}",
+                f"{row['again, s']:.1f}" if "again, s" in row else "–",
+                f"{row['peak, MiB']:.0f}",
+                f"{row['before, MiB']:.0f}",
+            ]
+            for row in found["start"]["rows"]
+        ]
+        return head, body
+
+    return _blocks("start", block)
+
+
+def speed_import() -> str:
+    """Seconds to import, in fresh processes."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        seconds = found["import"]["seconds to import"]
+        head = [*(f"`import {name}`" for name in seconds), "ratio (aim ≤ 1.1)"]
+        ratio = seconds["pyrovae"] / seconds["pyro"]
+        return head, [[*(f"{value:.2f} s" for value in seconds.values()), f"{ratio:.2f}"]]
+
+    return _blocks("import", block)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table
+    for table in (speed, speed_ratios, speed_sweeps, speed_likelihood, speed_start, speed_import)
+}
+
+
+def _blocks(section: str, block: Callable[[dict], tuple[list[str], list[list[str]]]]) -> str:
+    """The tables of all devices on which a section is measured, each under its conditions."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return "\n\n".join(
+        f"{_conditions(found, section)}:\n\n{markdown(*block(found))}"
+        for found in results.values()
+        if any(name.startswith(section) for name in found)
+    )
+
+
+def _conditions(found: dict, section: str) -> str:
+    about = next(part["about"] for name, part in found.items() if name.startswith(section))
+    versions = about["versions"]
+    others = [f"{n} {v}" for n, v in versions.items() if n in ("torch", "jax", "pythae")]
+    where = about.get("gpu", f"{about['processor']}, {about['threads']} threads")
+    return f"{where}, {about['dtype']}, {about['rounds']} rounds, {', '.join(others)}"
+
+
+def _sizes(found: dict) -> list[dict]:
+    return [section for name, section in found.items() if name.startswith("steps/")]
+
+
+def _size(size: dict) -> str:
+    return f"{size['networks']}, {size['batch']}"
+
+
+def _milliseconds(found: dict | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['ms']:.0f}" if found["ms"] >= 100 else f"{found['ms']:#.3g}"
+
+
+def _rate(size: dict) -> str:
+    return f"{1e3 * size['floor']['gigaflop'] / size['contenders'][FLOOR]['ms']:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,217 @@
+"""What an estimate of log p(x) says, how far it can be trusted, and how two of them compare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Comparison", "Curve", "LogLikelihood", "compare_log_likelihood"]
+
+HEAVY, FEW = 0.7, 5.0
+
+
+class Curve(NamedTuple):
+    """The importance-weighted bound for several numbers of samples, from one set of draws.
+
+    ``num_samples`` are P numbers k; ``log_prob`` ``[P, N]`` is the mean, over the groups of k
+    draws that the K draws hold, of the logarithm of a group's mean weight, in nats. For k = 1 it
+    is the ELBO.
+    """
+
+    num_samples: tuple[int, ...]
+    log_prob: Tensor
+
+    @property
+    def mean(self) -> dict[int, float]:
+        """The mean over data by number of samples, nats per datum."""
+        means = self.log_prob.double().mean(1).tolist()
+        return dict(zip(self.num_samples, means, strict=True))
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """An estimate of log p(x) for each of N data, in nats.
+
+    Attributes:
+        log_prob: The estimate, ``[N]``; a lower bound in expectation.
+        standard_error: Its Monte Carlo standard error by the delta method, ``[N]``; NaN for K = 1.
+        ess: The effective sample size out of K, ``[N]``.
+        khat: The Pareto shape of the weights' tail, ``[N]``; above 0.7 the error is not to be
+            trusted and more samples or a better guide are needed. NaN for K too small to tell.
+        num_samples: K, the number of samples or of annealed chains.
+        smoothed: The estimate with the largest weights Pareto-smoothed, ``[N]``: less variable,
+            no longer a bound.
+        curve: The bound for fewer samples.
+        method: How the estimate was made.
+        seed: What its draws derive from.
+        data: A digest of the data, by which two results are known to be of the same.
+        uncovered: The share of the prior's draws to which the guide gives no density; NaN where
+            that cannot be told.
+        guide_elbo: With a refined guide: the ELBO of the guide before that, ``[N]``.
+        acceptance: With annealing: the mean acceptance of its transitions, ``[N]``.
+    """
+
+    log_prob: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    khat: Tensor
+    num_samples: int
+    smoothed: Tensor | None = None
+    curve: Curve | None = None
+    method: str = "importance sampling"
+    seed: int | None = None
+    data: str = ""
+    uncovered: float = math.nan
+    guide_elbo: Tensor | None = None
+    acceptance: Tensor | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean over data, nats per datum."""
+        return self.log_prob.double().mean().item()
+
+    @property
+    def mean_standard_error(self) -> float:
+        """The Monte Carlo standard error of that mean: these data, other random draws."""
+        return (self.standard_error.double().square().sum().sqrt() / len(self.log_prob)).item()
+
+    @property
+    def data_standard_error(self) -> float:
+        """The standard error of that mean over data: other data from the same source."""
+        return (self.log_prob.double().std() / math.sqrt(len(self.log_prob))).item()
+
+    @property
+    def smoothed_mean(self) -> float:
+        """The mean over data of the smoothed estimate, nats per datum."""
+        return math.nan if self.smoothed is None else self.smoothed.double().mean().item()
+
+    @property
+    def amortization_gap(self) -> Tensor | None:
+        r"""What refining the guide won for each datum, ``[N]``; None if it was not refined.
+
+        .. math:: \mathcal{L}(q^*_x; x) - \mathcal{L}(q(\cdot \mid x); x) \quad \text{in nats}
+
+        References:
+            Cremer et al., Inference Suboptimality in Variational Autoencoders (arXiv 1801.03558).
+        """
+        if self.guide_elbo is None or self.curve is None:
+            return None
+        return self.curve.log_prob[self.curve.num_samples.index(1)] - self.guide_elbo
+
+    @property
+    def verdict(self) -> str:
+        """In words: whether the numbers can be trusted, and what to do if not."""
+        return " ".join(self._verdicts())
+
+    def _verdicts(self) -> list[str]:
+        n, found = len(self.log_prob), []
+        impossible = int((self.log_prob == -math.inf).sum())
+        if impossible:
+            found.append(
+                f"All weights are zero for {_share(impossible, n)}: every draw lies outside the "
+                f"model's support there, or the model gives these data no density."
+            )
+        if self.uncovered > 0:
+            found.append(
+                f"The guide gives no density to {self.uncovered:.0%} of the prior's draws, so the "
+                f"numbers miss what p(x) has there and more samples will not help: give the guide "
+                f"the prior's support, or use defensive=0.1."
+            )
+        found.append(self._about_chains() if "anneal" in self.method else self._about_tails())
+        return found
+
+    def _about_tails(self) -> str:
+        n, k = len(self.khat), self.num_samples
+        if bool(self.khat.isnan().all()):
+            return f"K = {k} is too few to tell whether the errors hold: take 100 and more."
+        heavy = int((self.khat > HEAVY).sum())
+        if heavy == 0:
+            return f"k-hat is at most {HEAVY} for all {n} data: the stated errors hold."
+        return (
+            f"k-hat is above {HEAVY} for {_share(heavy, n)}: there a few of the {k} weights carry "
+            f"the sum, so log p(x) is likely too low by more than its stated error. Take more "
+            f"samples, refine the guide (refine_steps=200), or use annealed_log_likelihood."
+        )
+
+    def _about_chains(self) -> str:
+        few = int((self.ess < min(FEW, self.num_samples / 2)).sum())
+        if few == 0:
+            return (
+                f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
+                f"datum. How far below log p(x) such a run lies, pyrovae.bidirectional says."
+            )
+        return (
+            f"The weights of {_share(few, len(self.ess))} hang on fewer than {FEW:.0f} of "
+            f"{self.num_samples} chains, so their stated errors are too small: take more "
+            f"temperatures, and see with pyrovae.bidirectional whether they are enough."
+        )
+
+
+class Comparison(NamedTuple):
+    """What one estimate of log p(x) has over another on the same data, in nats per datum.
+
+    ``each`` ``[N]`` are the differences; ``monte_carlo_standard_error`` is what other random
+    draws would change in their mean, ``data_standard_error`` what other data from the same source
+    would, and ``standard_error`` both together.
+    """
+
+    each: Tensor
+    difference: float
+    standard_error: float
+    data_standard_error: float
+    monte_carlo_standard_error: float
+
+    @property
+    def verdict(self) -> str:
+        """In words: which of the two is better, if that can be told."""
+        size, error = abs(self.difference), self.standard_error
+        told = f"by {size:.3f} ± {error:.3f} nats per datum, paired over {len(self.each)} data."
+        if not math.isfinite(error):
+            return (
+                f"The two cannot be told apart: the difference is {self.difference:.3f}, its "
+                f"standard error unknown."
+            )
+        if size < 2 * error:
+            return f"The two cannot be told apart: they differ {told}"
+        return f"The {'first' if self.difference > 0 else 'second'} is better {told}"
+
+
+def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
+    r"""Compare two estimates of log p(x) of the same data, datum by datum.
+
+    .. math:: \bar d = \frac1N \sum_n d_n, \quad d_n = \ln p_a(x_n) - \ln p_b(x_n), \qquad
+              \mathrm{se}^2 = \frac{\mathrm{var}(d)}{N} = \mathrm{se}_\text{data}^2
+              + \mathrm{se}_\text{MC}^2, \quad
+              \mathrm{se}_\text{MC}^2 = \frac{1}{N^2} \sum_n s_{a,n}^2 + s_{b,n}^2
+
+    What makes one datum harder than another is common to both and cancels, which two means with
+    an error each do not show.
+
+    Args:
+        a: One estimate.
+        b: The other, of the same data in the same order.
+
+    Raises:
+        ValueError: If the two are of different data, or of fewer than two.
+    """
+    n = len(a.log_prob)
+    if len(b.log_prob) != n or (a.data and b.data and a.data != b.data):
+        raise ValueError(
+            f"Expected two results for the same data, got {n} and {len(b.log_prob)} data"
+            f"{' that differ' if len(b.log_prob) == n else ''}: evaluate both runs on one split, "
+            f"binarized once."
+        )
+    if n < 2:
+        raise ValueError(f"Expected at least 2 data to compare on, got {n}.")
+    each = a.log_prob.double() - b.log_prob.double()
+    total = each.var() / n
+    noise = (a.standard_error.double().square() + b.standard_error.double().square()).sum() / n**2
+    parts = total, (total - noise).clamp(min=0), noise
+    return Comparison(each, each.mean().item(), *(part.sqrt().item() for part in parts))
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total} data ({count / total:.0%})"
