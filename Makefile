@@ -17,7 +17,7 @@ demo: .venv/.installed
 	$(BIN)/pyrovae report $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -65,7 +65,8 @@ def _sizes(axes: Axes, sizes: list[dict]) -> None:
     ]
     axes.axvline(1, color=GREY, lw=1, zorder=0)
     axes.set(xscale="log", xlabel="time of a step / pyrovae, compiled")
-    axes.set(ylim=(len(sizes) - 0.5, -0.25 * len(sizes) - 0.2), yticks=range(len(sizes)), yticklabels=labels)
+    axes.set_ylim(len(sizes) - 0.5, -0.25 * len(sizes) - 0.2)
+    axes.set_yticks(range(len(sizes)), labels)
     _plain(axes)
     axes.set_title("Networks and batch, with the time of a compiled step")
     axes.legend(ncols=3, loc="upper left")

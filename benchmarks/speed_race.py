@@ -16,6 +16,8 @@ from pyrovae.seeding import seeded
 __all__ = ["compare", "floor_of", "ratio", "synchronize"]
 
 TRAINING = {"cpu": 60, "cuda": 400}
+HEAVY = 8
+"""How much more work a step of the convolutional pair is than one of the others."""
 TOLERANCE = 0.03
 
 
@@ -79,7 +81,7 @@ def _best(found: dict) -> dict:
 
 def _train(name: str, run: Race, problem: Problem) -> dict:
     turn, losses, seconds = _turn(problem), [], []
-    steps = turn if name == FLOOR else TRAINING[problem.device]
+    steps = turn if name == FLOOR else _training(problem)
     with seeded(1, problem.device):
         for number in range(steps // turn):
             index = _rows(problem, turn, seed=number)
@@ -90,11 +92,17 @@ def _train(name: str, run: Race, problem: Problem) -> dict:
     return {"first turn, s": seconds[0], "loss": sum(last) / len(last)}
 
 
+def _training(problem: Problem) -> int:
+    """How many steps the losses are compared after."""
+    halved = problem.device == "cpu" and problem.networks == CONVOLUTIONAL
+    return TRAINING[problem.device] // (2 if halved else 1)
+
+
 def _turn(problem: Problem) -> int:
     """How many steps a turn has."""
     if problem.device == "cuda":
         return 100
-    work = problem.batch * problem.particles * (8 if problem.networks == CONVOLUTIONAL else 1)
+    work = problem.batch * problem.particles * (HEAVY if problem.networks == CONVOLUTIONAL else 1)
     return 20 if work <= 128 else 10 if work <= 512 else 5
 
 

@@ -10,7 +10,7 @@ from pyrovae.data import Dataset, load_data
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.kl import kl_standard_normal
 from pyrovae.likelihood import LogLikelihood, log_likelihood
-from pyrovae.objectives import ElboResult, elbo
+from pyrovae.objectives import ElboResult, elbo, make_objective
 from pyrovae.svi import SVI
 from pyrovae.train import Fit, NonFiniteLoss, fit
 
@@ -34,6 +34,7 @@ __all__ = [
     "kl_standard_normal",
     "load_data",
     "log_likelihood",
+    "make_objective",
     "reconstruct",
     "sample",
     "traverse",

@@ -131,7 +131,7 @@ class BetaELBO(Objective):
         coefficients = {
             name: beta * above[name] if name in above else beta
             for name in terms
-            if name not in layout.observed
+            if _is_latent(name, model_trace, guide_trace)
         }
         surrogate = surrogate_elbo(model_trace, guide_trace, terms, analytic, coefficients)
         sums = {name: term.detach().sum() for name, term in terms.items()}
@@ -160,7 +160,8 @@ class BetaELBO(Objective):
             each = reduce_to(term, layout, self.particles, len(args[0])).mean(0)
             if name in allowed:
                 each = torch.where(scaled[name].sum() < -allowed[name], each, -free[name])
-            total = total + (each if name in layout.observed else self.beta.to(each.dtype) * each)
+            latent = _is_latent(name, *traces)
+            total = total + (self.beta.to(each.dtype) * each if latent else each)
         return total
 
     def _traces(self, parameters: Parameters, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
@@ -186,3 +187,8 @@ class BetaELBO(Objective):
             )
             allowed[name] = nats * weight / math.prod(inside)
         return allowed
+
+
+def _is_latent(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
+    site = model_trace.nodes.get(name, guide_trace.nodes.get(name))
+    return not site["is_observed"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["Comparison", "Curve", "LogLikelihood", "compare_log_likelihood"]
 
-HEAVY, FEW = 0.7, 5.0
+HEAVY, FEW = 0.7, 8.0
 
 
 class Curve(NamedTuple):
@@ -79,6 +79,16 @@ class LogLikelihood:
         return (self.standard_error.double().square().sum().sqrt() / len(self.log_prob)).item()
 
     @property
+    def mean_bias(self) -> float:
+        r"""By how much that mean is too low, to the second order of the delta method; negative.
+
+        .. math:: E[\ln \hat p] - \ln p \approx -\tfrac12 \mathrm{se}^2
+
+        It does not shrink with N as the standard error of the mean does.
+        """
+        return -0.5 * self.standard_error.double().square().mean().item()
+
+    @property
     def data_standard_error(self) -> float:
         """The standard error of that mean over data: other data from the same source."""
         return (self.log_prob.double().std() / math.sqrt(len(self.log_prob))).item()
@@ -121,6 +131,11 @@ class LogLikelihood:
                 f"the prior's support, or use defensive=0.1."
             )
         found.append(self._about_chains() if "anneal" in self.method else self._about_tails())
+        if -math.inf < self.mean_bias < -self.mean_standard_error:
+            found.append(
+                f"The mean is too low by about {-self.mean_bias:.2g} nats, or more where weights "
+                f"are heavy, which its standard error does not contain."
+            )
         return found
 
     def _about_tails(self) -> str:
@@ -137,14 +152,15 @@ class LogLikelihood:
         )
 
     def _about_chains(self) -> str:
-        few = int((self.ess < min(FEW, self.num_samples / 2)).sum())
+        least = min(FEW, self.num_samples / 2)
+        few = int((self.ess < least).sum())
         if few == 0:
             return (
                 f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
                 f"datum. How far below log p(x) such a run lies, pyrovae.bidirectional says."
             )
         return (
-            f"The weights of {_share(few, len(self.ess))} hang on fewer than {FEW:.0f} of "
+            f"The weights of {_share(few, len(self.ess))} hang on fewer than {least:g} of "
             f"{self.num_samples} chains, so their stated errors are too small: take more "
             f"temperatures, and see with pyrovae.bidirectional whether they are enough."
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 from pyrovae.kernels import choose_kernels
 from pyrovae.params import Parameters
@@ -90,12 +91,25 @@ def record(
     for _ in range(2):
         with undone(parameters, args, changed), pyro.validation_enabled(False):
             try:
-                graphs.append(make_fx(function)(*args))
+                with _OneHot():
+                    graphs.append(make_fx(function)(*args))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise CaptureError(_reason(error)) from error
     if graphs[0].code != graphs[1].code:
         raise CaptureError("its trace changes from call to call: sample the same sites each time")
     return graphs[0]
+
+
+class _OneHot(TorchFunctionMode):
+    """Writes one_hot out, which looks at its values on a CPU, so that it can be recorded."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.nn.functional.one_hot and len(args) == 2:
+            index, size = args
+            return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).long()
+        return func(*args, **(kwargs or {}))
 
 
 def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

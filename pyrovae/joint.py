@@ -198,8 +198,9 @@ def to_support(name: str, fn: Any) -> Transform:
     """
     if fn.support.is_discrete:
         raise ValueError(
-            f"Latent {name!r} is discrete, and Hamiltonian dynamics need a gradient: use "
-            f"pyrovae.log_likelihood, or sum it out in the model with a mixture distribution."
+            f"Latent {name!r} is discrete, where annealing and refining need gradients: use "
+            f"pyrovae.log_likelihood without refine_steps, or sum it out: mark it with "
+            f"infer={{'enumerate': 'parallel'}} in the model and leave it out of the guide."
         )
     support = fn.support
     while isinstance(support, MixtureSameFamilyConstraint):

@@ -66,7 +66,11 @@ class Through:
             self.trace.nodes[name] = site | {"value": value}
 
     def _multiplied(self, event_dim: int) -> Any:
-        return lambda gradient: gradient * self.factor.reshape(self.factor.shape + (1,) * event_dim)
+        def hook(gradient: Tensor) -> Tensor:
+            batch = self.factor.shape[self.factor.dim() - gradient.dim() + event_dim :]
+            return gradient * self.factor.reshape(batch + (1,) * event_dim)
+
+        return hook
 
 
 def held_still(

@@ -316,7 +316,8 @@ def _split_elbo(
 def _validate(result: Fit, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
     if not rows:
         return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
-    analytic = isinstance(result.svi.objective, TraceMeanField_ELBO)
+    loss = result.svi.objective
+    analytic = isinstance(loss, TraceMeanField_ELBO) or getattr(loss, "analytic", False)
     name = "trace_mean_field_elbo" if analytic else "trace_elbo"
     seed = subseed(result.seed, 0)
     parts = elbo(result.model, result.guide, *rows, objective=name, seed=seed)

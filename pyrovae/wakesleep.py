@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae.estimates import Estimate, Objective
@@ -73,7 +74,7 @@ class WakeSleep(Objective):
         check_density(parameters, args, hierarchical=False)
         if self.insomnia == 1:
             return {}
-        auxiliary = sorted(samples(traces[1]).keys() - set(layout.latents))
+        auxiliary = sorted(set(_latents(traces[1])) - set(layout.latents))
         if auxiliary:
             raise ValueError(
                 f"A dream has no value for {auxiliary}, which the guide alone samples: use "
@@ -88,15 +89,16 @@ class WakeSleep(Objective):
 
     def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
         """The importance-weighted bound of each datum before any scale, ``[N]``, in nats."""
-        found = self._awake(parameters, args)
+        found, _ = self._awake(parameters, args)
         return found.where.by_datum(self._bound(found.log_weights))
 
     def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        found = self._awake(parameters, args)
+        found, latents = self._awake(parameters, args)
         log_weights = found.log_weights.detach()
-        log_q = sum(found.guide.values())
-        gain = log_weights.softmax(0) * (found.log_p + self.insomnia * log_q)
+        learnt = sum(found.guide[name] for name in latents)
+        rest = found.log_p - sum(q for name, q in found.guide.items() if name not in latents)
+        gain = log_weights.softmax(0) * (rest + self.insomnia * learnt)
         surrogate = found.where.loss(gain.sum(0))
         if self.insomnia < 1:
             surrogate = surrogate - (1 - self.insomnia) * self._asleep(parameters, args)
@@ -105,13 +107,13 @@ class WakeSleep(Objective):
     def _bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.logsumexp(0) - math.log(self.particles)
 
-    def _awake(self, parameters: Parameters, args: tuple) -> Scores:
+    def _awake(self, parameters: Parameters, args: tuple) -> tuple[Scores, list[str]]:
         layout, _ = self.known(parameters, args)
         at = {"particles": self.particles if self.particles > 1 else None, "layout": layout}
         with Still():
             guide_trace = trace_guide(parameters, *args, **at)
         model_trace = replay_model(parameters, guide_trace, *args, **at)
-        return score(guide_trace, model_trace, layout)
+        return score(guide_trace, model_trace, layout), _latents(guide_trace)
 
     def _asleep(self, parameters: Parameters, args: tuple) -> Tensor:
         """ln q of the latents of one dream a datum, scaled and summed over the batch."""
@@ -126,7 +128,11 @@ class WakeSleep(Objective):
         with Still(), poutine.replay(trace=dream):
             guide_trace = trace_guide(parameters, *dreamt)
         guide_trace.compute_log_prob()
-        return sum(site["log_prob_sum"] for site in samples(guide_trace).values())
+        return sum(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
+
+
+def _latents(guide_trace: Trace) -> list[str]:
+    return [name for name, site in samples(guide_trace).items() if not site["is_observed"]]
 
 
 def _heard(observed: dict[str, Tensor], args: tuple) -> dict[int, str]:

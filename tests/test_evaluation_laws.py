@@ -292,7 +292,17 @@ def test_verdicts_say_what_is_wrong_and_what_to_do():
     chains = {"method": "annealed importance sampling", "num_samples": 16}
     assert "bidirectional" in _result(**chains, ess=torch.full((3,), 12.0)).verdict
     few = _result(**chains, ess=torch.tensor([1.0, 12.0, 12.0])).verdict
-    assert "1 of 3 data (33%) hang on fewer than 5 of 16 chains" in few
+    assert "1 of 3 data (33%) hang on fewer than 8 of 16 chains" in few
+
+
+def test_the_bias_of_a_mean_is_told_where_its_error_hides_it():
+    model, guide, x, exact = linear_gaussian(stretch=1.6, shift=0.5)
+    found = log_likelihood(model, guide, x[:1].expand(1000, -1), num_samples=30, seed=0)
+    bias = found.mean - exact[0].item()
+    assert bias < -3 * found.mean_standard_error
+    assert found.mean_bias == pytest.approx(bias, rel=0.4)
+    assert "which its standard error does not contain" in found.verdict
+    assert "does not contain" not in _result(standard_error=torch.full((3,), math.nan)).verdict
 
 
 def test_a_comparison_is_paired():

@@ -146,6 +146,8 @@ def test_renyi_falls_with_alpha_from_iwae_to_the_elbo():
         (("ciwae", {"particles": 6, "beta": 1.0}), ("trace_elbo", {"particles": 6})),
         (("renyi", {"particles": 6, "alpha": 1.0}), ("trace_elbo", {"particles": 6})),
         (("iwae", {"particles": 1}), ("trace_elbo", {"particles": 1})),
+        (("iwae_dreg", {"particles": 1}), ("stl", {"particles": 1})),
+        (("iwae_stl", {"particles": 1}), ("stl", {"particles": 1})),
         (("iwae_dreg", {"particles": 6, "alpha": 1.0}), ("stl", {"particles": 6})),
         (("iwae_dreg", {"particles": 6, "beta": 1.0}), ("stl", {"particles": 6})),
         (("beta_elbo", {"beta": 1.0}), ("trace_mean_field_elbo", {})),

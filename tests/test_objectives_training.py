@@ -5,15 +5,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI as PyroSVI
-from test_objectives import PATHS, gradients, linear, value
+from test_objectives import PATHS, assert_same, gradients, linear, value
 from test_objectives_discrete import Small
 from test_objectives_gradients import Chain
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae
 from pairs import LATENT, PAIRS, binary
-from pyrovae.objectives import OBJECTIVES, elbo, estimate, make_objective
+from pyrovae.objectives import OBJECTIVES, Estimate, Objective, elbo, estimate, make_objective
 from pyrovae.params import Parameters
+from pyrovae.traces import site_scores, trace_pair
 
 X = binary()
 SETTINGS = {
@@ -261,6 +262,31 @@ def test_training_raises_log_p_and_moves_every_parameter(name, pair):
         assert not torch.equal(parameter, before[key]), key
     assert value("iwae", (model, guide), X, particles=100).mean() > first + 0.5
     assert svi.evaluate_loss(X) > 0
+
+
+class Own(Objective):
+    """The ELBO, written as the page on objectives says."""
+
+    def bounds(self, parameters, *args):
+        layout, _ = self.known(parameters, args)
+        total = 0.0
+        for trace, sign in zip(trace_pair(parameters, *args, layout=layout), (1, -1), strict=True):
+            scores = site_scores(trace, layout, 1, len(args[0]))
+            total = total + sign * sum(scores.values())[0]
+        return total
+
+    def estimate(self, parameters, *args):
+        bound = self.bounds(parameters, *args).sum()
+        return Estimate(-bound.detach(), -bound, {})
+
+
+def test_an_objective_of_ones_own_is_two_methods():
+    model, guide, x = linear()
+    own, plain = (gradients(o, (model, guide), x) for o in (Own(), make_objective("trace_elbo")))
+    assert_same(own, plain)
+    assert value(Own(), (model, guide), x).shape == (4,)
+    svi = pyrovae.SVI(model, guide, torch.optim.Adam, Own(), compile=False)
+    assert svi.step(x) > 0
 
 
 @pytest.mark.parametrize("name", ["iwae", "iwae_dreg", "beta_elbo", "reweighted_wake_sleep"])
