@@ -53,7 +53,7 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         started = time.perf_counter()
         section = run()
-        found[name] = {"about": about, "seconds": time.perf_counter() - started} | section
+        found[name] = {"about": about, "took, s": time.perf_counter() - started} | section
         write(options.out, results)
     draw(found, options.figure)
 

@@ -4,12 +4,15 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
+from pyrovae.annealing import annealed_log_likelihood
+from pyrovae.bidirectional import Bidirectional, bidirectional
 from pyrovae.check import Report, check
 from pyrovae.classify import classify
 from pyrovae.data import Dataset, load_data
+from pyrovae.evidence import Comparison, LogLikelihood, compare_log_likelihood
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.kl import kl_standard_normal
-from pyrovae.likelihood import LogLikelihood, log_likelihood
+from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import ElboResult, elbo, make_objective
 from pyrovae.svi import SVI
 from pyrovae.train import Fit, NonFiniteLoss, fit
@@ -17,6 +20,8 @@ from pyrovae.train import Fit, NonFiniteLoss, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bidirectional",
+    "Comparison",
     "Dataset",
     "ElboResult",
     "Fit",
@@ -24,8 +29,11 @@ __all__ = [
     "NonFiniteLoss",
     "Report",
     "SVI",
+    "annealed_log_likelihood",
+    "bidirectional",
     "check",
     "classify",
+    "compare_log_likelihood",
     "decode",
     "elbo",
     "encode",
