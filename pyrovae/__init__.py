@@ -9,7 +9,7 @@ from pyrovae.bidirectional import Bidirectional, bidirectional
 from pyrovae.check import Report, check
 from pyrovae.classify import classify
 from pyrovae.data import Dataset, load_data
-from pyrovae.evidence import Comparison, LogLikelihood, compare_log_likelihood
+from pyrovae.evidence import Comparison, Curve, LogLikelihood, compare_log_likelihood
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.kl import kl_standard_normal
 from pyrovae.likelihood import log_likelihood
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bidirectional",
     "Comparison",
+    "Curve",
     "Dataset",
     "ElboResult",
     "Fit",

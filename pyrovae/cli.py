@@ -7,6 +7,7 @@ import ast
 import json
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -220,6 +221,7 @@ def _summary(found: dict[str, Any], split: str) -> str:
             f"{_number(ll['data_standard_error'])} over data",
             f"  {_khat(ll['khat_over_0.7'])}; median effective sample size "
             f"{ll['ess_median'] or 0:.0f} of {ll['num_samples']}",
+            textwrap.fill(found["verdict"], 98, initial_indent="  ", subsequent_indent="  "),
         ]
     )
 

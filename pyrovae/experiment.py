@@ -206,6 +206,7 @@ def evaluate(
         bound = elbo(*pair, *x, objective=name, particles=64, batch_size=128, seed=seed)
         bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
     found = {
+        "verdict": ll.verdict,
         "num_data": len(x[0]),
         "binarize": experiment.data.binarize,
         "units": "nats per datum",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae.arguments import as_dataset, check_sizes, make_optim
 from pyrovae.check import quick
 from pyrovae.contract import check_objective, check_support, inspect_pair
 from pyrovae.data import Dataset, Splits
@@ -161,14 +162,14 @@ def fit(
         >>> result.elbo
     """
     loss = make_objective(objective, particles)
-    data = _as_dataset(data)
+    data = as_dataset(data)
     check_precision(precision)
-    _check_sizes(len(data.train), epochs, batch_size, patience, lr)
+    check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
         raise ValueError("Expected validation data for patience; got training data alone.")
     epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
-        model, guide, _optimizer(optimizer, lr), loss,
+        model, guide, make_optim(optimizer, lr), loss,
         clip_norm=clip_norm, compile=compile, steps=epochs * epoch_steps,
     )  # fmt: skip
     world = join()
@@ -207,43 +208,6 @@ def _compiling(bar: Any) -> Iterator[None]:
     bar.set_postfix_str("compiling the step")
     yield
     bar.set_postfix_str(f"compiled in {time.perf_counter() - started:.0f} s")
-
-
-def _as_dataset(data: Any) -> Dataset:
-    if isinstance(data, Dataset):
-        return data
-    if not isinstance(data, Tensor):
-        raise TypeError(
-            f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file with "
-            f"pyrovae.load_data, or use torch.as_tensor(array)."
-        )
-    if not data.is_floating_point():
-        raise TypeError(f"Expected floating-point data, got {data.dtype}: scale and use .float().")
-    return Dataset("tensor", data.shape[1:], data, valid=None, test=None)
-
-
-def _check_sizes(
-    num_data: int, epochs: int, batch_size: int, patience: int | None, lr: float
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"Expected epochs >= 1, got {epochs}.")
-    if not 1 <= batch_size <= num_data:
-        raise ValueError(
-            f"Expected a batch size between 1 and the {num_data} training data, got {batch_size}: "
-            f"choose another."
-        )
-    if patience is not None and patience < 1:
-        raise ValueError(f"Expected patience >= 1, got {patience}.")
-    if not lr > 0:
-        raise ValueError(f"Expected a learning rate > 0, got {lr}.")
-
-
-def _optimizer(optimizer: Any, lr: float) -> Any:
-    if optimizer is None:
-        return lambda params: torch.optim.Adam(params, lr=lr, fused=True)
-    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-        return lambda params: optimizer(params, lr=lr)
-    return optimizer
 
 
 def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> Layout:
