@@ -45,7 +45,8 @@ def main() -> None:
     about, images = conditions(options), make_images(options.device)
     results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     found = results.setdefault(options.device, {})
-    for name, run in sections(options, images).items():
+    planned = sections(options, images)
+    for name, run in planned.items():
         if options.only and not name.startswith(tuple(options.only)):
             continue
         if options.resume and found.get(name, {}).get("about") == about:
@@ -54,6 +55,7 @@ def main() -> None:
         started = time.perf_counter()
         section = run()
         found[name] = {"about": about, "took, s": time.perf_counter() - started} | section
+        found = results[options.device] = {n: found[n] for n in planned if n in found}
         write(options.out, results)
     draw(found, options.figure)
 

@@ -29,7 +29,7 @@ TITLES = {
     "batch": "batch M",
     "width": "hidden width",
     "particles": "particles L",
-    "sites": "latent sites, 20 dimensions in all",
+    "sites": "latent sites",
 }
 
 

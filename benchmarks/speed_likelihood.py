@@ -17,6 +17,7 @@ import pyrovae
 __all__ = ["K", "estimate", "likelihood"]
 
 K, IMAGES = 5000, 10_000
+TILE = 64
 TILES = (1024, 8192, 32_768)
 
 
@@ -32,13 +33,18 @@ def estimate(problem: Problem, images: Tensor, samples: int) -> float:
 
 
 def likelihood(problem: Problem, images: Tensor, rounds: int) -> dict:
-    """Seconds for 10,000 images at K = 5000, from a quarter of the images and all of them.
+    """Seconds for 10,000 images at K = 5000, from a quarter of some images and all of them.
 
     What does not grow with the images (capture, compilation) is told from what does by the
     difference of the two. The products are those of the decoder for as many rows, in tiles of the
     size that is fastest.
+
+    Raises:
+        SystemExit: If a quarter of the images are not some tiles of 64.
     """
-    some = images[: len(images) // 4]
+    if len(images) < 4 * TILE:
+        raise SystemExit(f"Expected {4 * TILE} images or more, got {len(images)}: see --images.")
+    some = images[: len(images) // 4 // TILE * TILE]
     estimate(problem, some, K)
     few, all_, products = [], [], []
     tiles = {rows: fastest(decoder_products(problem, rows))[0] for rows in TILES}

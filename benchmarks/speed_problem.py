@@ -72,8 +72,12 @@ def make_images(device: str) -> Tensor:
     """Smooth bright blobs on black, uint8 ``[IMAGES, 1, 28, 28]``."""
     with seeded(0):
         coarse = torch.rand(IMAGES, 1, 4, 4)
+    return torch.cat([_bright(part) for part in coarse.split(100)]).to(device)
+
+
+def _bright(coarse: Tensor) -> Tensor:
     blobs = nn.functional.interpolate(coarse, size=SHAPE[-1], mode="bicubic")
-    return (255 * (20 * (blobs - 0.7)).sigmoid()).round().to(torch.uint8).to(device)
+    return (255 * (20 * (blobs - 0.7)).sigmoid()).round().to(torch.uint8)
 
 
 class ManyModel(PyroModule):

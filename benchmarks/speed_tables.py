@@ -161,7 +161,8 @@ def _conditions(found: dict, section: str) -> str:
     about = next(part["about"] for name, part in found.items() if name.startswith(section))
     versions = about["versions"]
     others = [f"{n} {v}" for n, v in versions.items() if n in ("torch", "jax", "pythae")]
-    where = about.get("gpu", f"{about['processor']}, {about['threads']} threads")
+    threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    where = about.get("gpu", f"{about['processor']}, {threads}")
     return f"{where}, {about['dtype']}, {about['rounds']} rounds, {', '.join(others)}"
 
 

@@ -18,7 +18,7 @@ def draw_binary(
     .. math:: x_d \sim \mathrm{Bernoulli}(\mathrm{intensity}_d / \mathrm{scale})
 
     Integer levels are compared with uniform 16-bit integers, four to a random word, which takes
-    a third of the time of one float each: the probability is rounded to a multiple of
+    a third of the time of one float each: the probability is rounded up to a multiple of
     :math:`2^{-16}`, and 0 and 1 are exact.
 
     Args:
@@ -42,6 +42,4 @@ def draw_binary(
         device=intensities.device,
     )
     uniform = words.view(torch.int16)[:, :size].reshape(intensities.shape)
-    scale = int(scale)
-    edge = (intensities.int() * LEVELS + scale // 2) // scale - LEVELS // 2
-    return (uniform < edge).float()
+    return ((uniform.int() + LEVELS // 2) * int(scale) < intensities.int() * LEVELS).float()

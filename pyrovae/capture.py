@@ -66,8 +66,6 @@ class Capture:
     def __call__(self, args: tuple) -> Step:
         """Run the captured step; now and then, first beside the eager one."""
         self.calls += 1
-        if self.descent is not None:
-            self.descent.follow_rates()
         if self.calls & (self.calls - 1) == 0 or self.calls % AUDIT == 0:
             self._audit(args)
         return self._run(args)
@@ -119,13 +117,14 @@ class Capture:
         self.names = list(step.estimate.terms)
         self.present = [g is not None for g in step.gradients]
         if self.descent is not None:
-            with self.descent.recording():
-                self.descent(_if_finite(step))
+            self.descent.record(_if_finite(step))
         found = [g for g in step.gradients if g is not None]
         numbers = torch.stack([step.estimate.loss, *step.estimate.terms.values()])
         return [numbers, *found]
 
     def _run(self, args: tuple) -> Step:
+        if self.descent is not None:
+            self.descent.refresh()
         numbers, *found = self.graph(*args)
         loss, *terms = numbers.unbind()
         rest = iter(found)

@@ -24,7 +24,8 @@ class Descent:
     """Clips gradients and steps a torch optimizer, in a form that a tracer can record.
 
     The learning rate becomes a tensor, so that a schedule may change it between calls; the other
-    hyperparameters are fixed in the record.
+    hyperparameters are fixed in the record. On a CPU, Adam's is written out, because a compiler
+    would raise β to the power of the step's count once for every weight.
 
     Args:
         optimizer: An optimizer that has stepped at least once.
@@ -41,6 +42,13 @@ class Descent:
         self._values = [math.nan] * len(self._rates)
         step = type(optimizer).step
         self._step = getattr(step, "__wrapped__", step)
+        self._groups = [
+            next(i for i, group in enumerate(optimizer.param_groups)
+                 if any(p is leaf for p in group["params"]))
+            for leaf in leaves
+        ]  # fmt: skip
+        self._own = device.type == "cpu" and all(map(self._is_plain_adam, leaves, self._groups))
+        self._scales = torch.ones(len(leaves), 3)
 
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
@@ -55,8 +63,12 @@ class Descent:
         entries = [v for entry in self.optimizer.state.values() for v in entry.values()]
         return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)))
 
-    def follow_rates(self) -> None:
-        """Bring the recorded learning rates up to the optimizer's."""
+    def refresh(self) -> None:
+        """Bring what the record reads up to the optimizer's learning rates and counts of steps."""
+        if self._own:
+            scales = map(self._adam_scales, self.leaves, self._groups)
+            self._scales.copy_(torch.tensor(list(scales)))
+            return
         for index, group in enumerate(self.optimizer.param_groups):
             rate = group["lr"]
             if isinstance(rate, Tensor):
@@ -67,19 +79,68 @@ class Descent:
 
     def __call__(self, gradients: list[Tensor | None]) -> None:
         """Step on some gradients, which may be clipped in place."""
+        self._descend(gradients, lambda: self._step(self.optimizer))
+
+    def record(self, gradients: list[Tensor | None]) -> None:
+        """Step in a form that a tracer can record.
+
+        Raises:
+            UpdateError: If the optimizer reads values back.
+        """
+        if self._own:
+            self._descend(gradients, self._adam)
+        else:
+            with self._recording():
+                self(gradients)
+
+    def _descend(self, gradients: list[Tensor | None], step: Callable[[], None]) -> None:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.grad = gradient
         try:
             if self.clip is not None:
                 self.clip()
             with torch.no_grad():
-                self._step(self.optimizer)
+                step()
         finally:
             for leaf in self.leaves:
                 leaf.grad = None
 
+    def _is_plain_adam(self, leaf: Tensor, group: int) -> bool:
+        options = self.optimizer.param_groups[group]
+        plain = not (options.get("amsgrad") or options.get("maximize") or leaf.is_complex())
+        known = type(self.optimizer).__name__ in ("Adam", "AdamW")
+        return known and plain and leaf in self.optimizer.state
+
+    def _adam_scales(self, leaf: Tensor, group: int) -> tuple[float, float, float]:
+        """The rate of the next step, the spread of its moments, and what is left of the weights."""
+        options = self.optimizer.param_groups[group]
+        rate, (first, second) = float(options["lr"]), options["betas"]
+        count = float(self.optimizer.state[leaf]["step"]) + 1
+        decoupled = options.get("decoupled_weight_decay", False)
+        left = 1 - rate * options["weight_decay"] if decoupled else 1.0
+        return rate / (1 - first**count), 1 / math.sqrt(1 - second**count), left
+
+    def _adam(self) -> None:
+        """Adam's update, its powers of β worked out before it rather than for every weight."""
+        for leaf, group, scales in zip(self.leaves, self._groups, self._scales, strict=True):
+            if leaf.grad is None:
+                continue
+            options, state = self.optimizer.param_groups[group], self.optimizer.state[leaf]
+            (first, second), decay = options["betas"], options["weight_decay"]
+            rate, spread, left = scales.unbind()
+            gradient = leaf.grad
+            if decay and options.get("decoupled_weight_decay", False):
+                leaf.mul_(left)
+            elif decay:
+                gradient = gradient + decay * leaf
+            mean, square = state["exp_avg"], state["exp_avg_sq"]
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).add_((1 - second) * gradient * gradient)
+            leaf.sub_(rate * mean / (square.sqrt() * spread + options["eps"]))
+            state["step"].add_(1)
+
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         """Have the optimizer step by functions of tensors, learning rate included."""
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]

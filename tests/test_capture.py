@@ -250,11 +250,13 @@ def _rows(index):
         (lambda p: torch.optim.Adam(p, lr=0.01), True),
         (lambda p: torch.optim.Adam(p, lr=0.01, fused=True, weight_decay=0.1), True),
         (lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, betas=(0.8, 0.9)), True),
+        (lambda p: torch.optim.Adam(p, lr=0.01, eps=0.1, weight_decay=0.3), True),
         (lambda p: torch.optim.RMSprop(p, lr=0.01), True),
         (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), False),
         (pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}), False),
     ],
-    ids=["adam", "fused-adam", "adamw", "rmsprop", "sgd", "clipped-adam"],
+    ids=["adam", "fused-adam", "amsgrad", "adamw", "decay", "rmsprop", "sgd", "clipped-adam"],
 )
 def test_the_whole_step_is_the_eager_step(optimizer, inside):
     """From rows' numbers to updated weights, clipped, with a learning rate for every step."""
@@ -283,8 +285,8 @@ def test_the_whole_step_is_the_eager_step(optimizer, inside):
 def test_a_wrong_update_is_found_by_the_audit(monkeypatch):
     def halved(graph, inputs):
         for node in graph.graph.nodes:
-            if "addcdiv_" in str(node.target):
-                node.args = (node.args[0], node.args[1], node.args[1])
+            if "aten.sqrt" in str(node.target):
+                node.target = torch.ops.aten.exp.default
         graph.recompile()
         return graph
 

@@ -21,7 +21,7 @@ from pyrovae.nn import MLP
 from pyrovae.programs import find_program
 
 X = binary()
-LIMITED = {"discrete": {"reparameterized", "capture"}, "mixed": {"reparameterized", "capture"}}
+LIMITED = {"discrete": {"reparameterized"}, "mixed": {"reparameterized"}}
 
 
 def named(report, status):
