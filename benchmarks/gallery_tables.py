@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gallery_rows import GROUPS, ROWS, Row
+from tables import markdown
 
 __all__ = ["TABLES", "protocol"]
 
@@ -22,8 +23,7 @@ def group_table(group: str) -> str:
     if any("difference" in found[row.name] for row in rows):
         head.insert(5, "against the first row")
     body = [_cells(row, found[row.name], len(head) == 7) for row in rows]
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, body)
 
 
 def protocol() -> str:
@@ -51,7 +51,7 @@ def _cells(row: Row, found: dict, compared: bool) -> list[str]:
     value = f"{found['log p(x)']:.2f}" + ("" if bits is None else f" ({bits:.2f} bits/dim)")
     cells = [
         f"`{row.model}` × `{row.guide}`{objective}{particles}",
-        "; ".join(row.lines),
+        "; ".join(row.lines).replace("|", "\\|"),
         row.paper,
         f"{found['ELBO']:.2f}",
         value,

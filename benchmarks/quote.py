@@ -14,11 +14,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import gallery_tables
 import speed_tables
 from tables import markdown
 
 HOME = Path(__file__).resolve().parent
-DOCUMENTS = (HOME.parent / "README.md", HOME.parent / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(
+    HOME.parent / path for path in ("README.md", "docs/benchmarks.md", "docs/models.md")
+)
 
 
 def main() -> None:
@@ -112,9 +115,11 @@ def curves() -> str:
     return markdown(head, body)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (mnist, exact, slopes, races, curves)
-} | speed_tables.TABLES
+TABLES: dict[str, Callable[[], str]] = (
+    {table.__name__: table for table in (mnist, exact, slopes, races, curves)}
+    | speed_tables.TABLES
+    | gallery_tables.TABLES
+)
 
 
 def _results(name: str) -> dict:
