@@ -81,6 +81,7 @@ def run(row: Row, options: argparse.Namespace, protocol: dict, kept: dict[str, d
         objective=make_objective(row.objective, row.particles, **row.options),
         epochs=epochs,
         lr=1e-3,
+        compile=row.heavy or "auto",
         seed=SEED,
         device=options.device,
     )
