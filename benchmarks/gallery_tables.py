@@ -55,7 +55,7 @@ def _cells(row: Row, found: dict, compared: bool) -> list[str]:
         row.paper,
         f"{found['ELBO']:.2f}",
         value,
-        f"![samples of {row.name}](figures/gallery/{row.name}.png)",
+        f'<img src="figures/gallery/{row.name}.png" width="120" alt="samples of {row.name}">',
     ]
     if compared:
         difference = found.get("difference")
