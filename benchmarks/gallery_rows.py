@@ -74,8 +74,8 @@ def _binary(name: str, model: str, guide: str, lines: tuple[str, str], paper: st
 
 
 def _grey(name: str, model: str, line: str, paper: str, **more) -> Row:
-    options = {"group": "grey", "binarize": "none"} | more
-    return Row(name, model=model, guide=MODERN, lines=(PRIOR, line), paper=paper, **options)
+    options = {"group": "grey", "binarize": "none", "guide": MODERN} | more
+    return Row(name, model=model, lines=(PRIOR, line), paper=paper, **options)
 
 
 ROWS = (
@@ -131,9 +131,9 @@ ROWS = (
           group="levels", bits=True, epochs=1, limit=12_800, images=50, samples=50,
           heavy=True),
     _grey("poisson", "poisson", "x ~ Poisson(f(z))", _arxiv("1905.00616"),
-          group="counts", counts=15),
+          group="counts", guide="counts", counts=15),
     _grey("negative-binomial", "negative_binomial", "x ~ NegativeBinomial(f(z))",
-          _arxiv("1905.00616"), group="counts", counts=15),
+          _arxiv("1905.00616"), group="counts", guide="counts", counts=15),
     Row("conditional", "labels", "conditional", "conditional", ("p(z) p(x|z, y)", "q(z|x, y)"),
         "Sohn et al., NIPS 2015", data={"context": "labels"}, comparable=False),
     Row("semi-supervised", "labels", "semi_supervised", "semi_supervised",

@@ -22,8 +22,8 @@ class NegativeBinomial(PyroModule):
               x_d \mid z \sim \mathrm{NB}(\mu_d, r_d), \quad \mu_d = \mathrm{softplus}(f_d(z)),
               \quad \mathrm{Var}[x_d \mid z] = \mu_d + \mu_d^2 / r_d
 
-    The data are whole numbers from 0, stored as floating-point numbers. Where they run into the
-    hundreds, let the guide's encoder see ``x.log1p()``.
+    The data are whole numbers from 0, stored as floating-point numbers. The guide ``counts`` is
+    made for them.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.

@@ -20,8 +20,8 @@ class Poisson(PyroModule):
     .. math:: z \sim \mathcal{N}(0, I), \qquad
               x_d \mid z \sim \mathrm{Poisson}(\mathrm{softplus}(f_d(z)))
 
-    The data are whole numbers from 0, stored as floating-point numbers. Where they run into the
-    hundreds, let the guide's encoder see ``x.log1p()``.
+    The data are whole numbers from 0, stored as floating-point numbers. The guide ``counts`` is
+    made for them.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.

@@ -66,8 +66,7 @@ class Descent:
     def refresh(self) -> None:
         """Bring what the record reads up to the optimizer's learning rates and counts of steps."""
         if self._own:
-            scales = map(self._adam_scales, self.leaves, self._groups)
-            self._scales.copy_(torch.tensor(list(scales)))
+            self._scales.copy_(torch.tensor(self._adam_scales()))
             return
         for index, group in enumerate(self.optimizer.param_groups):
             rate = group["lr"]
@@ -111,14 +110,13 @@ class Descent:
         known = type(self.optimizer).__name__ in ("Adam", "AdamW")
         return known and plain and leaf in self.optimizer.state
 
-    def _adam_scales(self, leaf: Tensor, group: int) -> tuple[float, float, float]:
-        """The rate of the next step, the spread of its moments, and what is left of the weights."""
-        options = self.optimizer.param_groups[group]
-        rate, (first, second) = float(options["lr"]), options["betas"]
-        count = float(self.optimizer.state[leaf]["step"]) + 1
-        decoupled = options.get("decoupled_weight_decay", False)
-        left = 1 - rate * options["weight_decay"] if decoupled else 1.0
-        return rate / (1 - first**count), 1 / math.sqrt(1 - second**count), left
+    def _adam_scales(self) -> list[tuple[float, float, float]]:
+        """For each leaf, as :func:`_scales_of` has it; leaves mostly share a count of steps."""
+        counts = torch.stack([self.optimizer.state[leaf]["step"] for leaf in self.leaves]).tolist()
+        keys = list(zip(self._groups, counts, strict=True))
+        groups = self.optimizer.param_groups
+        found = {key: _scales_of(groups[key[0]], key[1] + 1) for key in set(keys)}
+        return [found[key] for key in keys]
 
     def _adam(self) -> None:
         """Adam's update, its powers of β worked out before it rather than for every weight."""
@@ -156,3 +154,11 @@ class Descent:
             torch.compiler._is_compiling_flag = compiling
             for group, values in zip(groups, before, strict=True):
                 group.update(values)
+
+
+def _scales_of(options: dict, count: float) -> tuple[float, float, float]:
+    """Adam's rate at a step, the spread of its moments, and what is left of the weights."""
+    rate, (first, second) = float(options["lr"]), options["betas"]
+    decoupled = options.get("decoupled_weight_decay", False)
+    left = 1 - rate * options["weight_decay"] if decoupled else 1.0
+    return rate / (1 - first**count), 1 / math.sqrt(1 - second**count), left

@@ -59,6 +59,8 @@ class Graph:
         copied: int | None = None,
     ) -> None:
         graph, self.constants = _lift(record(function, args, parameters, changed))
+        self._views: list[Tensor] = []
+        self._places: list[int] = []
         with undone(parameters, args, changed), torch.no_grad():
             choose_kernels(graph, [*self._held(), *args])
             self.run = _compile(graph, [*self._held(), *args])
@@ -71,7 +73,12 @@ class Graph:
         return self.run(*self._held(), *args)
 
     def _held(self) -> list[Tensor]:
-        return [tensor.detach() for tensor in self.constants]
+        """What the function holds, without gradients; made anew where a tensor has moved."""
+        places = [tensor.data_ptr() for tensor in self.constants]
+        if places != self._places:
+            self._places = places
+            self._views = [tensor.detach() for tensor in self.constants]
+        return self._views
 
 
 def record(
