@@ -133,8 +133,8 @@ def _pair(row: Row, data: pyrovae.Dataset) -> tuple[Any, Any]:
 
 
 def _against(row: Row, log_prob: Tensor, out: Path) -> dict[str, Any]:
-    """The mean difference to the first row of the group on the same images, with its error."""
-    first = next(r.name for r in ROWS if r.group == row.group)
+    """The mean difference to the row's base on the same images, with its error."""
+    first = row.base or next(r.name for r in ROWS if r.group == row.group)
     folder = out.with_suffix(".cache")
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(log_prob.cpu(), folder / f"{row.name}.pt")

@@ -60,7 +60,8 @@ def _cells(row: Row, found: dict, compared: bool) -> list[str]:
     if compared:
         difference = found.get("difference")
         error = found.get("± of it")
-        cells.insert(5, "–" if difference is None else f"{difference:+.2f} ± {error:.2f}")
+        than = " to the row above" if row.base else ""
+        cells.insert(5, "–" if difference is None else f"{difference:+.2f} ± {error:.2f}{than}")
     return cells
 
 

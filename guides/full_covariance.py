@@ -17,7 +17,10 @@ class FullCovariance(PyroModule):
     r"""The multivariate normal guide.
 
     .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(x), L(x) L(x)^\top\bigr), \qquad
-              L \text{ lower triangular}, \quad L_{ii} > 0
+              L(x) = \mathrm{diag}\,\sigma(x) \, \bigl(I + \tfrac{1}{10} T(x)\bigr)
+
+    T is strictly lower triangular; in units of σ and small, so that training starts close to the
+    mean-field guide.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
@@ -45,6 +48,6 @@ class FullCovariance(PyroModule):
         with pyro.plate("data", len(x)):
             out = self.encoder(x)
             loc, raw = out[..., 0, :], out[..., 1:, :]
-            log_scale = raw.diagonal(dim1=-2, dim2=-1)
-            scale_tril = raw.tril(-1) + torch.diag_embed(log_scale.exp())
+            scale = raw.diagonal(dim1=-2, dim2=-1).exp()
+            scale_tril = torch.diag_embed(scale) + 0.1 * scale.unsqueeze(-1) * raw.tril(-1)
             pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))

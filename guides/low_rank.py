@@ -16,7 +16,11 @@ class LowRank(PyroModule):
     r"""The normal guide whose covariance is diagonal plus low rank.
 
     .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(x), \; W(x) W(x)^\top
-              + \mathrm{diag}\,\sigma^2(x)\bigr), \qquad W \in \mathbb{R}^{\text{latent} \times R}
+              + \mathrm{diag}\,\sigma^2(x)\bigr), \qquad
+              W(x) = \tfrac{1}{10} \, \mathrm{diag}\,\sigma(x) \, V(x), \quad
+              V \in \mathbb{R}^{\text{latent} \times R}
+
+    W is in units of σ and small, so that training starts close to the mean-field guide.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
@@ -45,6 +49,6 @@ class LowRank(PyroModule):
         """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
             out = self.encoder(x)
-            loc, log_scale, factor = out[..., 0, :], out[..., 1, :], out[..., 2:, :].mT
-            variance = (2 * log_scale).exp() + 1e-5
-            pyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, variance))
+            loc, scale, raw = out[..., 0, :], out[..., 1, :].exp(), out[..., 2:, :].mT
+            factor = 0.1 * scale.unsqueeze(-1) * raw
+            pyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, scale.square() + 1e-5))
