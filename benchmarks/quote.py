@@ -115,8 +115,40 @@ def curves() -> str:
     return markdown(head, body)
 
 
+def generation() -> str:
+    found = _results("generate")
+    about, images = found["about"], found["images"]
+    names = ("eager", "compiled", "of it capture", "products alone")
+    ratios = ("eager / products", "compiled / products")
+    head = [f"{images:,} images", *(f"{name}, s" for name in names), *ratios, "pays after"]
+    body = [
+        [
+            f"`{row['task']}`, {row['networks']}",
+            *(f"{row[name]:#.3g}" for name in names),
+            *(f"{row[name]:.2f}" for name in ratios),
+            f"{row['pays after']:,.0f}" if row["pays after"] else "–",
+        ]
+        for row in found["seconds"]
+    ]
+    threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    return (
+        f"{about['processor']}, {threads}, {about['dtype']}, {about['rounds']} rounds, torch "
+        f"{about['versions']['torch']}:\n\n{markdown(head, body)}"
+    )
+
+
+def generation_memory() -> str:
+    rows = _results("generate")["memory"]
+    sizes = [name for name in rows[0] if name != "task"]
+    body = [[f"`{row['task']}`", *(f"{row[name]:.0f}" for name in sizes)] for row in rows]
+    return markdown(["784-400-20", *sizes], body)
+
+
 TABLES: dict[str, Callable[[], str]] = (
-    {table.__name__: table for table in (mnist, exact, slopes, races, curves)}
+    {
+        table.__name__: table
+        for table in (mnist, exact, slopes, races, curves, generation, generation_memory)
+    }
     | speed_tables.TABLES
     | gallery_tables.TABLES
 )

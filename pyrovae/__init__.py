@@ -9,8 +9,10 @@ from pyrovae.bidirectional import Bidirectional, bidirectional
 from pyrovae.check import Report, check
 from pyrovae.classify import classify
 from pyrovae.data import Dataset, load_data
+from pyrovae.diagnostics import Diagnosis, diagnose
 from pyrovae.evidence import Comparison, Curve, LogLikelihood, compare_log_likelihood
 from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.inference_data import to_inference_data
 from pyrovae.kl import kl_standard_normal
 from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import ElboResult, elbo, make_objective
@@ -24,6 +26,7 @@ __all__ = [
     "Comparison",
     "Curve",
     "Dataset",
+    "Diagnosis",
     "ElboResult",
     "Fit",
     "LogLikelihood",
@@ -36,6 +39,7 @@ __all__ = [
     "classify",
     "compare_log_likelihood",
     "decode",
+    "diagnose",
     "elbo",
     "encode",
     "fit",
@@ -46,5 +50,6 @@ __all__ = [
     "make_objective",
     "reconstruct",
     "sample",
+    "to_inference_data",
     "traverse",
 ]

@@ -71,9 +71,9 @@ def latent_support(case: Case, covering: bool = True) -> Finding:
 
 def _only_in(here: Any, there: Any) -> float | None:
     """A value in the support of one distribution and outside that of another."""
-    draw = here.rsample if here.has_rsample else here.sample
+    many = here.expand((DRAWS, *here.batch_shape))
     try:
-        like = draw((DRAWS,))
+        like = many.rsample() if many.has_rsample else many.sample()
         discrete = here.support.is_discrete or there.support.is_discrete
         values = [torch.full_like(like[0], c) for c in (INTEGERS if discrete else REALS)]
         values = torch.cat([like, torch.stack(values)])

@@ -139,15 +139,19 @@ def elbo_estimate(
 ) -> Estimate:
     """The value and gradient of ``Trace_ELBO`` or ``TraceMeanField_ELBO``, nothing read back.
 
+    Where the programs sample their latents in different orders, closed forms would be wrong, and
+    both estimators sample.
+
     Raises:
         ValueError: If estimator B meets a latent that is not reparameterized.
     """
-    analytic = type(loss) in ANALYTIC
     total: dict[str, Tensor] = {}
     surrogate = 0.0
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
+        analytic = type(loss) in ANALYTIC
         if analytic:
             _refuse_scores(guide_trace)
+        analytic = analytic and in_one_order(model_trace, guide_trace)
         terms = site_terms(model_trace, guide_trace, analytic)
         found = surrogate_elbo(model_trace, guide_trace, terms, analytic)
         surrogate = surrogate - found / loss.num_particles

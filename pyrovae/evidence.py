@@ -190,7 +190,7 @@ class Comparison(NamedTuple):
                 f"The two cannot be told apart: the difference is {self.difference:.3f}, its "
                 f"standard error unknown."
             )
-        if size < 2 * error:
+        if size <= 2 * error:
             return f"The two cannot be told apart: they differ {told}"
         return f"The {'first' if self.difference > 0 else 'second'} is better {told}"
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.contract import inspect_pair
+from pyrovae.forward import Forward, Given
 from pyrovae.params import Parameters
-from pyrovae.seeding import seeded
 from pyrovae.traces import is_bookkeeping, samples, trace_guide, trace_posterior
 
 __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
@@ -20,7 +19,6 @@ __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse
 Sites = Tensor | dict[str, Tensor]
 
 
-@torch.no_grad()
 def sample(
     model: Callable,
     *context: Tensor,
@@ -28,6 +26,7 @@ def sample(
     n: int | None = None,
     mean: bool = False,
     seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> Sites:
     r"""Draw new data from a model, by leaving out its observations.
 
@@ -40,6 +39,9 @@ def sample(
         n: How many data to draw; by default one for each row of the context, 64 without one.
         mean: Return E[x | z] in place of x, where the likelihood knows it.
         seed: Seeds the draws; None continues torch's global stream.
+        compile: Compile the model's run: True, False, or ``"auto"`` where n is at least 500,000,
+            so that it pays. A model that cannot be captured runs eagerly, with one warning that
+            says why; the draws of a seed are the same either way, up to rounding.
 
     Returns:
         ``[n, ...]``, or a dictionary of them if the model observes several sites.
@@ -52,10 +54,9 @@ def sample(
     if n < 1 or len(like) < 1:
         raise ValueError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
     template = like[:1].expand(n, *like.shape[1:])
-    return _generate(model, {}, template, context, mean, seed)
+    return _generate(model, {}, template, context, mean, seed, compile)
 
 
-@torch.no_grad()
 def decode(
     model: Callable,
     latents: dict[str, Tensor],
@@ -63,6 +64,7 @@ def decode(
     like: Tensor,
     mean: bool = True,
     seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> Sites:
     """Run a model forward from given latents; the rest it draws.
 
@@ -73,6 +75,7 @@ def decode(
         like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
         mean: Return E[x | z] in place of a draw, where the likelihood knows it.
         seed: Seeds the draws; None continues torch's global stream.
+        compile: As for :func:`sample`.
 
     Returns:
         ``[n, ...]``, or a dictionary of them if the model observes several sites.
@@ -83,10 +86,10 @@ def decode(
     if not latents:
         raise ValueError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))
-    return _generate(model, latents, like[:1].expand(n, *like.shape[1:]), context, mean, seed)
+    template = like[:1].expand(n, *like.shape[1:])
+    return _generate(model, latents, template, context, mean, seed, compile)
 
 
-@torch.no_grad()
 def reconstruct(
     model: Callable,
     guide: Callable,
@@ -94,6 +97,7 @@ def reconstruct(
     *context: Tensor,
     mean: bool = True,
     seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> Sites:
     r"""Encode data and decode them again, read off the model replayed against its guide.
 
@@ -105,6 +109,7 @@ def reconstruct(
         x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
         mean: Return E[x | z], where the likelihood knows it, or else a draw.
         seed: Seeds the draws; None continues torch's global stream.
+        compile: As for :func:`sample`.
 
     Returns:
         ``[N, ...]``, or a dictionary of them if the model observes several sites.
@@ -112,19 +117,25 @@ def reconstruct(
     Raises:
         ValueError: If the pair breaks the contract.
     """
-    parameters = Parameters(model, guide)
-    rows = [tensor.to(parameters.device) for tensor in (x, *context)]
-    with parameters.mode(training=False), seeded(seed, rows[0].device):
-        layout = inspect_pair(parameters, *rows)
-        model_trace = trace_posterior(parameters, layout, *rows)
-        sites = {name: model_trace.nodes[name] for name in layout.observed}
-        found = {n: _value(s, mean) for n, s in sites.items() if not is_bookkeeping(s)}
-    return _as_given(found, x)
+    parameters, layouts = Parameters(model, guide), []
+
+    def inspect(*rows: Tensor) -> None:
+        layouts.append(inspect_pair(parameters, *rows))
+
+    def read(*rows: Tensor) -> dict[str, dict]:
+        trace = trace_posterior(parameters, layouts[-1], *rows)
+        return _data({name: trace.nodes[name] for name in layouts[-1].observed})
+
+    forward = Forward(read, parameters, mean, inspect)
+    return _as_given(forward((x, *context), seed, compile))
 
 
-@torch.no_grad()
 def encode(
-    guide: Callable, x: Tensor, *context: Tensor, seed: int | None = None
+    guide: Callable,
+    x: Tensor,
+    *context: Tensor,
+    seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """The posterior mean of each latent of each datum, as the guide has it.
 
@@ -132,20 +143,19 @@ def encode(
         guide: The guide program.
         x: Data ``[N, ...]``; ``context`` are further arguments of the guide, ``[N, ...]``.
         seed: Seeds the draws; None continues torch's global stream.
+        compile: As for :func:`sample`.
 
     Returns:
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
     parameters = Parameters(guide, guide)
-    rows = [tensor.to(parameters.device) for tensor in (x, *context)]
-    with parameters.mode(training=False), seeded(seed, rows[0].device):
-        trace = trace_guide(parameters, *rows)
-    return {
-        name: _value(site, mean=True).to(x.device)
-        for name, site in samples(trace).items()
-        if not site["infer"].get("is_auxiliary") and not is_bookkeeping(site)
-    }
+
+    def read(*rows: Tensor) -> dict[str, dict]:
+        sites = samples(trace_guide(parameters, *rows))
+        return _data({n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")})
+
+    return Forward(read, parameters, mean=True)((x, *context), seed, compile)
 
 
 def interpolate(
@@ -156,6 +166,7 @@ def interpolate(
     *context: Tensor,
     steps: int = 9,
     seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> Sites:
     r"""Decode what lies between the encodings of two data.
 
@@ -169,6 +180,7 @@ def interpolate(
         context: Further arguments of both programs, the same all the way, ``[N, ...]``.
         steps: The number of values of t.
         seed: Seeds what is drawn on the way; None continues torch's global stream.
+        compile: As for :func:`sample`.
 
     Returns:
         E[x | z_t], ``[N, steps, ...]``.
@@ -176,14 +188,15 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    start, end = (encode(guide, data, *context, seed=seed) for data in (x, y))
+    options = {"seed": seed, "compile": compile}
+    start, end = (encode(guide, data, *context, **options) for data in (x, y))
     for name, value in start.items():
         if not value.is_floating_point():
             raise ValueError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
     path = {name: _mix(start[name], end[name], t) for name in start}
     along = (c.repeat_interleave(steps, 0) for c in context)
-    found = decode(model, path, *along, like=x, seed=seed)
+    found = decode(model, path, *along, like=x, **options)
     return _map(found, lambda value: value.reshape(len(x), steps, *value.shape[1:]))
 
 
@@ -196,6 +209,7 @@ def traverse(
     values: Tensor,
     *context: Tensor,
     seed: int | None = None,
+    compile: bool | str = "auto",
 ) -> Sites:
     """Decode data with one latent dimension set to each of some values.
 
@@ -208,6 +222,7 @@ def traverse(
         values: What to set it to, ``[V]``.
         context: Further arguments of both programs, ``[N, ...]``.
         seed: Seeds what is drawn on the way; None continues torch's global stream.
+        compile: As for :func:`sample`.
 
     Returns:
         E[x | z], ``[N, V, ...]``.
@@ -215,7 +230,8 @@ def traverse(
     Raises:
         ValueError: If the guide has no such site, or the site no such dimension.
     """
-    latents = encode(guide, x, *context, seed=seed)
+    options = {"seed": seed, "compile": compile}
+    latents = encode(guide, x, *context, **options)
     if site not in latents:
         raise ValueError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
     size = latents[site].shape[-1]
@@ -224,20 +240,8 @@ def traverse(
     repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
     repeated[site][..., dim] = values.to(x).repeat(len(x))
     along = (c.repeat_interleave(len(values), 0) for c in context)
-    found = decode(model, repeated, *along, like=x, seed=seed)
+    found = decode(model, repeated, *along, like=x, **options)
     return _map(found, lambda value: value.reshape(len(x), len(values), *value.shape[1:]))
-
-
-class _Given(Messenger):
-    """Sets latent sites to given values, and leaves them latent."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
 
 
 def _generate(
@@ -247,40 +251,34 @@ def _generate(
     context: tuple,
     mean: bool,
     seed: int | None,
+    compile: bool | str,
 ) -> Sites:
-    if lengths := [len(tensor) for tensor in context if len(tensor) != len(template)]:
+    given = (*context, *latents.values())
+    if lengths := [len(tensor) for tensor in given if len(tensor) != len(template)]:
         raise ValueError(
             f"Expected a context of {len(template)} rows, one for each datum to draw, got "
             f"{lengths[0]}: give n, the latents and the context the same number of rows."
         )
     parameters = Parameters(model, model)
-    rows = [tensor.to(parameters.device) for tensor in (template, *context)]
-    values = {name: value.to(rows[0].device) for name, value in latents.items()}
-    with parameters.mode(training=False), seeded(seed, rows[0].device):
-        program = poutine.uncondition(_Given(values)(parameters.run_model))
-        trace = poutine.trace(program).get_trace(*rows)
-    sites = samples(trace)
-    was_observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
-    hidden = sites.keys() - was_observed.keys()
-    if unknown := sorted(values.keys() - hidden):
-        raise ValueError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
-    found = {n: _value(s, mean) for n, s in was_observed.items() if not is_bookkeeping(s)}
-    return _as_given(found, template)
+
+    def read(*rows: Tensor) -> dict[str, dict]:
+        values = dict(zip(latents, rows[1 + len(context) :], strict=True))
+        program = poutine.uncondition(Given(values)(parameters.run_model))
+        sites = samples(poutine.trace(program).get_trace(*rows[: 1 + len(context)]))
+        observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
+        hidden = sites.keys() - observed.keys()
+        if unknown := sorted(values.keys() - hidden):
+            raise ValueError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
+        return _data(observed)
+
+    return _as_given(Forward(read, parameters, mean)((template, *given), seed, compile))
 
 
-def _value(site: dict, mean: bool) -> Tensor:
-    """The site's mean if wanted and known, or else its draw."""
-    if not mean:
-        return site["value"]
-    try:
-        found = site["fn"].mean
-    except NotImplementedError:
-        return site["value"]
-    return site["value"] if bool(found.isnan().any()) else found
+def _data(sites: dict[str, dict]) -> dict[str, dict]:
+    return {name: site for name, site in sites.items() if not is_bookkeeping(site)}
 
 
-def _as_given(found: dict[str, Tensor], x: Tensor) -> Sites:
-    found = {name: value.to(x.device) for name, value in found.items()}
+def _as_given(found: dict[str, Tensor]) -> Sites:
     return next(iter(found.values())) if len(found) == 1 else found
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import zip_longest
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyrovae.atomic import write_atomic
 
 __all__ = [
     "DATA_TILE",
@@ -115,16 +115,7 @@ class Checkpoint:
 
         tensors = {name: value.contiguous().cpu() for name, value in _join(found).items()}
         content = save(tensors, {"about": json.dumps(self.about)})
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomic(self.path, content)
         self.saved = time.monotonic()
 
     def _require_same(self, before: dict[str, Any]) -> None:
@@ -177,7 +168,10 @@ def digest(*tensors: Tensor) -> str:
 def _exchange(found: list[Found], size: int) -> list[Found]:
     """All processes' tiles in their order; what has been a CPU tensor or a CUDA tensor stays so."""
     parts: list = [None] * size
-    torch.distributed.all_gather_object(parts, found)
+    try:
+        torch.distributed.all_gather_object(parts, found)
+    except RuntimeError as error:
+        raise ConnectionError(f"another process is gone or does not answer ({error})") from error
     return [tile for tiles in zip_longest(*parts) for tile in tiles if tile is not None]
 
 

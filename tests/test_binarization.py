@@ -30,8 +30,20 @@ def test_pixels_are_independent_of_their_neighbours_and_rows():
     assert correlation.abs().max() < 5 / N**0.5
 
 
-def test_draws_follow_the_generator_and_keep_the_shape():
-    x = torch.randint(0, 256, (3, 1, 5, 5), dtype=torch.uint8)
+@pytest.mark.parametrize("level", [0, 255])
+def test_black_and_white_are_certain(level):
+    draws = draw_binary(torch.full((1000, 4000), level, dtype=torch.uint8), 255.0)
+    assert bool((draws == level / 255).all())
+
+
+def test_a_scale_that_is_no_integer_counts_as_it_is():
+    draws = draw_binary(torch.full((N, 1), 3, dtype=torch.uint8), 4.5)
+    assert draws.mean().item() == pytest.approx(3 / 4.5, abs=4 * (2 / 9 / N) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_draws_follow_the_generator_and_keep_the_shape(dtype):
+    x = torch.randint(0, 256, (3, 1, 5, 5)).to(dtype)
     one, same = (draw_binary(x, 255.0, torch.Generator().manual_seed(2)) for _ in range(2))
     assert one.shape == x.shape
     assert one.dtype == torch.float32

@@ -1,8 +1,11 @@
 """Generation is unconditioning, reconstruction is replay."""
 
+import random
+
 import pyro
 import pytest
 import torch
+from structures import MAKE
 
 import pyrovae
 from pairs import binary, discrete, shipped_bernoulli, two_latents
@@ -150,3 +153,222 @@ def test_a_dimension_that_a_site_lacks_is_named():
     for dim in (3, -4):
         with pytest.raises(ValueError, match=f"3 dimensions, so there is no dimension {dim}"):
             pyrovae.traverse(*shipped_bernoulli(), X, "z", dim, torch.zeros(1))
+
+
+SIZE = 5
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr("pyrovae.forward.tile_size", lambda device: SIZE)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Runs of the record itself, in place of what Inductor makes of it."""
+    made = []
+
+    def recorded(graph, inputs):
+        return lambda *args: made.append(len(args[-1])) or graph(*args)
+
+    monkeypatch.setattr("pyrovae.graph._compile", recorded)
+    return made
+
+
+def calls(model, guide, x, *context):
+    """Everything that is drawn or read off, by name, as a function of the options."""
+    codes = pyrovae.encode(guide, x, *context, seed=3)
+    return {
+        "sample": lambda **o: pyrovae.sample(model, *context, like=x, n=len(x), **o),
+        "mean": lambda **o: pyrovae.sample(model, *context, like=x, n=len(x), mean=True, **o),
+        "decode": lambda **o: pyrovae.decode(model, codes, *context, like=x, **o),
+        "reconstruct": lambda **o: pyrovae.reconstruct(model, guide, x, *context, **o),
+        "draw": lambda **o: pyrovae.reconstruct(model, guide, x, *context, mean=False, **o),
+        "encode": lambda **o: pyrovae.encode(guide, x, *context, **o),
+    }
+
+
+def assert_same(one, other, **tolerance):
+    one, other = ({"x": f} if isinstance(f, torch.Tensor) else f for f in (one, other))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], **tolerance, msg=name)
+
+
+def test_a_small_call_is_one_run_under_the_seed():
+    model, guide = shipped_bernoulli()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(4)
+        drawn = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(X).nodes["x"]
+    assert torch.equal(pyrovae.sample(model, like=X, n=12, seed=4), drawn["value"])
+    assert torch.equal(pyrovae.sample(model, like=X, n=12, seed=4, mean=True), drawn["fn"].mean)
+    with torch.no_grad():
+        loc = guide.encoder(X).unbind(-2)[0]
+    assert torch.equal(pyrovae.encode(guide, X)["z"], loc)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_no_more_than_a_tile_is_run_at_once():
+    model, guide = shipped_bernoulli()
+    seen = []
+    for net in (model.decoder, guide.encoder):
+        net.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    for call in calls(model, guide, X).values():
+        seen.clear()
+        call()
+        assert sum(seen) >= 12
+        assert max(seen) == SIZE
+
+
+@pytest.mark.parametrize("make", [shipped_bernoulli, two_latents, discrete])
+def test_tiles_change_what_is_drawn_and_nothing_else(make, monkeypatch):
+    model, guide = make()
+    whole = {name: call(seed=1) for name, call in calls(model, guide, X).items()}
+    monkeypatch.setattr("pyrovae.forward.tile_size", lambda device: SIZE)
+    tiled = {name: call(seed=1) for name, call in calls(model, guide, X).items()}
+    if make is not two_latents:
+        for name in ("decode", "encode"):
+            assert_same(tiled[name], whole[name])
+    few = pyrovae.sample(model, like=X, n=SIZE, seed=1)
+    for drawn in (tiled["sample"], pyrovae.sample(model, like=X, n=4 * SIZE, seed=1)):
+        drawn, first = (d["x"] if isinstance(d, dict) else d for d in (drawn, few))
+        assert torch.equal(drawn[:SIZE], first)
+        assert not torch.equal(drawn[SIZE : 2 * SIZE], first)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_tiles_without_a_seed_continue_the_global_stream():
+    model, _ = shipped_bernoulli()
+    torch.manual_seed(1)
+    one, two = (pyrovae.sample(model, like=X, n=12) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(pyrovae.sample(model, like=X, n=12), one)
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("name", ["shipped", "two_latents", "discrete", "conditional", "gmvae"])
+def test_compiled_draws_are_the_eager_ones(name, runs):
+    makes = {"shipped": shipped_bernoulli, "two_latents": two_latents, "discrete": discrete}
+    model, guide, args = (*makes[name](), (X,)) if name in makes else MAKE[name]()
+    for key, call in calls(model, guide, *args).items():
+        expected = call(seed=2, compile=False)
+        runs.clear()
+        state = torch.get_rng_state()
+        found = call(seed=2, compile=True)
+        assert torch.equal(state, torch.get_rng_state())
+        assert len(runs) == 3, key  # after it is made, when it is audited, and the second tile
+        assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.inductor
+@pytest.mark.usefixtures("_small_tiles")
+def test_what_the_compiler_makes_of_it_is_the_eager_run():
+    model, guide = shipped_bernoulli()
+    for call in (
+        lambda **options: pyrovae.sample(model, like=X, n=12, seed=2, **options),
+        lambda **options: pyrovae.reconstruct(model, guide, X, seed=2, **options),
+    ):
+        assert_same(call(compile=True), call(compile=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_auto_compiles_many_rows_alone(runs, monkeypatch):
+    model, _ = shipped_bernoulli()
+    pyrovae.sample(model, like=X, n=12, seed=0)
+    assert not runs
+    monkeypatch.setattr("pyrovae.forward.PAYS_AFTER", 12)
+    pyrovae.sample(model, like=X, n=11, seed=0)
+    assert not runs
+    pyrovae.sample(model, like=X, n=12, seed=0)
+    assert runs
+    with pytest.raises(ValueError, match="compile='auto'"):
+        pyrovae.sample(model, like=X, n=12, compile="yes")
+
+
+def edited(change):
+    """A model whose logits are changed by a function."""
+    model, guide = shipped_bernoulli()
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(3), 1.0).to_event(1))
+            logits = change(model.decoder(z))
+            pyro.sample("x", pyro.distributions.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return program, guide
+
+
+@pytest.mark.usefixtures("_small_tiles", "runs")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda y: y if y.sum().item() > -1e9 else 2 * y, "reads a value back"),
+        (lambda y: y + random.random(), "changes from call to call|came out otherwise"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(change, words):
+    model, _ = edited(change)
+    with pytest.warns(UserWarning, match=words) as caught:
+        found = pyrovae.sample(model, like=X, n=4 * SIZE, seed=0, compile=True)
+    assert len(caught) == 1
+    assert len(found) == 4 * SIZE
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_wrong_graph_is_never_used(monkeypatch):
+    def wrong(graph, inputs):
+        for node in graph.graph.nodes:
+            if "aten.sigmoid" in str(node.target):
+                node.target = torch.ops.aten.tanh.default
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr("pyrovae.graph._compile", wrong)
+    model, guide = shipped_bernoulli()
+    expected = pyrovae.reconstruct(model, guide, X, seed=0, compile=False)
+    with pytest.warns(UserWarning, match="'x' came out otherwise"):
+        found = pyrovae.reconstruct(model, guide, X, seed=0, compile=True)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("_small_tiles", "runs")
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("row", [1, 7, 11])
+def test_bad_data_are_named_wherever_they_lie(compile, row):
+    model, guide = shipped_bernoulli()
+    x = X.clone()
+    x[row, 0, 0, 0] = 0.5
+    with pytest.raises(ValueError, match=r"observes 0\.5, outside the support of Bernoulli"):
+        pyrovae.reconstruct(model, guide, x, compile=compile)
+    x[row, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"1 of 12 data hold NaN or infinity, first in row {row}"):
+        pyrovae.reconstruct(model, guide, x, compile=compile)
+
+
+@pytest.mark.usefixtures("_small_tiles", "runs")
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_tile_without_means_is_drawn(compile):
+    def model(x, df):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", pyro.distributions.StudentT(df, 3.0, 0.1), obs=x)
+
+    df = torch.tensor([5.0] * 10 + [0.5] * 10)
+    found = pyrovae.sample(model, df, like=torch.zeros(1), n=20, mean=True, seed=0, compile=compile)
+    assert (found[:10] == 3.0).all()
+    assert (found[10:] != 3.0).all()
+    assert found.isfinite().all()
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_program_that_sees_all_rows_at_once_is_run_so():
+    y = 100.0 * torch.arange(12.0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", pyro.distributions.Normal(y, 0.1), obs=x)
+
+    drawn = pyrovae.sample(model, like=torch.zeros(1), n=12, seed=0)
+    assert ((drawn - y).abs() < 1).all()
+    with pytest.raises(ValueError, match="Shape mismatch inside plate"):
+        pyrovae.sample(model, like=torch.zeros(1), n=11)

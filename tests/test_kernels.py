@@ -41,6 +41,21 @@ def test_small_and_double_products_stay_where_they_are(args, monkeypatch):
         assert kernels.choose_kernels(_record(*each), list(each)) == 0
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w, b: torch.addmm(b.expand(len(x), -1).clone(), x, w.t()),
+        lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2.0),
+    ],
+    ids=["matrix added", "factor"],
+)
+def test_what_the_other_kernel_cannot_do_stays_where_it_is(args, product, monkeypatch):
+    monkeypatch.setattr(kernels, "onednn_wins", lambda left, right: True)
+    graph = torch.fx.GraphModule({}, make_fx(product)(*args).graph)
+    assert kernels.choose_kernels(graph, list(args)) == 0
+    torch.testing.assert_close(graph(*args), product(*args))
+
+
 def test_a_kernel_must_win_clearly(monkeypatch):
     shapes = ((64, 64), (64, 1)), ((64, 64), (64, 1))
     times = iter([1.0, 0.9] * 7 + [1.0, 0.5] * 7)
@@ -54,11 +69,15 @@ def test_a_kernel_must_win_clearly(monkeypatch):
 
 def test_precision_is_given_back_and_named():
     before = torch.get_float32_matmul_precision()
+    convolves = torch.backends.cudnn.allow_tf32
     with matmul_precision("bf16"):
+        assert torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "medium"
         with matmul_precision("float32"):
             assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cudnn.allow_tf32 == convolves
     with pytest.raises(ValueError, match="did you mean 'bf16'"), matmul_precision("bf61"):
         pass

@@ -1,17 +1,15 @@
-"""Laws that hold for every pair that Pyro's own ELBO accepts."""
+"""Pairs written in every way that Pyro allows have the ELBO that Pyro gives them."""
 
 import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.poutine.util import prune_subsample_sites
 
 import pyrovae
 from pairs import PAIRS, binary
 from pyrovae.contract import inspect_pair
 from pyrovae.objectives import estimate
 from pyrovae.params import Parameters
-from pyrovae.traces import replay_model, site_scores, take_particles, trace_guide
 
 each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 X = binary()
@@ -21,21 +19,6 @@ DISCRETE = (PAIRS["discrete"], PAIRS["mixed"])
 def _parameters(make):
     parameters = Parameters(*make())
     return parameters, inspect_pair(parameters, X)
-
-
-@each_pair
-def test_training_improves_the_bound_and_moves_every_parameter(make):
-    model, guide = make()
-    first = pyrovae.elbo(model, guide, X, particles=50, seed=1).mean
-    svi = pyrovae.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss=Trace_ELBO())
-    svi.step(X)
-    before = {name: leaf.detach().clone() for name, leaf in svi.parameters.named().items()}
-    for _ in range(100):
-        svi.step(X)
-    after = svi.parameters.named()
-    assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert pyrovae.elbo(model, guide, X, particles=50, seed=1).mean > first + 0.5
 
 
 @each_pair
@@ -81,72 +64,13 @@ def test_value_and_gradients_are_those_of_pyro(make, loss, particles):
 
 
 @each_pair
-def test_scores_of_k_particles_are_a_loop_over_single_ones(make):
-    parameters, layout = _parameters(make)
-    k, n = 5, len(X)
-    with torch.no_grad():
-        guide_trace = trace_guide(parameters, X, particles=k, layout=layout)
-        model_trace = replay_model(parameters, guide_trace, X, particles=k, layout=layout)
-        together = site_scores(model_trace, layout, k, n)
-        for i in range(k):
-            one = take_particles(guide_trace, slice(i, i + 1))
-            alone = replay_model(parameters, one, X, particles=1, layout=layout)
-            for name, score in site_scores(alone, layout, 1, n).items():
-                torch.testing.assert_close(score[0], together[name][i], rtol=1e-5, atol=1e-5)
-
-
-@each_pair
-def test_scores_of_a_datum_do_not_depend_on_its_batch(make):
-    parameters, layout = _parameters(make)
-    with torch.no_grad():
-        guide_trace = trace_guide(parameters, X, particles=2, layout=layout)
-        whole = replay_model(parameters, guide_trace, X, particles=2, layout=layout)
-        scores = site_scores(whole, layout, 2, len(X))
-        guide_trace = prune_subsample_sites(guide_trace)
-        for name in layout.latents:
-            guide_trace.nodes[name]["value"] = guide_trace.nodes[name]["value"][:, 4:7]
-        part = replay_model(parameters, guide_trace, X[4:7], particles=2, layout=layout)
-        for name, score in site_scores(part, layout, 2, 3).items():
-            torch.testing.assert_close(score, scores[name][:, 4:7], rtol=1e-5, atol=1e-5)
-
-
-@each_pair
-def test_elbo_is_below_log_likelihood_and_both_estimators_agree(make):
+def test_both_estimators_of_the_elbo_agree(make):
     model, guide = make()
     a = pyrovae.elbo(model, guide, X, particles=400, seed=0)
-    ll = pyrovae.log_likelihood(model, guide, X, num_samples=2000, seed=1)
-    assert a.mean <= ll.mean + 3 * ll.mean_standard_error
     torch.testing.assert_close(a.elbo, a.reconstruction - a.kl)
     if make not in DISCRETE:
         b = pyrovae.elbo(model, guide, X, particles=400, seed=2, objective="trace_mean_field_elbo")
         assert abs(a.mean - b.mean) < 0.3
-
-
-@each_pair
-def test_samples_and_reconstructions_have_the_shape_of_the_data(make):
-    model, guide = make()
-    drawn = pyrovae.sample(model, like=X, n=7, seed=0)
-    again = pyrovae.reconstruct(model, guide, X, seed=0)
-    if isinstance(drawn, dict):
-        assert drawn.keys() == again.keys() == {"x", "total"}
-        drawn, again = drawn["x"], again["x"]
-    assert drawn[0].numel() == again[0].numel() == X[0].numel()
-    assert len(drawn) == 7
-    assert len(again) == len(X)
-
-
-@each_pair
-def test_state_survives_a_round_trip(make):
-    model, guide = make()
-    svi = pyrovae.SVI(model, guide, torch.optim.Adam, loss=Trace_ELBO())
-    svi.step(X)
-    state = svi.parameters.state_dict()
-    reference = pyrovae.log_likelihood(model, guide, X, num_samples=20, seed=0).log_prob
-    svi.step(X)
-    assert any(not torch.equal(v, state[k]) for k, v in svi.parameters.state_dict().items())
-    svi.parameters.load_state_dict(state)
-    restored = pyrovae.log_likelihood(model, guide, X, num_samples=20, seed=0).log_prob
-    assert torch.equal(reference, restored)
 
 
 @pytest.mark.filterwarnings("ignore:Found plate statements in guide")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pairs import published_example, same_names
+from pyrovae.objectives import make_objective
 from pyrovae.params import Parameters
-from pyrovae.watch import watch_optimizer, watch_pair
+from pyrovae.watch import Watch, watch_optimizer, watch_pair
 
 
 def _watched(make=same_names):
@@ -83,3 +84,35 @@ def test_an_optimizer_is_watched_but_for_its_learning_rate():
     assert watch() == begun
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert watch() != begun
+
+
+def test_a_learning_rate_is_no_part_of_an_optimizers_state():
+    optimizer = torch.optim.SGD(published_example()[0].__self__.parameters(), lr=0.1)
+    watch = watch_optimizer(optimizer)
+    before = watch()
+    optimizer.param_groups[0] |= {"weight_decay": 0.5}
+    changed = watch()
+    optimizer.param_groups[0] |= {"weight_decay": 0, "lr": 0.3}
+    assert watch() == before
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+    assert watch() not in (before, changed)
+
+
+def test_an_attribute_of_the_objective_is_watched():
+    objective = make_objective("iwae", particles=3)
+    watch = watch_pair(objective, Parameters(*same_names()))
+    before = watch()
+    objective.particles = 4
+    assert watch() != before
+    objective.particles = 3
+    assert watch() == before
+
+
+def test_a_state_is_described_only_where_an_object_differs():
+    held, described = [1.5, "a"], []
+    watch = Watch(lambda: list(held), lambda: described.append(1) or tuple(held))
+    assert watch() == watch() == watch()
+    assert len(described) == 1
+    held[1] = "b"
+    watch()
+    assert len(described) == 2

@@ -1,0 +1,82 @@
+"""Every pair that the laws in test_zoo.py hold for: a new program is tested by a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from structures import MAKE
+
+import one_layer
+from pairs import PAIRS, binary
+from pyrovae.guides.linear_gaussian import LinearGaussian as LinearGaussianGuide
+from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.objectives import OBJECTIVES
+
+SCORED = "takes reparameterized latents alone, and the guide draws 'y'"
+GREY = ("same_names", "functions")
+ALONE = {"trace_enum_elbo": "no sample sites configured for enumeration"}
+ENUMERATED = {"trace_elbo": "need to use TraceEnum_ELBO instead"}
+NEEDS_PATHS = dict.fromkeys(("trace_mean_field_elbo", "stl", "iwae_stl", "iwae_dreg"), SCORED)
+
+
+class Entry(NamedTuple):
+    """A pair with a batch, and what does not fit it.
+
+    ``make`` returns the model, the guide and ``(x, *context)``. ``refused`` are the objectives
+    that raise an error, with its words, and ``doubted`` those that warn. ``limits`` are the rows
+    of the check that are to warn, and ``noisy`` the objectives whose gradient is mostly noise, so
+    that a few steps need not improve anything.
+    """
+
+    make: Callable[[], tuple]
+    refused: dict[str, str] = {}  # noqa: RUF012
+    doubted: dict[str, str] = ALONE
+    limits: tuple[str, ...] = ()
+    noisy: tuple[str, ...] = ()
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of the objectives that fit."""
+        return [name for name in OBJECTIVES if name not in self.refused]
+
+
+def one(model: str, guide: str) -> tuple:
+    """A pair with one latent layer."""
+    return *one_layer.pair(model, guide), (one_layer.data(model),)
+
+
+def linear() -> tuple:
+    """The pair whose posterior is exact."""
+    return LinearGaussian((4,), 2), LinearGaussianGuide((4,), 2), (torch.randn(12, 4),)
+
+
+def written(name: str) -> tuple:
+    """A pair as a person may write it."""
+    x = binary()
+    return *PAIRS[name](), (0.1 + 0.8 * x if name in GREY else x,)
+
+
+ZOO = {f"{m}-{g}": Entry(partial(one, m, g)) for m, g in one_layer.EACH}
+ZOO |= {n: Entry(partial(written, n)) for n in PAIRS if not n.startswith("shipped")}
+ZOO |= {
+    "poisson-counts": Entry(partial(one, "poisson", "counts")),
+    "negative_binomial-counts": Entry(partial(one, "negative_binomial", "counts")),
+    "linear": Entry(linear),
+    "bernoulli-autoencoder": Entry(
+        partial(one, "bernoulli", "autoencoder"), noisy=("stl", "iwae_stl", "iwae_dreg")
+    ),
+    "two_layer": Entry(
+        MAKE["two_layer"],
+        doubted=ALONE | {"trace_mean_field_elbo": "Failed to verify mean field restriction"},
+        limits=("analytic KL",),
+    ),
+    "ladder": Entry(MAKE["ladder"]),
+    "conditional": Entry(MAKE["conditional"]),
+    "gmvae": Entry(MAKE["gmvae"], NEEDS_PATHS, ENUMERATED),
+    "semi_supervised": Entry(MAKE["semi_supervised"], NEEDS_PATHS, ENUMERATED),
+    "discrete": Entry(partial(written, "discrete"), NEEDS_PATHS, limits=("reparameterized",)),
+    "mixed": Entry(partial(written, "mixed"), NEEDS_PATHS, limits=("reparameterized",)),
+}
