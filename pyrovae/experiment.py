@@ -1,8 +1,7 @@
-"""A run from its configuration: train it, load it, evaluate it, draw it."""
+"""A run from its configuration: train it, load it, draw it."""
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +16,10 @@ from pyrovae.agreement import require_same_data, require_same_run
 from pyrovae.contract import inspect_pair
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.distributed import join
-from pyrovae.likelihood import log_likelihood
-from pyrovae.objectives import ESTIMATORS, elbo, make_objective
+from pyrovae.finding_pictures import FINDING_PICTURES, Finding, draw_findings
+from pyrovae.objectives import make_objective
 from pyrovae.params import Parameters
+from pyrovae.per_datum import from_tensors
 from pyrovae.pictures import draw_pictures
 from pyrovae.programs import KINDS, Program, find_program
 from pyrovae.runs import Run
@@ -30,13 +30,13 @@ __all__ = [
     "Experiment",
     "choose_device",
     "draw",
-    "evaluate",
     "load_experiment",
+    "load_finding",
     "resolve",
     "train",
 ]
 
-PROGRAM_STREAM, PICTURE_STREAM, EVALUATION_STREAM = 1_000_001, 1_000_002, 1_000_003
+PROGRAM_STREAM, PICTURE_STREAM = 1_000_001, 1_000_002
 FIT = (
     "objective",
     "epochs",
@@ -173,74 +173,51 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
     parameters = Parameters(model, guide)
     with seeded(0):
         inspect_pair(parameters, *(tensor[:2] for tensor in data.split("test")))
-    parameters.load_state_dict(run.load_weights())
-    parameters.to(choose_device(device))
-    return Experiment(config, model, guide, data.to(choose_device(device)), {})
+    _fill(parameters, run)
+    place = join().place(choose_device(device))
+    parameters.to(place)
+    return Experiment(config, model, guide, data.to(place), {})
 
 
-def evaluate(
-    run: Run,
-    experiment: Experiment,
-    *,
-    split: str = "test",
-    num_samples: int = 1000,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """The ELBO by both estimators and log p(x) of a split, written to ``results.json``.
-
-    Args:
-        run: The run directory.
-        experiment: The run's pair and data.
-        split: ``"train"``, ``"valid"`` or ``"test"``.
-        num_samples: The number of samples K for log p(x).
-        progress: Show a bar if standard error is a terminal.
-
-    Returns:
-        The split's results, ready for JSON, in nats per datum; None where K is too small to tell.
-    """
-    earlier, x = run.results, experiment.data.split(split)
-    pair, seed = (experiment.model, experiment.guide), subseed(0, EVALUATION_STREAM)
-    ll = log_likelihood(*pair, *x, num_samples=num_samples, seed=seed, progress=progress)
-    bounds, nan = {}, torch.tensor(math.nan, dtype=torch.float64, device=ll.khat.device)
-    for name in ESTIMATORS:
-        bound = elbo(*pair, *x, objective=name, particles=64, batch_size=128, seed=seed)
-        bounds[name] = _known({"mean": bound.mean, "standard_error": bound.standard_error})
-    found = {
-        "verdict": ll.verdict,
-        "num_data": len(x[0]),
-        "binarize": experiment.data.binarize,
-        "units": "nats per datum",
-        "elbo": bounds,
-        "reconstruction": bound.reconstruction.double().mean().item(),
-        "kl": bound.kl.double().mean().item(),
-        "log_likelihood": _known(
-            {
-                "mean": ll.mean,
-                "standard_error": ll.mean_standard_error,
-                "data_standard_error": ll.data_standard_error,
-                "num_samples": num_samples,
-                "ess_median": ll.ess.median().item(),
-                "khat_median": ll.khat.median().item(),
-                "khat_over_0.7": ll.khat.gt(0.7)
-                .double()
-                .where(~ll.khat.isnan(), nan)
-                .mean()
-                .item(),
-            }
-        ),
-    }
-    run.write_json("results.json", earlier | {split: found})
-    return found
+def _fill(parameters: Parameters, run: Run) -> None:
+    weights = run.load_weights()
+    try:
+        parameters.load_state_dict(weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} They are of other programs or settings than {run.path / 'config.json'} "
+            f"says: put back the files of this run, or train into another --out."
+        ) from error
 
 
 def draw(run: Run, experiment: Experiment) -> dict[str, bytes]:
-    """Draw the run's pictures and save them."""
+    """Draw the run's pictures, and those of its evaluation, and save them."""
     seed = subseed(experiment.config["seed"], PICTURE_STREAM)
     pair = experiment.model, experiment.guide
     found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
+    if (finding := load_finding(run)) is not None:
+        found |= draw_findings({"": finding})
+    for name in FINDING_PICTURES:
+        run.remove_figure(name)
     for name, picture in found.items():
         run.save_figure(name, picture)
     return found
+
+
+def load_finding(run: Run, split: str | None = None) -> Finding | None:
+    """What an evaluation found; None if there is none.
+
+    Args:
+        run: The run.
+        split: The split; None is the test data, or else the first there is of the others.
+    """
+    results = run.results
+    split = split or next((s for s in ("test", "valid", "train") if s in results), None)
+    if split not in results:
+        return None
+    values = run.load_values(split)
+    estimates = [values and from_tensors(*values, prefix) for prefix in ("", "annealed.")]
+    return Finding(results[split], *estimates, run.history())
 
 
 def choose_device(name: str) -> torch.device:
@@ -317,11 +294,6 @@ def _scheduler(config: dict[str, Any]) -> Callable | None:
     if config["schedule"] == "cosine":
         return partial(CosineAnnealingLR, T_max=config["epochs"])
     return None
-
-
-def _known(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN and no infinity."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _versions() -> dict[str, str]:

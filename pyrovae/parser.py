@@ -10,6 +10,7 @@ from pyrovae.precision import PRECISIONS
 
 __all__ = ["DEFAULTS", "SHOWN", "make_parser"]
 
+SPLITS = ("test", "valid", "train")
 SHOWN = ("binarize", "context", "labelled")
 DEFAULTS = {
     "objective": "trace_elbo",
@@ -49,12 +50,12 @@ def make_parser(functions: dict[str, Callable]) -> argparse.ArgumentParser:
     check = command("check", "Look for mistakes in a model and its guide, on some data.")
     _add_pair(check)
     check.add_argument("--particles", type=int, default=64, metavar="K", help="default 64")
-    text = "The ELBO by both estimators and log p(x), in nats per datum."
-    evaluate = command("evaluate", text)
-    evaluate.add_argument("run", metavar="DIR")
-    evaluate.add_argument("--samples", type=int, default=1000, metavar="K", help="default 1000")
-    evaluate.add_argument("--split", choices=("test", "valid", "train"), default="test")
-    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
+    evaluate = command("evaluate", "The ELBO, log p(x) and diagnostics, in nats per datum.")
+    _add_evaluate(evaluate)
+    compare = command("compare", "Compare runs datum by datum, each with the first.")
+    compare.add_argument("runs", metavar="DIR", nargs="+")
+    compare.add_argument("--split", choices=SPLITS, default="test")
+    compare.add_argument("--out", metavar="FILE.html", help="also write a page")
     sample = command("sample", "Draw samples into DIR/figures/samples.png.")
     sample.add_argument("run", metavar="DIR")
     sample.add_argument("-n", type=int, default=64, metavar="N", help="default 64")
@@ -66,6 +67,26 @@ def make_parser(functions: dict[str, Callable]) -> argparse.ArgumentParser:
         made.add_argument("--data-root", help="where the torchvision data lie")
     command("list", "List every shipped model, guide, objective and data set.")
     return parser
+
+
+def _add_evaluate(made: argparse.ArgumentParser) -> None:
+    made.add_argument("run", metavar="DIR")
+    made.add_argument("--samples", type=int, default=1000, metavar="K", help="default 1000")
+    made.add_argument("--split", choices=SPLITS, default="test")
+    made.add_argument("--json", action="store_true", help="print the results as JSON")
+    made.add_argument("--images", type=int, metavar="N", help="the first N data alone")
+    text = "refine the guide for each datum first, by so many steps"
+    made.add_argument("--refine", type=int, default=0, metavar="STEPS", help=text)
+    text = "the share of the prior in the proposal"
+    made.add_argument("--defensive", type=float, default=0.0, metavar="ALPHA", help=text)
+    text = "also anneal so many chains, on 100 data or those of --images"
+    made.add_argument("--annealed", type=int, default=0, metavar="CHAINS", help=text)
+    text = "of annealing, default 500"
+    made.add_argument("--temperatures", type=int, default=500, metavar="T", help=text)
+    text = "leave out what the posterior does, and the draws for ArviZ"
+    made.add_argument("--no-diagnostics", action="store_true", help=text)
+    text = "do not go on with an evaluation that was stopped"
+    made.add_argument("--fresh", action="store_true", help=text)
 
 
 def _add_pair(made: argparse.ArgumentParser) -> None:

@@ -44,10 +44,15 @@ class Places(Messenger):
             self.found[msg["name"]] = place
 
 
-def error_place(error: BaseException | None) -> str:
-    """The last line of a user's file that an error, or its cause, passed through, or nothing."""
+def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
+    """The last line of a user's file that an error, or its cause, passed through, or nothing.
+
+    Args:
+        error: The error.
+        shipped: Whether a shipped program counts as a user's.
+    """
     while error is not None:
-        places = [_place(frame, line) for frame, line in _steps(error)]
+        places = [_place(f, line) for f, line in _steps(error) if shipped or not _is_shipped(f)]
         if found := [place for place in places if place]:
             return found[-1]
         error = error.__cause__
@@ -130,6 +135,10 @@ def _place(frame: FrameType, line: int | None = None) -> str:
         return ""
     line = frame.f_lineno if line is None else line
     return _spelled(file, line, linecache.getline(file, line))
+
+
+def _is_shipped(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[:2] in PROGRAMS
 
 
 @cache

@@ -6,8 +6,7 @@ Events ``[1, H, W]`` and ``[3, H, W]`` are drawn as pictures, a pixel being a wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from math import ceil
 from textwrap import fill
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+
+from pyrovae.figure_style import BLUE, DPI, GREY, ORANGE, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,35 +29,11 @@ __all__ = [
     "reconstructions",
 ]
 
-DPI, INK, BLUE, ORANGE, GREY = 200, "#333333", "#1f5fa8", "#d1700f", "#b4b4b4"
 PLANE = ("x[0]", "x[1]")
 TERMS = {"elbo": "ELBO", "reconstruction": "E_q[ln p(x|z)]", "kl": "KL(q(z|x) ‖ p(z))"}
-STYLE = {
-    "font.size": 9,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": GREY,
-    "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "text.parse_math": False,
-}
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @wraps(draw)
-    def styled(*args: object, **kwargs: object) -> Figure:
-        from matplotlib import style
-
-        with style.context(["default", STYLE]):
-            figure = draw(*args, **kwargs)
-            for axes in figure.axes:
-                axes.spines[["top", "right"]].set_visible(False)
-                axes.tick_params(labelsize=8, color=GREY, labelcolor=INK)
-            return figure
-
-    return styled
-
-
-@_styled
+@styled
 def learning_curves(history: Sequence[dict]) -> Figure:
     """Draw the ELBO and its two terms, in nats per datum, against the epoch.
 
@@ -70,7 +47,7 @@ def learning_curves(history: Sequence[dict]) -> Figure:
         raise ValueError("Expected a history with an ELBO or one of its terms, got neither.")
     first, *others = terms
     layout = [[first] * len(others), others] if others else [[first]]
-    figure = Figure((6.4, 2.6 * len(layout)), dpi=DPI, layout="constrained")
+    figure = Figure((5.4, 2.4 * len(layout)), dpi=DPI, layout="constrained")
     for name, axes in figure.subplot_mosaic(layout).items():
         for split, (epoch, value) in terms[name].items():
             colour, marker = BLUE if split == "train" else ORANGE, "." if len(epoch) < 12 else ""
@@ -82,11 +59,12 @@ def learning_curves(history: Sequence[dict]) -> Figure:
         axes.set(title=TERMS[name], xlabel="epoch", ylabel="nats per datum")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.grid(True)
-        axes.legend(frameon=False)
+        if name == first:
+            axes.legend(frameon=False)
     return figure
 
 
-@_styled
+@styled
 def image_grid(images: Tensor, *, title: str, columns: int | None = None) -> Figure:
     """Draw events ``[n, C, H, W]`` or ``[n, D]`` in rows of ``columns``, the first row on top."""
     x = _events(images, 1)
@@ -95,7 +73,7 @@ def image_grid(images: Tensor, *, title: str, columns: int | None = None) -> Fig
     return _mosaic(_rows(x, columns or ceil(len(x) ** 0.5)), title)
 
 
-@_styled
+@styled
 def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstructions") -> Figure:
     """Draw data ``[n, *shape]`` above their reconstructions ``[n, *shape]``, ten in a row.
 
@@ -113,7 +91,7 @@ def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstru
     return _mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
 
 
-@_styled
+@styled
 def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure:
     """Draw posterior means ``[N, d]``, coloured by ``labels`` ``[N]``.
 
@@ -134,7 +112,7 @@ def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure
     return _points(z, names, f"Posterior means of {site}", labels, "label", equal=True)
 
 
-@_styled
+@styled
 def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
     """Draw events ``[r, c, *shape]`` decoded over a square of a two-dimensional latent space.
 
@@ -148,7 +126,7 @@ def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
     return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
 
 
-@_styled
+@styled
 def interpolations(rows: Tensor, *, title: str = "Interpolations in latent space") -> Figure:
     """Draw paths ``[r, s, *shape]``, each a row from weight 0 (one datum) to 1 (another)."""
     x, name = _events(rows, 2), "mixing weight"
@@ -206,7 +184,7 @@ def _points(points, names, title, labels=None, label="", paths=(), equal=False) 
     from matplotlib.figure import Figure
 
     points, (xlabel, ylabel) = points.reshape(-1, len(names)), [*names, "count"][:2]
-    figure = Figure((6.4, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure((5.4, 4.2), dpi=DPI, layout="constrained")
     axes = figure.add_subplot(title=fill(title, 70), xlabel=xlabel, ylabel=ylabel)
     axes.grid(True)
     classes = [] if labels is None or labels.dtype.kind == "f" else np.unique(labels).tolist()

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 from pyro.nn import PyroModule
 from torch import nn
 
-__all__ = ["Program", "find_program", "near", "place", "plain", "shipped"]
+from pyrovae.places import error_place
+
+__all__ = ["Program", "find_program", "near", "plain", "shipped"]
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
 PREFIX = "pyrovae_program_"
@@ -133,19 +135,6 @@ def near(name: str, names: Any) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def place(error: BaseException | None) -> str:
-    """The last line of a user's file that an error, or its cause, passed through, or nothing."""
-    found = ""
-    while error is not None and not found:
-        step = error.__traceback__
-        while step is not None:
-            if step.tb_frame.f_globals.get("__name__", "").startswith(PREFIX):
-                found = f"{step.tb_frame.f_code.co_filename}, line {step.tb_lineno}"
-            step = step.tb_next
-        error = error.__cause__
-    return found
-
-
 def plain(value: Any) -> Any:
     """A value as JSON gives it back.
 
@@ -174,7 +163,9 @@ def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{place(error) or file}: the file cannot be run: {reason}") from error
+        raise ValueError(
+            f"{error_place(error) or file}: the file cannot be run: {reason}"
+        ) from error
     return module, source
 
 

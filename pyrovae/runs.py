@@ -7,6 +7,8 @@
 ``weights.safetensors``   the trained weights, with a checksum in the file's metadata
 ``metrics.csv``           one row an epoch
 ``results.json``          what evaluations found, by split
+``evaluation/``           what they found of each datum, by split, and what stopped ones finished
+``inference_<split>.nc``  posterior draws and predictions of 100 data, for ArviZ
 ``figures/``              PNG pictures
 ``report.html``           the one-page report
 ========================= =====================================================================
@@ -17,12 +19,10 @@ Every write is atomic: a temporary file is written, synced and renamed. No pickl
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
 import pickle
-import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -31,45 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae.atomic import write_atomic
+from pyrovae.tensorfile import checksum, first_line, pack_tensors, unpack_tensors
+
 __all__ = ["Run", "write_atomic"]
 
 PROGRAM, DATA = {"name", "file", "settings"}, {"load", "root", "binarize"}
 STATE = {"weights": dict, "optimizer": dict, "history": list, "seed": int}
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file's content, or leave it as it was.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; the old file stays.
-    """
-    try:
-        _replace(path, content)
-        _sync(path.parent)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-def _sync(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class Run:
@@ -209,7 +177,8 @@ class Run:
                 "executed."
             ) from error
         except Exception as error:
-            raise ValueError(f"{path} is damaged and was not loaded: {_line(error)}.") from error
+            reason = first_line(error)
+            raise ValueError(f"{path} is damaged and was not loaded: {reason}.") from error
         if broken:
             raise ValueError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
         if not _is_state(state):
@@ -218,10 +187,7 @@ class Run:
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         """Write the trained weights."""
-        from safetensors.torch import save
-
-        weights = {name: value.cpu().contiguous() for name, value in weights.items()}
-        write_atomic(self.path / "weights.safetensors", save(weights, {"sha256": _digest(weights)}))
+        write_atomic(self.path / "weights.safetensors", pack_tensors(weights))
 
     def load_weights(self) -> dict[str, Tensor]:
         """Read the trained weights; those of the last checkpoint while training is unfinished.
@@ -229,31 +195,48 @@ class Run:
         Raises:
             ValueError: If there are none, or the file is truncated or altered.
         """
-        from safetensors import safe_open
-
         path = self.path / "weights.safetensors"
-        if not path.exists():
-            checkpoint = self.load_checkpoint()
-            if checkpoint is None:
-                raise ValueError(f"{self.path} has no weights yet: go on with --resume.")
-            return checkpoint["weights"]
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = file.keys()
-                weights = {name: file.get_tensor(name) for name in names}
-        except Exception as error:
-            raise ValueError(f"{path} is damaged and was not loaded: {_line(error)}.") from error
-        if metadata.get("sha256") != _digest(weights):
-            raise ValueError(f"{path} is damaged and was not loaded: its checksum is wrong.")
-        return weights
+        if path.exists():
+            return unpack_tensors(path)[0]
+        checkpoint = self.load_checkpoint()
+        if checkpoint is None:
+            raise ValueError(f"{self.path} has no weights yet: go on with --resume.")
+        return checkpoint["weights"]
+
+    def weights_checksum(self) -> str:
+        """A short name for the weights, by which an evaluation is known to be of them."""
+        return checksum(self.load_weights())[:24]
+
+    def save_values(self, split: str, values: dict[str, Tensor], about: dict[str, str]) -> Path:
+        """Write what an evaluation found of each datum as ``evaluation/<split>.safetensors``."""
+        path = self.folder("evaluation") / f"{split}.safetensors"
+        write_atomic(path, pack_tensors(values, about))
+        return path
+
+    def load_values(self, split: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Read what an evaluation found of each datum; None if there is no such evaluation.
+
+        Raises:
+            ValueError: If the file is truncated or altered.
+        """
+        path = self.path / "evaluation" / f"{split}.safetensors"
+        return unpack_tensors(path) if path.exists() else None
+
+    def folder(self, name: str) -> Path:
+        """A folder of the run, made if it is missing."""
+        path = self.path / name
+        path.mkdir(exist_ok=True)
+        return path
 
     def save_figure(self, name: str, png: bytes) -> Path:
         """Write a picture as ``figures/<name>.png``."""
-        (self.path / "figures").mkdir(exist_ok=True)
-        path = self.path / "figures" / f"{name}.png"
+        path = self.folder("figures") / f"{name}.png"
         write_atomic(path, png)
         return path
+
+    def remove_figure(self, name: str) -> None:
+        """Remove a picture, if it is there."""
+        (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
 
     def figures(self) -> dict[str, bytes]:
         """Every picture of the run by name."""
@@ -286,15 +269,3 @@ def _is_state(state: Any) -> bool:
     kinds = all(isinstance(state[name], kind) for name, kind in STATE.items())
     best = state["best_epoch"] is None or 1 <= state["best_epoch"] <= len(state["history"])
     return kinds and best and _holds(state["optimizer"], {"state", "param_groups"})
-
-
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

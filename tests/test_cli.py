@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from pyrovae import experiment
 from pyrovae.data import DATASETS
+from pyrovae.finding_pictures import FINDING_PICTURES
 from pyrovae.objectives import ESTIMATORS, OBJECTIVES
 
 PRIOR = "dist.Normal(self.zero, 1.0).to_event(1)"
@@ -59,7 +60,8 @@ def strict(text):
 
 def evaluated(capsys, folder, *options):
     capsys.readouterr()
-    assert run("evaluate", folder, "--json", "--samples", "50", *options) == 0
+    short = "--samples", "50", "--no-diagnostics"
+    assert run("evaluate", folder, "--json", *short, *options) == 0
     return strict(capsys.readouterr().out)
 
 
@@ -103,8 +105,10 @@ def test_the_whole_path(tmp_path, monkeypatch, capsys):
     assert run("report", "deep/r") == 0
     assert "deep/r/report.html" in capsys.readouterr().out
     page = (tmp_path / "deep/r/report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(pictures)
-    assert page.count("src=") == len(pictures)
+    findings = {f"figures/{name}.png" for name in FINDING_PICTURES}
+    assert set(snapshot(tmp_path / "deep/r")) >= findings
+    assert page.count("data:image/png;base64,") == len(pictures | findings)
+    assert page.count("src=") == len(pictures | findings)
     assert set(snapshot(tmp_path)) >= {"deep", "deep/r"}
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}
 
@@ -213,7 +217,7 @@ def test_one_sample_is_told_in_strict_json(tmp_path, no_pictures, capsys):
     found = evaluated(capsys, tmp_path / "r", "--samples", "1")["log_likelihood"]
     assert found["standard_error"] is None
     assert found["mean"] < 0
-    assert run("evaluate", tmp_path / "r", "--samples", "1") == 0
+    assert run("evaluate", tmp_path / "r", "--samples", "1", "--no-diagnostics") == 0
     assert "unknown Monte Carlo" in capsys.readouterr().out
     assert run("report", tmp_path / "r") == 0
 

@@ -11,6 +11,7 @@ import torch
 from pyrovae.pictures import png
 from pyrovae.plots import image_grid
 from pyrovae.report import render_report
+from pyrovae.report_parts import CAPTIONS
 
 CONFIG = {
     "command": "pyrovae train --model bernoulli --out runs/one",
@@ -107,8 +108,8 @@ def test_every_result_stands_in_its_row_and_exactly_in_the_markup():
 
 
 def test_the_gap_is_log_p_minus_the_bound_with_the_analytic_kl():
+    assert "log p(x) = -15.988 ± 0.012 nats per datum." in render().text
     (verdict,) = [line for line in render().text.splitlines() if "looseness" in line]
-    assert verdict.startswith("log p(x) = -15.988 ± 0.012 nats per datum.")
     assert f"{-15.987654 + 17.098765:.3f} nats" in verdict
     assert "sampling error" not in verdict
     results = deepcopy(RESULTS)
@@ -125,6 +126,77 @@ def test_heavy_tailed_weights_are_warned_of(share, warned):
     text = render(results=results).text
     assert ("is a lower bound in expectation; raise --samples" in text) is warned
     assert (f"For {share:.1%} of the data" in text) is warned
+
+
+DIAGNOSTICS = {
+    "num_data": 360,
+    "rate": {"mean": 4.25, "standard_error": 0.05},
+    "distortion": {"mean": 19.5, "standard_error": 0.2},
+    "sites": {"z": {"kl": [4.0, 0.25], "kl_total": 4.25, "active_units": 1, "units": 2}},
+    "mutual_information": {"mean": 3.5, "standard_error": 0.0625},
+    "marginal_kl": 0.75,
+    "calibration": {"levels": [0.5], "coverage": [0.55], "standard_error": [0.01]},
+    "probe": {"z": {"linear": 0.76, "knn": 0.74, "chance": 0.1, "classes": 10, "num_test": 180}},
+    "bits_per_dimension": None,
+    "verdict": "1 of 2 units is active.",
+}
+
+
+def evaluated(**more):
+    results = deepcopy(RESULTS)
+    results["test"] |= more
+    return results
+
+
+def marked(page, sentence):
+    """How the verdict's line with a sentence in it is marked."""
+    lines = page.text.split("\n")
+    (line,) = [each for each in lines if sentence in each]
+    return line[0]
+
+
+def test_the_posterior_is_told_in_words_and_numbers():
+    page = render(results=evaluated(diagnostics=DIAGNOSTICS))
+    assert page.row("rate, KL(q(z|x) ‖ p(z))") == ["4.250", "", "0.050"]
+    assert page.row("distortion, −E_q[ln p(x|z)]") == ["19.500", "", "0.200"]
+    assert page.row("KL(q(z) ‖ p(z)) of the aggregate posterior") == ["0.750", "", ""]
+    assert page.row("z") == ["4.250", "1", "2"]
+    assert page.row("accuracy of labels from z, linear probe") == ["76.0%"]
+    assert marked(page, "1 of 2 units is active.") == "✓"
+    dead = deepcopy(DIAGNOSTICS)
+    dead["sites"]["z"]["active_units"] = 0
+    dead["verdict"] = "The posterior has collapsed."
+    assert marked(render(results=evaluated(diagnostics=dead)), "has collapsed.") == "!"
+
+
+def test_annealing_that_finds_more_is_a_doubt_and_stands_first():
+    annealed = {"num_data": 60, "num_chains": 8, "mean": -15.5, "standard_error": 0.02}
+    for more, mark in ((0.01, "✓"), (0.4, "!")):
+        over = {"over_importance_sampling": {"mean": more, "standard_error": 0.02}}
+        page = render(results=evaluated(annealed=annealed | over))
+        assert marked(page, f"of the same: {more:.3f} ± 0.020 nats") == mark
+        row = page.row("annealed less importance sampling, same data")
+        assert row == [f"{more:.3f}", "0.020", ""]
+    doubt, gap = page.text.index("too low there"), page.text.index("looseness")
+    assert doubt < gap
+
+
+def test_a_bound_that_still_rises_is_a_doubt():
+    for last, mark in ((-15.95, "✓"), (-15.5, "!")):
+        results = evaluated()
+        curve = {"1": -17.0, "10": -16.5, "100": -16.0, "1000": last}
+        results["test"]["log_likelihood"]["curve"] = curve
+        page = render(results=results)
+        assert marked(page, f"From 100 to 1,000 samples the bound rises by {last + 16:.3f}") == mark
+        assert page.row("bound with 10 samples, nats per datum") == ["-16.500"]
+
+
+def test_numbers_of_earlier_weights_and_of_a_part_of_the_data_are_told():
+    results = evaluated(weights="old", num_data_of_split=720)
+    text = render_report(CONFIG, results, HISTORY, {}, weights="new")
+    assert "numbers are of earlier weights" in text
+    assert "Test data, N = 360 of 720" in text
+    assert "earlier weights" not in render_report(CONFIG, results, HISTORY, {}, weights="old")
 
 
 def test_what_is_missing_is_left_out_and_what_is_unknown_is_listed():
@@ -148,11 +220,16 @@ def test_splits_come_with_the_test_data_first():
     assert places == sorted(places)
 
 
-def test_numbers_come_before_pictures_and_settings(picture):
-    text = render(figures={"samples": picture}).text
-    order = ["trained on digits", "Test data", "Pictures", "Training", "Versions", "command"]
-    places = [text.index(part) for part in order]
+def test_the_verdict_comes_first_then_numbers_pictures_and_settings(picture):
+    kinds = ["learning_curves", "bound_curve", "khat", "rate_distortion", "kl_by_dimension"]
+    kinds += ["calibration", "latent_space", "samples", "reconstructions", "own"]
+    page = render(figures=dict.fromkeys(reversed(kinds), picture))
+    order = ["trained on digits", "Test data", "log p(x) =", "Numbers", "Training", "How far"]
+    order += ["What the posterior does", "Pictures", "Further pictures", "Behind the numbers"]
+    places = [page.text.index(part) for part in [*order, "Settings", "Versions", "command that"]]
     assert places == sorted(places)
+    drawn = [image["alt"] for image in page.all("img")]
+    assert drawn == [CAPTIONS.get(kind, kind) for kind in kinds]
 
 
 def test_all_of_the_configuration_is_there():
@@ -178,10 +255,10 @@ def test_pictures_are_embedded_byte_for_byte_with_words_for_them(picture):
     page = render(figures=figures)
     images = page.all("img")
     sources = [b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images]
-    assert sources == [picture, other, other]
+    assert sources == [other, picture, other]
     words = [image["alt"] for image in images]
-    assert words[0] == "Samples: z drawn from the prior, then decoded."
-    assert words[1].endswith("posterior means. u")
+    assert words[0].endswith("posterior means. u")
+    assert words[1] == "Samples: z drawn from the prior, then decoded."
     assert words[2] == "<b>"
     assert all(alt in page.text for alt in words)
 

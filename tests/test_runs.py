@@ -15,7 +15,7 @@ from pyrovae import experiment
 from pyrovae.runs import Run
 
 RESUME = ("train", "--out", "run", "--resume", "--epochs", "3")
-EVALUATE = ("evaluate", "run", "--samples", "2")
+EVALUATE = ("evaluate", "run", "--samples", "2", "--no-diagnostics")
 
 
 class Malice:
@@ -155,6 +155,22 @@ def test_files_of_another_run(workspace, capsys, other):
         refused(capsys, command, "The weights do not match")
 
 
+def test_values_of_each_datum_survive_and_a_flipped_bit_in_them_is_seen(tmp_path):
+    made, values = Run(tmp_path), {"log_prob": torch.randn(5), "curve": torch.randn(2, 5)}
+    assert made.load_values("test") is None
+    path = made.save_values("test", values, {"data": "abc", "curve": "[1, 10]"})
+    found, about = made.load_values("test")
+    assert alike(found, values)
+    assert about == {"data": "abc", "curve": "[1, 10]"}
+    content = path.read_bytes()
+    for place in (content.index(b"abc"), content.index(b"[1, 10]") + 1, len(content) - 2):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"test\.safetensors is damaged"):
+            made.load_values("test")
+
+
 def test_metrics_that_are_no_table(workspace, capsys):
     for text in ("epoch,train_elbo\n1,high\n", "epoch\n1,2,3\n", "epoch,lr\n1\n\xff"):
         Path("run/metrics.csv").write_text(text, encoding="latin-1")
@@ -196,7 +212,7 @@ def test_a_full_disk_leaves_nothing_of_a_new_run(workspace, repository, monkeypa
             assert f"new/{file} cannot be written: No space left on device." in error
     with monkeypatch.context() as patch:
         FullDisk(patch, 0)
-        refused(capsys, EVALUATE, "run/results.json cannot be written")
+        refused(capsys, EVALUATE, "run/evaluation/test-")
 
 
 def test_a_full_disk_at_any_moment_loses_no_run(trained, workspace, monkeypatch, capsys):

@@ -1,0 +1,57 @@
+"""Tensors by name in one safetensors file, with a checksum that tells a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["checksum", "first_line", "pack_tensors", "unpack_tensors"]
+
+
+def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> bytes:
+    """The content of a file that holds tensors and, beside them, words about them."""
+    from safetensors.torch import save
+
+    about = about or {}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    return save(tensors, about | {"sha256": checksum(tensors, about)})
+
+
+def unpack_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and the words about them.
+
+    Raises:
+        ValueError: If the file is missing, truncated or altered.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except Exception as error:
+        raise ValueError(f"{path} is damaged and was not loaded: {first_line(error)}.") from error
+    if about.pop("sha256", None) != checksum(tensors, about):
+        raise ValueError(f"{path} is damaged and was not loaded: its checksum is wrong.")
+    return tensors, about
+
+
+def checksum(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> str:
+    """The SHA-256 of tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if about:
+        digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line without a full stop."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
