@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -51,6 +52,19 @@ def inner(path):
         known = [part for part in (".".join(rest.split(".")[:n]) for n in (2, 1)) if part in FILES]
         found |= {(known or ["__init__"])[0]} if root == "pyrovae" else set()
     return found
+
+
+def test_the_map_has_every_module_once_above_those_that_stand_on_it():
+    text = (REPOSITORY / "docs" / "map.md").read_text(encoding="utf-8")
+    groups = [re.findall(r"^\| `(\w+)` \| (.+) \|$", part, re.M) for part in text.split("\n## ")]
+    places = {name: place for place, group in enumerate(groups) for name, _ in group}
+    assert sum(map(len, groups)) == len(places)
+    assert places.keys() | {"__init__", "__main__"} == LIBRARY.keys()
+    for name, line in (each for group in groups for each in group):
+        doc = ast.get_docstring(ast.parse(LIBRARY[name].read_text(encoding="utf-8")))
+        assert line.replace("\\|", "|") == doc.splitlines()[0]
+        below = [found for found in inner(LIBRARY[name]) if found in places]
+        assert all(places[found] <= places[name] for found in below), (name, below)
 
 
 def test_imports_are_acyclic():
