@@ -17,10 +17,10 @@ class FullCovariance(PyroModule):
     r"""The multivariate normal guide.
 
     .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(x), L(x) L(x)^\top\bigr), \qquad
-              L(x) = \mathrm{diag}\,\sigma(x) \, \bigl(I + \tfrac{1}{10} T(x)\bigr)
+              L(x) = \mathrm{diag}\,\sigma(x) \, \bigl(I + T(x)\bigr)
 
-    T is strictly lower triangular; in units of σ and small, so that training starts close to the
-    mean-field guide.
+    T is strictly lower triangular and zero at first, so that training starts from a mean-field
+    guide.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
@@ -42,6 +42,8 @@ class FullCovariance(PyroModule):
     ) -> None:
         super().__init__()
         self.encoder = MLP(shape, (1 + latent, latent), hidden, activation)
+        torch.nn.init.zeros_(self.encoder.layers[-1].weight[latent:])
+        torch.nn.init.zeros_(self.encoder.layers[-1].bias[latent:])
 
     def forward(self, x: Tensor) -> None:
         """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
@@ -49,5 +51,5 @@ class FullCovariance(PyroModule):
             out = self.encoder(x)
             loc, raw = out[..., 0, :], out[..., 1:, :]
             scale = raw.diagonal(dim1=-2, dim2=-1).exp()
-            scale_tril = torch.diag_embed(scale) + 0.1 * scale.unsqueeze(-1) * raw.tril(-1)
+            scale_tril = torch.diag_embed(scale) + scale.unsqueeze(-1) * raw.tril(-1)
             pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))

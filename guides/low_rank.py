@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
@@ -17,10 +18,10 @@ class LowRank(PyroModule):
 
     .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(x), \; W(x) W(x)^\top
               + \mathrm{diag}\,\sigma^2(x)\bigr), \qquad
-              W(x) = \tfrac{1}{10} \, \mathrm{diag}\,\sigma(x) \, V(x), \quad
+              W(x) = \mathrm{diag}\,\sigma(x) \, V(x), \quad
               V \in \mathbb{R}^{\text{latent} \times R}
 
-    W is in units of σ and small, so that training starts close to the mean-field guide.
+    V is small at first, so that training starts close to the mean-field guide.
 
     Args:
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
@@ -44,11 +45,13 @@ class LowRank(PyroModule):
     ) -> None:
         super().__init__()
         self.encoder = MLP(shape, (2 + rank, latent), hidden, activation)
+        with torch.no_grad():
+            self.encoder.layers[-1].weight[2 * latent :] *= 0.1
 
     def forward(self, x: Tensor) -> None:
         """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
             out = self.encoder(x)
             loc, scale, raw = out[..., 0, :], out[..., 1, :].exp(), out[..., 2:, :].mT
-            factor = 0.1 * scale.unsqueeze(-1) * raw
+            factor = scale.unsqueeze(-1) * raw
             pyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, scale.square() + 1e-5))

@@ -101,13 +101,13 @@ def kl_by_dimension(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 @styled
 def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw how many data lie in the central intervals of the posterior predictive.
+    """Draw how many data lie in the central intervals of p(x|z), z ~ q(z|x).
 
     Args:
         found: ``levels`` asked for, ``coverage`` found and its ``standard_error``, lists of one
             length, by what they are of.
     """
-    title = "Calibration of posterior predictive intervals"
+    title = "Calibration of predictive intervals"
     figure, axes = panel(title, "nominal coverage", "share of values inside")
     axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", label="calibrated")
     for (name, each), colour in zip(found.items(), PALETTE * len(found), strict=False):

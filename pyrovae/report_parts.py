@@ -19,7 +19,7 @@ CAPTIONS = {
     "rate_distortion": "Rate and distortion at the end, with two standard errors over data, and "
     "after each epoch before. Along a grey line the ELBO is the same.",
     "kl_by_dimension": "KL from the prior by latent dimension: what each carries of the datum.",
-    "calibration": "How many values lie in the central intervals of the posterior predictive. "
+    "calibration": "How many values lie in the central intervals of p(x|z), z ~ q(z|x). "
     "Below the diagonal the model is too sure of itself.",
     "latent_space": "Where the guide puts the data: posterior means.",
     "samples": "Samples: z drawn from the prior, then decoded.",

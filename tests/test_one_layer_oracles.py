@@ -137,7 +137,7 @@ def test_covariances_reach_the_exact_posterior_of_a_linear_model(guide):
     x = pyrovae.sample(model, like=torch.zeros(1, 6), n=30, seed=0)
     program = build("guides", guide, (6,), latent=2, hidden=())
     objective = TraceMeanField_ELBO(4, 1, vectorize_particles=True)
-    train_guide(model, program, x, objective, steps=250, lr=0.06)
+    train_guide(model, program, x, objective, steps=500, lr=0.06)
     with torch.no_grad():
         exact = model.posterior(x)
         gap = kl_divergence(posterior_of(program, x), exact).mean().item()
