@@ -22,7 +22,7 @@ from pyrovae.probe import Probe, fit_probe, is_probable
 from pyrovae.progress import progress_bar
 from pyrovae.rate_distortion import CurvePoint, rate_distortion_curve
 from pyrovae.seeding import seeded, subseed
-from pyrovae.traces import is_bookkeeping, samples, trace_posterior
+from pyrovae.traces import is_bookkeeping, samples, trace_posterior, unscale
 
 __all__ = [
     "Aggregate",
@@ -70,7 +70,8 @@ def diagnose(
         guide: The guide program.
         x: Data ``[N, ...]``, two at least; ``context`` are further arguments of both programs.
         labels: Classes ``[N]``, to fit classifiers to the posterior means of each site.
-        num_samples: The draws of each datum that rate and distortion are averaged over.
+        num_samples: The draws of each datum that rate and distortion are averaged over, two at
+            least, which tell how noisy the average is.
         intervals: Look at the coverage of the likelihood's intervals, on 1,000 of the data.
         seed: Seeds the draws; None draws a seed from torch's global stream.
         progress: Show a bar.
@@ -79,8 +80,8 @@ def diagnose(
         Everything in nats, with a verdict in words.
 
     Raises:
-        ValueError: If there are fewer than two data, not as many labels, ``num_samples`` is not
-            positive, or the pair breaks the contract.
+        ValueError: If there are fewer than two data, not as many labels, ``num_samples`` is below
+            two, or the pair breaks the contract.
 
     References:
         Alemi et al., Fixing a Broken ELBO (arXiv 1711.00464), for rate and distortion; Burda et
@@ -125,8 +126,8 @@ def diagnose(
 def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
     if len(x) < 2:
         raise ValueError(f"Expected two data at least, which can differ, got {len(x)}.")
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"Expected an integer num_samples >= 1, got {num_samples!r}.")
+    if not isinstance(num_samples, int) or num_samples < 2:
+        raise ValueError(f"Expected an integer num_samples >= 2, got {num_samples!r}.")
     labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and len(labels) != len(x):
         raise ValueError(f"Expected a label for each of {len(x)} data, got {len(labels)}.")
@@ -193,7 +194,9 @@ def _calibrate(joint: Joint, rows: tuple) -> Calibration | None:
 
 def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
-    sites = samples(trace_posterior(joint.parameters, joint.layout, *rows))
+    trace = trace_posterior(joint.parameters, joint.layout, *rows)
+    unscale(trace, joint.layout)
+    sites = samples(trace)
     seen = [s for s in sites.values() if s["is_observed"]]
     if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:
         return math.nan
@@ -204,4 +207,6 @@ def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
     if hasattr(support, "upper_bound") and support.is_discrete:
         levels = support.upper_bound - support.lower_bound + 1
     eight_bit = levels is not None and bool((torch.as_tensor(levels) == 256).all())
-    return seen[0]["value"].numel() / len(rows[0]) if eight_bit else math.nan
+    if not eight_bit:
+        return math.nan
+    return seen[0]["scale"] * seen[0]["value"].numel() / len(rows[0])

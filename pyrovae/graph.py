@@ -61,23 +61,32 @@ class Graph:
         graph, self.constants = _lift(record(function, args, parameters, changed))
         self._views: list[Tensor] = []
         self._places: list[int] = []
+        self._fixed = False
         with undone(parameters, args, changed), torch.no_grad():
             choose_kernels(graph, [*self._held(), *args])
             self.run = _compile(graph, [*self._held(), *args])
             self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
-                self.run = _replayed(self.run, self._held(), args, copied)
+                compiled = self.run
+                self.run = _replayed(compiled, self._held(), args, copied)
+                self._fixed = self.run is not compiled
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> list[Tensor]:
         return self.run(*self._held(), *args)
 
     def _held(self) -> list[Tensor]:
-        """What the function holds, without gradients; made anew where a tensor has moved."""
+        """What the function holds, without gradients; made anew where a tensor has moved.
+
+        Raises:
+            CaptureError: If one has moved away from a CUDA graph, or lies otherwise than before.
+        """
         places = [tensor.data_ptr() for tensor in self.constants]
         if places != self._places:
-            self._places = places
-            self._views = [tensor.detach() for tensor in self.constants]
+            views = [tensor.detach() for tensor in self.constants]
+            if self._views and (self._fixed or [*map(_form, views)] != [*map(_form, self._views)]):
+                raise CaptureError("a tensor that it uses lies elsewhere than when it was captured")
+            self._places, self._views = places, views
         return self._views
 
 
@@ -143,6 +152,10 @@ def _place(tensor: Tensor) -> tuple:
     if not tensor.numel():
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable:

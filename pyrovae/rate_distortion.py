@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pyrovae.arguments import as_dataset
 from pyrovae.contract import inspect_pair
@@ -67,13 +68,19 @@ def rate_distortion_curve(
         One point for each β, in the order given.
 
     Raises:
-        ValueError: If there is no β, one is negative, or an objective is given.
+        ValueError: If there is no β, one is negative, or an objective or a torch optimizer that
+            has been made already is given.
 
     References:
         Alemi et al., Fixing a Broken ELBO (arXiv 1711.00464), section 3.
     """
     if "objective" in fit_options:
         raise ValueError("Expected no objective: the curve is that of beta_elbo, one β a point.")
+    if isinstance(fit_options.get("optimizer"), Optimizer):
+        raise ValueError(
+            "Expected no torch optimizer, which would carry its state from one β to the next: give "
+            "its class, or a function from parameters to one."
+        )
     if not betas:
         raise ValueError("Expected a β at least, got none: give betas such as (0.5, 1, 2, 4).")
     data, seed = as_dataset(data), draw_seed(seed)

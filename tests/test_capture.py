@@ -233,6 +233,48 @@ def test_a_number_that_changes_unseen_is_found_by_the_audit():
     assert found == pytest.approx(_repeat(svi), rel=0.05)
 
 
+class Square(nn.Module):
+    """A decoder with as many latents as values."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(16, 16)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(16), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x.flatten(1))
+
+
+def _square():
+    return Square(), MeanField(SHAPE, 16, (8,))
+
+
+@pytest.mark.parametrize(
+    ("move", "fixed", "words"),
+    [
+        (lambda w: 1.5 * w, False, None),
+        (lambda w: 1.5 * w, True, "lies elsewhere"),
+        (lambda w: w.T.contiguous().T, False, "lies elsewhere"),
+    ],
+    ids=["moved", "moved from a CUDA graph", "of other strides"],
+)
+def test_a_weight_that_has_moved_is_the_one_that_is_trained(move, fixed, words):
+    found = []
+    for compile in (False, True):
+        _, svi = _losses(_square, Trace_ELBO(), compile, steps=5)
+        svi.model.net.weight.data = move(svi.model.net.weight.data)
+        for capture in svi._captures.values():
+            capture.graph._fixed = fixed
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            losses = [svi.step(X) for _ in range(5)]
+        found.append((torch.tensor(losses), svi.model.net.weight.detach()))
+    assert [words in str(w.message) for w in caught] == [True] * (words is not None)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def _repeat(svi):
     pyro.set_rng_seed(3)
     return svi.step(X)

@@ -125,11 +125,39 @@ def test_a_guide_that_ignores_the_data_has_collapsed():
     for spread, what in ((1.0, "is the prior"), (0.3, "hardly differs between data")):
         found = diagnose(prior_only, Normals(2, 0.0, spread), torch.randn(50, 3), seed=0)
         assert found.mutual_information == pytest.approx(0, abs=1e-5)
+        assert found.aggregate.upper == pytest.approx(0, abs=1e-5)
         assert found.sites["z"].active_units == 0
         assert found.verdict.startswith("The posterior has collapsed: 0 of 2 units")
         assert what in found.verdict
     rate = 2 * (0.5 * (0.09 - 1) - math.log(0.3))
     assert found.marginal_kl == pytest.approx(rate, abs=0.15)
+
+
+def test_scales_of_training_are_left_out():
+    model, guide, x = exact(n=40)
+    plain = diagnose(model, guide, x, seed=0).summary()
+    scaled = (pyro.poutine.scale(each, scale=3.0) for each in (model, guide))
+    assert diagnose(*scaled, x, seed=0).summary() == plain
+
+
+def test_a_posterior_without_a_mean_is_averaged():
+    guide = Table(lambda loc: dist.Cauchy(loc, 0.01).to_event(1), torch.randn(200, 2))
+    found = diagnose(prior_only, guide, numbers(200), num_samples=64, intervals=False, seed=0)
+    assert found.sites["z"].active.all()
+
+
+def test_stated_errors_of_information_hold_over_repeats():
+    model, guide, x = exact(n=2000)
+    found = [aggregate_posterior(model, guide, x, num_draws=50, seed=seed) for seed in range(60)]
+    spread = torch.tensor([each.mutual_information for each in found]).std().item()
+    stated = torch.tensor([each.standard_error for each in found]).mean().item()
+    assert 0.7 < spread / stated < 1.4
+
+
+@pytest.mark.parametrize(("short", "capped"), [(0.9, True), (1.1, False)])
+def test_information_within_a_nat_of_the_cap_is_capped(short, capped):
+    parts = aggregate.Aggregate(math.log(100) - short, 0.1, 0.0, 0.1, 5.0, 100)
+    assert parts.capped == capped
 
 
 def test_an_unused_site_is_named():
@@ -240,6 +268,22 @@ def test_bits_of_a_uniform_choice_of_256_levels(likelihood):
     assert diagnose(model, Normals(2), x, seed=0).bits_per_dimension is None
 
 
+@pytest.mark.parametrize("size", [10, 5])
+def test_bits_of_a_part_of_the_values_count_all_of_them(size):
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("values", 10, subsample_size=size, dim=-1) as part:
+                pyro.sample("x", dist.Categorical(logits=torch.zeros(256)), obs=x[:, part])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+
+    x = torch.randint(0, 256, (30, 10)).float()
+    assert diagnose(model, guide, x, seed=0).bits_per_dimension == pytest.approx(8)
+
+
 def test_draws_follow_the_seed_and_leave_the_pair_as_it_was():
     model, guide = shipped_gaussian()
     guide.eval()
@@ -266,8 +310,8 @@ def test_bad_input_is_refused():
     x = binary()
     with pytest.raises(ValueError, match="two data at least"):
         diagnose(model, guide, x[:1])
-    with pytest.raises(ValueError, match="num_samples >= 1"):
-        diagnose(model, guide, x, num_samples=0)
+    with pytest.raises(ValueError, match="num_samples >= 2"):
+        diagnose(model, guide, x, num_samples=1)
     with pytest.raises(ValueError, match="a label for each of 12"):
         diagnose(model, guide, x, labels=torch.zeros(3))
     with torch.no_grad():

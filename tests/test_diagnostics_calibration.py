@@ -9,8 +9,9 @@ import torch
 from oracles import Normals
 
 import pyrovae
-from pyrovae.calibration import LEVELS, randomized_ranks
+from pyrovae.calibration import LEVELS, Calibration, randomized_ranks
 from pyrovae.diagnostics import diagnose
+from pyrovae.distributions import GridCategorical
 from pyrovae.guides.linear_gaussian import LinearGaussian as FullGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 
@@ -32,6 +33,28 @@ def test_ranks_of_draws_are_uniform(fn):
     ranks = randomized_ranks(fn, fn.sample()).sort().values
     uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     assert (ranks - uniform).abs().max() < 1.95 / math.sqrt(20_000)
+
+
+def test_grey_levels_that_differ_by_rounding_are_ties():
+    fn = GridCategorical(logits=100.0 * torch.eye(256)[100]).expand([2000])
+    ranks = randomized_ranks(fn, torch.full((2000,), 100 / 255 + 6e-8))
+    assert ranks.std() == pytest.approx(12**-0.5, rel=0.1)
+
+
+def test_a_miss_within_three_errors_is_none():
+    found = Calibration((0.5, 0.9), (0.44, 0.85), (0.021, 0.016))
+    assert found.off == [1]
+    assert "the 90% intervals of the likelihood hold 85.0%" in found.verdict
+
+
+def test_the_values_of_a_datum_count_together():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("parts", 4, dim=-1):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    x = torch.randn(1000, 1).expand(1000, 4)
+    found = diagnose(model, lambda x: None, x, seed=0).calibration
+    assert found.error[0] == pytest.approx(0.5 / math.sqrt(1000), rel=0.15)
 
 
 @pytest.mark.parametrize("latent", [2, 5])
@@ -58,7 +81,7 @@ def test_stated_errors_of_coverage_hold_over_repeats():
     scores = []
     for seed in range(30):
         x = pyrovae.sample(model, like=torch.zeros(1, 6), n=100, seed=seed)
-        found = diagnose(model, guide, x, num_samples=1, seed=seed).calibration
+        found = diagnose(model, guide, x, num_samples=2, seed=seed).calibration
         scores.append((found.coverage[1] - 0.8) / found.error[1])
     scores = torch.tensor(scores)
     assert 0.75 < scores.std() < 1.3

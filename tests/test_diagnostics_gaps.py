@@ -89,6 +89,18 @@ def test_the_rate_falls_with_beta_and_the_pair_stays_as_it_was(make):
     assert again[0] == pytest.approx(found[1])
 
 
+def test_points_of_a_curve_are_means_over_data_with_their_errors():
+    model, guide = shipped_bernoulli()
+    x = binary(60)
+    how = {"epochs": 1, "lr": 1e-12, "batch_size": 60, "compile": False, "seed": 0}
+    (point,) = rate_distortion_curve(model, guide, x, [2.0], **how)
+    bound = pyrovae.elbo(model, guide, x, objective="trace_mean_field_elbo", particles=200, seed=1)
+    for name, each in (("rate", bound.kl), ("distortion", -bound.reconstruction)):
+        assert getattr(point, name) == pytest.approx(each.mean().item(), rel=0.05)
+        error = each.std().item() / math.sqrt(60)
+        assert getattr(point, f"{name}_error") == pytest.approx(error, rel=0.2)
+
+
 def test_curves_of_nothing_are_refused():
     model, guide = shipped_bernoulli()
     with pytest.raises(ValueError, match="Expected a β at least"):
@@ -97,6 +109,9 @@ def test_curves_of_nothing_are_refused():
         rate_distortion_curve(model, guide, binary(), [-1.0], epochs=1)
     with pytest.raises(ValueError, match="Expected no objective"):
         rate_distortion_curve(model, guide, binary(), [1.0], epochs=1, objective="iwae")
+    adam = torch.optim.Adam([*model.parameters(), *guide.parameters()])
+    with pytest.raises(ValueError, match="carry its state from one β to the next"):
+        rate_distortion_curve(model, guide, binary(), [1.0, 2.0], epochs=1, optimizer=adam)
 
 
 def normals(n, size, seed):

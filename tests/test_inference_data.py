@@ -477,6 +477,19 @@ def test_loo_is_log_p_and_the_harmonic_mean_is_not(linear):
     assert (theirs.elpd_loo if hasattr(theirs, "elpd_loo") else theirs.elpd) - elpd > 50
 
 
+@pytest.mark.parametrize("resample", [False, True])
+def test_p_loo_is_what_the_posterior_has_seen(resample):
+    model, guide, x, exact = linear_gaussian(n=40, pixels=6)
+    options = {"num_samples": 4000, "num_prior": 0, "seed": 0, "resample": resample}
+    found = loo(to_inference_data(model, guide, x, **options))
+    weight, bias = (p.detach().double() for p in model.decoder.layers[0].parameters())
+    posterior, noise = model.posterior(x.double()), model.scale.detach().double().square()
+    cov = weight @ posterior.covariance_matrix @ weight.mT + noise * torch.eye(6)
+    seen = dist.MultivariateNormal(posterior.mean @ weight.mT + bias, cov).log_prob(x.double())
+    held = found.p_loo if hasattr(found, "p_loo") else found.p
+    assert held == pytest.approx((seen - exact).sum().item(), rel=0.02)
+
+
 @pytest.fixture
 def figures():
     import matplotlib as mpl

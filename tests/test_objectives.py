@@ -1,6 +1,9 @@
 """The values of every objective: bounds on log p(x), their limits, and their names."""
 
+import warnings
+
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
@@ -229,3 +232,31 @@ def test_a_pair_is_looked_at_once_and_without_a_trace_in_the_random_stream():
     pyro.set_rng_seed(5)
     assert torch.equal(estimate(objective, parameters, x).loss, first)
     assert len(seen) == looked + 1 > 3
+
+
+@pytest.mark.parametrize("order", ["one order", "two orders"])
+def test_closed_forms_are_taken_in_one_order_alone(order):
+    """The ELBO of the exact posterior is log p(x), whichever latent the guide draws first."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            if order == "one order":
+                a = pyro.sample("a", dist.Normal(x / 3, (2 / 3) ** 0.5))
+                pyro.sample("b", dist.Normal((a + x) / 2, 0.5**0.5))
+            else:
+                b = pyro.sample("b", dist.Normal(2 * x / 3, (2 / 3) ** 0.5))
+                pyro.sample("a", dist.Normal(b / 2, 0.5**0.5))
+
+    x = torch.tensor([-1.0, 0.5, 2.0])
+    loss = TraceMeanField_ELBO(20_000, max_plate_nesting=1, vectorize_particles=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = -estimate(loss, Parameters(model, guide), x).loss
+    expected = dist.Normal(0.0, 3**0.5).log_prob(x).sum()
+    assert found.item() == pytest.approx(expected.item(), abs=0.05)
