@@ -25,6 +25,7 @@ from speed_contenders import BEST, FLOOR, OURS, variants
 from speed_figure import draw
 from speed_likelihood import likelihood
 from speed_problem import Problem, make_images
+from speed_pyro import audit
 from speed_race import compare, floor_of, ratio
 from speed_start import imports, measure
 from speed_sweeps import SIZES, SWEEPS, sweep
@@ -120,7 +121,10 @@ def steps(problem: Problem, images: torch.Tensor, rounds: int, known: dict) -> d
     ratios = {f"{OURS} / {rival}": ratio(found, OURS, rival) for rival in RIVALS}
     ratios["pyrovae, eager / hand-written"] = ratio(found, "pyrovae, eager", "hand-written")
     size = {"networks": problem.networks, "batch": problem.batch}
-    return size | {"contenders": found, "ratios": ratios, "floor": floor_of(problem, images)}
+    checks = {"audit, ms": audit(problem, images)}
+    return (
+        size | {"contenders": found, "ratios": ratios, "floor": floor_of(problem, images)} | checks
+    )
 
 
 def swept(name: str, images: torch.Tensor, device: str, rounds: int, known: dict) -> dict:

@@ -2,7 +2,7 @@
 
 From a batch, or from the rows' numbers, to loss and gradients, and where the optimizer allows it to
 the updated weights. A captured step is held against the eager one for the same noise at its calls
-1, 2, 4, 8, … and at every 500th.
+1, 2, 4, 8, 16 and 32, and at every 500th.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyrovae.params import Parameters
 
 __all__ = ["Capture", "CaptureError", "Graph", "Step", "compare", "undone"]
 
-AUDIT = 500
+FIRST_AUDITS, AUDIT = (1, 2, 4, 8, 16, 32), 500
 
 
 class Step(NamedTuple):
@@ -66,7 +66,7 @@ class Capture:
     def __call__(self, args: tuple) -> Step:
         """Run the captured step; now and then, first beside the eager one."""
         self.calls += 1
-        if self.calls & (self.calls - 1) == 0 or self.calls % AUDIT == 0:
+        if self.calls in FIRST_AUDITS or self.calls % AUDIT == 0:
             self._audit(args)
         return self._run(args)
 

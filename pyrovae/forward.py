@@ -108,6 +108,8 @@ class Forward:
                 values = self._tile(tile, first, subseed(seed, index), run)
                 for name, value in values.items():
                     found[name][index * size : index * size + len(tile[0])] = value
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError):
             return None
         return found
