@@ -34,7 +34,7 @@ def gaps() -> str:
     parts = _parts()
     head = ["nats per datum", *NAMES]
     rows = {
-        "test ELBO after training": lambda n: f"{parts[f'{n}/training']['test ELBO']:.2f}",
+        "ELBO of all 10,000 test images": lambda n: f"{parts[f'{n}/training']['test ELBO']:.2f}",
         "amortization gap": lambda n: _pm(parts[f"{n}/refined"], "amortization gap", "± of it"),
         "best normal's gap to log p(x) (annealing)": lambda n: (
             f"{parts[f'{n}/annealed']['log p(x)'] - parts[f'{n}/refined']['refined ELBO']:.2f}"

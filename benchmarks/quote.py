@@ -14,13 +14,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluation_tables
 import gallery_tables
 import speed_tables
 from tables import markdown
 
 HOME = Path(__file__).resolve().parent
 DOCUMENTS = tuple(
-    HOME.parent / path for path in ("README.md", "docs/benchmarks.md", "docs/models.md")
+    HOME.parent / path
+    for path in ("README.md", "docs/benchmarks.md", "docs/evaluation.md", "docs/models.md")
 )
 
 
@@ -151,6 +153,7 @@ TABLES: dict[str, Callable[[], str]] = (
     }
     | speed_tables.TABLES
     | gallery_tables.TABLES
+    | evaluation_tables.TABLES
 )
 
 
