@@ -108,7 +108,12 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
     return {
         **{name: lambda p=p: steps(p, images, rounds, known) for name, p in sizes.items()},
         **{f"sweep/{n}": lambda n=n: swept(n, images, device, fewer, known) for n in SWEEPS},
-        "likelihood": lambda: likelihood(base, images[: options.images], max(1, rounds // 4)),
+        **{
+            f"likelihood/{p.networks}": lambda p=p: likelihood(
+                p, images[: options.images], max(1, rounds // 4)
+            )
+            for p in (base, Problem("784-200-200-50", 100, device=device))
+        },
         "start": lambda: {"rows": measure(STARTED + BOUNDED, device)},
         "import": lambda: {"seconds to import": imports(("pyro", "pyrovae"), fewer)},
     }
