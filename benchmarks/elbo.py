@@ -30,9 +30,9 @@ from torch import nn
 
 import pyrovae
 from handwritten import VAE, adam, evaluate, pair_parameters, step
+from pyrovae._tools.seeding import seeded
 from pyrovae.objectives import estimate
-from pyrovae.params import Parameters
-from pyrovae.seeding import seeded
+from pyrovae.pairs.pair import Parameters
 
 HERE = Path(__file__).resolve().parent
 SIZES_L, SIZES_M = (1, 2, 5, 10, 50), (16, 32, 64, 128, 256)

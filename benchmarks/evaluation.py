@@ -26,9 +26,9 @@ from tables import machine, write
 from torch import Tensor, nn
 
 import pyrovae
+from pyrovae._tools.seeding import seeded
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
-from pyrovae.seeding import seeded
 
 HOME = Path(__file__).resolve().parent
 RESULTS = HOME / "results" / "evaluation.json"

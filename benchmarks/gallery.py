@@ -24,10 +24,10 @@ from tables import machine, show, write
 from torch import Tensor
 
 import pyrovae
+from pyrovae._tools.seeding import seeded
 from pyrovae.objectives import make_objective
-from pyrovae.pictures import png, sample_picture
-from pyrovae.programs import find_program
-from pyrovae.seeding import seeded
+from pyrovae.report.pictures import png, sample_picture
+from pyrovae.runs.programs import find_program
 
 HOME = Path(__file__).resolve().parent
 RESULTS = HOME / "results" / "gallery.json"

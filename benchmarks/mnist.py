@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import pyrovae
 from handwritten import VAE, copy_from_pair, copy_to_pair, evaluate, train
+from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
-from pyrovae.seeding import seeded, subseed
 
 RESULTS = Path(__file__).resolve().parent / "results" / "mnist.json"
 OBJECTIVES = {"A": "trace_elbo", "B": "trace_mean_field_elbo"}

@@ -11,12 +11,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrovae._tools.seeding import seeded
 from pyrovae.guides.convolutional import Convolutional as ConvolutionalGuide
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.models.convolutional import Convolutional as ConvolutionalModel
 from pyrovae.nn import MLP
-from pyrovae.seeding import seeded
 
 __all__ = ["CONVOLUTIONAL", "IMAGES", "LR", "SHAPE", "Problem", "Race", "make_images"]
 

@@ -11,7 +11,7 @@ from speed_floor import fastest, flops, products
 from speed_problem import CONVOLUTIONAL, IMAGES, Problem, Race
 from torch import Tensor
 
-from pyrovae.seeding import seeded
+from pyrovae._tools.seeding import seeded
 
 __all__ = ["compare", "floor_of", "ratio", "synchronize"]
 

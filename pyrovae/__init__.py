@@ -4,20 +4,20 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
-from pyrovae.annealing import annealed_log_likelihood
-from pyrovae.bidirectional import Bidirectional, bidirectional
-from pyrovae.check import Report, check
-from pyrovae.classify import classify
+from pyrovae._classify import classify
+from pyrovae._kl import kl_standard_normal
+from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
 from pyrovae.diagnostics import Diagnosis, diagnose
-from pyrovae.evidence import Comparison, Curve, LogLikelihood, compare_log_likelihood
-from pyrovae.generate import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.evidence.annealing import annealed_log_likelihood
+from pyrovae.evidence.importance import log_likelihood
+from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_log_likelihood
+from pyrovae.evidence.sandwich import Bidirectional, bidirectional
 from pyrovae.inference_data import to_inference_data
-from pyrovae.kl import kl_standard_normal
-from pyrovae.likelihood import log_likelihood
 from pyrovae.objectives import ElboResult, elbo, make_objective
-from pyrovae.svi import SVI
-from pyrovae.train import Fit, NonFiniteLoss, fit
+from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.training.loop import Fit, NonFiniteLoss, fit
+from pyrovae.training.svi import SVI
 
 __version__ = "0.1.0"
 

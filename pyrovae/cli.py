@@ -9,17 +9,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pyrovae._evaluate_command import evaluate_command
+from pyrovae._parser import make_parser
+from pyrovae._tools.source_lines import error_place
+from pyrovae._train_command import train_command, with_defaults
 from pyrovae.data import DATASETS
-from pyrovae.distributed import Diverged, World, join
-from pyrovae.ending import Ending
-from pyrovae.evaluate_command import evaluate_command
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.parser import make_parser
-from pyrovae.places import error_place
-from pyrovae.programs import shipped
 from pyrovae.runs import Run
-from pyrovae.train import NonFiniteLoss
-from pyrovae.train_command import train_command, with_defaults
+from pyrovae.runs.programs import shipped
+from pyrovae.training.distributed import Diverged, World, join
+from pyrovae.training.ending import Ending
+from pyrovae.training.loop import NonFiniteLoss
 
 __all__ = ["main"]
 
@@ -67,8 +67,8 @@ def _fail(message: str, code: int, ending: Ending) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from pyrovae import experiment
-    from pyrovae.check import check
+    from pyrovae.checking import check
+    from pyrovae.runs import experiment
 
     given = {k: v for k, v in vars(options).items() if v is not None}
     particles = given.pop("particles")
@@ -80,8 +80,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from pyrovae import experiment
-    from pyrovae.pictures import png, sample_picture
+    from pyrovae.report.pictures import png, sample_picture
+    from pyrovae.runs import experiment
 
     run = Run.open(options.run)
     if options.n < 1:
@@ -92,9 +92,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from pyrovae import experiment
     from pyrovae.report import render_report
-    from pyrovae.runs import write_atomic
+    from pyrovae.runs import experiment, write_atomic
 
     run = Run.open(options.run)
     if not run.results:
@@ -108,9 +107,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pyrovae.compare import compare_runs
-    from pyrovae.compare_page import render_comparison
+    from pyrovae.report.compare_page import render_comparison
     from pyrovae.runs import write_atomic
+    from pyrovae.runs.compare import compare_runs
 
     found = compare_runs(options.runs, options.split)
     print(found)

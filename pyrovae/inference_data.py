@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.atomic import write_atomic
-from pyrovae.evaluation import Evaluation
-from pyrovae.evidence import LogLikelihood
-from pyrovae.likelihood import log_likelihood as estimate
-from pyrovae.predictive import Draws
-from pyrovae.proposals import require_density
-from pyrovae.seeding import seeded
-from pyrovae.tiles import Found, digest, run_tiles
+from pyrovae._predictive import Draws
+from pyrovae._tools.atomic import write_atomic
+from pyrovae._tools.seeding import seeded
+from pyrovae.evidence.estimation import Evaluation
+from pyrovae.evidence.importance import log_likelihood as estimate
+from pyrovae.evidence.proposals import require_density
+from pyrovae.evidence.result import LogLikelihood
+from pyrovae.evidence.tiles import Found, digest, run_tiles
 
 if TYPE_CHECKING:
     import arviz

@@ -12,11 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import ZOO
 
 import pyrovae
-from pyrovae.contract import check_support, inspect_pair
-from pyrovae.graph import _OneHot
+from pyrovae.compiling.graph import _OneHot
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
-from pyrovae.params import Parameters, owners
-from pyrovae.traces import replay_model, samples, site_scores, take_particles, trace_guide
+from pyrovae.pairs.contract import check_support, inspect_pair
+from pyrovae.pairs.pair import Parameters, owners
+from pyrovae.pairs.traces import replay_model, samples, site_scores, take_particles, trace_guide
 
 SETTINGS = {
     "warm_up_elbo": {"warm_up": 3},
@@ -73,7 +73,7 @@ def test_every_program_and_objective_that_is_shipped_is_in_the_zoo(repository):
 
 @each
 def test_the_check_passes(name, monkeypatch):
-    monkeypatch.setattr("pyrovae.check_bounds.record", lambda *args: None)  # as captured below
+    monkeypatch.setattr("pyrovae.checking.bounds.record", lambda *args: None)  # as captured below
     _, model, guide, args = make(name)
     report = pyrovae.check(model, guide, *args, particles=8)
     assert report.passed, report

@@ -1,0 +1,226 @@
+"""Whether estimators agree, bounds are bounds, samples are data, and a step can be captured."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyrovae._tools.source_lines import error_place, failed_message
+from pyrovae.checking.case import Case, Finding, failed, passed, skipped, warned
+from pyrovae.checking.scores import suspects
+from pyrovae.compiling.graph import CaptureError, record
+from pyrovae.evidence.importance import log_likelihood
+from pyrovae.objectives import estimate, site_terms
+from pyrovae.pairs.enumeration import enumerates
+from pyrovae.pairs.traces import reduce_to, samples, trace_pair, unscale
+
+__all__ = [
+    "analytic_kl",
+    "bounds_are_ordered",
+    "capture_is_possible",
+    "estimators_agree",
+    "reparameterized",
+    "samples_are_data",
+]
+
+ERRORS, ROUNDING, TRIES = 5.0, 1e-3, 8
+
+
+def reparameterized(case: Case) -> Finding:
+    """Every latent's draw carries a gradient to the guide's parameters."""
+    sites = {name: guide_site for name, (_, guide_site) in case.latents().items()}
+    if not sites:
+        return skipped("the guide samples nothing")
+    scored = [name for name, site in sites.items() if not site["fn"].has_rsample]
+    kinds = ", ".join(f"{name} ({type(sites[name]['fn']).__name__})" for name in scored)
+    if any(not enumerates(sites[name]) for name in scored):
+        return warned(
+            f"{kinds} has no rsample: trace_elbo takes the score-function gradient, of larger "
+            f"variance, and trace_mean_field_elbo refuses. Take more particles, or mark it with "
+            f"infer={{'enumerate': 'parallel'}} and train with TraceEnum_ELBO.",
+            *case.where(*scored),
+        )
+    if scored:
+        return passed(f"{kinds} summed over by TraceEnum_ELBO, pathwise gradients for the rest")
+    return passed(f"{', '.join(sites)}: pathwise gradients")
+
+
+def analytic_kl(case: Case) -> Finding:
+    """What TraceMeanField_ELBO needs: the same order of latents, and closed forms."""
+    model, guide = list(case.latents()), _guide_order(case)
+    if case.enumerated():
+        return skipped(f"{', '.join(case.enumerated())} is summed over, by TraceEnum_ELBO")
+    if guide != model:
+        return warned(
+            f"The model samples {', '.join(model)} and the guide {', '.join(guide)}: in another "
+            f"order the analytic KL may be biased, so train with trace_elbo, or reorder the guide.",
+            *case.where(*guide),
+        )
+    closed = _closed(case)
+    sampled = ", ".join(name for name in model if name not in closed)
+    if not closed:
+        return skipped(f"no closed form for {sampled or 'any latent'}, so that it is sampled")
+    return passed(f"closed for {', '.join(closed)}{sampled and f'; sampled for {sampled}'}")
+
+
+def _guide_order(case: Case) -> list[str]:
+    latents = case.latents()
+    return [name for name in case.sites("guide") if name in latents]
+
+
+def _closed(case: Case) -> list[str]:
+    """The latents whose divergence from the prior has a closed form."""
+    closed = []
+    for name, (model_site, guide_site) in case.latents().items():
+        with suppress(NotImplementedError):
+            kl_divergence(guide_site["fn"], model_site["fn"])
+            closed.append(name)
+    return closed
+
+
+class _Terms(NamedTuple):
+    """Both estimators of the ELBO for the same draws, ``[K, N]`` each, in nats."""
+
+    generic: Tensor
+    analytic: Tensor
+
+
+def _terms(case: Case) -> _Terms:
+    k, n = case.particles, len(case.few[0])
+    with case.quietly():
+        traces = trace_pair(case.parameters, *case.few, particles=k, layout=case.layout)
+        for trace in traces:
+            unscale(trace, case.layout)
+            trace.compute_log_prob()
+        totals = [
+            sum(reduce_to(t, case.layout, k, n).double() for t in site_terms(*traces, b).values())
+            for b in (False, True)
+        ]
+    return _Terms(*totals)
+
+
+def estimators_agree(case: Case) -> Finding:
+    """The two estimators of the ELBO have one mean: draws, densities and divergences fit."""
+    if not _is_analytic(case):
+        return skipped("no analytic KL to compare with")
+    a, b = _terms(case)
+    gap, error = _mean_and_error((a - b).mean(1))
+    text = f"A - B = {gap:.3g} ± {error:.2g} nats per datum"
+    if abs(gap) > ERRORS * error + ROUNDING + 1e-5 * a.abs().mean().item():
+        return failed(
+            f"{text}: the draws of a latent, its log_prob and its kl_divergence do not belong to "
+            f"one distribution. Look at the distributions that are your own.",
+            *case.where(*case.latents()),
+        )
+    return passed(text)
+
+
+def bounds_are_ordered(case: Case) -> Finding:
+    """The ELBO, by either estimator, is below the importance-weighted bound."""
+    if not case.latents():
+        return skipped("the guide samples nothing")
+    k, seed = case.particles, case.seed + 1
+    with case.quietly():
+        found = log_likelihood(
+            case.model, case.guide, *case.few, num_samples=k, seed=seed, compile=False
+        )
+    terms = _terms(case)
+    for name, bound in zip("AB"[: 1 + _is_analytic(case)], terms, strict=False):
+        elbo, error = _mean_and_error(bound.mean(1))
+        slack = ERRORS * (error**2 + found.mean_standard_error**2) ** 0.5 + ROUNDING
+        if elbo > found.mean + slack:
+            return failed(
+                f"The ELBO by estimator {name}, {elbo:.3f} ± {error:.2g}, is above the bound of "
+                f"{k} samples, {found.mean:.3f} ± {found.mean_standard_error:.2g} nats per datum."
+            )
+    elbo = terms.generic.mean().item()
+    return passed(f"ELBO {elbo:.2f}, IWAE-{k} {found.mean:.2f} nats per datum")
+
+
+def _is_analytic(case: Case) -> bool:
+    in_order = _guide_order(case) == list(case.latents())
+    return in_order and not case.enumerated() and bool(_closed(case))
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def samples_are_data(case: Case) -> Finding:
+    """Without its observations the model draws data: of their shape, in the support, unaided."""
+    observed = case.observed()
+    if not observed:
+        return skipped("the likelihood is a factor, from which nothing is drawn")
+    program = poutine.uncondition(case.parameters.run_model)
+    other = (case.rows[0].flip(0), *case.rows[1:])
+    with case.quietly():
+        drawn = samples(poutine.trace(program).get_trace(*case.rows))
+    with case.quietly():
+        again = samples(poutine.trace(program).get_trace(*other))
+    for name in observed:
+        fn, value = drawn[name]["fn"], drawn[name]["value"]
+        if not bool(fn.support.check(value).all()):
+            return failed(
+                f"Site {name!r} draws what lies outside its own support: its sample and its "
+                f"support do not belong to one distribution.",
+                *case.where(name),
+            )
+        if not torch.equal(value, again[name]["value"]):
+            return warned(
+                f"What site {name!r} draws depends on the data: the model reads x beside observing "
+                f"it, so new data cannot be drawn without old ones.",
+                *case.where(name),
+            )
+    sizes = {name: site["value"][0].numel() for name, site in observed.items()}
+    wanted = {row[0].numel() for row in case.rows if isinstance(row, Tensor)}
+    if not wanted & {*sizes.values(), sum(sizes.values())}:
+        return failed(
+            f"The model draws {sizes} numbers per datum and the data have "
+            f"{case.rows[0][0].numel()}: observe the data as they are, obs=x.",
+            *case.where(*observed),
+        )
+    shapes = [f"{name} {list(drawn[name]['value'].shape[1:])}" for name in observed]
+    return passed(f"{', '.join(shapes)}, in the support")
+
+
+def capture_is_possible(case: Case) -> Finding:
+    """One record of a training step holds for the next, so that it can be compiled."""
+    if not all(isinstance(row, Tensor) for row in case.rows):
+        return skipped("the programs take arguments that are no tensors")
+    losses = set()
+    for number in range(TRIES):
+        with case.quietly(training=True, gradients=True, python_seed=case.seed + number):
+            losses.add(_step(case, case.rows)[0].item())
+    if len(losses) > 1:
+        return failed(
+            "With the same draws of torch, a step comes out otherwise at the next call: random "
+            "numbers of Python or NumPy, or a count that the program keeps, would be frozen in a "
+            "compiled step. Draw with torch or pyro.sample.",
+            *suspects(case, ("random.", "shuffle(", "+= 1")),
+        )
+    try:
+        with case.quietly(training=True, gradients=True):
+            record(lambda *rows: _step(case, rows), case.rows, case.parameters)
+    except CaptureError as error:
+        message = failed_message(error.__cause__) if error.__cause__ else None
+        if message is None:
+            return failed(f"A step runs eagerly, not compiled: {error}.", error_place(error))
+        kind = type(message["fn"]).__name__
+        text = (
+            f"A step runs eagerly, not compiled, for {kind} at site {message['name']!r}: {error}."
+        )
+        return warned(text, error_place(error))
+    return passed("a step is one graph")
+
+
+def _step(case: Case, rows: tuple) -> list[Tensor]:
+    """The loss and its gradients."""
+    found = estimate(case.objective(), case.parameters, *rows)
+    leaves = list(case.parameters.named().values())
+    gradients = torch.autograd.grad(found.surrogate, leaves, allow_unused=True)
+    return [found.loss, *(g for g in gradients if g is not None)]

@@ -1,0 +1,212 @@
+"""Whether values lie where distributions have mass, and log-probabilities are numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions.constraints import is_dependent
+
+from pyrovae._tools.source_lines import error_place
+from pyrovae.checking.case import Case, Finding, failed, passed, take
+from pyrovae.pairs.contract import check_support
+from pyrovae.pairs.traces import is_bookkeeping, samples, trace_pair
+
+__all__ = ["data_support", "finite", "latent_support"]
+
+DRAWS, FAR = 16, 3.0
+SEARCH = "look for a log of 0, a division by 0 or an overflow in what makes it"
+REALS, INTEGERS = (-987.6, -1.37, 0.41, 1.63, 987.6), (-1.0, 0.0, 1.0, 2.0, 3.0, 9.0, 999.0)
+
+
+def data_support(case: Case) -> Finding:
+    """Every datum lies in the support of the distributions that observe it."""
+    x = case.every[0]
+    try:
+        with case.quietly():
+            check_support(case.parameters, *case.every)
+    except ValueError as error:
+        bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
+        if not len(bad):
+            return failed(str(error), *case.where(*case.observed()))
+        return failed(
+            f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
+            f"clean them, or let the programs mask them."
+        )
+    kinds = [f"{name}: {_support(site['fn'])}" for name, site in case.observed().items()]
+    return passed(f"{len(x)} data; {', '.join(kinds) or 'no site but factors'}")
+
+
+def latent_support(case: Case, covering: bool = True) -> Finding:
+    """The guide proposes every value that the prior allows (if asked), and no other."""
+    for name, (model_site, guide_site) in case.latents().items():
+        if is_bookkeeping(model_site):
+            continue
+        prior, guide = model_site["fn"], guide_site["fn"]
+        kinds = f"{_support(guide)} in the guide and {_support(prior)} under the prior"
+        with case.quietly():
+            outside = _only_in(guide, prior)
+            missed = _only_in(prior, guide) if covering else None
+        if outside is not None:
+            return failed(
+                f"The support of {name!r} is {kinds}: the guide can draw {outside:.4g}, where "
+                f"the prior has no mass and the ELBO is minus infinity. Draw it from a "
+                f"distribution with the prior's support.",
+                *case.where(name),
+            )
+        if missed is not None:
+            return failed(
+                f"The support of {name!r} is {kinds}: the guide never draws {missed:.4g}, which "
+                f"the prior allows, so log p(x) leaves that part out. Widen the guide's support.",
+                *case.where(name),
+            )
+    return passed("guide and prior agree")
+
+
+def _only_in(here: Any, there: Any) -> float | None:
+    """A value in the support of one distribution and outside that of another."""
+    many = here.expand((DRAWS, *here.batch_shape))
+    try:
+        like = many.rsample() if many.has_rsample else many.sample()
+        discrete = here.support.is_discrete or there.support.is_discrete
+        values = [torch.full_like(like[0], c) for c in (INTEGERS if discrete else REALS)]
+        values = torch.cat([like, torch.stack(values)])
+        found = here.support.check(values) & ~there.support.check(values)
+    except NotImplementedError:
+        return None
+    if not bool(found.any()):
+        return None
+    value = values[tuple(found.nonzero()[0])].reshape(-1)
+    outside = ~_base(there).support.check(value)
+    return (value[outside] if outside.shape == value.shape and outside.any() else value)[0].item()
+
+
+def finite(case: Case) -> Finding:
+    """No parameter of a distribution, and no log-probability, is NaN or infinite.
+
+    On the batch as it is, and on data at and beyond the edges of what was given.
+    """
+    with case.quietly():
+        found = _first_bad(trace_pair(case.parameters, *case.rows), ())
+    if found is not None:
+        return failed(f"With these weights {found[1]}", *case.where(found[0]))
+    names, extreme = zip(*_extremes(case), strict=True)
+    each = torch.arange(max(len(names), len(case.rows[0])))
+    _, *context = take(case.rows, each % len(case.rows[0]))
+    try:
+        with case.quietly():
+            x = torch.stack(extreme)[each % len(names)]
+            traces = trace_pair(case.parameters, x, *context)
+            found = _first_bad(traces, names)
+    except Exception as error:
+        text = f"The pair fails on data {', '.join(names)}: {type(error).__name__}: {error}"
+        return failed(text, error_place(error))
+    if found is not None:
+        return failed(f"On data {found[1]}", *case.where(found[0]))
+    return passed(f"on the batch, and on data {', '.join(names)}")
+
+
+def _extremes(case: Case) -> Iterator[tuple[str, Tensor]]:
+    """Data with every feature at its least or greatest, and far beyond, within the support."""
+    x = case.every[0]
+    low, high = x.amin(0), x.amax(0)
+    yield "all at their minimum", low
+    yield "all at their maximum", high
+    span = FAR * (x.max() - x.min())
+    for name, value in (
+        ("far below their range", x.min() - span),
+        ("far above their range", x.max() + span),
+    ):
+        value = value.round() if bool((x == x.round()).all()) else value
+        if _allows(case, value.item()):
+            yield name, torch.full_like(low, value.item())
+
+
+def _allows(case: Case, value: float) -> bool:
+    for site in case.observed().values():
+        try:
+            inside = site["fn"].support.check(torch.full_like(site["value"], value))
+        except NotImplementedError:
+            return False
+        if not bool(inside.all()):
+            return False
+    return bool(case.observed())
+
+
+def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first site that is no number: its name, and what is wrong, with the name of the row."""
+    for kind, trace in zip(("guide", "model"), reversed(traces), strict=True):
+        for name, site in samples(trace).items():
+            for parameter, value, inside, asked in _parameters(site["fn"]):
+                if not bool(inside.all()):
+                    row, shown = _named(value, inside, names)
+                    mend = SEARCH if shown == "nan" else "bound it, as softplus(s) + 1e-3 does"
+                    return name, (
+                        f"{row}{parameter} at site {name!r} of the {kind} is {shown}, not {asked}: "
+                        f"{mend}."
+                    )
+            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            if not bool(log_prob.isfinite().all()):
+                row, shown = _named(log_prob, log_prob.isfinite(), names)
+                return name, (
+                    f"{row}the log-probability of site {name!r} in the {kind} is {shown}: {SEARCH}."
+                )
+    return None
+
+
+def _named(value: Tensor, inside: Tensor, names: tuple[str, ...]) -> tuple[str, str]:
+    index = tuple((~inside).nonzero()[0].tolist())
+    row = index[0] if names and index and len(value) >= len(names) else None
+    return (
+        "" if row is None else f"{names[row % len(names)]}, ",
+        f"{value[index].reshape(-1)[0].item():.4g}",
+    )
+
+
+def _parameters(fn: Any) -> Iterator[tuple[str, Tensor, Tensor, str]]:
+    """A distribution's parameters: name, value, whether it is allowed, and what is allowed."""
+    while fn is not None and not isinstance(fn, Unit):
+        for name, constraint in fn.arg_constraints.items():
+            value = vars(fn).get(name)
+            if isinstance(value, Tensor) and not is_dependent(constraint):
+                yield name, value, constraint.check(value), _spell(constraint)
+        fn = getattr(fn, "_component_distribution", None) or getattr(fn, "base_dist", None)
+
+
+def _support(fn: Any) -> str:
+    try:
+        return f"{_spell(fn.support)} ({type(_base(fn)).__name__})"
+    except NotImplementedError:
+        return type(_base(fn)).__name__
+
+
+def _spell(constraint: Any) -> str:
+    """A constraint in few words; bounds that differ by datum are left out."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    kind = type(constraint).__name__.strip("_")
+    bounds = [getattr(constraint, name, None) for name in ("lower_bound", "upper_bound")]
+    low, high = (f"{b:g}" if isinstance(b, int | float) else "…" for b in bounds)
+    return {
+        "Real": "a real number",
+        "Boolean": "0 or 1",
+        "GreaterThan": f"> {low}",
+        "GreaterThanEq": f">= {low}",
+        "LessThan": f"< {high}",
+        "Interval": f"between {low} and {high}",
+        "HalfOpenInterval": f"between {low} and {high}",
+        "IntegerInterval": f"an integer from {low} to {high}",
+        "IntegerGreaterThan": f"an integer from {low}",
+    }.get(kind, re.sub(r"(?<!^)(?=[A-Z])", " ", kind).lower())
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn

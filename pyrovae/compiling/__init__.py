@@ -1,0 +1,1 @@
+"""One step as one graph: the only folder that touches torch's compiler internals."""

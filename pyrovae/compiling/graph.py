@@ -1,0 +1,254 @@
+"""A function over a pair's programs as one compiled graph.
+
+Pyro's effect handlers, PyTorch's autograd and the programs themselves run once, under a tracer that
+records what they ask of the device; Inductor compiles the record, and on CUDA the whole of it is
+replayed as one CUDA graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from pyrovae.compiling.kernels import choose_kernels
+from pyrovae.pairs.pair import Parameters
+
+__all__ = ["CaptureError", "Graph", "compare", "record", "undone"]
+
+WARM_UP = 3
+
+
+class CaptureError(RuntimeError):
+    """A program cannot be captured; the message says why and what to change."""
+
+
+class Graph:
+    """A function of tensors as one compiled graph, run without gradients.
+
+    What else the function reads (weights, buffers, data) becomes an input as well, so that later
+    changes in place are seen, and what it changes in place is changed in place.
+
+    Args:
+        function: Takes tensors and returns a list of tensors; may draw, differentiate, and write
+            to tensors that it finds elsewhere.
+        args: Tensors of the shapes to compile for.
+        parameters: The pair whose buffers and random streams are given back as they were.
+        changed: The tensors beside those that the function writes to; they are given back too.
+        copied: How many of the first outputs a later call must not overwrite; None is all.
+
+    Raises:
+        CaptureError: If the function reads values back, changes from call to call, or does not
+            compile.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., list[Tensor]],
+        args: tuple,
+        parameters: Parameters,
+        changed: tuple[Tensor, ...] = (),
+        copied: int | None = None,
+    ) -> None:
+        graph, self.constants = _lift(record(function, args, parameters, changed))
+        self._views: list[Tensor] = []
+        self._places: list[int] = []
+        self._fixed = False
+        with undone(parameters, args, changed), torch.no_grad():
+            choose_kernels(graph, [*self._held(), *args])
+            self.run = _compile(graph, [*self._held(), *args])
+            self.run(*self._held(), *args)
+            if args[0].device.type == "cuda":
+                compiled = self.run
+                self.run = _replayed(compiled, self._held(), args, copied)
+                self._fixed = self.run is not compiled
+
+    @torch.no_grad()
+    def __call__(self, *args: Tensor) -> list[Tensor]:
+        return self.run(*self._held(), *args)
+
+    def _held(self) -> list[Tensor]:
+        """What the function holds, without gradients; made anew where a tensor has moved.
+
+        Raises:
+            CaptureError: If one has moved away from a CUDA graph, or lies otherwise than before.
+        """
+        places = [tensor.data_ptr() for tensor in self.constants]
+        if places != self._places:
+            views = [tensor.detach() for tensor in self.constants]
+            if self._views and (self._fixed or [*map(_form, views)] != [*map(_form, self._views)]):
+                raise CaptureError("a tensor that it uses lies elsewhere than when it was captured")
+            self._places, self._views = places, views
+        return self._views
+
+
+def record(
+    function: Callable[..., list[Tensor]],
+    args: tuple,
+    parameters: Parameters,
+    changed: tuple[Tensor, ...] = (),
+) -> GraphModule:
+    """What a function asks of the device; arguments as for :class:`Graph`.
+
+    Raises:
+        CaptureError: If it reads values back or changes from call to call.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graphs = []
+    for _ in range(2):
+        with undone(parameters, args, changed), pyro.validation_enabled(False):
+            try:
+                with _OneHot():
+                    graphs.append(make_fx(function)(*args))
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                raise CaptureError(_reason(error)) from error
+    if graphs[0].code != graphs[1].code:
+        raise CaptureError("its trace changes from call to call: sample the same sites each time")
+    return graphs[0]
+
+
+class _OneHot(TorchFunctionMode):
+    """Writes one_hot out, which looks at its values on a CPU, so that it can be recorded."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.nn.functional.one_hot and len(args) == 2:
+            index, size = args
+            return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).long()
+        return func(*args, **(kwargs or {}))
+
+
+def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """Make every tensor that the record refers to an input, each once, before its arguments."""
+    held: dict[tuple, Tensor] = {}
+    inputs: dict[tuple, Any] = {}
+    first = next(iter(graph.graph.nodes))
+    for node in [n for n in graph.graph.nodes if n.op == "get_attr"]:
+        tensor = getattr(graph, node.target)
+        place = _place(tensor)
+        if place not in held:
+            with graph.graph.inserting_before(first):
+                inputs[place] = graph.graph.placeholder(f"held_{len(held)}")
+                inputs[place].meta = dict(node.meta)
+        if place not in held or isinstance(tensor, Parameter):
+            held[place] = tensor
+        node.replace_all_uses_with(inputs[place])
+        graph.graph.erase_node(node)
+    return GraphModule({}, graph.graph), list(held.values())
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where a tensor lies; a parameter and what autograd keeps of it lie in one place."""
+    if not tensor.numel():
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _form(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable:
+    from torch._inductor.compile_fx import compile_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return compile_fx(graph, inputs, config_patches={"fallback_random": True})
+        except Exception as error:
+            raise CaptureError(f"the compiler failed: {_reason(error)}") from error
+
+
+def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None) -> Callable:
+    """The compiled function recorded as a CUDA graph: one launch a call, no work on the host.
+
+    Its inputs lie still: what the function holds stays where it is, and a call's arguments are
+    copied over those of the recording. Its outputs are overwritten by the next call, but for
+    the first few that are handed out as copies.
+    """
+    still = [arg.clone() for arg in args]
+    try:
+        side = torch.cuda.Stream(args[0].device)
+        side.wait_stream(torch.cuda.current_stream(args[0].device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run(*held, *still)
+        torch.cuda.current_stream(args[0].device).wait_stream(side)
+        recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recording):
+            outputs = run(*held, *still)
+    except RuntimeError as error:
+        text = f"The compiled step is launched kernel by kernel, not as a CUDA graph: {error}"
+        warnings.warn(text, stacklevel=2)
+        return run
+
+    def replay(*inputs: Tensor) -> list[Tensor]:
+        for there, arg in zip(still, inputs[len(held) :], strict=True):
+            there.copy_(arg)
+        recording.replay()
+        return [o.clone() for o in outputs[:copied]] + list(outputs[len(outputs[:copied]) :])
+
+    return replay
+
+
+def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> None:
+    """Hold a captured value against the eager one, to the rounding of its type.
+
+    Args:
+        what: What to call it.
+        found: The captured value.
+        expected: The eager one.
+        slack: What rounding may add to a value that is zero but for rounding.
+
+    Raises:
+        CaptureError: If they differ by more; values that are not finite say nothing.
+    """
+    scale = expected.abs().max()
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-5
+    close = (found - expected).abs().max() <= tolerance * scale + slack + 1e-6
+    if bool(scale.isfinite()) and not bool(close):
+        raise CaptureError(
+            f"{what} came out otherwise than through the handlers: the program may depend on "
+            f"something that changes between calls and is no tensor"
+        )
+
+
+@contextmanager
+def undone(parameters: Parameters, args: tuple, changed: tuple[Tensor, ...] = ()) -> Iterator[None]:
+    """Run a block and give buffers, random streams and some other tensors back as they were."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for root in parameters.roots.values()
+        for module in root.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    kept = [tensor.detach().clone() for tensor in changed]
+    device = args[0].device
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                setattr(module, name, buffer)
+                buffer.copy_(value)
+            for tensor, value in zip(changed, kept, strict=True):
+                tensor.copy_(value)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "_local_scalar_dense" in text or "data-dependent" in text or ".item()" in text:
+        return "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__

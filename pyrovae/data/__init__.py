@@ -1,0 +1,261 @@
+"""Data sets as tensors, with their splits, their labels and their provenance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae._tools.seeding import subseed
+from pyrovae.data.binarization import draw_binary
+from pyrovae.data.files import Arrays
+from pyrovae.data.labels import LABEL_SEED, label_context
+from pyrovae.data.sources import DATASETS, find_source, unknown
+
+__all__ = ["BINARIZE", "CONTEXTS", "DATASETS", "SPLIT_SEED", "Dataset", "Splits", "load_data"]
+
+BINARIZE = ("none", "threshold", "static", "dynamic")
+CONTEXTS = ("none", "labels")
+SPLIT_SEED = 0
+
+
+class Splits(NamedTuple):
+    """One value for each split."""
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Train, validation and test data in the form that the likelihood sees.
+
+    Args:
+        name: What to call it.
+        shape: The event shape, ``[D]`` or ``[C, H, W]``.
+        train, valid, test: float32 ``[N, *shape]``.
+        labels: int64 ``[N]`` where they are classes, float32 otherwise, for each split.
+        provenance: Where the numbers come from, ready for JSON.
+        binarize: How grey levels became these numbers, one of :data:`BINARIZE`.
+        intensities: What ``"dynamic"`` draws training batches from, ``[N, *shape]``, uint8 or
+            float32; the probability of a one is ``intensities / scale``.
+        scale: The intensity of a certain one.
+        context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``.
+    """
+
+    name: str
+    shape: torch.Size
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    labels: Splits | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    binarize: str = "none"
+    intensities: Tensor | None = None
+    scale: float = 1.0
+    context: Splits | None = None
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{split}={len(getattr(self, split))}" for split in Splits._fields)
+        return f"Dataset({self.name!r}, {list(self.shape)}, {sizes}, binarize={self.binarize!r})"
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        r"""The training rows ``index`` ``[M]`` as float32 ``[M, *shape]`` on the data's device.
+
+        Under ``"dynamic"`` each call draws them anew,
+
+        .. math:: x_d \sim \mathrm{Bernoulli}(\mathrm{intensity}_d),
+
+        from ``generator`` (on the data's device), or else from torch's global one.
+        """
+        if self.intensities is None:
+            return self.train[index]
+        return draw_binary(self.intensities[index], self.scale, generator)
+
+    def rows(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The arguments of both programs for the training rows ``index`` ``[M]``.
+
+        Returns:
+            ``(x, *context)``, x as :meth:`batch` gives it.
+        """
+        context = self.context.train if self.context else ()
+        return self.batch(index, generator), *(tensor[index] for tensor in context)
+
+    def split(self, name: str) -> tuple[Tensor, ...]:
+        """The arguments of both programs for a whole split.
+
+        Args:
+            name: ``"train"``, ``"valid"`` or ``"test"``.
+
+        Returns:
+            ``(x, *context)``; nothing, ``()``, where there is no such split.
+
+        Raises:
+            ValueError: If the name is another.
+        """
+        if name not in Splits._fields:
+            raise ValueError(unknown("the split", str(name), Splits._fields))
+        x = getattr(self, name)
+        context = getattr(self.context, name) if self.context else ()
+        return () if x is None else (x, *context)
+
+    def to(self, device: torch.device | str | int | None) -> Dataset:
+        """The same data on another device; None leaves it where it is."""
+        if device is None:
+            return self
+        names = ("train", "valid", "test", "intensities")
+        moved = {name: t.to(device) for name in names if (t := getattr(self, name)) is not None}
+        labels = self.labels and Splits(*(y.to(device) for y in self.labels))
+        context = self.context and Splits(*(tuple(t.to(device) for t in c) for c in self.context))
+        return replace(self, labels=labels, context=context, **moved)
+
+
+def load_data(
+    name: str | Path,
+    *,
+    binarize: str = "none",
+    root: str | Path | None = None,
+    device: torch.device | str | int | None = None,
+    seed: int = 0,
+    context: str = "none",
+    labelled: int | None = None,
+) -> Dataset:
+    """Load a shipped data set or a file, split it, and binarize it as told.
+
+    The official test set stays the test set, and one in six of the official training data, picked
+    by a permutation with the fixed seed :data:`SPLIT_SEED`, is for validation. Data that come in
+    one piece are permuted with the same seed and split 70/10/20. Splits never depend on ``seed``.
+
+    Grey levels become binary data in one of four ways, recorded in ``provenance``: ``"none"``
+    leaves them, ``"threshold"`` is x > 0.5, ``"static"`` draws x ~ Bernoulli(intensity) once, and
+    ``"dynamic"`` draws once for ``.train``, ``.valid`` and ``.test`` and anew in every
+    :meth:`Dataset.batch`. The fixed draws depend on ``seed`` and the split alone, on every device.
+
+    Args:
+        name: One of :data:`DATASETS`, or a ``.npy``, ``.npz`` or ``.csv`` file as
+            :func:`pyrovae.data.files.read_arrays` describes it. In a file, uint8 are
+            intensities over 255 (or binary, where none is above 1), all else is taken as it is;
+            ``[N, H, W]`` become ``[N, 1, H, W]`` and ``[N, H, W, C]`` with one or three channels
+            ``[N, C, H, W]``.
+        binarize: One of :data:`BINARIZE`.
+        root: The folder of the torchvision sets; by default ``PYROVAE_DATA``, or else
+            ``pyrovae/data`` in the user's cache. What is missing there is downloaded into it.
+        device: Where the tensors go.
+        seed: The seed of the fixed draws.
+        context: ``"labels"`` hands the classes, int64 ``[N]``, to both programs beside x:
+            ``model(x, y)``, ``guide(x, y)``.
+        labelled: How many training labels the programs are shown, as many of each class and the
+            same ones for every ``seed``; all other labels of ``context`` are −1, those of
+            validation and test data among them. ``.labels`` keeps every one.
+
+    Raises:
+        ValueError: If an argument or the data cannot be used; the message names the mend.
+        FileNotFoundError: If a file is missing and cannot be downloaded.
+
+    Example:
+        >>> load_data("digits", binarize="dynamic")
+        Dataset('digits', [1, 8, 8], train=1258, valid=180, test=359, binarize='dynamic')
+    """
+    if binarize not in BINARIZE:
+        raise ValueError(unknown("binarize", str(binarize), BINARIZE))
+    if context not in CONTEXTS:
+        raise ValueError(unknown("context", str(context), CONTEXTS))
+    if labelled is not None and context != "labels":
+        raise ValueError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
+    source = find_source(name, root)
+    x = torch.from_numpy(source.arrays.x)
+    if binarize != "none":
+        _check_intensities(x, source.scale, binarize)
+    index, split = _split(len(x), source.arrays.sizes, source.name)
+    raw = Splits(*(x[rows] for rows in index))
+    grey = [intensities.float() / source.scale for intensities in raw]
+    seen = (_binarize(x, binarize, subseed(seed, i)) for i, x in enumerate(grey))
+    labels, classes = _labels(source.arrays, index)
+    drawn = binarize in ("static", "dynamic")
+    provenance = {
+        "name": source.name,
+        **source.origin,
+        "shape": list(x.shape[1:]),
+        "sizes": {name: len(rows) for name, rows in index._asdict().items()},
+        **split,
+        "scaling": source.scaling,
+        "binarize": binarize,
+        "binarize_seed": seed if drawn else None,
+        **classes,
+    }
+    data = Dataset(source.name, x.shape[1:], *seen, labels, provenance, binarize)
+    if binarize == "dynamic":
+        data = replace(data, intensities=raw.train, scale=source.scale)
+    if context == "labels":
+        data = _with_labels(data, labelled)
+    return data.to(device)
+
+
+def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
+    shown = label_context(data.labels, data.name, labelled)
+    chosen = {"labelled": labelled, "label_seed": None if labelled is None else LABEL_SEED}
+    return replace(
+        data,
+        context=Splits(*((y,) for y in shown)),
+        provenance=data.provenance | {"context": "labels", **chosen},
+    )
+
+
+def _split(
+    rows: int, sizes: tuple[int, int, int] | None, name: str
+) -> tuple[Splits, dict[str, str | int | None]]:
+    """The row numbers of each split, and the rule that chose them."""
+    if sizes is None:
+        _check_rows(rows, 3, f"rows in {name}")
+        valid, test = max(1, round(rows / 10)), max(1, round(rows / 5))
+        index = _permutation(rows).split([rows - valid - test, valid, test])
+        return Splits(*index), {"split": "70/10/20, permuted", "split_seed": SPLIT_SEED}
+    if sizes[1]:
+        index = torch.arange(rows).split(list(sizes))
+        return Splits(*index), {"split": "as given", "split_seed": None}
+    train = sizes[0]
+    _check_rows(train, 2, f"training rows in {name}")
+    valid = max(1, train // 6)
+    index = *_permutation(train).split([train - valid, valid]), torch.arange(train, rows)
+    rule = "test as given, one in six of train for valid, permuted"
+    return Splits(*index), {"split": rule, "split_seed": SPLIT_SEED}
+
+
+def _permutation(rows: int) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(rows))
+
+
+def _check_rows(rows: int, needed: int, what: str) -> None:
+    if rows < needed:
+        raise ValueError(f"Expected at least {needed} {what}, one for each split, got {rows}.")
+
+
+def _binarize(x: Tensor, how: str, seed: int) -> Tensor:
+    if how == "none":
+        return x
+    if how == "threshold":
+        return (x > 0.5).float()
+    return torch.bernoulli(x, generator=torch.Generator().manual_seed(seed))
+
+
+def _check_intensities(x: Tensor, scale: float, how: str) -> None:
+    low, high = x.min().item() / scale, x.max().item() / scale
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"Expected intensities in [0, 1] for binarize={how!r}, got numbers from {low:g} to "
+            f"{high:g}; rescale them, or take binarize='none'."
+        )
+
+
+def _labels(arrays: Arrays, index: Splits) -> tuple[Splits | None, dict[str, Any]]:
+    if arrays.y is None:
+        return None, {}
+    y = torch.from_numpy(arrays.y)
+    classes = {} if y.is_floating_point() else {"classes": len(y.unique())}
+    names = {} if arrays.classes is None else {"class_names": arrays.classes}
+    return Splits(*(y[i] for i in index)), classes | names

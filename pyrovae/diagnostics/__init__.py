@@ -1,0 +1,212 @@
+"""What the posterior is doing: rate and distortion, active units, information, calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import MixtureSameFamilyConstraint, independent
+
+from pyrovae._tools.progress import progress_bar
+from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.diagnostics.aggregate import Aggregate, aggregate_posterior, mix
+from pyrovae.diagnostics.calibration import Calibration, calibrate
+from pyrovae.diagnostics.distances import Distances, sample_distances
+from pyrovae.diagnostics.gaps import Gaps, inference_gaps
+from pyrovae.diagnostics.probe import Probe, fit_probe, is_probable
+from pyrovae.diagnostics.rate_distortion import CurvePoint, rate_distortion_curve
+from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
+from pyrovae.diagnostics.units import SitePosterior, examine
+from pyrovae.evidence.density import Joint
+from pyrovae.evidence.estimation import Evaluation
+from pyrovae.pairs.traces import is_bookkeeping, samples, trace_posterior, unscale
+
+__all__ = [
+    "Aggregate",
+    "Calibration",
+    "CurvePoint",
+    "Diagnosis",
+    "Distances",
+    "Gaps",
+    "Probe",
+    "SiteDiagnosis",
+    "aggregate_posterior",
+    "diagnose",
+    "inference_gaps",
+    "rate_distortion_curve",
+    "sample_distances",
+]
+
+ROWS, CALIBRATED = 2048, 1000
+MOST_DRAWS, LEAST_DRAWS, PAIRS = 1024, 256, 2**22
+DRAW_STREAM, CHOICE_STREAM, INTERVAL_STREAM, PROBE_STREAM = 7, 8, 9, 10
+
+
+def diagnose(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    *context: Tensor,
+    labels: Any = None,
+    num_samples: int = 16,
+    intervals: bool = True,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Diagnosis:
+    r"""Say what the posterior of a pair does with its latents.
+
+    .. math:: -\mathcal{L} = \underbrace{E_q[\ln q(z|x) - \ln p(z)]}_{\text{rate}}
+              + \underbrace{-E_q[\ln p(x|z)]}_{\text{distortion}}, \qquad
+              \overline{\text{rate}} = I(n; z) + \mathrm{KL}(q(z) \| p(z))
+
+    A unit is active if the variance over data of its posterior mean is above 0.01. Latents that
+    the model alone has are summed out, and belong to no site here.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        x: Data ``[N, ...]``, two at least; ``context`` are further arguments of both programs.
+        labels: Classes ``[N]``, to fit classifiers to the posterior means of each site.
+        num_samples: The draws of each datum that rate and distortion are averaged over, two at
+            least, which tell how noisy the average is.
+        intervals: Look at the coverage of the likelihood's intervals, on 1,000 of the data.
+        seed: Seeds the draws; None draws a seed from torch's global stream.
+        progress: Show a bar.
+
+    Returns:
+        Everything in nats, with a verdict in words.
+
+    Raises:
+        ValueError: If there are fewer than two data, not as many labels, ``num_samples`` is below
+            two, or the pair breaks the contract.
+
+    References:
+        Alemi et al., Fixing a Broken ELBO (arXiv 1711.00464), for rate and distortion; Burda et
+        al. (arXiv 1509.00519), section 5.2, for active units; Hoffman and Johnson, ELBO surgery
+        (NIPS 2016 workshop).
+
+    Example:
+        >>> found = pyrovae.diagnose(model, guide, data.test, labels=data.labels.test)
+        >>> print(found.verdict)
+    """
+    labels = _check(x, labels, num_samples)
+    task = Evaluation(model, guide, (x, *context), {"seed": seed})
+    total = len(x) + _draws(len(x))
+    with task.opened() as joint, progress_bar(
+        None, enabled=progress, total=total, desc="diagnosis"
+    ) as bar:  # fmt: skip
+        rate, distortion, sites = _examine(joint, task, num_samples, bar.update)
+        aggregate, remarks = _aggregate(joint, task, bar.update)
+        with seeded(subseed(task.seed, 0, INTERVAL_STREAM), task.device):
+            calibration = _calibrate(joint, task.rows) if intervals else None
+            dimensions = _eight_bit_dimensions(joint, task.first)
+    probe = None
+    if labels is not None and not is_probable(labels):
+        remarks += ("The labels are not ten or more of several whole classes: nothing was probed.",)
+    elif labels is not None:
+        seed = subseed(task.seed, 0, PROBE_STREAM)
+        probe = {name: fit_probe(site.mean, labels, seed) for name, site in sites.items()}
+    bits = (rate + distortion).double().mean().item() / (dimensions * math.log(2))
+    return Diagnosis(
+        num_data=len(x),
+        rate=rate.to(task.home),
+        distortion=distortion.to(task.home),
+        sites={name: _site(site, task.home) for name, site in sites.items()},
+        aggregate=aggregate,
+        calibration=calibration,
+        probe=probe,
+        bits_per_dimension=bits if math.isfinite(bits) else None,
+        remarks=remarks,
+    )
+
+
+def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
+    if len(x) < 2:
+        raise ValueError(f"Expected two data at least, which can differ, got {len(x)}.")
+    if not isinstance(num_samples, int) or num_samples < 2:
+        raise ValueError(f"Expected an integer num_samples >= 2, got {num_samples!r}.")
+    labels = None if labels is None else torch.as_tensor(labels)
+    if labels is not None and len(labels) != len(x):
+        raise ValueError(f"Expected a label for each of {len(x)} data, got {len(labels)}.")
+    return labels
+
+
+def _examine(
+    joint: Joint, task: Evaluation, particles: int, tick: Callable[[int], Any]
+) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
+    """What :func:`pyrovae.diagnostics.units.examine` says of all data."""
+    parts = []
+    size = max(1, ROWS // particles)
+    tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
+    with seeded(subseed(task.seed, 0, DRAW_STREAM), task.device):
+        for rows in tiles:
+            parts.append(examine(joint.parameters, joint.layout, rows, particles))
+            tick(len(rows[0]))
+    rate, distortion, sites = zip(*parts, strict=True)
+    joined = {
+        name: sites[0][name]._replace(
+            **{
+                each: torch.cat([getattr(site[name], each) for site in sites])
+                for each in ("kl", "mean", "noise", "used")
+            }
+        )
+        for name in joint.layout.latents
+    }
+    return torch.cat(rate), torch.cat(distortion), joined
+
+
+def _site(site: SitePosterior, home: torch.device) -> SiteDiagnosis:
+    """The variance of noisy means, less what the noise adds to it."""
+    kl, mean, noise = (each.double().to(home) for each in (site.kl, site.mean, site.noise))
+    used = site.used.to(home)
+    variance = mean.new_zeros(mean.shape[1])
+    if int(used.sum()) > 1:
+        variance = (mean[used].var(0) - noise[used].mean(0)).clamp(min=0)
+    variance = variance.reshape(-1, site.width).sum(-1)
+    error = kl.std(0) / math.sqrt(len(kl))
+    return SiteDiagnosis(kl.mean(0), error, variance, variance > ACTIVE, site.factorized)
+
+
+def _aggregate(
+    joint: Joint, task: Evaluation, tick: Callable[[int], Any]
+) -> tuple[Aggregate | None, tuple[str, ...]]:
+    if not joint.layout.latents:
+        return None, ()
+    try:
+        return mix(joint, task.rows, _draws(len(task.rows[0])), task.seed, tick), ()
+    except ValueError as error:
+        return None, (str(error),)
+
+
+def _draws(num_data: int) -> int:
+    """How many draws to score for all data, as many for each where there are few data."""
+    draws = min(max(PAIRS // num_data, LEAST_DRAWS), MOST_DRAWS)
+    return draws // min(num_data, draws) * min(num_data, draws)
+
+
+def _calibrate(joint: Joint, rows: tuple) -> Calibration | None:
+    chosen = torch.randperm(len(rows[0]))[:CALIBRATED].to(rows[0].device)
+    return calibrate(joint.parameters, joint.layout, tuple(tensor[chosen] for tensor in rows))
+
+
+def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
+    """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
+    trace = trace_posterior(joint.parameters, joint.layout, *rows)
+    unscale(trace, joint.layout)
+    sites = samples(trace)
+    seen = [s for s in sites.values() if s["is_observed"]]
+    if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:
+        return math.nan
+    support = seen[0]["fn"].support
+    while isinstance(support, independent | MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    levels = getattr(support, "levels", None)
+    if hasattr(support, "upper_bound") and support.is_discrete:
+        levels = support.upper_bound - support.lower_bound + 1
+    eight_bit = levels is not None and bool((torch.as_tensor(levels) == 256).all())
+    if not eight_bit:
+        return math.nan
+    return seen[0]["scale"] * seen[0]["value"].numel() / len(rows[0])

@@ -1,0 +1,197 @@
+"""What a posterior does with its latents: the numbers, and the same in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pyrovae.diagnostics.aggregate import Aggregate
+from pyrovae.diagnostics.calibration import Calibration
+from pyrovae.diagnostics.probe import Probe
+
+__all__ = ["ACTIVE", "Diagnosis", "SiteDiagnosis"]
+
+ACTIVE, NOTHING = 0.01, 0.05
+
+
+@dataclass(frozen=True)
+class SiteDiagnosis:
+    """What becomes of one latent site.
+
+    Attributes:
+        kl: The mean over data of the divergence of each of D coordinates, in nats, ``[D]``; the
+            site's total, ``[1]``, where posterior or prior are no product over coordinates.
+        kl_standard_error: Its standard error over data.
+        posterior_mean_variance: The variance over data of E_q[z | x], ``[U]``: of each coordinate,
+            or, of a categorical variable, the sum over the probabilities of its values.
+        active: Where that is above 0.01, ``[U]``.
+        factorized: Whether ``kl`` is by coordinate.
+    """
+
+    kl: Tensor
+    kl_standard_error: Tensor
+    posterior_mean_variance: Tensor
+    active: Tensor
+    factorized: bool
+
+    @property
+    def kl_total(self) -> float:
+        """The mean over data of the site's divergence, in nats."""
+        return self.kl.sum().item()
+
+    @property
+    def active_units(self) -> int:
+        """How many units are active."""
+        return int(self.active.sum())
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return len(self.active)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return {
+            "kl": _numbers(self.kl),
+            "kl_total": _number(self.kl_total),
+            "active_units": self.active_units,
+            "units": self.units,
+            "posterior_mean_variance": _numbers(self.posterior_mean_variance),
+            "factorized": self.factorized,
+        }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    r"""What the posterior of a pair does on N data, in nats.
+
+    Attributes:
+        num_data: N.
+        rate: :math:`E_q[\ln q(z|x) - \ln p(z)]`, ``[N]``.
+        distortion: :math:`-E_q[\ln p(x|z)]`, ``[N]``; −rate − distortion is the ELBO.
+        sites: What becomes of each latent site that the guide samples.
+        aggregate: The two parts of the mean rate; None where the guide does not tell.
+        calibration: The coverage of the likelihood's intervals, if it was asked for.
+        probe: What classifiers read off each site, if there are labels.
+        bits_per_dimension: The negative ELBO over D ln 2, of a likelihood that gives masses to 256
+            levels. It is an upper bound on −ln p(x) / (D ln 2), and holds no constant: nothing was
+            dequantized. None for any other likelihood.
+        remarks: What could not be said, and why.
+    """
+
+    num_data: int
+    rate: Tensor
+    distortion: Tensor
+    sites: dict[str, SiteDiagnosis]
+    aggregate: Aggregate | None = None
+    calibration: Calibration | None = None
+    probe: dict[str, Probe] | None = None
+    bits_per_dimension: float | None = None
+    remarks: tuple[str, ...] = field(default=())
+
+    @property
+    def elbo(self) -> Tensor:
+        """The ELBO of each datum, ``[N]``."""
+        return -self.rate - self.distortion
+
+    @property
+    def mutual_information(self) -> float:
+        """I(n; z) of latents and data, at most ln N; NaN where the guide does not tell."""
+        return self.aggregate.mutual_information if self.aggregate else math.nan
+
+    @property
+    def mutual_information_error(self) -> float:
+        """Its standard error."""
+        return self.aggregate.standard_error if self.aggregate else math.nan
+
+    @property
+    def marginal_kl(self) -> float:
+        """KL(q(z) ‖ p(z)) of the aggregate posterior; NaN where the guide does not tell."""
+        return self.aggregate.marginal_kl if self.aggregate else math.nan
+
+    @property
+    def verdict(self) -> str:
+        """In words: whether the latents are used, what the KL is spent on, and calibration."""
+        found = [*self._about_units(), self._about_rate()]
+        if self.calibration is not None:
+            found.append(self.calibration.verdict)
+        return " ".join([*found, *self.remarks])
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers and the verdict, ready for JSON: None where there is no number."""
+        calibration, probe = self.calibration, self.probe
+        return {
+            "num_data": self.num_data,
+            "rate": _mean(self.rate),
+            "distortion": _mean(self.distortion),
+            "sites": {name: site.summary() for name, site in self.sites.items()},
+            "mutual_information": {
+                "mean": _number(self.mutual_information),
+                "standard_error": _number(self.mutual_information_error),
+            },
+            "marginal_kl": _number(self.marginal_kl),
+            "calibration": calibration
+            and {
+                "levels": list(calibration.levels),
+                "coverage": [_number(share) for share in calibration.coverage],
+                "standard_error": [_number(error) for error in calibration.error],
+            },
+            "probe": probe and {name: each._asdict() for name, each in probe.items()},
+            "bits_per_dimension": self.bits_per_dimension,
+            "verdict": self.verdict,
+        }
+
+    def _about_units(self) -> list[str]:
+        if not self.sites:
+            return ["The guide samples no latent."]
+        active = sum(site.active_units for site in self.sites.values())
+        units = sum(site.units for site in self.sites.values())
+        if active == 0:
+            what = "is the prior" if self.rate.mean() < NOTHING else "hardly differs between data"
+            return [
+                f"The posterior has collapsed: 0 of {units} units are active, and what the guide "
+                f"says of the latents {what}."
+            ]
+        each = ", ".join(f"{n} {s.active_units} of {s.units}" for n, s in self.sites.items())
+        detail = f" ({each})" if len(self.sites) > 1 else ""
+        found = [f"{active} of {units} units {'is' if active == 1 else 'are'} active{detail}."]
+        for name, site in self.sites.items():
+            if site.active_units == 0:
+                found.append(
+                    f"Site {name} is unused: no unit of it depends on the data (its KL is "
+                    f"{site.kl_total:.2g} nats)."
+                )
+        return found
+
+    def _about_rate(self) -> str:
+        rate, parts = self.rate.double().mean().item(), self.aggregate
+        if parts is None:
+            return f"The rate is {rate:.4g} nats."
+        split = (
+            f"Of the rate of {rate:.4g} nats, {parts.mutual_information:.4g} ± "
+            f"{parts.standard_error:.2g} are information about the data and "
+            f"{parts.marginal_kl:.4g} what the aggregate posterior is away from the prior."
+        )
+        if not parts.capped or self.num_data == 1:
+            return split
+        return (
+            f"{split} {self.num_data} data cannot show more than ln N = "
+            f"{math.log(self.num_data):.3g} nats of information: it may be more, and the other "
+            f"part less."
+        )
+
+
+def _mean(each: Tensor) -> dict[str, float | None]:
+    error = each.double().std() / math.sqrt(len(each))
+    return {"mean": _number(each.double().mean().item()), "standard_error": _number(error.item())}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]

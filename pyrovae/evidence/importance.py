@@ -1,0 +1,184 @@
+"""log p(x) of each datum by importance sampling, with a stated error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.evidence.density import Joint
+from pyrovae.evidence.estimation import Evaluation, particle_tile, power_of_two, row_limit
+from pyrovae.evidence.proposals import Defensive, FromGuide, require_density, require_scorable
+from pyrovae.evidence.refined import Refined
+from pyrovae.evidence.result import LogLikelihood
+from pyrovae.evidence.sums import Sums, curve_points
+from pyrovae.evidence.tiles import Found
+from pyrovae.evidence.weights import Weights
+
+__all__ = ["LogLikelihood", "log_likelihood"]
+
+PAYS_AFTER = 5_000_000
+
+
+def log_likelihood(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    *context: Tensor,
+    num_samples: int = 1000,
+    curve: Sequence[int] = (),
+    defensive: float = 0.0,
+    refine_steps: int = 0,
+    max_rows: int | None = None,
+    seed: int | None = None,
+    compile: bool | str = "auto",
+    checkpoint: str | Path | None = None,
+    processes: bool = False,
+    progress: bool = False,
+) -> LogLikelihood:
+    r"""Estimate log p(x) of each datum by importance sampling from its guide.
+
+    .. math:: \ln \hat p(x) = \ln \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)},
+              \qquad z_k \sim q(z \mid x)
+
+    The weights are never kept: sums are streamed in float64 over tiles of 64 data and some
+    thousand draws, each with a random stream of its own, so that memory depends on neither N nor
+    K. Draws do not depend on ``max_rows``, those for fewer samples are the first of those for
+    more, and with more than 64 data a datum's draws depend on its place and not on N.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
+        num_samples: The number of samples K of each datum.
+        curve: The numbers of samples, up to K, to report the bound for in ``.curve``; by default
+            1, 10, 100, ….
+        defensive: The share α of the prior in the proposal (1 − α) q(z|x) + α p(z), which bounds
+            the weights by p(x|z) / α; 0 takes the guide alone.
+        refine_steps: Before sampling, fit a normal of independent coordinates to each datum's
+            posterior by so many steps from the guide's moments, and take that as the proposal;
+            the result then has an ``amortization_gap``. For continuous latents.
+        max_rows: The largest number of (particle, datum) pairs that the model scores at once;
+            it bounds memory, and less than 64 counts as 64. None is 2,048 on a CPU and 65,536
+            elsewhere.
+        seed: Seeds the draws; None draws a seed from torch's global stream, or goes on with that
+            of the checkpoint.
+        compile: Compile draws and weights: True, False, or ``"auto"`` where N K is at least five
+            million, so that it pays.
+        checkpoint: A file to keep finished data in; with the same file, an evaluation that was
+            stopped goes on and ends as if it had not been.
+        processes: Share the data among the processes of :mod:`torch.distributed`, each of which
+            calls this and gets the whole result.
+        progress: Show a bar with an estimate of the time left.
+
+    Returns:
+        Nats per datum, with standard errors, effective sample sizes, Pareto shapes and a verdict.
+
+    Raises:
+        ValueError: If K is not positive, x is empty, the pair breaks the contract, sites carry
+            different scales, a log-weight is NaN (the message names the site and the datum), or
+            the checkpoint is of another evaluation.
+
+    References:
+        Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519), equation 8; Vehtari et
+        al., Pareto Smoothed Importance Sampling (arXiv 1507.02646), for k-hat.
+
+    Example:
+        >>> ll = pyrovae.log_likelihood(model, guide, data.test, num_samples=1000)
+        >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum. {ll.verdict}")
+    """
+    _check(num_samples, defensive, refine_steps, max_rows, compile)
+    points = curve_points(num_samples, curve)
+    compiled = compile is True or (compile == "auto" and len(x) * num_samples >= PAYS_AFTER)
+    options = {
+        "method": "importance sampling",
+        "num_samples": num_samples,
+        "curve": points,
+        "defensive": defensive,
+        "refine_steps": refine_steps,
+        "max_rows": max_rows,
+        "compiled": compiled,
+        "seed": seed,
+    }
+    task = Evaluation(model, guide, (x, *context), options, checkpoint, processes)
+    with task.opened() as joint:
+        with seeded(task.seed, task.device):
+            weights = _weights(joint, task.first, defensive, refine_steps, max_rows)
+        with task.bar(num_samples, enabled=progress) as bar:
+            sampler = _Sampler(weights, task.seed, num_samples, points, bar.update, compiled)
+            found = task.run(sampler, joint)
+        method, covers = _method(defensive, refine_steps), bool(defensive or refine_steps)
+        return task.result(found, joint, num_samples, points, method, covers=covers)
+
+
+class _Sampler:
+    """Sums the weights of a tile of data, one tile of particles after another."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        seed: int,
+        num_samples: int,
+        points: list[int],
+        tick: Callable[[int], object],
+        compiled: bool,
+    ) -> None:
+        self.weights, self.seed, self.tick = weights, seed, tick
+        self.num_samples, self.points, self.compiled = num_samples, points, compiled
+
+    def __call__(self, index: int, rows: tuple) -> Found:
+        seed, weights = subseed(self.seed, index), self.weights
+        about = weights.proposal.prepare(rows, seed)
+        if self.compiled:
+            weights.compile(rows)
+            self.compiled = False
+        sums = Sums(self.num_samples, self.points, rows[0])
+        for number, start in enumerate(range(0, self.num_samples, weights.tile)):
+            particles = min(weights.tile, self.num_samples - start)
+            with seeded(subseed(seed, number), rows[0].device):
+                log_weight = weights(rows, particles)
+            if bool(log_weight.isnan().any()):
+                weights.refuse_nan(rows, subseed(seed, number), index * len(rows[0]))
+            sums.add(log_weight)
+            self.tick(particles)
+        return sums.result() | about
+
+
+def _weights(
+    joint: Joint, rows: tuple, defensive: float, refine_steps: int, max_rows: int | None
+) -> Weights:
+    require_density(joint, rows)
+    chunk = power_of_two(row_limit(rows, max_rows) // len(rows[0]))
+    proposal = Refined(joint, rows, refine_steps, chunk) if refine_steps else FromGuide(joint)
+    if defensive:
+        if not refine_steps:
+            require_scorable(joint, rows, "leave out defensive")
+        proposal = Defensive(proposal, defensive)
+    return Weights(joint, proposal, particle_tile(rows), chunk)
+
+
+def _method(defensive: float, refine_steps: int) -> str:
+    base = "the guide refined for each datum" if refine_steps else "the guide"
+    mixed = f" and, for {defensive:.0%} of the draws, the prior" if defensive else ""
+    return f"importance sampling from {base}{mixed}"
+
+
+def _check(
+    num_samples: int,
+    defensive: float,
+    refine_steps: int,
+    max_rows: int | None,
+    compile: bool | str,
+) -> None:
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"Expected an integer num_samples >= 1, got {num_samples}.")
+    if not 0 <= defensive < 1:
+        raise ValueError(f"Expected 0 <= defensive < 1, got {defensive}.")
+    if not isinstance(refine_steps, int) or refine_steps < 0:
+        raise ValueError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"Expected max_rows >= 1, got {max_rows}.")
+    if compile not in ("auto", True, False):
+        raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")

@@ -1,0 +1,194 @@
+r"""The ELBO with weights on its divergences, for training alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
+from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
+
+__all__ = ["SCHEDULES", "BetaELBO"]
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: done,
+    "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
+}
+
+
+class BetaELBO(Objective):
+    r"""The ELBO with β on its divergences, β rising over a warm-up, and nats that are free.
+
+    .. math:: \mathcal{L} = E_q[\ln p(x | z)] - \beta_t \sum_s \max(\lambda_s, \mathrm{KL}_s),
+              \qquad \beta_t = \beta \, h\Bigl(\min\bigl(1, \tfrac{t + 1}{W}\bigr)\Bigr)
+
+    KL of site s is the mean over the batch, in closed form where there is one and the guide samples
+    its latents in the model's order. While it is below
+    its λ, the site's divergence has no gradient. What an :class:`Estimate` calls ``terms`` stays
+    the ELBO at β = 1.
+
+    Args:
+        particles: The number of samples of each datum.
+        beta: β, at least 0.
+        warm_up: The number W of steps in which β rises from zero; step W is the first with all
+            of β. 0 starts with it.
+        schedule: h, from 0 and 1 to 0 and 1: ``"linear"``, ``"cosine"``, or a function.
+        free_bits: λ in nats per datum, one number for each latent site, or by site.
+        analytic: Use divergences in closed form.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``free_bits`` names no latent site.
+
+    References:
+        Higgins et al., β-VAE (ICLR 2017), equation 4; Bowman et al., Generating Sentences from a
+        Continuous Space (arXiv 1511.06349), section 3.1, for the warm-up; Kingma et al., Improving
+        Variational Inference with Inverse Autoregressive Flow (1606.04934), for free bits.
+    """
+
+    def __init__(
+        self,
+        particles: int = 1,
+        beta: float = 1.0,
+        warm_up: int = 0,
+        schedule: str | Callable[[float], float] = "linear",
+        free_bits: float | Mapping[str, float] = 0.0,
+        analytic: bool = True,
+    ) -> None:
+        super().__init__(particles)
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"Expected beta >= 0, got {beta}.")
+        if not isinstance(warm_up, int) or warm_up < 0:
+            raise ValueError(f"Expected an integer warm_up >= 0, in steps, got {warm_up!r}.")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ValueError(f"Expected schedule {' or '.join(SCHEDULES)}, got {schedule!r}.")
+        given = free_bits.values() if isinstance(free_bits, Mapping) else [free_bits]
+        if not all(0 <= nats < math.inf for nats in given):
+            raise ValueError(f"Expected free_bits >= 0, in nats per datum, got {free_bits}.")
+        self.full, self.warm_up, self.analytic = float(beta), warm_up, analytic
+        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        self.free_bits = free_bits
+        self.beta, self._filled = torch.tensor(self.full, dtype=torch.float64), [self.full]
+        self.at_step(0)
+
+    def at_step(self, step: int) -> None:
+        """Set β for a step, counted from 0, in place."""
+        done = 1.0 if step + 1 >= self.warm_up else (step + 1) / self.warm_up
+        beta = self.full * (1.0 if done == 1 else self.schedule(done))
+        if beta != self._filled[-1]:
+            self.beta.fill_(beta)
+            self._filled[-1] = beta
+
+    def prepare(
+        self,
+        parameters: Parameters,
+        args: tuple,
+        layout: Layout | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Look at a pair once.
+
+        Raises:
+            ValueError: If the warm-up is longer than the training, so that β is never reached.
+        """
+        if steps is not None and self.warm_up > steps:
+            raise ValueError(
+                f"The warm-up of {self.warm_up} steps is longer than the training of {steps}, so "
+                f"that beta={self.full:g} is never reached: train longer, or shorten warm_up."
+            )
+        super().prepare(parameters, args, layout, steps)
+
+    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> dict[str, float]:
+        """The free nats by site; β moves to the pair's device."""
+        if self.beta.device != args[0].device:
+            self.beta = self.beta.to(args[0].device)
+        if not isinstance(self.free_bits, Mapping):
+            return dict.fromkeys(layout.latents if self.free_bits else (), self.free_bits)
+        unknown = sorted(self.free_bits.keys() - set(layout.latents))
+        if unknown:
+            raise ValueError(
+                f"free_bits names {unknown}, and the pair's latent sites are "
+                f"{sorted(layout.latents)}: name one of those."
+            )
+        return dict(self.free_bits)
+
+    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+        """The loss of a batch and its surrogate, with nothing read back from the device."""
+        layout, free = self.known(parameters, args)
+        model_trace, guide_trace = self._traces(parameters, args, layout)
+        analytic = self.analytic and in_one_order(model_trace, guide_trace)
+        terms = site_terms(model_trace, guide_trace, analytic)
+        allowed = self._allowed(guide_trace, layout, free)
+        above = {name: terms[name].detach().sum() < -nats for name, nats in allowed.items()}
+        beta = self.beta.to(next(iter(terms.values())).dtype)
+        coefficients = {
+            name: beta * above[name] if name in above else beta
+            for name in terms
+            if _is_latent(name, model_trace, guide_trace)
+        }
+        surrogate = surrogate_elbo(model_trace, guide_trace, terms, analytic, coefficients)
+        sums = {name: term.detach().sum() for name, term in terms.items()}
+        value = sum(
+            coefficients.get(name, 1.0) * term
+            - (beta * torch.where(above[name], 0.0, allowed[name]) if name in above else 0.0)
+            for name, term in sums.items()
+        )
+        means = {name: term / self.particles for name, term in sums.items()}
+        return Estimate(-value / self.particles, -surrogate / self.particles, means)
+
+    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+        """The weighted bound of each datum before any scale, ``[N]``, in nats."""
+        layout, free = self.known(parameters, args)
+        traces = self._traces(parameters, args, layout)
+        allowed = self._allowed(traces[1], layout, free)
+        analytic = self.analytic and in_one_order(*traces)
+        scaled = site_terms(*traces, analytic)
+        for trace in traces:
+            unscale(trace, layout)
+            for site in trace.nodes.values():
+                site.pop("log_prob", None)
+            trace.compute_log_prob()
+        total = 0.0
+        for name, term in site_terms(*traces, analytic).items():
+            each = reduce_to(term, layout, self.particles, len(args[0])).mean(0)
+            if name in allowed:
+                each = torch.where(scaled[name].sum() < -allowed[name], each, -free[name])
+            latent = _is_latent(name, *traces)
+            total = total + (self.beta.to(each.dtype) * each if latent else each)
+        return total
+
+    def _traces(self, parameters: Parameters, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
+        particles = self.particles if self.particles > 1 else None
+        model_trace, guide_trace = trace_pair(parameters, *args, particles=particles, layout=layout)
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        return model_trace, guide_trace
+
+    def _allowed(
+        self, guide_trace: Trace, layout: Layout, free: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """The nats that the batch has free at each site, over all particles, scaled and masked."""
+        allowed = {}
+        for name, nats in free.items():
+            site = guide_trace.nodes[name]
+            ones = site["log_prob"].detach().new_ones(site["fn"].batch_shape)
+            weight = scale_and_mask(ones, scale=site["scale"], mask=site["mask"]).sum()
+            inside = (
+                f.full_size or f.size
+                for f in site["cond_indep_stack"]
+                if f.vectorized and f.name not in (layout.plate, "particles")
+            )
+            allowed[name] = nats * weight / math.prod(inside)
+        return allowed
+
+
+def _is_latent(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
+    site = model_trace.nodes.get(name, guide_trace.nodes.get(name))
+    return not site["is_observed"]

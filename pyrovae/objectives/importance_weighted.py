@@ -1,0 +1,258 @@
+r"""Bounds on log p(x) from several samples, each with three estimators of its gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.log_weights import Cells, cells, check_scales, site_log_probs
+from pyrovae.objectives.pathwise import (
+    Through,
+    check_density,
+    held_still,
+    is_hierarchical,
+    scored_latents,
+)
+from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.traces import Layout, replay_model, trace_guide, trace_pair
+
+__all__ = ["ImportanceWeighted", "Pair", "Scores", "score"]
+
+GRADIENTS = ("plain", "stl", "dreg")
+
+
+class Pair(NamedTuple):
+    """What an estimator has to know of a pair: latents with a score, a guide that is run twice."""
+
+    scored: tuple[str, ...]
+    hierarchical: bool
+
+
+class Scores(NamedTuple):
+    """What a batch's particles score, by site, ``[T, *cells]`` each, in nats."""
+
+    where: Cells
+    model: dict[str, Tensor]
+    guide: dict[str, Tensor]
+
+    @property
+    def log_p(self) -> Tensor:
+        """ln p(x, z)."""
+        return sum(self.model.values())
+
+    @property
+    def log_weights(self) -> Tensor:
+        """ln p(x, z) − ln q(z | x)."""
+        return self.log_p - sum(self.guide.values())
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The ELBO at β = 1 by site, scaled and summed over the batch."""
+        found = dict(self.model)
+        for name, log_q in self.guide.items():
+            found[name] = found[name] - log_q if name in found else -log_q
+        return {n: -self.where.loss(term.detach().mean(0)) for n, term in found.items()}
+
+
+def score(
+    guide_trace: Trace, model_trace: Trace, layout: Layout, log_q: dict[str, Tensor] | None = None
+) -> Scores:
+    """Score the particles of a guide's trace and of the model that was replayed against it.
+
+    Args:
+        guide_trace: The guide's trace.
+        model_trace: The model's trace.
+        layout: The pair's layout.
+        log_q: The guide's log-probabilities, if they have been computed.
+    """
+    where = cells((model_trace, guide_trace), layout)
+    log_q = site_log_probs(guide_trace) if log_q is None else log_q
+    log_p = site_log_probs(model_trace)
+    model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
+    return Scores(where, model, guide)
+
+
+class ImportanceWeighted(Objective):
+    r"""The importance-weighted bound and its relatives, with K samples in each of M groups.
+
+    .. math:: \mathcal{L} = \frac1M \sum_{m=1}^M \Bigl[ \frac{1 - \beta}{1 - \alpha}
+              \ln \frac1K \sum_{k=1}^K w_{mk}^{1 - \alpha}
+              + \frac{\beta}{K} \sum_{k=1}^K \ln w_{mk} \Bigr],
+              \qquad w_{mk} = \frac{p(x, z_{mk})}{q(z_{mk} | x)}
+
+    IWAE is α = β = 0 and M = 1; Rényi's bound has another α, and α = 1 is the ELBO; MIWAE has
+    several groups; CIWAE has β between 0 and 1.
+
+    The gradient is ``"plain"``, autograd's; ``"stl"``, which leaves out the score of q and is
+    unbiased for the ELBO alone; or ``"dreg"``, which replaces that score by a second path and is
+    unbiased for all. Latents that are not reparameterized have a score-function term under
+    ``"plain"``, against the bound with their own weight replaced by the geometric mean of the
+    others'; the other two refuse them.
+
+    Args:
+        particles: K.
+        groups: M; M K samples are drawn in all.
+        alpha: The order α, a finite number; the bound holds for α >= 0.
+        beta: The weight of the ELBO, from 0 to 1.
+        gradient: ``"plain"``, ``"stl"`` or ``"dreg"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519); Li and Turner, Rényi
+        Divergence Variational Inference (1602.02311); Rainforth et al., Tighter Variational Bounds
+        Are Not Necessarily Better (1802.04537); for the gradients, Mnih and Rezende, Variational
+        Inference for Monte Carlo Objectives (1602.06725); Roeder et al., Sticking the Landing
+        (1703.09194); Tucker et al., Doubly Reparameterized Gradient Estimators (1810.04152).
+    """
+
+    def __init__(
+        self,
+        particles: int = 10,
+        groups: int = 1,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        gradient: str = "plain",
+    ) -> None:
+        super().__init__(particles)
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"Expected an integer groups >= 1, got {groups!r}.")
+        if not math.isfinite(alpha):
+            raise ValueError(f"Expected a finite alpha, got {alpha}.")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"Expected beta from 0 (IWAE) to 1 (ELBO), got {beta}.")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
+        self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
+
+    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> Pair:
+        """Check the scales, and what the estimator asks of the guide."""
+        traces = trace_pair(parameters, *args)
+        cells(traces, layout)
+        check_scales(traces, layout)
+        scored = scored_latents(parameters, args)
+        if self.gradient == "plain":
+            return Pair(tuple(scored), False)
+        if scored:
+            name, family = next(iter(scored.items()))
+            raise ValueError(
+                f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
+                f"draws {name!r} from a {family}: train with iwae, which has a score-function term "
+                f"for it, or with reweighted_wake_sleep, or enumerate it with trace_enum_elbo."
+            )
+        hierarchical = is_hierarchical(parameters, args)
+        check_density(parameters, args, hierarchical)
+        return Pair((), hierarchical)
+
+    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+        """The bound of each datum before any scale, ``[N]``, in nats."""
+        at, _ = self._known(parameters, args)
+        guide_trace = trace_guide(parameters, *args, **at)
+        found = score(guide_trace, replay_model(parameters, guide_trace, *args, **at), at["layout"])
+        return found.where.by_datum(self.bound(found.log_weights))
+
+    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+        """The loss of a batch and its surrogate, with nothing read back from the device."""
+        at, pair = self._known(parameters, args)
+        guide_trace = trace_guide(parameters, *args, **at)
+        log_q = site_log_probs(guide_trace)
+        through = Through(guide_trace) if self.gradient == "dreg" else None
+        latents = through.trace if through else guide_trace
+        model_trace = replay_model(parameters, latents, *args, **at)
+        found = score(guide_trace, model_trace, at["layout"], log_q)
+        bound = self.bound(found.log_weights)
+        if self.gradient == "plain":
+            gain = bound + self._scored(guide_trace, found, pair.scored)
+        else:
+            still = held_still(parameters, guide_trace, args, hierarchical=pair.hierarchical, **at)
+            gain = self._paths(found, still, through)
+        loss = found.where.loss(bound.detach())
+        return Estimate(loss, found.where.loss(gain), found.terms)
+
+    def _paths(self, found: Scores, still: dict[str, Tensor], through: Through | None) -> Tensor:
+        """A cell's surrogate without the score of q, ``[*cells]``."""
+        weights, paths, factor = self.weights(found.log_weights.detach())
+        if through is not None:
+            through.factor = factor
+        path = sum(found.guide[name] - found.where.fold(still[name]) for name in still)
+        others = sum(log_q for name, log_q in found.guide.items() if name not in still)
+        return (weights * (found.log_p - others) - paths * path).sum(0)
+
+    def bound(self, log_weights: Tensor) -> Tensor:
+        """The bound of each cell, ``[*cells]``, from its log-weights ``[M K, *cells]``."""
+        return self._of_group(self._grouped(log_weights)).mean(0)
+
+    def weights(self, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The gradient of the bound in its log-weights, and what paths are weighted by.
+
+        .. math:: v = \frac1M \Bigl[(1 - \beta) \tilde w + \frac{\beta}{K}\Bigr], \qquad
+                  u = \frac1M \Bigl[(1 - \beta) \bigl(\alpha \tilde w + (1 - \alpha) \tilde w^2
+                  \bigr) + \frac{\beta}{K}\Bigr]
+
+        with the group's normalized :math:`\tilde w \propto w^{1 - \alpha}`; sticking the landing
+        takes u = v.
+
+        Returns:
+            v, u and u / v, ``[M K, *cells]`` each.
+        """
+        normal = self._grouped(log_weights).mul(1 - self.alpha).softmax(1)
+        share, rest = (1 - self.beta) / self.groups, self.beta / self.groups / self.particles
+        factor = self.alpha + (1 - self.alpha) * normal
+        v = share * normal + rest
+        u = share * normal * factor + rest if self.gradient == "dreg" else v
+        if self.gradient == "stl":
+            factor = torch.ones_like(v)
+        elif rest:
+            factor = u / v
+        return v.flatten(0, 1), u.flatten(0, 1), factor.flatten(0, 1)
+
+    def _grouped(self, log_weights: Tensor) -> Tensor:
+        return log_weights.unflatten(0, (self.groups, -1))
+
+    def _of_group(self, log_weights: Tensor) -> Tensor:
+        """The bound of each group over the second dimension, ``[M, K, ...]`` to ``[M, ...]``."""
+        order = 1 - self.alpha
+        if order == 0 or self.beta == 1:
+            return log_weights.mean(1)
+        bound = ((order * log_weights).logsumexp(1) - math.log(self.particles)) / order
+        if self.beta == 0:
+            return bound
+        return (1 - self.beta) * bound + self.beta * log_weights.mean(1)
+
+    def _scored(self, guide_trace: Trace, found: Scores, names: tuple[str, ...]) -> Tensor | float:
+        """The score-function term of latents that are not reparameterized, ``[*cells]``."""
+        if not names:
+            return 0.0
+        sites = [guide_trace.nodes[name] for name in names]
+        parts = [site["fn"].score_parts(site["value"]).score_function for site in sites]
+        scores = sum(found.where.fold(part) for part in parts)
+        return (self._gains(found.log_weights.detach()) * scores).sum(0)
+
+    def _gains(self, log_weights: Tensor) -> Tensor:
+        """What each particle adds to the bound, over what the others would make of it."""
+        grouped = self._grouped(log_weights)
+        bound = self._of_group(grouped)
+        size, groups = self.particles, self.groups
+        if size > 1:
+            own = torch.eye(size, dtype=torch.bool, device=log_weights.device)
+            own = own.reshape(1, size, size, *(1,) * (grouped.dim() - 2))
+            each = grouped.unsqueeze(2).expand(-1, -1, size, *grouped.shape[2:])
+            others = each.masked_fill(own, 0.0).sum(1, keepdim=True) / (size - 1)
+            without = self._of_group(torch.where(own, others, each))
+            gains = bound.unsqueeze(1) - without
+        elif groups > 1:
+            gains = (bound - (bound.sum(0) - bound) / (groups - 1)).unsqueeze(1)
+        else:
+            gains = bound.unsqueeze(1)
+        return gains.flatten(0, 1) / groups
+
+    def _known(self, parameters: Parameters, args: tuple) -> tuple[dict[str, Any], Pair]:
+        layout, pair = self.known(parameters, args)
+        draws = self.groups * self.particles
+        return {"particles": draws if draws > 1 else None, "layout": layout}, pair

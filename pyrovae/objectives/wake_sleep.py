@@ -1,0 +1,165 @@
+r"""Wake-sleep and reweighted wake-sleep: no gradient passes through a latent."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.importance_weighted import Scores, score
+from pyrovae.objectives.log_weights import cells, check_scales
+from pyrovae.objectives.pathwise import Still, check_density
+from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.traces import (
+    Layout,
+    is_bookkeeping,
+    replay_model,
+    samples,
+    trace_guide,
+    trace_pair,
+)
+
+__all__ = ["WakeSleep"]
+
+
+class WakeSleep(Objective):
+    r"""The model learns awake; the guide learns awake, from weighted samples, or asleep.
+
+    .. math:: \Delta\theta \propto \sum_k \tilde w_k \nabla_\theta \ln p_\theta(x, z_k), \qquad
+              \Delta\phi \propto a \sum_k \tilde w_k \nabla_\phi \ln q_\phi(z_k | x)
+              + (1 - a) \nabla_\phi \ln q_\phi(\bar z | \bar x)
+
+    with :math:`z_k \sim q(z | x)`, :math:`\tilde w_k \propto p(x, z_k) / q(z_k | x)`, and a dream
+    :math:`\bar x, \bar z \sim p` for each datum. The reported loss is minus the importance-weighted
+    bound of the K samples.
+
+    A dream takes the place of every argument that a site of the model observes as it is; the other
+    arguments stay.
+
+    Args:
+        particles: K; at least 2 where the guide learns awake.
+        insomnia: The share a of the guide's learning that is done awake: 0 is wake-sleep, 1 is
+            reweighted wake-sleep.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Hinton et al., The Wake-Sleep Algorithm for Unsupervised Neural Networks (1995), Science
+        268; Bornschein and Bengio, Reweighted Wake-Sleep (arXiv 1406.2751); Le et al., Revisiting
+        Reweighted Wake-Sleep (1805.10469).
+    """
+
+    def __init__(self, particles: int = 10, insomnia: float = 1.0) -> None:
+        super().__init__(particles)
+        if not 0 <= insomnia <= 1:
+            raise ValueError(f"Expected insomnia from 0 (asleep) to 1 (awake), got {insomnia}.")
+        if insomnia > 0 and particles < 2:
+            raise ValueError(
+                "Expected particles >= 2 for a guide that learns awake: the weight of a single "
+                "sample is 1, and says nothing. Use more, or insomnia=0."
+            )
+        self.insomnia = insomnia
+
+    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> dict[int, str]:
+        """Check the scales and the guide's density, and find the sites to dream of."""
+        traces = trace_pair(parameters, *args)
+        cells(traces, layout)
+        check_scales(traces, layout)
+        check_density(parameters, args, hierarchical=False)
+        if self.insomnia == 1:
+            return {}
+        auxiliary = sorted(set(_latents(traces[1])) - set(layout.latents))
+        if auxiliary:
+            raise ValueError(
+                f"A dream has no value for {auxiliary}, which the guide alone samples: use "
+                f"reweighted_wake_sleep with insomnia=1."
+            )
+        observed = {
+            name: site["value"]
+            for name, site in samples(traces[0]).items()
+            if site["is_observed"] and not is_bookkeeping(site)
+        }
+        return _heard(observed, args)
+
+    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+        """The importance-weighted bound of each datum before any scale, ``[N]``, in nats."""
+        found, _ = self._awake(parameters, args)
+        return found.where.by_datum(self._bound(found.log_weights))
+
+    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+        """The loss of a batch and its surrogate, with nothing read back from the device."""
+        found, latents = self._awake(parameters, args)
+        log_weights = found.log_weights.detach()
+        learnt = sum(found.guide[name] for name in latents)
+        rest = found.log_p - sum(q for name, q in found.guide.items() if name not in latents)
+        gain = log_weights.softmax(0) * (rest + self.insomnia * learnt)
+        surrogate = found.where.loss(gain.sum(0))
+        if self.insomnia < 1:
+            surrogate = surrogate - (1 - self.insomnia) * self._asleep(parameters, args)
+        return Estimate(found.where.loss(self._bound(log_weights)), surrogate, found.terms)
+
+    def _bound(self, log_weights: Tensor) -> Tensor:
+        return log_weights.logsumexp(0) - math.log(self.particles)
+
+    def _awake(self, parameters: Parameters, args: tuple) -> tuple[Scores, list[str]]:
+        layout, _ = self.known(parameters, args)
+        at = {"particles": self.particles if self.particles > 1 else None, "layout": layout}
+        with Still():
+            guide_trace = trace_guide(parameters, *args, **at)
+        model_trace = replay_model(parameters, guide_trace, *args, **at)
+        return score(guide_trace, model_trace, layout), _latents(guide_trace)
+
+    def _asleep(self, parameters: Parameters, args: tuple) -> Tensor:
+        """ln q of the latents of one dream a datum, scaled and summed over the batch."""
+        _, heard = self.known(parameters, args)
+        with torch.no_grad():
+            dream = poutine.trace(poutine.uncondition(parameters.run_model)).get_trace(*args)
+        values = {name: dream.nodes[name]["value"] for name in heard.values()}
+        dreamt = tuple(
+            values[heard[i]].reshape(arg.shape).to(arg.dtype) if i in heard else arg
+            for i, arg in enumerate(args)
+        )
+        with Still(), poutine.replay(trace=dream):
+            guide_trace = trace_guide(parameters, *dreamt)
+        guide_trace.compute_log_prob()
+        return sum(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
+
+
+def _latents(guide_trace: Trace) -> list[str]:
+    return [name for name, site in samples(guide_trace).items() if not site["is_observed"]]
+
+
+def _heard(observed: dict[str, Tensor], args: tuple) -> dict[int, str]:
+    """The site that observes each argument as it is, by the argument's place."""
+    found = {
+        index: name
+        for index, argument in enumerate(args)
+        for name, value in observed.items()
+        if _is_same(value, argument)
+    }
+    if 0 not in found:
+        raise ValueError(
+            f"No site of the model observes x as it is (there are {sorted(observed)}), so that "
+            f"the guide cannot be run on a dream: observe x itself, or use reweighted_wake_sleep "
+            f"with insomnia=1."
+        )
+    unheard = sorted(observed.keys() - set(found.values()))
+    if unheard and len(found) < len(args):
+        raise ValueError(
+            f"Sites {unheard} observe none of the arguments as it is, so that a dream of them "
+            f"cannot be given to the guide: observe the arguments themselves, or use "
+            f"reweighted_wake_sleep with insomnia=1."
+        )
+    return found
+
+
+def _is_same(value: Tensor, argument: Any) -> bool:
+    if not isinstance(argument, Tensor) or value.numel() != argument.numel():
+        return False
+    return torch.equal(value.reshape(argument.shape).to(argument.dtype), argument)

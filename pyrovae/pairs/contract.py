@@ -1,0 +1,295 @@
+"""The contract of a pair, checked: its sites, its plates, its shapes, and the data's support."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyrovae.pairs.enumeration import enumerates
+from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.traces import (
+    Layout,
+    is_bookkeeping,
+    replay_model,
+    samples,
+    site_scale,
+    trace_guide,
+    trace_pair,
+)
+
+__all__ = [
+    "batch_frame",
+    "batch_plates",
+    "check_event",
+    "check_objective",
+    "check_sites",
+    "check_support",
+    "inspect_pair",
+    "mended",
+]
+
+
+def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
+    """Run a pair once and check that its programs belong together.
+
+    Args:
+        parameters: The pair.
+        x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
+
+    Returns:
+        The pair's layout.
+
+    Raises:
+        ValueError: If a latent is in one program only, no plate holds the batch, a site lies
+            outside that plate, event dimensions disagree, or x is outside a site's support.
+    """
+    with torch.no_grad(), _blames_data(x):
+        guide_trace = trace_guide(parameters, x, *context)
+        model_trace = _try_replay(parameters, guide_trace, x, *context)
+    model_sites, guide_sites = samples(model_trace), samples(guide_trace)
+    observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
+    hidden = {n: s for n, s in model_sites.items() if not s["is_observed"]}
+    enumerated = [n for n, s in hidden.items() if n not in guide_sites and enumerates(s)]
+    latents = {n: s for n, s in hidden.items() if n not in enumerated}
+    check_sites(latents, guide_sites)
+    for name in latents:
+        check_event(name, latents[name], guide_sites[name])
+    every = [*model_sites.items(), *guide_sites.items()]
+    plates = batch_plates(every, len(x))
+    if len(plates) > 1 and len(x) > 1:
+        plates = [inspect_pair(parameters, x[1:], *(c[1:] for c in context)).plate]
+    frame = batch_frame(every, plates[0])
+    for name, site in observed.items():
+        _check_observed(name, site)
+    dims = [f.dim for _, site in every for f in site["cond_indep_stack"] if f.vectorized]
+    layout = Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), tuple(observed))
+    scales = [site_scale(s, layout) for _, s in every if not is_bookkeeping(s)]
+    scaled = any(isinstance(s, Tensor) or s != 1.0 for s in scales)
+    plate_scale = (frame.full_size or frame.size) / frame.size
+    return layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
+
+
+def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: int = 512) -> None:
+    """Check a whole data set against the supports of the sites that observe it.
+
+    Args:
+        parameters: The pair.
+        x: The data ``[N, ...]``, with further arguments of the programs in ``context``.
+        batch_size: How many rows are run at a time.
+
+    Raises:
+        ValueError: Naming the site, its support and a value outside it.
+    """
+    with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
+        for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
+            model_trace, _ = trace_pair(parameters, *rows)
+            for name, site in samples(model_trace).items():
+                if site["is_observed"]:
+                    _check_observed(name, site)
+
+
+def check_objective(layout: Layout, objective: Any) -> None:
+    """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
+
+    Args:
+        layout: What :func:`inspect_pair` said of the pair.
+        objective: What the pair is to be trained with.
+
+    Raises:
+        ValueError: Naming the latents and the objective that sums over them.
+    """
+    sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)
+    if layout.enumerated and not sums:
+        raise ValueError(
+            f"{type(objective).__name__} is no bound for latents that the model alone has, "
+            f"{sorted(layout.enumerated)}: train with TraceEnum_ELBO, which sums over them, or "
+            f"sample them in the guide."
+        )
+
+
+def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
+    try:
+        return replay_model(parameters, guide_trace, x, *context)
+    except (ValueError, RuntimeError):
+        guide_sites = samples(guide_trace)
+        free = samples(poutine.trace(parameters.run_model).get_trace(x, *context))
+        for name, site in free.items():
+            if name in guide_sites and not site["is_observed"]:
+                check_event(name, site, guide_sites[name])
+        raise
+
+
+@contextmanager
+def _blames_data(x: Tensor) -> Iterator[None]:
+    """Where a program fails at first sight, say of the data or of the program what is wrong."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
+            f"and .test."
+        )
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
+                f"{bad[0].item()}: clean them, or let the programs mask them."
+            ) from error
+        text = str(error).partition("Trace Shapes:")[0].strip()
+        raise ValueError(mended(text, x)) from error
+    except IndexError as error:
+        raise ValueError(
+            f"A program looks up what it does not have ({error}): give it as many classes as there "
+            f"are labels, and labels that are not hidden (-1) where it needs them."
+        ) from error
+
+
+def mended(text: str, x: Tensor) -> str:
+    """An error's text with what to change, where that is known."""
+    if "Shape mismatch inside plate" in text:
+        return f"{text}: declare the dimensions of one event with .to_event(n)."
+    if text.startswith("Expected parameter"):
+        what = text.partition("but found")[0].strip(" ,")
+        return (
+            f"{what}, and it does not. The data run from {x.min():.4g} to {x.max():.4g}: scale "
+            f"them to about [0, 1], or look at the network that makes the parameter."
+        )
+    if "must have the same dtype" in text:
+        return f"{text}. The data are {x.dtype}: convert them or the modules."
+    return text
+
+
+def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
+    """Check that the guide samples the model's latents, and no others.
+
+    Raises:
+        ValueError: Naming the first that is missing, or too many.
+    """
+    proposed = {
+        name
+        for name, site in guide_sites.items()
+        if not site["infer"].get("is_auxiliary") and not is_bookkeeping(site)
+    }
+    for name in latents:
+        if name not in guide_sites:
+            raise ValueError(
+                f"The model's latent site {name!r} is missing in the guide, which samples "
+                f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}, or "
+                f"mark one that is discrete with infer={{'enumerate': 'parallel'}} in the model "
+                f"and train with TraceEnum_ELBO."
+            )
+    for name in sorted(proposed - set(latents)):
+        raise ValueError(
+            f"The guide samples {name!r}, which is no latent site of the model (its latents are "
+            f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
+            f"exchange model and guide if they are the wrong way round{_near(name, latents)}."
+        )
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_event(name: str, model_site: dict, guide_site: dict) -> None:
+    """Check that a latent is of one shape in both programs.
+
+    Raises:
+        ValueError: If its event dimensions or sizes differ.
+    """
+    ours, theirs = model_site["fn"], guide_site["fn"]
+    if ours.event_dim != theirs.event_dim:
+        raise ValueError(
+            f"Site {name!r} has {ours.event_dim} event dimensions in the model and "
+            f"{theirs.event_dim} in the guide: end both distributions in the same .to_event(n)."
+        )
+    if ours.event_shape != theirs.event_shape:
+        raise ValueError(
+            f"Site {name!r} has event shape {list(ours.event_shape)} in the model and "
+            f"{list(theirs.event_shape)} in the guide: give both the same latent size."
+        )
+
+
+def batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
+    """The plates that may hold the batch: those of its size, around every site if there is one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    stacks = [_plates(site) for _, site in sites if not is_bookkeeping(site)]
+    fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
+    if not fitting:
+        raise ValueError(
+            f"Expected a plate over the batch of {num_data}, got plates "
+            f"{sorted({(f.name, f.size) for stack in stacks for f in stack.values()})}: open "
+            f"`with pyro.plate('data', len(x))` in the model and in the guide."
+        )
+    common = [name for name in fitting if all(name in stack for stack in stacks)]
+    return ["data"] if "data" in (common or fitting) else (common or fitting)
+
+
+def batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
+    """The frame of the plate that holds the batch.
+
+    Raises:
+        ValueError: If a site lies outside it.
+    """
+    for name, site in sites:
+        if plate not in _plates(site) and not is_bookkeeping(site):
+            raise ValueError(
+                f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "
+                f"log-probability belongs to no datum: sample it inside that plate."
+            )
+    return next(frames[plate] for _, site in sites if plate in (frames := _plates(site)))
+
+
+def _plates(site: dict) -> dict[str, Any]:
+    return {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+
+
+def _check_observed(name: str, site: dict) -> None:
+    if is_bookkeeping(site):
+        return
+    fn, value = site["fn"], site["value"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    if value.shape[value.dim() - fn.event_dim :] != fn.event_shape:
+        raise ValueError(
+            f"Site {name!r} observes events of shape {list(value.shape[1:])}, but its distribution "
+            f"has events {list(fn.event_shape)} and batch {list(fn.batch_shape)}: check the "
+            f"model's data shape, and declare event dimensions with .to_event(n)."
+        )
+    inside = fn.support.check(value)
+    mask = site["mask"]
+    if isinstance(mask, Tensor):
+        inside = inside | ~mask.expand(batch)
+    if mask is not False and not bool(inside.all()):
+        row = tuple((~inside).nonzero()[0].tolist())
+        raise ValueError(_outside(name, fn, value, row))
+
+
+def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
+    base = fn
+    while hasattr(base, "base_dist") and not hasattr(base, "transforms"):
+        base = base.base_dist
+    kind = type(base).__name__
+    inside = base.support.check(value)
+    bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
+    shown = f"{bad.reshape(-1)[0].item():.6g}"
+    mend = "choose a likelihood whose support holds the data"
+    if kind in ("Bernoulli", "RelaxedBernoulli"):
+        mend = (
+            "a Bernoulli scores only 0 and 1, so binarize the data (binarize='threshold', "
+            "'static' or 'dynamic'), or choose a likelihood for grey values (continuous "
+            "Bernoulli, Gaussian)"
+        )
+    return f"Site {name!r} observes {shown}, outside the support of {kind}: {mend}."

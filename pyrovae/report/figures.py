@@ -1,0 +1,278 @@
+"""Figures of a run: each function takes tensors and returns a matplotlib ``Figure``.
+
+Events ``[1, H, W]`` and ``[3, H, W]`` are drawn as pictures, a pixel being a whole number of dots;
+``[1]`` as one pixel, ``[2]`` as points in the plane, and all others as line profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae.report.figure_style import BLUE, DPI, GREY, ORANGE, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "image_grid",
+    "interpolations",
+    "latent_space",
+    "learning_curves",
+    "manifold",
+    "reconstructions",
+]
+
+PLANE = ("x[0]", "x[1]")
+TERMS = {"elbo": "ELBO", "reconstruction": "E_q[ln p(x|z)]", "kl": "KL(q(z|x) ‖ p(z))"}
+
+
+@styled
+def learning_curves(history: Sequence[dict]) -> Figure:
+    """Draw the ELBO and its two terms, in nats per datum, against the epoch.
+
+    A row holds ``epoch``, and ``train_*`` and ``valid_*`` for ``elbo``, ``reconstruction``, ``kl``.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    terms = {name: curves for name in TERMS if (curves := _curves(history, name))}
+    if not terms:
+        raise ValueError("Expected a history with an ELBO or one of its terms, got neither.")
+    first, *others = terms
+    layout = [[first] * len(others), others] if others else [[first]]
+    figure = Figure((5.4, 2.4 * len(layout)), dpi=DPI, layout="constrained")
+    for name, axes in figure.subplot_mosaic(layout).items():
+        for split, (epoch, value) in terms[name].items():
+            colour, marker = BLUE if split == "train" else ORANGE, "." if len(epoch) < 12 else ""
+            axes.plot(epoch, value, marker=marker, color=colour, label=split)
+            if (name, split) == ("elbo", "validation") and np.isfinite(value).any():
+                best = np.nanargmax(value)
+                label = f"best: {value[best]:.2f} at epoch {epoch[best]:g}"
+                axes.plot(epoch[best], value[best], "o", color=colour, mfc="none", label=label)
+        axes.set(title=TERMS[name], xlabel="epoch", ylabel="nats per datum")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(True)
+        if name == first:
+            axes.legend(frameon=False)
+    return figure
+
+
+@styled
+def image_grid(images: Tensor, *, title: str, columns: int | None = None) -> Figure:
+    """Draw events ``[n, C, H, W]`` or ``[n, D]`` in rows of ``columns``, the first row on top."""
+    x = _events(images, 1)
+    if x[0].size <= 2:
+        return _points(x, PLANE[: x[0].size], title)
+    return _mosaic(_rows(x, columns or ceil(len(x) ** 0.5)), title)
+
+
+@styled
+def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstructions") -> Figure:
+    """Draw data ``[n, *shape]`` above their reconstructions ``[n, *shape]``, ten in a row.
+
+    Both share the data's range, and a profile is drawn over the one it reconstructs.
+    """
+    x, xhat = _events(x, 1), _events(xhat, 1)
+    if x.shape != xhat.shape:
+        raise ValueError(f"Expected reconstructions {list(x.shape)}, got {list(xhat.shape)}.")
+    names = ("data", "reconstruction")
+    if x[0].size == 2:
+        pairs, labels = np.stack([x, xhat], 1), np.tile(names, len(x))
+        return _points(pairs, PLANE, title, labels, paths=pairs)
+    data, found = _rows(x, 10), _rows(xhat, 10)
+    cells = np.stack([data, found], 1).reshape(-1, *data.shape[1:])
+    return _mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
+
+
+@styled
+def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure:
+    """Draw posterior means ``[N, d]``, coloured by ``labels`` ``[N]``.
+
+    One dimension is a histogram, two are drawn as they are, and more are projected on their two
+    principal components, whose shares of the variance the axes state. Integer labels of at most
+    20 classes have a legend, all others a colour bar.
+    """
+    z = _events(z, 1).reshape(len(z), -1)
+    labels = None if labels is None else torch.as_tensor(labels).detach().cpu().numpy()
+    if not np.isfinite(z).all():
+        raise ValueError("Expected finite posterior means, got NaN or infinity.")
+    if labels is not None and labels.shape != z.shape[:1]:
+        raise ValueError(f"Expected labels of shape [{len(z)}], got {list(labels.shape)}.")
+    names = [f"{site}[{i}], posterior mean" for i in range(z.shape[1])]
+    if z.shape[1] > 2:
+        z, share = _principal(z)
+        names = [f"principal component {i + 1} ({share[i]:.1%} of variance)" for i in range(2)]
+    return _points(z, names, f"Posterior means of {site}", labels, "label", equal=True)
+
+
+@styled
+def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
+    """Draw events ``[r, c, *shape]`` decoded over a square of a two-dimensional latent space.
+
+    ``grid[i, j]`` is decoded at the i-th value of ``z[1]``, which grows upwards, and the j-th of
+    ``z[0]``, both equally spaced over ``extent``, in standard deviations of the prior.
+    """
+    x, title = _events(grid, 2), "Events decoded over the latent plane"
+    if x[0, 0].size == 2:
+        return _points(x, PLANE, title, paths=[*x, *x.swapaxes(0, 1)])
+    names = [f"z[{i}]" for i in range(2)]
+    return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
+
+
+@styled
+def interpolations(rows: Tensor, *, title: str = "Interpolations in latent space") -> Figure:
+    """Draw paths ``[r, s, *shape]``, each a row from weight 0 (one datum) to 1 (another)."""
+    x, name = _events(rows, 2), "mixing weight"
+    if x[0, 0].size == 2:
+        return _points(x, PLANE, title, np.tile(np.linspace(0, 1, x.shape[1]), len(x)), name, x)
+    return _mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
+
+
+def _curves(history: Sequence[dict], name: str) -> dict[str, np.ndarray]:
+    curves = {}
+    for key, split in (("train", "train"), ("valid", "validation")):
+        if rows := [row for row in history if row.get(f"{key}_{name}") not in (None, "")]:
+            curves[split] = np.array([[r["epoch"], r[f"{key}_{name}"]] for r in rows], float).T
+    return curves
+
+
+def _events(x: Tensor, batch: int) -> np.ndarray:
+    x = torch.as_tensor(x).detach().cpu().double().numpy()
+    if x.ndim <= batch or x.size == 0:
+        raise ValueError(f"Expected events of some shape, got a tensor {list(x.shape)}.")
+    return x
+
+
+def _rows(x: np.ndarray, columns: int) -> np.ndarray:
+    columns = max(1, min(columns, len(x)))
+    blank = np.full((-len(x) % columns, *x.shape[1:]), np.nan)
+    return np.concatenate([x, blank]).reshape(-1, columns, *x.shape[1:])
+
+
+def _principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    z = z - z.mean(0)
+    variance, axes = np.linalg.eigh(z.T @ z)
+    variance, axes = variance[::-1].clip(0), axes[:, ::-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(len(axes))])
+    return z @ axes[:, :2], variance / (variance.sum() or 1.0)
+
+
+def _limits(x: np.ndarray, tail: float) -> tuple[float, float]:
+    x = x[np.isfinite(x)]
+    if x.size == 0 or (x.min() >= 0 and x.max() <= 1):
+        return 0.0, 1.0
+    low, high = np.quantile(x, [tail, 1 - tail])
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def _edges(ends: Sequence[float], n: int, margin: float) -> tuple[float, float]:
+    first, last = ends or (0, n - 1)
+    step = (last - first) / (n - 1) if n > 1 else 1.0
+    return first - margin * step, last + margin * step
+
+
+def _points(points, names, title, labels=None, label="", paths=(), equal=False) -> Figure:
+    """Draw points ``[..., 1 or 2]``, coloured by class or scale, over the lines joining them."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    points, (xlabel, ylabel) = points.reshape(-1, len(names)), [*names, "count"][:2]
+    figure = Figure((5.4, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(title=fill(title, 70), xlabel=xlabel, ylabel=ylabel)
+    axes.grid(True)
+    classes = [] if labels is None or labels.dtype.kind == "f" else np.unique(labels).tolist()
+    palette = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+    classes = dict(zip(classes, palette, strict=False)) if len(classes) <= 20 else {}
+    if len(names) == 1:
+        edges = np.histogram_bin_edges(points, min(60, ceil(len(points) ** 0.5)))
+        parts = [points[labels == each, 0] for each in classes] or [points[:, 0]]
+        axes.hist(parts, edges, stacked=True, color=[*classes.values()] or [BLUE])
+    else:
+        for path in paths:
+            axes.plot(*path.reshape(-1, 2).T, color=GREY, lw=0.7, zorder=1)
+        colours = BLUE if labels is None else [classes.get(each, each) for each in labels.tolist()]
+        drawn = axes.scatter(*points.T, np.clip(12000 / len(points), 2, 18), colours, linewidths=0)
+        axes.set_aspect("equal" if equal else "auto", adjustable="datalim")
+        if labels is not None and not classes:
+            figure.colorbar(drawn, label=label)
+    for each, colour in classes.items():
+        axes.plot([], [], "o", ms=4, color=colour, label=each)
+    if classes:
+        axes.legend(title=label, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), behind=None) -> Figure:
+    """Draw cells ``[r, c, *shape]``, the centres of the first and last column being at ``x``."""
+    from matplotlib.figure import Figure
+
+    (r, c), shape, dims = cells.shape[:2], cells.shape[2:], cells[0, 0].size
+    picture = dims == 1 or (len(shape) == 3 and shape[0] in (1, 3))
+    behind = cells if behind is None else behind
+    low, high = _limits(behind if picture else cells, 0.005 * picture)
+    gap = int(picture and dims > 1)
+    if picture:
+        cells = cells.reshape(r, c, *(shape if len(shape) == 3 else (1, 1, 1)))
+        canvas = _tile((cells - low) / (high - low) if shape[0] == 3 else cells, gap)
+        size = np.array(canvas.shape[:2])
+        dots = int(min(1200 / size.max(), 240 / (size / (r, c)).max()))
+        height, width = np.round(size * (dots or min(1, 4000 / size.max())))
+    else:
+        size, width, height = (r, c), min(480 * c, 1200), min(336 * r, 840 * r / c, 4000)
+    bar = picture and shape[0] != 3 and ((low, high) != (0, 1) or dims == 1)
+    note = "" if picture else f"each panel: dimension 0 to {dims - 1}, "
+    note += "" if picture and (bar or (low, high) == (0, 1)) else f"x from {low:.3g} to {high:.3g}"
+    xlabel = "\n".join(filter(None, [names[0], note]))
+    left, right = 30 + 110 * bool(names[1]) + 230 * bool(rows), 30 + 170 * bar
+    bottom = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
+    full = max(left + width + right, 900)
+    title = fill(title, int(full - left) // 18)
+    tall = bottom + height + 76 + 36 * title.count("\n")
+    figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
+    box = [left / full, bottom / tall, width / full, height / tall]
+    axes = figure.add_axes(box, title=title, xlabel=xlabel, ylabel=names[1])
+    left, right = _edges(x, c, 0.5 + 0.5 * gap * c / (size[1] - gap))
+    top, bottom = _edges(y, r, 0.5 + 0.5 * gap * r / (size[0] - gap))
+    if picture:
+        drawn = axes.imshow(canvas, "gray", vmin=low, vmax=high, interpolation="nearest")
+        drawn.set_extent((left, right, bottom, top))
+    else:
+        _profiles(axes, cells, behind, low, high)
+    ticks = {} if x else {"xticks": []}
+    ticks |= {} if y else {"yticks": range(len(rows)), "yticklabels": rows}
+    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="auto", **ticks)
+    axes.spines[:].set_visible(False)
+    if bar:
+        box[::2] = box[0] + box[2] + 30 / full, 30 / full
+        figure.colorbar(drawn, cax=figure.add_axes(box), label="x")
+    return figure
+
+
+def _tile(cells: np.ndarray, gap: int) -> np.ndarray:
+    """Lay cells ``[r, c, C, H, W]`` out as one picture, grey or RGB, with white between them."""
+    pad = [(0, 0), (0, 0), (0, 0), (gap, 0), (gap, 0)]
+    cells = np.pad(cells, pad, constant_values=np.nan).transpose(0, 3, 1, 4, 2)
+    canvas = cells.reshape(cells.shape[0] * cells.shape[1], -1, cells.shape[4])
+    canvas = np.pad(canvas, [(0, gap), (0, gap), (0, 0)], constant_values=np.nan)
+    return canvas[..., 0] if canvas.shape[2] == 1 else np.nan_to_num(canvas, nan=1).clip(0, 1)
+
+
+def _profiles(axes, cells, behind, low, high) -> None:
+    r, c = cells.shape[:2]
+    across = (np.arange(c)[:, None] + np.linspace(0.08, 0.92, cells[0, 0].size)) / c
+    for part, colour in ((behind, GREY), (cells, BLUE)):
+        up = 0.1 + 0.8 * (part.reshape(r, c, -1) - low) / (high - low)
+        lines = np.broadcast_arrays(across, (np.arange(r)[::-1, None, None] + up) / r)
+        lines = [each.reshape(r * c, -1).T for each in lines]
+        axes.plot(*lines, color=colour, lw=0.8, transform=axes.transAxes)
+    axes.set_facecolor("#f4f4f4")
+    frame = {"transform": axes.transAxes, "color": "white", "lw": 3, "zorder": 1}
+    axes.vlines(np.arange(c + 1) / c, 0, 1, **frame)
+    axes.hlines(np.arange(r + 1) / r, 0, 1, **frame)

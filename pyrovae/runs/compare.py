@@ -1,0 +1,222 @@
+"""Runs side by side: never two means without the paired difference between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from torch import Tensor
+
+from pyrovae.evidence.result import Comparison, LogLikelihood, compare_log_likelihood
+from pyrovae.report.finding_pictures import Finding
+from pyrovae.report.html import name_of
+from pyrovae.report.text import number
+from pyrovae.runs import Run
+from pyrovae.runs.experiment import load_finding
+
+__all__ = ["Compared", "RunComparison", "compare_runs"]
+
+HEAD = ("run", "model", "guide", "objective", "ELBO", "log p(x)", "k-hat > 0.7", "rate", "active")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run that is compared: what it is called, and what its evaluation found."""
+
+    name: str
+    run: Run
+    config: Mapping[str, Any]
+    finding: Finding
+    elbo: Tensor
+
+    @property
+    def log_likelihood(self) -> LogLikelihood:
+        """log p(x) of each datum."""
+        return self.finding.log_likelihood
+
+    @property
+    def cells(self) -> list[str]:
+        """Its row of the table."""
+        found, ll = self.finding.results, self.log_likelihood
+        share = found["log_likelihood"]["khat_over_0.7"]
+        return [
+            self.name,
+            *(name_of(self.config[kind]) for kind in ("model", "guide")),
+            _objective(self.config),
+            number(found["elbo"]["trace_mean_field_elbo"]["mean"]),
+            f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
+            "unknown" if share is None else f"{share:.1%}",
+            number(found["kl"]),
+            _active(found),
+        ]
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """Several runs on the same data.
+
+    Attributes:
+        split: The split.
+        runs: The runs.
+        differences: What each run but the first has over the first, in log p(x).
+        elbo_differences: The same in the ELBO: a mean with its standard error over data.
+    """
+
+    split: str
+    runs: tuple[Compared, ...]
+    differences: tuple[Comparison, ...]
+    elbo_differences: tuple[tuple[float, float], ...]
+
+    @property
+    def num_data(self) -> int:
+        """How many data they were evaluated on."""
+        return len(self.runs[0].elbo)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the runs differ in β, and not in their programs: they lie on one curve."""
+        pairs = {tuple(name_of(r.config[k]) for k in ("model", "guide")) for r in self.runs}
+        betas = [_beta(r.config) for r in self.runs]
+        return len(pairs) == 1 and None not in betas and len(set(betas)) == len(betas)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What each run but the first has over the first, in words."""
+        first = self.runs[0].name
+        return [
+            f"{_named(c.verdict, run.name, first)} (log p(x) of {run.name} less that of {first}: "
+            f"{c.difference:+.3f} ± {c.standard_error:.3f}; ELBO {elbo:+.3f} ± {error:.3f}.)"
+            for run, c, (elbo, error) in zip(
+                self.runs[1:], self.differences, self.elbo_differences, strict=True
+            )
+        ]
+
+    def __str__(self) -> str:
+        """The table, and the paired differences below it."""
+        rows = [HEAD, *(run.cells for run in self.runs)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 4 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        about = f"{self.split}, {self.num_data} data, nats per datum; ± is the Monte Carlo error"
+        return "\n".join([about, *lines, "", *self.verdicts])
+
+
+def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunComparison:
+    """Compare runs on a split by what their evaluations found of each datum.
+
+    Args:
+        paths: Two run directories or more; each is compared with the first.
+        split: The split that all were evaluated on.
+
+    Raises:
+        ValueError: If a run was not evaluated on the split, or on other data than the first, or
+            was trained further since.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"Expected two runs or more to compare, got {len(paths)}.")
+    names = _short([Path(path) for path in paths])
+    runs = tuple(_load(path, name, split) for path, name in zip(paths, names, strict=True))
+    first = runs[0]
+    for other in runs[1:]:
+        _require_same_data(first, other, split)
+    found = [compare_log_likelihood(r.log_likelihood, first.log_likelihood) for r in runs[1:]]
+    bounds = [_paired(run.elbo - first.elbo) for run in runs[1:]]
+    return RunComparison(split, runs, tuple(found), tuple(bounds))
+
+
+def _load(path: str | Path, name: str, split: str) -> Compared:
+    run = Run.open(path)
+    again = f"pyrovae evaluate {quote(str(run.path))} --split {split}"
+    finding, values = load_finding(run, split), run.load_values(split)
+    if finding is None or values is None or finding.log_likelihood is None:
+        raise ValueError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
+    tensors, about = values
+    if about.get("weights") != run.weights_checksum():
+        raise ValueError(f"{run.path} was trained further since it was evaluated; first: {again}")
+    asked = finding.results["log_likelihood"].get("num_samples"), finding.results.get("data")
+    if asked != (finding.log_likelihood.num_samples, about.get("data")) or "elbo" not in tensors:
+        raise ValueError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
+    return Compared(name, run, run.config, finding, tensors["elbo"].double())
+
+
+def _require_same_data(first: Compared, other: Compared, split: str) -> None:
+    if first.log_likelihood.data == other.log_likelihood.data:
+        return
+    sizes = len(first.elbo), len(other.elbo)
+    paths = [quote(str(each.run.path)) for each in (first, other)]
+    if sizes[0] != sizes[1]:
+        fewer = paths[sizes.index(min(sizes))]
+        raise ValueError(
+            f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
+            f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
+        )
+    differ = _differing(first.config["data"], other.config["data"])
+    raise ValueError(
+        f"{paths[0]} and {paths[1]} were evaluated on different data ({differ}): log p(x) of one "
+        f"says nothing beside that of the other. Train both on one data set, and then: pyrovae "
+        f"evaluate {paths[1]} --split {split}"
+    )
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    said = [
+        f"{key} is {a.get(key)} and {b.get(key)}"
+        for key in ("name", "binarize", "context", "shape", "sha256")
+        if a.get(key) != b.get(key)
+    ]
+    return ", ".join(said) or "their numbers differ"
+
+
+def _short(paths: Sequence[Path]) -> list[str]:
+    """Names as short as they can be told apart by."""
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names) and all(names):
+        return names
+    whole = [path.absolute() for path in paths]
+    if len(set(whole)) < len(whole):
+        return [f"{path} ({i + 1})" for i, path in enumerate(paths)]
+    above = commonpath(whole)
+    return [str(path.relative_to(above)) for path in whole]
+
+
+def _named(verdict: str, run: str, first: str) -> str:
+    names = {"The first": run, "The second": first, "The two": f"{run} and {first}"}
+    for word, name in names.items():
+        if verdict.startswith(word):
+            return name + verdict.removeprefix(word)
+    return verdict
+
+
+def _objective(config: Mapping[str, Any]) -> str:
+    settings = config.get("objective_settings") or {}
+    said = "".join(f", {name}={value}" for name, value in settings.items())
+    return f"{config.get('objective', '')}{said}"
+
+
+def _beta(config: Mapping[str, Any]) -> float | None:
+    """The weight on the KL; 1 for an ELBO, None where an objective has no such."""
+    settings, name = config.get("objective_settings") or {}, config.get("objective", "")
+    if name == "beta_elbo":
+        return settings.get("beta", 4.0)
+    return 1.0 if name in ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo") else None
+
+
+def _active(found: Mapping[str, Any]) -> str:
+    sites = ((found.get("diagnostics") or {}).get("sites") or {}).values()
+    if not sites:
+        return "unknown"
+    active, units = (sum(site[key] for site in sites) for key in ("active_units", "units"))
+    return f"{active} of {units}"
+
+
+def _paired(each: Tensor) -> tuple[float, float]:
+    return each.mean().item(), (each.std() / len(each) ** 0.5).item()

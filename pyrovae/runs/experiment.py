@@ -1,0 +1,301 @@
+"""A run from its configuration: train it, load it, draw it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.data import DATASETS, Dataset, load_data
+from pyrovae.objectives import make_objective
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.pair import Parameters
+from pyrovae.report.finding_pictures import FINDING_PICTURES, Finding, draw_findings
+from pyrovae.report.pictures import draw_pictures
+from pyrovae.runs import Run
+from pyrovae.runs.agreement import require_same_data, require_same_run
+from pyrovae.runs.per_datum import from_tensors
+from pyrovae.runs.programs import KINDS, Program, find_program
+from pyrovae.training.distributed import join
+from pyrovae.training.loop import Fit, fit
+
+__all__ = [
+    "Experiment",
+    "choose_device",
+    "draw",
+    "load_experiment",
+    "load_finding",
+    "resolve",
+    "train",
+]
+
+PROGRAM_STREAM, PICTURE_STREAM = 1_000_001, 1_000_002
+FIT = (
+    "objective",
+    "epochs",
+    "batch_size",
+    "particles",
+    "lr",
+    "schedule",
+    "clip_norm",
+    "patience",
+    "compile",
+    "precision",
+)
+BATCH_SIZE = 128
+SHOWN = {"binarize": "none", "context": "none", "labelled": None}
+COMPILE = {"auto": "auto", "on": True, "off": False}
+
+
+class Experiment(NamedTuple):
+    """A configuration come to life."""
+
+    config: dict[str, Any]
+    model: Callable
+    guide: Callable
+    data: Dataset
+    files: dict[str, bytes]
+
+
+def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Experiment:
+    """Build what a run needs, touching nothing on disk.
+
+    Args:
+        options: ``model``, ``guide``, ``data``, ``settings`` (``{"model": {...}, "guide":
+            {...}}``), ``binarize``, ``data_root``, ``device``, ``seed`` and the arguments of
+            :func:`pyrovae.fit` that a configuration holds.
+        command: The command that asks for the run.
+        run: An existing run to go on with, whose copies of the user's files are used.
+
+    Raises:
+        ValueError: If anything asked for does not exist or does not fit together.
+    """
+    device = join().place(choose_device(options["device"]))
+    programs = _programs({k: options[k] for k in KINDS}, run, options["seed"])
+    settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
+    load = options["data"] if options["data"] in DATASETS else _absolute(options["data"])
+    root = options["data_root"] and _absolute(options["data_root"])
+    shown = {k: options[k] for k in SHOWN}
+    data = load_data(options["data"], root=root, **shown)
+    model, guide = _build(programs, settings, data, options["seed"])
+    files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
+    config = {
+        "command": _command(command, run, options["epochs"]),
+        **{k: _describe(programs[k], settings[k]) for k in KINDS},
+        "data": {"load": load, "root": root} | data.provenance,
+        **{k: options[k] for k in FIT},
+        "objective_settings": options["settings"].get("objective", {}),
+        "batch_size": _batch_size(options["batch_size"], len(data.train)),
+        "device": str(device),
+        "seed": options["seed"],
+        "versions": _versions(),
+    }
+    _objective(config)
+    return Experiment(config, model, guide, data.to(device), {} if run else files)
+
+
+def train(
+    run: Run,
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    on_epoch: Callable[[Fit], None] | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Train an experiment into a run directory, with a checkpoint after each epoch.
+
+    Args:
+        run: Where to; it is created when the first epoch is done.
+        experiment: What.
+        resume: Go on from the run's checkpoint.
+        on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
+        progress: Show a bar if standard error is a terminal.
+
+    Raises:
+        ValueError: If the directory is in use, or the run in it was configured otherwise.
+    """
+    config, state = experiment.config, None
+    if resume and run.exists():
+        require_same_run(run.config, config)
+        state = run.load_checkpoint()
+    else:
+        run.require_new()
+
+    def after_epoch(result: Fit) -> None:
+        if not run.exists() or run.config != config:
+            run.create(config, experiment.files)
+        run.save_checkpoint(result.state_dict())
+        run.save_metrics(result.history)
+        if on_epoch is not None:
+            on_epoch(result)
+
+    result = fit(
+        experiment.model,
+        experiment.guide,
+        experiment.data,
+        objective=_objective(config),
+        **{k: config[k] for k in FIT if k not in ("objective", "particles", "schedule", "compile")},
+        compile=COMPILE[config["compile"]],
+        scheduler=_scheduler(config),
+        device=config["device"],
+        seed=config["seed"],
+        state=state,
+        on_epoch=after_epoch,
+        progress=progress,
+    )
+    if result.world.first:
+        run.save_metrics(result.history)
+        run.save_weights(result.svi.parameters.state_dict())
+    return result
+
+
+def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment:
+    """A run's trained pair and its data.
+
+    Raises:
+        ValueError: If weights, programs or data are not those that the run was made with.
+    """
+    config = run.config
+    programs = _programs({kind: config[kind]["name"] for kind in KINDS}, run, config["seed"])
+    settings = {kind: config[kind]["settings"] for kind in KINDS}
+    stored = config["data"]
+    shown = {k: stored.get(k, default) for k, default in SHOWN.items()}
+    data = load_data(stored["load"], root=root or stored["root"], **shown)
+    require_same_data(stored, data.provenance)
+    model, guide = _build(programs, settings, data, config["seed"])
+    parameters = Parameters(model, guide)
+    with seeded(0):
+        inspect_pair(parameters, *(tensor[:2] for tensor in data.split("test")))
+    _fill(parameters, run)
+    place = join().place(choose_device(device))
+    parameters.to(place)
+    return Experiment(config, model, guide, data.to(place), {})
+
+
+def _fill(parameters: Parameters, run: Run) -> None:
+    weights = run.load_weights()
+    try:
+        parameters.load_state_dict(weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} They are of other programs or settings than {run.path / 'config.json'} "
+            f"says: put back the files of this run, or train into another --out."
+        ) from error
+
+
+def draw(run: Run, experiment: Experiment) -> dict[str, bytes]:
+    """Draw the run's pictures, and those of its evaluation, and save them."""
+    seed = subseed(experiment.config["seed"], PICTURE_STREAM)
+    pair = experiment.model, experiment.guide
+    found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
+    if (finding := load_finding(run)) is not None:
+        found |= draw_findings({"": finding})
+    for name in FINDING_PICTURES:
+        run.remove_figure(name)
+    for name, picture in found.items():
+        run.save_figure(name, picture)
+    return found
+
+
+def load_finding(run: Run, split: str | None = None) -> Finding | None:
+    """What an evaluation found; None if there is none.
+
+    Args:
+        run: The run.
+        split: The split; None is the test data, or else the first there is of the others.
+    """
+    results = run.results
+    split = split or next((s for s in ("test", "valid", "train") if s in results), None)
+    if split not in results:
+        return None
+    values = run.load_values(split)
+    estimates = [values and from_tensors(*values, prefix) for prefix in ("", "annealed.")]
+    return Finding(results[split], *estimates, run.history())
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ValueError: If CUDA is asked for and there is none, or the name is no device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"Expected device 'auto', 'cpu' or 'cuda', got {name!r}.")
+    if kind == "cuda" and int(index or 0) >= count:
+        found = f"There are {count} CUDA devices" if count else "There is no CUDA device"
+        raise ValueError(f"{found} here: use --device cpu or --device auto.")
+    return torch.device(name)
+
+
+def _build(
+    programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
+) -> tuple[Callable, Callable]:
+    shape = tuple(data.shape)
+    with seeded(subseed(seed, PROGRAM_STREAM)):
+        if programs["model"].takes("guide"):
+            guide = programs["guide"].build(shape, settings["guide"])
+            return programs["model"].build(shape, settings["model"], guide=guide), guide
+        model = programs["model"].build(shape, settings["model"])
+        return model, programs["guide"].build(shape, settings["guide"])
+
+
+def _batch_size(asked: int | None, num_data: int) -> int:
+    return min(BATCH_SIZE, num_data) if asked is None else asked
+
+
+def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:
+    stored = None if program.source is None else f"programs/{program.kind}.py"
+    return {"name": program.name, "file": stored, "settings": settings}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _command(command: str, run: Run | None, epochs: int) -> str:
+    """What reproduces the run: going on with it takes a further command only for more epochs."""
+    if run is None:
+        return command
+    before = run.config
+    more = "" if before["epochs"] == epochs else f" && {command}"
+    return before["command"] + more
+
+
+def _programs(names: dict[str, str], run: Run | None, seed: int) -> dict[str, Program]:
+    with seeded(subseed(seed, PROGRAM_STREAM, 0)):
+        return {kind: _program(name, kind, run) for kind, name in names.items()}
+
+
+def _program(name: str, kind: str, run: Run | None) -> Program:
+    stored = run.config[kind]["file"] if run else None
+    if stored is None:
+        return find_program(name, kind)
+    attribute = name.partition(":")[2]
+    file = str(run.path / stored)
+    return find_program(f"{file}:{attribute}" if attribute else file, kind)._replace(name=name)
+
+
+def _objective(config: dict[str, Any]) -> Any:
+    return make_objective(config["objective"], config["particles"], **config["objective_settings"])
+
+
+def _scheduler(config: dict[str, Any]) -> Callable | None:
+    if config["schedule"] == "cosine":
+        return partial(CosineAnnealingLR, T_max=config["epochs"])
+    return None
+
+
+def _versions() -> dict[str, str]:
+    packages = ("pyrovae", "torch", "pyro-ppl", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,192 @@
+"""Find a model or a guide by name, by file, or by a class in a file, and build it."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from pyro.nn import PyroModule
+from torch import nn
+
+from pyrovae._tools.source_lines import error_place
+
+__all__ = ["Program", "find_program", "near", "plain", "shipped"]
+
+KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
+PREFIX = "pyrovae_program_"
+
+
+class Program(NamedTuple):
+    """Where a program comes from: its spelling, its source (None if shipped), what makes it."""
+
+    kind: str
+    name: str
+    source: bytes | None
+    make: Any
+
+    def settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's keyword arguments, the given ones over those defaults JSON can hold.
+
+        Raises:
+            ValueError: If it takes no argument of a given name.
+        """
+        known, options = self._arguments(), {}
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"The {self.kind} {self.name!r} takes no setting {name!r}"
+                    f"{near(name, known)}; it takes {', '.join(known) or 'none'}."
+                )
+        for name, parameter in known.items():
+            with suppress(TypeError, ValueError):
+                options[name] = plain(parameter.default)
+        return options | given
+
+    def takes(self, argument: str) -> bool:
+        """Whether its constructor takes an argument of a name."""
+        return argument in self._arguments()
+
+    def build(self, shape: tuple[int, ...], settings: dict[str, Any], **parts: Any) -> Callable:
+        """Construct the program for data of an event shape.
+
+        Args:
+            shape: The event shape.
+            settings: Keyword arguments that a configuration holds.
+            parts: Further ones, such as the guide of a model whose prior is made of it.
+
+        Raises:
+            ValueError: If its constructor refuses the settings; the message is the constructor's.
+        """
+        if not inspect.isclass(self.make):
+            return self.make
+        positional = [shape] if self._takes_shape() else []
+        try:
+            return self.make(*positional, **self.settings(settings) | parts)
+        except Exception as error:
+            known = isinstance(error, ValueError | TypeError)
+            reason = f"{error}" if known else f"{type(error).__name__}: {error}"
+            raise ValueError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
+
+    def _takes_shape(self) -> bool:
+        parameters = _parameters(self.make) if inspect.isclass(self.make) else []
+        return bool(parameters) and (
+            parameters[0].name == "shape" or parameters[0].default is parameters[0].empty
+        )
+
+    def _arguments(self) -> dict[str, inspect.Parameter]:
+        if not inspect.isclass(self.make):
+            return {}
+        return {p.name: p for p in _parameters(self.make)[self._takes_shape() :]}
+
+
+def find_program(spec: str, kind: str) -> Program:
+    """Find a program by a shipped name, ``file.py``, or ``file.py:Class``.
+
+    A file's program is the class called ``Model`` (``Guide``) or the function called ``model``
+    (``guide``), or else its only PyroModule, or else its only module class.
+
+    Args:
+        spec: The spelling.
+        kind: ``"model"`` or ``"guide"``.
+
+    Raises:
+        ValueError: If there is no such name, or the file holds no program or several.
+        FileNotFoundError: If there is no such file.
+    """
+    path, _, attribute = spec.partition(":")
+    if path.endswith(".py"):
+        module, source = _load_file(Path(path), kind)
+        return Program(kind, spec, source, _pick(module, kind, attribute, spec))
+    names = shipped(kind)
+    if spec not in names:
+        raise ValueError(
+            f"No {kind} {spec!r}{near(spec, names)}; shipped are {sorted(names)}, and a file "
+            f"is given as my_{kind}.py or my_{kind}.py:Class."
+        )
+    module = importlib.import_module(f"{KINDS[kind]}.{spec}")
+    return Program(kind, spec, None, _pick(module, kind, "", spec))
+
+
+def shipped(kind: str) -> dict[str, str]:
+    """Every shipped model or guide with the first line of its file."""
+    package = importlib.import_module(KINDS[kind])
+    lines = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        source = Path(info.module_finder.path, f"{info.name}.py").read_text(encoding="utf-8")
+        lines[info.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return lines
+
+
+def near(name: str, names: Any) -> str:
+    """A hint at the nearest of some names, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back.
+
+    Raises:
+        TypeError: If JSON has no such type.
+        ValueError: If JSON has no such number.
+    """
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _parameters(make: type) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(make).parameters.values() if p.kind not in kinds]
+
+
+def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
+    """Run a file's bytes, past any cache of bytecode, which an edit may not have reached."""
+    if not file.is_file():
+        raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
+    source = file.read_bytes()
+    name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    sys.modules[name] = module
+    try:
+        exec(compile(source, file, "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{error_place(error) or file}: the file cannot be run: {reason}"
+        ) from error
+    return module, source
+
+
+def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
+    own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+    classes = {n: v for n, v in own.items() if inspect.isclass(v) and issubclass(v, nn.Module)}
+    functions = {n: v for n, v in own.items() if inspect.isfunction(v)}
+    if attribute:
+        found = (classes | functions).get(attribute)
+        if found is None:
+            known = sorted(classes | functions)
+            raise ValueError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}.")
+        return found
+    named = [classes.get(kind.capitalize()), functions.get(kind)]
+    pyro_modules = [c for c in classes.values() if issubclass(c, PyroModule)]
+    for choice in ([n for n in named if n], pyro_modules, list(classes.values())):
+        if len(choice) == 1:
+            return choice[0]
+        if choice:
+            names = sorted(c.__name__ for c in choice)
+            raise ValueError(f"{spec} holds several programs, {names}: say {spec}:{names[0]}.")
+    raise ValueError(
+        f"{spec} holds no {kind}: define a module class, or a function called {kind!r}."
+    )

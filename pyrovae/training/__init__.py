@@ -1,0 +1,1 @@
+"""Stochastic variational inference: one step, the loop over epochs, and several processes."""

@@ -1,0 +1,63 @@
+"""Two processes evaluate as one does, and the loss of one is told with the command to go on."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from commands import TRAIN, run
+from processes import torchrun
+
+from pyrovae import cli
+from pyrovae.runs import Run, experiment
+from pyrovae.training.distributed import World
+from pyrovae.training.ending import Ending
+
+FILE = """
+import os, signal
+from pyrovae.models.bernoulli import Bernoulli
+
+calls = []
+
+class Model(Bernoulli):
+    def forward(self, x):
+        super().forward(x)
+        calls.append(len(x) == 64 and "GROUP_RANK" in os.environ)
+        if sum(calls) == 4 and os.environ.get("RANK") == "1" and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_two_processes_find_what_one_does_and_one_that_dies_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    (tmp_path / "own.py").write_text(FILE)
+    assert run(*TRAIN, "--model", "own.py", "--out", "one") == 0
+    shutil.copytree("one", "two")
+    options = ["--samples", "200", "--images", "200", "--no-diagnostics"]
+    killed = torchrun("evaluate", "two", *options)
+    (line,) = re.findall("pyrovae:.*", killed.stderr)
+    assert line == (
+        "pyrovae: rank 1 of 2 processes is gone or does not answer; what is finished is kept; go "
+        f"on with: torchrun --nproc-per-node 2 -m pyrovae evaluate two {' '.join(options)}"
+    )
+    done = torchrun("evaluate", "two", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("log p(x), K = 200") == 1
+    assert run("evaluate", "one", *options) == 0
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert found[0] == found[1]
+    (one, _), (two, _) = (Run(name).load_values("test") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=0, equal_nan=True)
+    assert [path.name for path in (tmp_path / "two" / "evaluation").iterdir()] == [
+        "test.safetensors"
+    ]
+
+
+def test_other_commands_are_for_one_process():
+    with pytest.raises(ValueError, match="for train and evaluate alone"):
+        cli._run(["list"], Ending(World(0, 2)))

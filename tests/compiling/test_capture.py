@@ -1,0 +1,355 @@
+"""A captured step is the eager step, or it is not taken."""
+
+import copy
+import random
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyrovae
+from pairs import LATENT, SHAPE, binary, functions, published_example, same_names, two_latents
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.nn import MLP
+
+X = binary()
+
+
+@pytest.fixture(autouse=True)
+def _recorded(request, monkeypatch):
+    """Run the record itself; the tests marked ``inductor`` run what Inductor makes of it."""
+    if "inductor" not in request.keywords:
+        monkeypatch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+
+
+def _losses(make, loss, compile, steps=9, batches=(X,), **options):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    pair = make()
+    optim = pyro.optim.Adam({"lr": 0.01})
+    svi = pyrovae.SVI(*pair, optim, loss, compile=compile, **options)
+    losses = [svi.step(x) for _ in range(steps) for x in batches]
+    return losses, svi
+
+
+def _both(make, loss, weights=True, **options):
+    eager, plain = _losses(make, loss, False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured, svi = _losses(make, loss, True, **options)
+    assert [c for c in svi._captures.values() if c is not None]
+    assert captured == pytest.approx(eager, rel=1e-5)
+    ours, theirs = svi.parameters.state_dict(), plain.parameters.state_dict()
+    for name, value in ours.items() if weights else ():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+    return svi
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (published_example, Trace_ELBO(3, max_plate_nesting=1, vectorize_particles=True)),
+        (same_names, TraceMeanField_ELBO()),
+        (functions, Trace_ELBO()),
+        (two_latents, TraceMeanField_ELBO()),
+    ],
+    ids=["published", "same-names", "functions", "two-latents"],
+)
+def test_captured_training_is_eager_training(make, loss):
+    svi = _both(make, loss)
+    assert next(iter(svi._captures.values())).calls == 8
+
+
+class Stateful(nn.Module):
+    """Dropout and batch normalization in the model, and a weight that a person may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(LATENT, 8), nn.Dropout(0.5), MLP(8, SHAPE, (8,)))
+        self.norm = nn.BatchNorm1d(16)
+        self.beta = 1.0
+
+    def forward(self, x):
+        self.norm(x.flatten(1))
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=self.beta):
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(3), obs=x)
+
+
+def _stateful():
+    return Stateful(), MeanField(SHAPE, LATENT, (8,))
+
+
+@pytest.mark.inductor
+def test_dropout_and_batch_statistics_are_those_of_the_eager_run():
+    svi = _both(_stateful, Trace_ELBO())
+    assert svi.model.norm.num_batches_tracked.item() == 9
+
+
+@pytest.fixture
+def _again_at_once(monkeypatch):
+    monkeypatch.setattr("pyrovae.training.svi.AGAIN_AFTER", 1)
+
+
+def _captured_gradients(make, calls=2):
+    """An SVI whose loss and gradients are captured, and have been audited for the last time."""
+    _, svi = _losses(make, Trace_ELBO(), True, steps=1)
+    for _ in range(calls):
+        svi.gradients(X)
+        svi.optimizer.zero_grad()
+    return svi
+
+
+def _assert_captured_anew(svi):
+    """The pair as it is now runs captured, and as it does eagerly."""
+    found = []
+    for compile in (True, False):
+        svi.compile = compile
+        pyro.set_rng_seed(5)
+        loss = svi.gradients(X).loss
+        found.append(
+            [loss, *(p.grad.clone() for p in svi.model.parameters() if p.grad is not None)]
+        )
+        svi.optimizer.zero_grad()
+    assert len([c for c in svi._captures.values() if c is not None]) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_again_at_once")
+def test_a_changed_attribute_is_captured_anew():
+    svi = _captured_gradients(_stateful)
+    svi.model.eval()
+    svi.model.beta = 0.25
+    _assert_captured_anew(svi)
+
+
+@pytest.mark.usefixtures("_again_at_once")
+def test_a_buffer_set_anew_is_captured_anew():
+    class Weighted(Stateful):
+        def __init__(self):
+            super().__init__()
+            del self.beta
+            self.register_buffer("beta", torch.tensor(1.0))
+
+    svi = _captured_gradients(lambda: (Weighted(), MeanField(SHAPE, LATENT, (8,))))
+    svi.model.beta = torch.tensor(0.2)
+    _assert_captured_anew(svi)
+
+
+class Normalized(nn.Module):
+    """A bias before batch normalization: its gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(LATENT, 16), nn.BatchNorm1d(16))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x.flatten(1))
+
+
+def test_gradients_that_are_zero_but_for_rounding_stay_captured():
+    svi = _both(
+        lambda: (Normalized(), MeanField(SHAPE, LATENT, (8,))), Trace_ELBO(), weights=False, steps=9
+    )
+    assert svi.model.net[1].num_batches_tracked.item() == 9
+
+
+@pytest.mark.usefixtures("_again_at_once")
+@pytest.mark.filterwarnings("ignore:.*requires_grad=False")
+def test_a_frozen_parameter_stays_where_it_is():
+    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    for parameter in svi.guide.parameters():
+        parameter.requires_grad_(False)
+    before = [p.clone() for p in svi.guide.parameters()]
+    svi.optimizer.zero_grad()
+    svi.step(X)
+    svi.step(X)
+    for old, new in zip(before, svi.guide.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_an_attribute_that_changes_each_step_runs_eagerly():
+    _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
+    for step in range(5):
+        svi.model.beta = 0.1 * (step + 1)
+        svi.step(X)
+    assert len(svi._captures) == 1
+
+
+def _with_model(model):
+    _, guide = _stateful()
+    return lambda: (model, guide)
+
+
+def _plain(net, logits):
+    def model(x):
+        pyro.module("decoder", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=logits(net(z))).to_event(3), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("logits", "words"),
+    [
+        (lambda y: y if y.sum().item() > 0 else 2 * y, "reads a value back"),
+        (lambda y: y if y.mean() > 0 else 2 * y, "reads a value back"),
+        (lambda y: y * random.random(), "changes from call to call|came out otherwise"),
+    ],
+    ids=["item", "branch", "random"],
+)
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(logits, words):
+    pyro.set_rng_seed(1)
+    model = _plain(MLP(LATENT, SHAPE, (8,)), logits)
+    with pytest.warns(UserWarning, match=words) as caught:
+        losses, svi = _losses(_with_model(model), Trace_ELBO(), True, steps=6)
+    assert len([w for w in caught if "runs eagerly" in str(w.message)]) == 1
+    assert list(svi._captures.values()) == [None]
+    assert len(losses) == 6
+
+
+def test_a_number_that_changes_unseen_is_found_by_the_audit():
+    pyro.set_rng_seed(1)
+    hidden = {"weight": 1.0}
+    model = _plain(MLP(LATENT, SHAPE, (8,)), lambda y: y * hidden["weight"])
+    _, svi = _losses(_with_model(model), Trace_ELBO(), True, steps=4)
+    hidden["weight"] = 3.0
+    with pytest.warns(UserWarning, match="came out otherwise"):
+        svi.step(X)
+    pyro.set_rng_seed(3)
+    found = svi.step(X)
+    svi.compile = False
+    assert found == pytest.approx(_repeat(svi), rel=0.05)
+
+
+class Square(nn.Module):
+    """A decoder with as many latents as values."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(16, 16)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(16), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(1), obs=x.flatten(1))
+
+
+def _square():
+    return Square(), MeanField(SHAPE, 16, (8,))
+
+
+@pytest.mark.parametrize(
+    ("move", "fixed", "words"),
+    [
+        (lambda w: 1.5 * w, False, None),
+        (lambda w: 1.5 * w, True, "lies elsewhere"),
+        (lambda w: w.T.contiguous().T, False, "lies elsewhere"),
+    ],
+    ids=["moved", "moved from a CUDA graph", "of other strides"],
+)
+def test_a_weight_that_has_moved_is_the_one_that_is_trained(move, fixed, words):
+    found = []
+    for compile in (False, True):
+        _, svi = _losses(_square, Trace_ELBO(), compile, steps=5)
+        svi.model.net.weight.data = move(svi.model.net.weight.data)
+        for capture in svi._captures.values():
+            capture.graph._fixed = fixed
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            losses = [svi.step(X) for _ in range(5)]
+        found.append((torch.tensor(losses), svi.model.net.weight.detach()))
+    assert [words in str(w.message) for w in caught] == [True] * (words is not None)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def _repeat(svi):
+    pyro.set_rng_seed(3)
+    return svi.step(X)
+
+
+def _rows(index):
+    noise = torch.randint(-(2**62), 2**62, (len(index), 4))
+    return ((X[index].flatten(1) + (noise.view(torch.int16)[:, :16] > 30_000) > 0).float()
+            .view(-1, *SHAPE),)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "inside"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=0.01), True),
+        (lambda p: torch.optim.Adam(p, lr=0.01, fused=True, weight_decay=0.1), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, betas=(0.8, 0.9)), True),
+        (lambda p: torch.optim.Adam(p, lr=0.01, eps=0.1, weight_decay=0.3), True),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01), True),
+        (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), False),
+        (pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}), False),
+    ],
+    ids=["adam", "fused-adam", "amsgrad", "adamw", "decay", "rmsprop", "sgd", "clipped-adam"],
+)
+def test_the_whole_step_is_the_eager_step(optimizer, inside):
+    """From rows' numbers to updated weights, clipped, with a learning rate for every step."""
+    found = []
+    for compile in (True, False):
+        pyro.set_rng_seed(3)
+        optim = optimizer if callable(optimizer) else copy.deepcopy(optimizer)
+        svi = pyrovae.SVI(*published_example(), optim, Trace_ELBO(), clip_norm=5.0, compile=compile)
+        for step in range(6):
+            svi.update(torch.arange(step, step + 6), load=_rows)
+            if inside:
+                svi.optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+        found.append(svi)
+    captured = [c for c in found[0]._captures.values() if c is not None]
+    assert [c.descent is not None for c in captured] == [inside]
+    ours, theirs = (svi.parameters.state_dict() for svi in found)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+    one, other = (svi.optimizer.state_dict() for svi in found)
+    assert one["param_groups"] == other["param_groups"]
+    for index, state in other["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(one["state"][index][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_update_is_found_by_the_audit(monkeypatch):
+    def halved(graph, inputs):
+        for node in graph.graph.nodes:
+            if "aten.sqrt" in str(node.target):
+                node.target = torch.ops.aten.exp.default
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", halved)
+    with pytest.warns(UserWarning, match="the update of a tensor"):
+        _, svi = _losses(published_example, Trace_ELBO(), True, steps=3)
+    eager, _ = _losses(published_example, Trace_ELBO(), False, steps=4)
+    assert svi.step(X) == pytest.approx(eager[-1], rel=0.2)
+
+
+def test_a_smaller_last_batch_is_not_worth_a_capture():
+    svi = _both(published_example, Trace_ELBO(), batches=(X, X[:5]), steps=4)
+    assert len(svi._captures) == 1
+
+
+def test_auto_compiles_long_runs_alone():
+    _, short = _losses(published_example, Trace_ELBO(), "auto", steps=3)
+    assert not short._captures
+    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=3_000)
+    svi.step(X)
+    svi.step(X)
+    assert len(svi._captures) == 1
+    with pytest.raises(ValueError, match="compile='auto'"):
+        pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), compile="yes")

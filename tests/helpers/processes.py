@@ -1,0 +1,208 @@
+"""What several processes do: tests start it under torchrun, and train alone to compare.
+
+``processes.py FOLDER`` trains in every way of ``SAME`` and leaves what each rank found in FOLDER;
+``processes.py COMMAND ... -- COMMAND ...`` runs commands of the command line, one after another.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from commands import TRAIN
+from torch import nn
+
+import pyrovae
+from pairs import LATENT, SHAPE, discrete, functions, shipped_bernoulli, two_latents
+from pyrovae import runs
+from pyrovae.cli import main
+from pyrovae.data import Dataset
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.nn import MLP
+from pyrovae.runs import experiment
+from pyrovae.training.distributed import Diverged, join
+
+COMMAND = [*TRAIN, "--batch-size", "100"]
+
+
+class Convolved(nn.Module):
+    """Particles and data in one dimension, channels last, dropped by channel and by pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ConvTranspose2d(LATENT, 1, 4)
+        self.channels, self.pixels = nn.Dropout2d(0.3), nn.Dropout(0.3)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            flat = z.reshape(-1, LATENT, 1, 1).to(memory_format=torch.channels_last)
+            image = self.pixels(self.net(self.channels(flat)).to(memory_format=torch.channels_last))
+            logits = image.reshape(*z.shape[:-1], *SHAPE)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+
+def convolved():
+    return Convolved(), MeanField(SHAPE, LATENT, (8,))
+
+
+class Subsampled(nn.Module):
+    """A plate that stands for more data than it is shown, and one more weight by their number."""
+
+    def __init__(self, encodes):
+        super().__init__()
+        self.encodes = encodes
+        self.net = MLP(SHAPE, (2, LATENT), (8,)) if encodes else MLP(LATENT, SHAPE, (8,))
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x):
+        with pyro.plate("data", 1000, subsample=x), pyro.poutine.scale(scale=0.5):
+            if self.encodes:
+                loc, log_scale = self.net(self.dropout(x)).unbind(-2)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            else:
+                z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+                pyro.sample("x", dist.Bernoulli(logits=self.net(z)).to_event(3), obs=x)
+
+
+def subsampled():
+    return Subsampled(False), Subsampled(True)
+
+
+def divided():
+    """Programs whose scale is a number over that of the rows at hand."""
+    model, guide = shipped_bernoulli()
+    return tuple(
+        lambda x, program=program: pyro.poutine.scale(program, scale=100 / len(x))(x)
+        for program in (model, guide)
+    )
+
+
+class Normalized(nn.Module):
+    """Batch normalization, which sees the rows of its own process."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(LATENT, 16), nn.BatchNorm1d(16))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            logits = self.net(z.reshape(-1, LATENT)).reshape(*z.shape[:-1], 16)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x.flatten(1))
+
+
+def normalized():
+    return Normalized(), MeanField(SHAPE, LATENT, (8,))
+
+
+SAME = {
+    "dynamic": (
+        shipped_bernoulli,
+        {"patience": 2, "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+    ),
+    "dropout": (
+        convolved,
+        {"particles": 3, "clip_norm": 5.0, "objective": "trace_mean_field_elbo"},
+    ),
+    "subsampled": (subsampled, {}),
+    "divided": (divided, {}),
+    "discrete": (discrete, {"particles": 2}),
+    "functions": (functions, {"optimizer": pyro.optim.ClippedAdam({"lr": 0.01, "clip_norm": 1.0})}),
+    "importance": (two_latents, {"objective": "iwae", "particles": 4}),
+}
+
+
+def data(rows=65):
+    """Grey levels to draw from; in batches of 16 the last one is a single datum."""
+    levels = torch.randint(0, 256, (rows, *SHAPE), generator=torch.Generator().manual_seed(1))
+    drawn = (levels > 127).float()
+    return Dataset(
+        "levels", torch.Size(SHAPE), drawn, drawn[:20], drawn[:20],
+        binarize="dynamic", intensities=levels.to(torch.uint8), scale=255.0,
+    )  # fmt: skip
+
+
+def train(name, epochs=2):
+    """One of the trainings: its history without the seconds, and its weights."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    make, options = SAME[name]
+    told = []
+    result = pyrovae.fit(
+        *make(), data(), epochs=epochs, batch_size=16, lr=0.01, seed=7, compile=False,
+        on_epoch=lambda fit: told.append(len(fit.history)), progress=False, **options,
+    )  # fmt: skip
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+    return {"history": history, "weights": result.svi.parameters.state_dict(), "told": told}
+
+
+def torchrun(*arguments):
+    """Start two processes of this file, and wait for their end."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
+        + [str(argument) for argument in arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def _normalize(found):
+    """Batch statistics differ by process in an epoch, and are those of rank 0 after it."""
+    pyro.set_rng_seed(join().rank)
+    result = pyrovae.fit(*normalized(), data(70), epochs=1, batch_size=16, seed=1, progress=False)
+    found["norm"] = result.svi.parameters.state_dict()
+    try:
+        with torch.no_grad():
+            next(result.guide.parameters()).add_(0.1 * join().rank)
+        result.world.settle(result.svi)
+    except Diverged as error:
+        found["diverged"] = str(error)
+
+
+def _command(found, folder):
+    """The command line: which files each process writes, and what it says."""
+    written, write = [], runs.write_atomic
+    runs.write_atomic = lambda path, content: (written.append(path.name), write(path, content))
+    words = io.StringIO()
+    with redirect_stdout(words), redirect_stderr(words):
+        found["code"] = main([*COMMAND, "--out", str(folder / "run")])
+    found["written"], found["said"] = written, words.getvalue()
+
+
+def commands(arguments):
+    """Commands of the command line, until one fails."""
+    while arguments:
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        code = main(arguments[:at])
+        arguments = arguments[at + 1 :]
+        if code:
+            return code
+    return 0
+
+
+def checks(folder):
+    """Train in every way, and leave what this process found in a file."""
+    found = {name: train(name) for name in SAME}
+    _normalize(found)
+    _command(found, folder)
+    world = join()
+    found["shared"] = world.share({"rank": world.rank, "x": torch.full((2,), float(world.rank))})
+    torch.save(found, folder / f"{world.rank}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    experiment.draw = lambda *arguments: {}
+    if len(sys.argv) > 2:
+        sys.exit(commands(sys.argv[1:]))
+    checks(Path(sys.argv[1]))

@@ -1,0 +1,149 @@
+"""Figures of evaluations show the numbers that they were given, and the lines to read them by."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from test_plots import dots, text
+
+from pyrovae.evidence.result import Curve, LogLikelihood
+from pyrovae.report.evidence_figures import bound_curves, khat_curves
+from pyrovae.report.figure_style import BLUE, GREY
+from pyrovae.report.finding_pictures import FINDING_PICTURES, Finding, draw_findings, end_point
+from pyrovae.report.posterior_figures import calibration_curves, kl_by_dimension, rate_distortion
+
+SITE = {"kl": [0.5, 2.0, 0.1, None], "posterior_mean_variance": [0.0, 0.9, 0.02, 0.0]}
+COVERED = {"levels": [0.5, 0.9], "coverage": [0.55, 0.8], "standard_error": [0.01, 0.02]}
+
+
+def estimate(shift=0.0, n=40):
+    bounds = torch.tensor([-30.0, -26.0, -25.0])[:, None] + shift + torch.zeros(3, n)
+    khat = torch.linspace(0.1, 0.9, n)
+    return LogLikelihood(
+        bounds[-1], torch.full((n,), 0.2), torch.ones(n), khat, 100,
+        curve=Curve((1, 10, 100), bounds),
+    )  # fmt: skip
+
+
+def results(rate=4.0, lost=20.0):
+    return {"kl": rate, "reconstruction": -lost, "log_likelihood": {}}
+
+
+def test_the_curve_is_the_bound_and_says_what_each_tenfold_adds():
+    figure = bound_curves({"a": estimate()})
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, -30], [10, -26], [100, -25]])
+    assert "+4" in text(figure)
+    assert "+1" in text(figure)
+    (bars,) = [c for c in axes.containers if hasattr(c, "has_yerr")]
+    low, high = bars[2][0].get_segments()[0][:, 1]
+    assert high - low == pytest.approx(4 * 0.2 / 40**0.5)
+    assert axes.get_xscale() == "log"
+    level = bound_curves({"a": estimate()}, estimate(shift=0.5)).axes[0].lines[-1].get_ydata()
+    np.testing.assert_allclose(level, -24.5)
+    both = bound_curves({"a": estimate(), "b": estimate(-2.0)})
+    curves = [line.get_ydata() for line in both.axes[0].lines if len(line.get_ydata()) == 3]
+    np.testing.assert_allclose(curves, [[-30, -26, -25], [-32, -28, -27]])
+    assert [t.get_text() for t in both.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_khat_is_sorted_with_its_two_thresholds_and_the_share_above():
+    shuffled = estimate()
+    order = torch.randperm(40)
+    shuffled = LogLikelihood(*(t[order] for t in (shuffled.log_prob,) * 3), shuffled.khat[order], 9)
+    axes = khat_curves({"a": shuffled}).axes[0]
+    levels = {line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1}
+    assert levels == {0.5, 0.7}
+    curve = max(axes.lines, key=lambda line: len(line.get_ydata()))
+    np.testing.assert_allclose(curve.get_ydata(), estimate().khat, rtol=1e-6)
+    assert f"{(estimate().khat > 0.7).double().mean().item():.1%} above 0.7" in text(axes.figure)
+
+
+def test_constant_elbo_is_a_line_of_slope_minus_one_and_the_end_has_its_errors():
+    path = [{"epoch": e, "valid_kl": 5.0 - e, "valid_reconstruction": -20.0 - e} for e in (2, 1)]
+    end = {"rate": {"mean": 4.0, "standard_error": 0.1}}
+    end["distortion"] = {"mean": 21.0, "standard_error": 0.3}
+    figure = rate_distortion({"a": end}, {"a": path})
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[3, 22], [4, 21]])
+    spans = [np.ptp(s, 0) for c in axes.collections for s in getattr(c, "get_segments", list)()]
+    assert any(np.allclose(span, [0.4, 0]) for span in spans)
+    assert any(np.allclose(span, [0, 1.2]) for span in spans)
+    levels = [line.get_xydata() for line in axes.lines if line.get_color() == "#b4b4b4"]
+    assert len(levels) >= 3
+    for level in levels:
+        assert np.ptp(level.sum(1)) < 1e-9
+    named = {float(t.get_text().split()[1]) for t in axes.texts}
+    assert named <= {round(-level.sum(1)[0], 6) for level in levels}
+
+
+def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
+    def at(x, y):
+        return {"rate": {"mean": x}, "distortion": {"mean": y}}
+
+    points = {"a": at(5.0, 20.0), "b": at(1.0, 26.0), "c": at(3.0, 22.0)}
+    figure = rate_distortion(points, {}, joined=True)
+    joined = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(joined[0].get_xydata(), [[1, 26], [3, 22], [5, 20]])
+    plain = rate_distortion(points, {}).axes[0].lines
+    assert not [line for line in plain if line.get_linestyle() == "--"]
+
+
+def test_bars_are_sorted_and_active_dimensions_are_blue():
+    figure = kl_by_dimension({"z": SITE, "u": {"kl": [1.5], "posterior_mean_variance": [0.0]}})
+    bars = [[(b.get_height(), to_hex(b.get_facecolor())) for b in a.patches] for a in figure.axes]
+    assert bars[0] == [(2.0, BLUE), (0.5, GREY), (0.1, BLUE), (0.0, GREY)]
+    assert bars[1] == [(1.5, GREY)]
+    assert "z: 2 of 4 dimensions active" in text(figure)
+    whole = {"kl": [3.0], "posterior_mean_variance": [0.5, 0.0], "active_units": 1, "units": 2}
+    figure = kl_by_dimension({"z": whole | {"factorized": False}})
+    assert "z: 1 of 2 dimensions active; its KL has no parts" in text(figure)
+
+
+def test_coverage_lies_beside_the_diagonal():
+    axes = calibration_curves({"test": COVERED}).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0, 0], [1, 1]])
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[0.5, 0.55], [0.9, 0.8]])
+
+
+def test_what_is_known_is_drawn_and_nothing_else():
+    seen = {"sites": {"z": SITE}, "calibration": COVERED}
+    seen |= {key: {"mean": 3.0, "standard_error": 0.1} for key in ("rate", "distortion")}
+    whole = Finding(results() | {"diagnostics": seen}, estimate(), estimate(), [])
+    assert set(draw_findings({"": whole})) == set(FINDING_PICTURES)
+    bare = Finding(results(), None, None, [])
+    assert set(draw_findings({"": bare})) == {"rate_distortion"}
+    assert set(draw_findings({"a": whole, "b": bare})) == set(FINDING_PICTURES) - {
+        "kl_by_dimension"
+    }
+    assert draw_findings({"": Finding({}, None, None, [])}) == {}
+    assert end_point(results(4.0, 20.0))["distortion"]["mean"] == 20.0
+    assert end_point(whole.results)["rate"]["mean"] == 3.0
+
+
+def test_every_text_lies_inside_the_figure():
+    figures = [
+        bound_curves({"a": estimate(), "a rather long name": estimate(-1.0)}),
+        khat_curves({"a": estimate()}),
+        rate_distortion({"a": end_point(results())}, {}),
+        kl_by_dimension({"z": SITE}),
+        calibration_curves({"test": COVERED}),
+    ]
+    for figure in figures:
+        printed = dots(figure)
+        assert printed.shape[1] <= 1000
+        edges = np.concatenate([printed[[0, -1]].ravel(), printed[:, [0, -1]].ravel()])
+        assert edges.min() == 255
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: bound_curves({}), "estimate with a curve"),
+        (lambda: khat_curves({}), "estimate with a k-hat"),
+        (lambda: kl_by_dimension({"z": {"kl": []}}), "latent site with a KL"),
+    ],
+)
+def test_nothing_to_draw_is_refused(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -1,0 +1,228 @@
+"""The same command gives the same numbers, and an interruption changes none of them."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import TRAIN, config, history, outcome, refusal, run, snapshot
+
+import pyrovae
+from pyrovae.runs import Run, experiment
+
+VARIANTS = {
+    "adam": [],
+    "cosine": ["--schedule", "cosine"],
+    "particles": ["--particles", "3", "--objective", "trace_mean_field_elbo"],
+    "clipped": ["--clip-norm", "10", "--seed", "5"],
+    "grey": ["--model", "gaussian", "--binarize", "none", "--set", "model.scale=pixel"],
+}
+PATIENCE = ["--patience", "2", "--lr", "0.2"]
+EPOCHS = 20
+
+
+@pytest.fixture(scope="module")
+def cosine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cosine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "draw", lambda *arguments: {})
+        assert run(*TRAIN, *VARIANTS["cosine"], "--out", folder / "r") == 0
+    np.save(folder / "x.npy", np.ones((200, 1, 8, 8), np.float32))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    return tmp_path
+
+
+@pytest.fixture
+def stop_in(monkeypatch):
+    """Presses Ctrl-C in an epoch, between the checkpoint and the metrics."""
+
+    def run_until(epoch, *arguments):
+        save = Run.save_checkpoint
+
+        def stop(self, state):
+            save(self, state)
+            if len(state["history"]) == epoch:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "save_checkpoint", stop)
+            return run(*arguments)
+
+    return run_until
+
+
+def launch(*arguments, **options):
+    command = [sys.executable, "-m", "pyrovae", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, **options)
+
+
+def interrupted(signum, epoch, *arguments):
+    """Start a process, send it a signal when it tells of an epoch, and wait for its end."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with launch(*arguments, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith(f"epoch {epoch}/"):
+                process.send_signal(signum)
+                break
+        _, error = process.communicate(timeout=60)
+    return process.returncode, error
+
+
+@pytest.fixture
+def ctrl_c():
+    """A process inherits the neglect of SIGINT from a shell that runs the tests in background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_command_gives_the_same_run_twice(workspace, variant):
+    for name in ("a", "b"):
+        assert run(*TRAIN, *VARIANTS[variant], "--out", name) == 0
+    assert outcome(workspace / "a") == outcome(workspace / "b")
+
+
+def test_another_seed_gives_another_run(workspace):
+    for name in ("0", "9"):
+        assert run(*TRAIN, "--seed", name, "--out", name) == 0
+    assert history(workspace / "0") != history(workspace / "9")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopping_after_any_epoch_changes_nothing(workspace, stop_in, variant):
+    command = [*TRAIN, *VARIANTS[variant], "--epochs", "3"]
+    assert run(*command, "--out", "whole") == 0
+    expected = outcome(workspace / "whole")
+    for epoch in range(1, len(expected[0]) + 1):
+        out = workspace / f"{epoch}"
+        assert stop_in(epoch, *command, "--out", out) == 130
+        assert not (out / "weights.safetensors").exists()
+        if epoch == 2:
+            assert run("evaluate", out, "--samples", "1") == 0
+        assert run("train", "--out", out, "--resume") == 0
+        assert outcome(out) == expected
+        assert config(out)["command"].endswith(f"--out {out}")
+
+
+def test_kill_and_resume(workspace, capsys):
+    command = [*TRAIN, "--epochs", EPOCHS]
+    code, _ = interrupted(signal.SIGKILL, 3, *command, "--out", "killed")
+    assert code == -signal.SIGKILL
+    assert 3 <= len(history(workspace / "killed")) < EPOCHS
+    with launch("train", "--out", "killed", "--resume", stdout=subprocess.DEVNULL) as process:
+        assert process.wait(timeout=60) == 0
+    assert run(*command, "--out", "whole") == 0
+    assert len(history(workspace / "whole")) == EPOCHS
+    assert outcome(workspace / "killed") == outcome(workspace / "whole")
+
+
+def test_ctrl_c_tells_how_to_resume(workspace, ctrl_c):
+    command = [*TRAIN, "--epochs", EPOCHS, "--schedule", "cosine"]
+    code, error = interrupted(signal.SIGINT, 3, *command, "--out", "a run")
+    assert code == 130
+    done = len(history(workspace / "a run"))
+    assert 3 <= done < EPOCHS
+    again = "go on with: pyrovae train --out 'a run' --resume"
+    assert error == f"pyrovae: stopped after epoch {done}; {again}\n"
+    assert run("train", "--out", "a run", "--resume") == 0
+    assert run(*command, "--out", "whole") == 0
+    assert outcome(workspace / "a run") == outcome(workspace / "whole")
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_nothing(workspace, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "fit", stop)
+    assert run(*TRAIN, "--out", "r") == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not list(workspace.iterdir())
+
+
+def test_cosine(workspace):
+    assert run(*TRAIN, *VARIANTS["cosine"], "--epochs", "4", "--out", "r") == 0
+    rates = [float(row["lr"]) for row in history(workspace / "r")]
+    assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * i / 4)) for i in range(4)])
+
+
+def test_more_epochs(workspace, stop_in):
+    assert run(*TRAIN, "--out", "r") == 0
+    assert (workspace / "r" / "weights.safetensors").exists()
+    assert stop_in(3, "train", "--out", "r", "--resume", "--epochs", "5") == 130
+    assert not (workspace / "r" / "weights.safetensors").exists()
+    assert run("train", "--out", "r", "--resume") == 0
+    assert run(*TRAIN, "--epochs", "5", "--out", "whole") == 0
+    assert outcome(workspace / "r") == outcome(workspace / "whole")
+    first, second = config(workspace / "r")["command"].split(" && ")
+    assert first.endswith("--epochs 2 --out r")
+    assert second == "pyrovae train --out r --resume --epochs 5"
+    before = snapshot(workspace / "r")
+    assert run("train", "--out", "r", "--resume") == 0
+    assert snapshot(workspace / "r") == before
+
+
+def test_resume_of_no_run_starts_one(workspace):
+    assert run(*TRAIN, "--out", "r", "--resume") == 0
+    assert run(*TRAIN, "--out", "whole") == 0
+    assert outcome(workspace / "r") == outcome(workspace / "whole")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--model gaussian",
+        "--guide linear_gaussian",
+        "--data x.npy",
+        "--binarize static",
+        "--objective trace_mean_field_elbo",
+        "--batch-size 32",
+        "--particles 2",
+        "--lr 0.02",
+        "--schedule none",
+        "--epochs 3",
+        "--clip-norm 5",
+        "--patience 3",
+        "--seed 1",
+        "--set latent=3",
+        "--set model.activation=Tanh",
+    ],
+)
+def test_contradictions_are_refused(cosine, workspace, capsys, option):
+    shutil.copytree(cosine, workspace, dirs_exist_ok=True)
+    error = refusal(capsys, "train", "--out", "r", "--resume", *option.split())
+    assert "The run was made with" in error or option.startswith("--guide")
+
+
+def test_the_same_options_again_are_no_contradiction(cosine, workspace):
+    shutil.copytree(cosine, workspace, dirs_exist_ok=True)
+    before = snapshot(workspace)
+    assert run(*TRAIN, *VARIANTS["cosine"], "--out", "r", "--resume") == 0
+    assert snapshot(workspace) == before
+
+
+def test_early_stopping_keeps_the_best_weights(workspace, stop_in):
+    command = [*TRAIN, *PATIENCE, "--epochs", "40"]
+    assert run(*command, "--out", "whole") == 0
+    elbos = [float(row["valid_elbo"]) for row in history(workspace / "whole")]
+    best = elbos.index(max(elbos)) + 1
+    assert len(elbos) == best + 2 < 40
+    loaded = experiment.load_experiment(Run("whole"))
+    seed = experiment.subseed(loaded.config["seed"], 0)
+    found = pyrovae.elbo(loaded.model, loaded.guide, loaded.data.valid, seed=seed)
+    assert found.mean == max(elbos)
+    for epoch in (best, best + 1, best + 2):
+        assert stop_in(epoch, *command, "--out", str(epoch)) == 130
+        assert run("train", "--out", str(epoch), "--resume") == 0
+        assert outcome(workspace / str(epoch)) == outcome(workspace / "whole")

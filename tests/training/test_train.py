@@ -1,0 +1,384 @@
+"""fit(): what it minimizes, what it records, and when it stops."""
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+
+import pyrovae
+from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli, shipped_gaussian
+from pyrovae._tools.seeding import subseed
+from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
+from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.training.loop import NonFiniteLoss
+
+X = binary(40)
+
+
+def _data(n=40, valid=16):
+    return pyrovae.Dataset("x", torch.Size(SHAPE), binary(n), binary(valid, 2), binary(8, 3))
+
+
+def _weights(result):
+    return result.svi.parameters.state_dict()
+
+
+def _same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_bound_reaches_the_maximum_likelihood_on_linear_data():
+    pyro.set_rng_seed(1)
+    truth = LinearGaussian((6,), 2, scale=0.5)
+    x = pyrovae.sample(truth, like=torch.zeros(1, 6), n=500, seed=0)
+    best = LinearGaussian((6,), 2).fit_exact(x).log_prob(x).mean().item()
+    model, guide = LinearGaussian((6,), 2), ExactGuide((6,), 2)
+    result = pyrovae.fit(model, guide, x, epochs=150, batch_size=100, lr=0.02, seed=0)
+    found = model.log_prob(x).mean().item()
+    assert best - 0.05 < found <= best + 1e-4
+    assert abs(result.elbo - found) < 0.1
+
+
+def test_recorded_terms_add_up_and_match_an_evaluation():
+    model, guide = shipped_bernoulli()
+    data = _data()
+    result = pyrovae.fit(model, guide, data, epochs=3, batch_size=8, seed=0)
+    for row in result.history:
+        for split in ("train", "valid"):
+            parts = row[f"{split}_reconstruction"] - row[f"{split}_kl"]
+            assert row[f"{split}_elbo"] == pytest.approx(parts, abs=1e-4)
+    many = pyrovae.elbo(model, guide, data.valid, particles=300, seed=5)
+    one = result.history[-1]
+    spread = 4 * many.elbo.std().item() / math.sqrt(len(data.valid))
+    assert abs(one["valid_elbo"] - many.mean) < max(spread, 0.5)
+
+
+def test_training_bound_is_per_datum_whatever_the_last_batch():
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    means = []
+    for batch_size in (40, 16, 7):
+        pair = shipped_bernoulli_seeded()
+        result = pyrovae.fit(
+            *pair, X, epochs=1, batch_size=batch_size, particles=200, optimizer=frozen, seed=0
+        )
+        means.append(result.history[0]["train_elbo"])
+    expected = pyrovae.elbo(*shipped_bernoulli_seeded(), X, particles=2000, seed=1).mean
+    assert means == pytest.approx([expected] * 3, abs=0.1)
+
+
+def shipped_bernoulli_seeded():
+    pyro.set_rng_seed(11)
+    return shipped_bernoulli()
+
+
+def test_equal_seeds_train_equally_and_leave_the_global_stream_alone():
+    results = []
+    for seed in (0, 0, 1):
+        pair = shipped_bernoulli_seeded()
+        before = torch.get_rng_state()
+        results.append(_weights(pyrovae.fit(*pair, X, epochs=2, batch_size=16, seed=seed)))
+        assert torch.equal(before, torch.get_rng_state())
+    assert _same(results[0], results[1])
+    assert not _same(results[0], results[2])
+
+
+@pytest.mark.parametrize("make", [shipped_bernoulli, shipped_gaussian, functions])
+def test_going_on_from_a_state_is_bit_identical(make):
+    def start():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(11)
+        return make()
+
+    options = {"batch_size": 16, "seed": 3, "scheduler": lambda o: CosineAnnealingLR(o, 6)}
+    whole = pyrovae.fit(*start(), _data(), epochs=6, **options)
+    half = pyrovae.fit(*start(), _data(), epochs=3, **options).state_dict()
+    resumed = pyrovae.fit(*start(), _data(), epochs=6, state=half, **options)
+    assert _same(_weights(whole), _weights(resumed))
+    plain = [{k: v for k, v in row.items() if k != "seconds"} for row in whole.history]
+    assert plain == [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.history]
+
+
+def test_a_compiled_run_resumes_bit_identical():
+    """Every step but the very first is compiled, the first after a resume as well."""
+    options = {"batch_size": 16, "seed": 3, "compile": True}
+
+    def start():
+        pyro.set_rng_seed(11)
+        return shipped_bernoulli()
+
+    whole = pyrovae.fit(*start(), _data(48), epochs=4, **options)
+    half = pyrovae.fit(*start(), _data(48), epochs=2, **options).state_dict()
+    resumed = pyrovae.fit(*start(), _data(48), epochs=4, state=half, **options)
+    assert [c.calls for c in whole.svi._captures.values()] == [11]
+    assert [c.calls for c in resumed.svi._captures.values()] == [6]
+    assert _same(_weights(whole), _weights(resumed))
+
+
+def test_early_stopping_restores_the_best_weights():
+    model, guide = shipped_bernoulli()
+    data = _data(16, 16)
+    states = {}
+    result = pyrovae.fit(
+        model,
+        guide,
+        data,
+        epochs=400,
+        batch_size=16,
+        lr=0.05,
+        patience=5,
+        seed=0,
+        on_epoch=lambda r: states.update({len(r.history): _weights(r)}),
+    )
+    elbos = [row["valid_elbo"] for row in result.history]
+    assert len(elbos) < 400
+    assert result.best_epoch == 1 + elbos.index(max(elbos)) == len(elbos) - 5
+    assert _same(states[result.best_epoch], _weights(result))
+    with pytest.raises(ValueError, match="patience"):
+        pyrovae.fit(model, guide, X, epochs=1, batch_size=8, patience=2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.Adam,
+        partial(torch.optim.RMSprop, lr=1e-3),
+        pyro.optim.Adam({"lr": 1e-3}),
+        pyro.optim.Adam(lambda name: {"lr": 1e-2 if "decoder" in name else 1e-3}),
+        pyro.optim.ClippedAdam({"lr": 1e-3, "clip_norm": 1.0}),
+        pyro.optim.Adam({"lr": 1e-3}, {"clip_norm": 1.0}),
+    ],
+    ids=["torch", "partial", "pyro", "per-name", "clipped", "clip-args"],
+)
+def test_optimizers_train(optimizer):
+    model, guide = shipped_bernoulli()
+    result = pyrovae.fit(model, guide, X, optimizer=optimizer, epochs=10, batch_size=8, seed=0)
+    assert result.history[-1]["train_elbo"] > result.history[0]["train_elbo"]
+
+
+def test_one_optimizer_steps_as_pyros_one_per_parameter():
+    """Our SVI and Pyro's, side by side on the same noise."""
+    pairs = [shipped_bernoulli_seeded() for _ in range(2)]
+    options = {"lr": 0.01, "betas": (0.8, 0.99)}
+    ours = pyrovae.SVI(*pairs[0], pyro.optim.Adam(options, {"clip_norm": 0.5}), Trace_ELBO())
+    theirs = pyro.infer.SVI(*pairs[1], pyro.optim.Adam(options, {"clip_norm": 0.5}), Trace_ELBO())
+    for step in range(5):
+        losses = []
+        for svi in (ours, theirs):
+            pyro.set_rng_seed(step)
+            losses.append(svi.step(X))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    pyro.set_rng_seed(9)
+    expected = theirs.evaluate_loss(X)
+    pyro.set_rng_seed(9)
+    assert ours.evaluate_loss(X) == pytest.approx(expected, rel=1e-5)
+
+
+def test_per_parameter_options_reach_their_parameters():
+    model, guide = shipped_bernoulli()
+    rates = {"decoder": 0.0, "encoder": 0.1}
+    optimizer = pyro.optim.Adam(lambda name: {"lr": rates[name.split(".")[0]]})
+    before = [p.clone() for p in (*model.parameters(), *guide.parameters())]
+    pyrovae.fit(model, guide, X, optimizer=optimizer, epochs=1, batch_size=40, seed=0)
+    after = [*model.parameters(), *guide.parameters()]
+    still = [torch.equal(p, q) for p, q in zip(before, after, strict=True)]
+    assert still == [True] * 4 + [False] * 4
+
+
+def test_schedules_change_the_rate_each_epoch():
+    def rates(**options):
+        return [
+            row["lr"]
+            for row in pyrovae.fit(
+                *shipped_bernoulli(), _data(), epochs=4, batch_size=20, seed=0, **options
+            ).history
+        ]
+
+    step = rates(lr=1.0e-2, scheduler=lambda o: StepLR(o, 2, gamma=0.1))
+    assert step == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
+    plateau = rates(lr=1e-3, scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=1.0))
+    assert plateau[-1] < plateau[0]
+    theirs = pyro.optim.StepLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "step_size": 2, "gamma": 0.1}
+    )
+    assert rates(optimizer=theirs) == pytest.approx(step)
+
+
+def test_the_gradient_is_clipped_as_a_whole():
+    model, guide = shipped_bernoulli()
+    optimizer = partial(torch.optim.SGD, lr=1.0)
+    before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
+    pyrovae.fit(
+        model, guide, X, optimizer=optimizer, clip_norm=0.01, epochs=1, batch_size=40, seed=0
+    )
+    moved = zip((*model.parameters(), *guide.parameters()), before, strict=True)
+    norm = torch.cat([(p.detach() - q).flatten() for p, q in moved]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_non_finite_loss_stops_with_epoch_step_and_site():
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(LATENT))
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            bad = math.nan if self.calls == 7 else 1.0
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.loc, 1.0).to_event(1))
+                logits = torch.zeros(len(x), *SHAPE) + bad
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    for validate in (True, False):
+        _, guide = shipped_bernoulli()
+        kept = []
+        with (
+            pyro.validation_enabled(validate),
+            pytest.raises(NonFiniteLoss, match=r"epoch 2, step 2: .*'x'") as caught,
+        ):
+            pyrovae.fit(
+                Breaks() if not validate else _always_after(Breaks()),
+                guide,
+                X,
+                epochs=3,
+                batch_size=8,
+                seed=0,
+                on_epoch=lambda r, kept=kept: kept.append(len(r.history)),
+            )
+        assert kept == [1]
+        assert all(p.isfinite().all() for p in guide.parameters())
+        assert "learning rate" in str(caught.value)
+
+
+def _always_after(model):
+    """NaN from the seventh call on, so that a second look finds the site again."""
+    forward = type(model).forward
+
+    class Stays(type(model)):
+        def forward(self, x):
+            self.calls = min(self.calls, 6)
+            forward(self, x)
+
+    model.__class__ = Stays
+    return model
+
+
+def test_modules_train_in_train_mode_and_are_scored_in_eval_mode():
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.norm = inner, nn.BatchNorm1d(16)
+
+        def forward(self, x):
+            seen.append(self.training)
+            self.norm(x.flatten(1))
+            self.inner(x)
+
+    model, guide = shipped_bernoulli()
+    watched = Watched(model)
+    pyrovae.fit(watched, guide, _data(), epochs=1, batch_size=20, seed=0)
+    count = watched.norm.num_batches_tracked.item()
+    assert count == 2
+    seen.clear()
+    pyrovae.log_likelihood(watched, guide, X, num_samples=10)
+    pyrovae.sample(watched, like=X, n=3)
+    assert not any(seen)
+    assert watched.training
+    assert watched.norm.num_batches_tracked.item() == count
+
+
+def test_enumeration_trains_with_pyros_own_objective():
+    model, guide = discrete()
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    result = pyrovae.fit(
+        model, pyro.infer.config_enumerate(guide), X, objective=loss, epochs=30, batch_size=20,
+        lr=0.02, seed=0,
+    )  # fmt: skip
+    assert result.history[-1]["train_elbo"] > result.history[0]["train_elbo"] + 0.5
+    first = result.history[0]
+    parts = first["train_reconstruction"] - first["train_kl"]
+    assert first["train_elbo"] == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch size between 1 and the 40"),
+        ({"batch_size": 41}, "batch size between 1 and the 40"),
+        ({"epochs": 0}, "epochs >= 1"),
+        ({"particles": 0}, "particles >= 1"),
+        ({"patience": 0}, "patience >= 1"),
+        ({"lr": 0.0}, "learning rate > 0"),
+        ({"clip_norm": -1.0}, "clip_norm > 0"),
+        ({"clip_norm": math.nan}, "clip_norm > 0"),
+        ({"objective": "trace_elb"}, "did you mean 'trace_elbo'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_moves(options, words):
+    model, guide = shipped_bernoulli()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        pyrovae.fit(model, guide, _data(), **({"batch_size": 8, "epochs": 1} | options))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_nan_data_are_refused():
+    x = torch.randn(20, *SHAPE)
+    x[13, 0, 1, 1] = math.nan
+    with pytest.raises(ValueError, match=r"1 of 20 data hold NaN or infinity, first in row 13"):
+        pyrovae.fit(*shipped_gaussian(), x, epochs=1, batch_size=5)
+
+
+def test_a_bound_that_stays_is_no_rise():
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    result = pyrovae.fit(
+        *shipped_bernoulli(), _data(), epochs=9, batch_size=20, optimizer=frozen, patience=2, seed=0
+    )
+    assert result.best_epoch == 1
+    assert len(result.history) == 3
+
+
+def test_epochs_draw_anew_and_are_validated_alike():
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    one, two = pyrovae.fit(
+        *shipped_bernoulli(), _data(), epochs=2, batch_size=20, optimizer=frozen, seed=0
+    ).history
+    assert one["train_loss"] != two["train_loss"]
+    assert one["valid_elbo"] == two["valid_elbo"]
+
+
+def test_a_non_finite_loss_is_not_stepped_on():
+    model, guide = shipped_bernoulli()
+    thrown = partial(torch.optim.SGD, lr=1e30)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteLoss, match="epoch 1, step 2"):
+        pyrovae.fit(model, guide, X, epochs=1, batch_size=8, optimizer=thrown, seed=0)
+    assert all(p.isfinite().all() for p in (*model.parameters(), *guide.parameters()))
+
+
+@pytest.mark.parametrize("objective", ["trace_elbo", "trace_mean_field_elbo"])
+def test_validation_is_by_the_estimator_of_the_objective(objective):
+    pair, data = shipped_bernoulli(), _data()
+    result = pyrovae.fit(*pair, data, objective=objective, epochs=1, batch_size=20, seed=3)
+    found = pyrovae.elbo(*pair, data.valid, objective=objective, seed=subseed(3, 0))
+    row = result.history[0]
+    assert row["valid_elbo"] == pytest.approx(found.mean)
+    assert row["valid_kl"] == pytest.approx(found.kl.double().mean().item())
+
+
+def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
+    history = pyrovae.fit(
+        *shipped_bernoulli_seeded(), _data(), epochs=4, batch_size=20, lr=1e-3, seed=0,
+        scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.0),
+    ).history  # fmt: skip
+    elbos = [row["valid_elbo"] for row in history]
+    assert elbos == sorted(elbos)
+    assert [row["lr"] for row in history] == [1e-3] * 4
