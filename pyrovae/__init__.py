@@ -6,6 +6,7 @@ traces. All log-probabilities are in nats per datum.
 
 from pyrovae._classify import classify
 from pyrovae._kl import kl_standard_normal
+from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
 from pyrovae.diagnostics import Diagnosis, diagnose
@@ -29,6 +30,7 @@ __all__ = [
     "Diagnosis",
     "ElboResult",
     "Fit",
+    "InputError",
     "LogLikelihood",
     "NonFiniteLoss",
     "Report",

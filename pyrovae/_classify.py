@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.traces import samples, trace_guide
@@ -48,7 +49,7 @@ def classify(
     if site is None and len(found) == 1:
         (site,) = found
     if site not in found:
-        raise ValueError(
+        raise InputError(
             f"Expected the name of one discrete latent of the guide, got {site!r}; it has "
             f"{sorted(found) or 'none'}."
         )

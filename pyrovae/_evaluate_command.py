@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from pyrovae._tools import InputError
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run
 from pyrovae.training.distributed import ProcessLost
@@ -54,4 +55,4 @@ def _require_sizes(options: argparse.Namespace) -> None:
     for name, least in wanted.items():
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ValueError(f"Expected --{name} >= {least}, got {value}.")
+            raise InputError(f"Expected --{name} >= {least}, got {value}.")

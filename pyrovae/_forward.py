@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, Graph
 from pyrovae.pairs.pair import Parameters
@@ -73,7 +74,7 @@ class Forward:
             ValueError: If ``compile`` is none of these.
         """
         if compile not in ("auto", True, False):
-            raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
+            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
         pays = compile is True or (compile == "auto" and len(rows[0]) >= PAYS_AFTER)
         size = tile_size(self.parameters.device)
         tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))

@@ -18,6 +18,8 @@ from torch.distributions import (
 )
 from torch.distributions.kl import register_kl
 
+from pyrovae._tools import InputError
+
 __all__ = ["kl_standard_normal"]
 
 
@@ -55,7 +57,7 @@ def _kl_gaussian(p: Distribution, q: Distribution, precision: Tensor) -> Tensor:
               - \ln q(\mu_p)}_{H(p, q)} - H(p)
     """
     if p.event_shape != q.event_shape:
-        raise ValueError(
+        raise InputError(
             f"Expected Gaussians of one event shape, got {list(p.event_shape)} and "
             f"{list(q.event_shape)}."
         )

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from pyrovae._parser import DEFAULTS, SHOWN
+from pyrovae._tools import InputError
 from pyrovae.report.text import number
 from pyrovae.runs import Run
 from pyrovae.runs.programs import plain
@@ -82,7 +83,7 @@ def with_defaults(given: dict[str, Any], config: dict[str, Any] | None) -> dict[
         }
     missing = [k for k in ("model", "guide", "data") if k not in stored | given]
     if missing:
-        raise ValueError(f"Expected --{', --'.join(missing)} as well: see pyrovae list.")
+        raise InputError(f"Expected --{', --'.join(missing)} as well: see pyrovae list.")
     given = given | {"settings": _settings(given.get("set", []), stored.get("settings", {}))}
     wanted = (*DEFAULTS, "model", "guide", "data", "settings")
     return {k: v for k, v in (DEFAULTS | stored | given).items() if k in wanted}
@@ -94,7 +95,7 @@ def _settings(pairs: list[str], stored: dict[str, dict]) -> dict[str, dict]:
         name, equals, value = pair.partition("=")
         kind, dot, option = name.partition(".")
         if not equals or not value or (dot and kind not in settings):
-            raise ValueError(
+            raise InputError(
                 f"Expected --set model.NAME=VALUE, guide.NAME=VALUE, objective.NAME=VALUE or "
                 f"NAME=VALUE for both programs, got {pair!r}."
             )
@@ -138,5 +139,5 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("--tensorboard needs: pip install tensorboard") from error
+            raise InputError("--tensorboard needs: pip install tensorboard") from error
         return SummaryWriter

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyrovae._evaluate_command import evaluate_command
 from pyrovae._parser import make_parser
+from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae._train_command import train_command, with_defaults
 from pyrovae.data import DATASETS
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], ending: Ending) -> int:
     options = ending.parse(make_parser(COMMANDS), arguments)
     if ending.world.size > 1 and options.run_command not in SHARED:
-        raise ValueError(
+        raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
     options.command_line = shlex.join([*ending.world.command, *arguments])
@@ -85,7 +86,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     if options.n < 1:
-        raise ValueError(f"Expected -n >= 1, got {options.n}.")
+        raise InputError(f"Expected -n >= 1, got {options.n}.")
     made = experiment.load_experiment(run, options.device, options.data_root)
     figure = sample_picture(made.model, *made.data.split("test"), n=options.n, seed=options.seed)
     print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
@@ -97,7 +98,7 @@ def _report(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     if not run.results:
-        raise ValueError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
+        raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
     made = experiment.load_experiment(run, options.device, options.data_root)
     experiment.draw(run, made)
     weights = run.weights_checksum()

@@ -17,6 +17,8 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from pyrovae._tools import InputError
+
 __all__ = ["DiscretizedLogistic", "Grid", "GridCategorical"]
 
 
@@ -34,7 +36,7 @@ class Grid(constraints.Constraint):
 
     def __init__(self, levels: int) -> None:
         if levels < 2:
-            raise ValueError(f"Expected levels >= 2, got {levels}.")
+            raise InputError(f"Expected levels >= 2, got {levels}.")
         self.levels = levels
         super().__init__()
 

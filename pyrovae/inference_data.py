@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._predictive import Draws
+from pyrovae._tools import InputError
 from pyrovae._tools.atomic import write_atomic
 from pyrovae._tools.seeding import seeded
 from pyrovae.evidence.estimation import Evaluation
@@ -172,7 +173,7 @@ def load(path: str | Path) -> InferenceData:
     try:
         return _wrapped(xarray.load_datatree(path, engine="h5netcdf"))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or no netCDF file ({error}).") from error
+        raise InputError(f"{path} is damaged, or no netCDF file ({error}).") from error
 
 
 def loo(idata: InferenceData) -> Any:
@@ -262,12 +263,12 @@ def _check(
     n: int, num_samples: int, num_prior: int, first: int, labels: Tensor | Sequence | None
 ) -> None:
     if num_samples < 1 or num_prior < 0 or first < 0:
-        raise ValueError(
+        raise InputError(
             f"Expected num_samples >= 1, num_prior >= 0 and first >= 0, got {num_samples}, "
             f"{num_prior} and {first}."
         )
     if labels is not None and len(labels) != n:
-        raise ValueError(f"Expected a label for each of {n} data, got {len(labels)}.")
+        raise InputError(f"Expected a label for each of {n} data, got {len(labels)}.")
 
 
 def _place(found: LogLikelihood, data: str, n: int, first: int) -> int:
@@ -277,7 +278,7 @@ def _place(found: LogLikelihood, data: str, n: int, first: int) -> int:
         return 0
     if given > n and given >= first + n:
         return first
-    raise ValueError(
+    raise InputError(
         f"Expected an estimate of log p(x) of these {n} data, or of a data set that they are rows "
         f"{first} to {first + n - 1} of, got one of {given}{' others' if given == n else ''}: "
         f"evaluate them, or say with first=... where in the data set they begin."

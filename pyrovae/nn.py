@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from pyrovae._tools import InputError
+
 __all__ = ["ConvDecoder", "ConvEncoder", "MLP"]
 
 
@@ -46,7 +48,7 @@ class MLP(nn.Module):
         self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
         widths = [prod(self.in_shape), *_shape(hidden), prod(self.out_shape)]
         if min(widths) < 1:
-            raise ValueError(f"Expected layers of positive width, got {widths}.")
+            raise InputError(f"Expected layers of positive width, got {widths}.")
         activation = _activation(activation)
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
@@ -157,9 +159,9 @@ def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, 
     """The image's ``[C, H, W]``, and those of what each halving leaves."""
     channels = tuple(_shape(channels))
     if len(shape) != 3:
-        raise ValueError(f"Expected images [C, H, W], got {list(shape)}: use an MLP for others.")
+        raise InputError(f"Expected images [C, H, W], got {list(shape)}: use an MLP for others.")
     if min(shape[1:]) < 2 ** len(channels):
-        raise ValueError(
+        raise InputError(
             f"Expected images of {2 ** len(channels)} pixels and more on a side, to be halved "
             f"{len(channels)} times, got {list(shape)}: give fewer channels than {channels}."
         )
@@ -172,7 +174,7 @@ def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, 
 def _batch(x: Tensor, shape: torch.Size) -> torch.Size:
     batch = x.shape[: x.dim() - len(shape)]
     if x.shape[len(batch) :] != shape:
-        raise ValueError(f"Expected events of shape {list(shape)}, got a tensor {list(x.shape)}.")
+        raise InputError(f"Expected events of shape {list(shape)}, got a tensor {list(x.shape)}.")
     return batch
 
 
@@ -183,5 +185,5 @@ def _shape(shape: int | Sequence[int]) -> torch.Size:
 def _activation(activation: str | type[nn.Module]) -> type[nn.Module]:
     found = getattr(nn, activation, None) if isinstance(activation, str) else activation
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"Expected an activation of torch.nn such as 'ReLU', got {activation!r}.")
+        raise InputError(f"Expected an activation of torch.nn such as 'ReLU', got {activation!r}.")
     return found

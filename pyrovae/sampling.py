@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae._forward import Forward, Given
+from pyrovae._tools import InputError
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.traces import is_bookkeeping, samples, trace_guide, trace_posterior
@@ -52,7 +53,7 @@ def sample(
     if n is None:
         n = len(context[0]) if context else 64
     if n < 1 or len(like) < 1:
-        raise ValueError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
+        raise InputError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
     template = like[:1].expand(n, *like.shape[1:])
     return _generate(model, {}, template, context, mean, seed, compile)
 
@@ -84,7 +85,7 @@ def decode(
         ValueError: If a name is no latent site of the model.
     """
     if not latents:
-        raise ValueError("Expected the values of a latent site at least, got none.")
+        raise InputError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))
     template = like[:1].expand(n, *like.shape[1:])
     return _generate(model, latents, template, context, mean, seed, compile)
@@ -192,7 +193,7 @@ def interpolate(
     start, end = (encode(guide, data, *context, **options) for data in (x, y))
     for name, value in start.items():
         if not value.is_floating_point():
-            raise ValueError(f"Latent {name!r} is discrete: nothing lies between two values.")
+            raise InputError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
     path = {name: _mix(start[name], end[name], t) for name in start}
     along = (c.repeat_interleave(steps, 0) for c in context)
@@ -233,10 +234,10 @@ def traverse(
     options = {"seed": seed, "compile": compile}
     latents = encode(guide, x, *context, **options)
     if site not in latents:
-        raise ValueError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
+        raise InputError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
     size = latents[site].shape[-1]
     if not -size <= dim < size:
-        raise ValueError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
+        raise InputError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
     repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
     repeated[site][..., dim] = values.to(x).repeat(len(x))
     along = (c.repeat_interleave(len(values), 0) for c in context)
@@ -255,7 +256,7 @@ def _generate(
 ) -> Sites:
     given = (*context, *latents.values())
     if lengths := [len(tensor) for tensor in given if len(tensor) != len(template)]:
-        raise ValueError(
+        raise InputError(
             f"Expected a context of {len(template)} rows, one for each datum to draw, got "
             f"{lengths[0]}: give n, the latents and the context the same number of rows."
         )
@@ -268,7 +269,7 @@ def _generate(
         observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
         hidden = sites.keys() - observed.keys()
         if unknown := sorted(values.keys() - hidden):
-            raise ValueError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
+            raise InputError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
         return _data(observed)
 
     return _as_given(Forward(read, parameters, mean)((template, *given), seed, compile))

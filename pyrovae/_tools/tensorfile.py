@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
+
 __all__ = ["checksum", "first_line", "pack_tensors", "unpack_tensors"]
 
 
@@ -35,9 +37,9 @@ def unpack_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:
-        raise ValueError(f"{path} is damaged and was not loaded: {first_line(error)}.") from error
+        raise InputError(f"{path} is damaged and was not loaded: {first_line(error)}.") from error
     if about.pop("sha256", None) != checksum(tensors, about):
-        raise ValueError(f"{path} is damaged and was not loaded: its checksum is wrong.")
+        raise InputError(f"{path} is damaged and was not loaded: its checksum is wrong.")
     return tensors, about
 
 

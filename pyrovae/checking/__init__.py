@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.bounds import (
     analytic_kl,
@@ -145,7 +146,7 @@ def check(
     """
     _require_data(x)
     if particles < 2:
-        raise ValueError(f"Expected particles >= 2, got {particles}.")
+        raise InputError(f"Expected particles >= 2, got {particles}.")
     rows: dict[str, Row] = {}
     with untouched(model, guide):
         case = Case(model, guide, (x, *context), seed, particles)
@@ -177,17 +178,17 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
             row = rows[each.name] = _row(each, case, rows)
             if row.status == "failed":
                 where = f" ({'; '.join(row.where)})" if row.where else ""
-                raise ValueError(f"{row.message}{where}")
+                raise InputError(f"{row.message}{where}")
 
 
 def _require_data(x: Any) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
             f"and .test."
         )
     if x.dim() == 0 or len(x) == 0:
-        raise ValueError("Expected at least one datum, got an empty tensor.")
+        raise InputError("Expected at least one datum, got an empty tensor.")
 
 
 def _row(each: Check, case: Case, done: dict[str, Row]) -> Row:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import subseed
 from pyrovae.data.binarization import draw_binary
 from pyrovae.data.files import Arrays
@@ -99,7 +100,7 @@ class Dataset:
             ValueError: If the name is another.
         """
         if name not in Splits._fields:
-            raise ValueError(unknown("the split", str(name), Splits._fields))
+            raise InputError(unknown("the split", str(name), Splits._fields))
         x = getattr(self, name)
         context = getattr(self.context, name) if self.context else ()
         return () if x is None else (x, *context)
@@ -162,11 +163,11 @@ def load_data(
         Dataset('digits', [1, 8, 8], train=1258, valid=180, test=359, binarize='dynamic')
     """
     if binarize not in BINARIZE:
-        raise ValueError(unknown("binarize", str(binarize), BINARIZE))
+        raise InputError(unknown("binarize", str(binarize), BINARIZE))
     if context not in CONTEXTS:
-        raise ValueError(unknown("context", str(context), CONTEXTS))
+        raise InputError(unknown("context", str(context), CONTEXTS))
     if labelled is not None and context != "labels":
-        raise ValueError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
+        raise InputError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
     source = find_source(name, root)
     x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
@@ -232,7 +233,7 @@ def _permutation(rows: int) -> Tensor:
 
 def _check_rows(rows: int, needed: int, what: str) -> None:
     if rows < needed:
-        raise ValueError(f"Expected at least {needed} {what}, one for each split, got {rows}.")
+        raise InputError(f"Expected at least {needed} {what}, one for each split, got {rows}.")
 
 
 def _binarize(x: Tensor, how: str, seed: int) -> Tensor:
@@ -246,7 +247,7 @@ def _binarize(x: Tensor, how: str, seed: int) -> Tensor:
 def _check_intensities(x: Tensor, scale: float, how: str) -> None:
     low, high = x.min().item() / scale, x.max().item() / scale
     if low < 0 or high > 1:
-        raise ValueError(
+        raise InputError(
             f"Expected intensities in [0, 1] for binarize={how!r}, got numbers from {low:g} to "
             f"{high:g}; rescale them, or take binarize='none'."
         )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pyrovae._tools import InputError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -49,7 +51,7 @@ def read_arrays(path: Path) -> Arrays:
         found = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"Expected a data file at {path}, found {found} there.")
     if path.stat().st_size == 0:
-        raise ValueError(f"Expected data in {path}, got an empty file.")
+        raise InputError(f"Expected data in {path}, got an empty file.")
     arrays = _read_csv(path) if path.suffix.lower() == ".csv" else _read_numpy(path)
     names = _roles(arrays, path)
     xs = [_rows(arrays[x], _title(path, x)) for x, _ in names]
@@ -71,7 +73,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:
         if "Object arrays" in str(error):
-            raise ValueError(
+            raise InputError(
                 f"Expected arrays of numbers in {path}, got Python objects, which are never "
                 "unpickled; save np.asarray(x, dtype=np.float32) instead."
             ) from error
@@ -90,13 +92,13 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise _unreadable(path, error) from error
     if header == 0 and first.isna().any():
-        raise ValueError(
+        raise InputError(
             f"Expected a name for every column of {path}, got {int(first.isna().sum())} without; "
             "leave a row index out with DataFrame.to_csv(index=False)."
         )
     labels = [c for c in frame.columns if str(c).strip().lower() in LABELS]
     if len(labels) > 1:
-        raise ValueError(f"Expected at most one column of labels in {path}, got {labels}.")
+        raise InputError(f"Expected at most one column of labels in {path}, got {labels}.")
     arrays = {"x": _numbers(frame.drop(columns=labels), path)}
     if labels:
         arrays["y"] = _words(frame[labels[0]], path)
@@ -126,7 +128,7 @@ def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
         numbers = to_numeric(column, errors="coerce")
         words = column[numbers.isna() & column.notna()]
         if len(words):
-            raise ValueError(
+            raise InputError(
                 f"Expected numbers in column {name!r} of {path}, got {words.iloc[0]!r}; call the "
                 "column 'label' if it holds labels, and separate columns by commas."
             )
@@ -142,7 +144,7 @@ def _words(column: pd.Series, path: Path) -> np.ndarray:
         return column.to_numpy()
     if column.isna().any():
         row = int(column.isna().to_numpy().argmax())
-        raise ValueError(f"Expected a label in every row of {path}, got none in row {row}.")
+        raise InputError(f"Expected a label in every row of {path}, got none in row {row}.")
     return column.astype(str).to_numpy(dtype=str)
 
 
@@ -153,7 +155,7 @@ def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]
         labels = {name for name in arrays if name.startswith("y_")}
         wanted = {f"y_{s}" for s in splits}
         if labels and labels != wanted:
-            raise ValueError(
+            raise InputError(
                 f"Expected labels {sorted(wanted)} in {path} or none, got {sorted(labels)}."
             )
         return [(f"x_{s}", f"y_{s}" if labels else "") for s in splits]
@@ -161,7 +163,7 @@ def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]
         return [("x", next((name for name in ("y", "labels") if name in arrays), ""))]
     if len(arrays) == 1:
         return [(next(iter(arrays)), "")]
-    raise ValueError(
+    raise InputError(
         f"Expected x (and y), or x_train and x_test, or a single array in {path}, "
         f"got {sorted(arrays) or 'no array'}; name them in np.savez(file, x=..., y=...)."
     )
@@ -170,15 +172,15 @@ def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]
 def _rows(x: np.ndarray, title: str) -> np.ndarray:
     """Data ``[N, ...]`` as uint8 or finite float32."""
     if x.dtype.kind not in "biuf":
-        raise ValueError(f"Expected real numbers in {title}, got dtype {x.dtype}.")
+        raise InputError(f"Expected real numbers in {title}, got dtype {x.dtype}.")
     if not 2 <= x.ndim <= 4:
         mend = "; reshape it to [N, 1] if it is one number a datum" if x.ndim == 1 else ""
-        raise ValueError(
+        raise InputError(
             f"Expected [N, D], [N, H, W] or [N, C, H, W] in {title}, got {list(x.shape)}{mend}."
         )
     if x.size == 0:
         what = "rows" if len(x) == 0 else "columns"
-        raise ValueError(f"Expected data in {title}, got no {what}: shape {list(x.shape)}.")
+        raise InputError(f"Expected data in {title}, got no {what}: shape {list(x.shape)}.")
     return x if x.dtype == np.uint8 else _finite(x, title)
 
 
@@ -187,9 +189,9 @@ def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape != (rows,):
-        raise ValueError(f"Expected {rows} labels in {title}, one a row, got {list(y.shape)}.")
+        raise InputError(f"Expected {rows} labels in {title}, one a row, got {list(y.shape)}.")
     if y.dtype.kind not in "biufUS":
-        raise ValueError(f"Expected numbers or words in {title}, got dtype {y.dtype}.")
+        raise InputError(f"Expected numbers or words in {title}, got dtype {y.dtype}.")
     if y.dtype.kind in "biu":
         return y.astype(np.int64)
     return _finite(y, title) if y.dtype.kind == "f" else y.astype(str)
@@ -201,7 +203,7 @@ def _finite(x: np.ndarray, title: str) -> np.ndarray:
     bad = ~np.isfinite(x)
     if bad.any():
         row = int(bad.reshape(len(x), -1).any(1).argmax())
-        raise ValueError(
+        raise InputError(
             f"Expected finite float32 numbers in {title}, got {int(bad.sum())} NaN or infinite, "
             f"the first in row {row} (counting from 0); drop or fill these rows."
         )
@@ -212,7 +214,7 @@ def _join(parts: list[np.ndarray], path: Path) -> np.ndarray:
     kinds = {(str(part.dtype), part.shape[1:]) for part in parts}
     if len(kinds) > 1:
         found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
-        raise ValueError(f"Expected splits of one type and one event shape in {path}, got {found}.")
+        raise InputError(f"Expected splits of one type and one event shape in {path}, got {found}.")
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -221,7 +223,7 @@ def _encode(parts: list[np.ndarray], path: Path) -> tuple[np.ndarray | None, lis
     if not parts:
         return None, None
     if len({part.dtype.kind for part in parts}) > 1:
-        raise ValueError(
+        raise InputError(
             f"Expected labels of one type in {path}, got {[str(part.dtype) for part in parts]}."
         )
     y = np.concatenate(parts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyrovae._tools import InputError
 from pyrovae.data.files import Arrays
 
 __all__ = ["read_images"]
@@ -58,7 +59,7 @@ def read_images(name: str, root: str | Path | None = None) -> Arrays:
     try:
         parts = [_part(kind, folder, part) for part in ("train", "test")]
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"Expected the files of {name} in {folder}, got ones that are truncated or damaged "
             f"({_line(error)}); delete {', '.join(files)} there and load again."
         ) from error
@@ -77,7 +78,7 @@ def _part(
     x = np.asarray(found.data)
     y = np.asarray(found.labels if kind == "SVHN" else found.targets, dtype=np.int64)
     if len(x) != len(y):
-        raise ValueError(f"{len(x)} images and {len(y)} labels")
+        raise InputError(f"{len(x)} images and {len(y)} labels")
     return x, y
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
+
 __all__ = ["HIDDEN", "LABEL_SEED", "choose_labelled", "label_context"]
 
 HIDDEN = -1
@@ -33,18 +35,18 @@ def label_context(
             ``labelled``.
     """
     if labels is None:
-        raise ValueError(
+        raise InputError(
             f"Expected labels in {name} for context='labels', got none; save them as y beside x "
             f"in a .npz file, or in a column 'label' of a .csv file."
         )
     if any(y.is_floating_point() for y in labels):
-        raise ValueError(
+        raise InputError(
             f"Expected labels that are classes in {name} for context='labels', got real numbers; "
             f"save them as integers from 0."
         )
     found = torch.cat(list(labels)).unique()
     if not torch.equal(found, torch.arange(len(found))):
-        raise ValueError(
+        raise InputError(
             f"Expected the classes 0 to {len(found) - 1} as labels in {name}, got "
             f"{found[0].item()} to {found[-1].item()}; number them from 0 without gaps."
         )
@@ -72,7 +74,7 @@ def choose_labelled(y: Tensor, count: int) -> Tensor:
         ValueError: If ``count`` is not between 0 and N.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(y):
-        raise ValueError(
+        raise InputError(
             f"Expected labelled between 0 and the {len(y)} training labels, got {count!r}."
         )
     generator = torch.Generator().manual_seed(LABEL_SEED)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae.data.files import SUFFIXES, Arrays, read_arrays
 from pyrovae.data.images import read_images
 
@@ -51,7 +52,7 @@ def find_source(name: str | Path, root: str | Path | None = None) -> Source:
         FileNotFoundError: If a file is missing and cannot be downloaded.
     """
     if not isinstance(name, str | os.PathLike):
-        raise TypeError(
+        raise InputTypeError(
             f"Expected the name of a data set or a file, got {type(name).__name__}; save an array "
             "with numpy.save, or give tensors to pyrovae.data.Dataset."
         )
@@ -68,7 +69,7 @@ def _read(name: str | Path, root: str | Path | None) -> Source:
     path = Path(name).expanduser()
     if path.suffix.lower() not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise ValueError(unknown("the data set", str(name), [*DATASETS, files]))
+        raise InputError(unknown("the data set", str(name), [*DATASETS, files]))
     return _file(path)
 
 

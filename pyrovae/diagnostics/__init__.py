@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint, independent
 
+from pyrovae._tools import InputError
 from pyrovae._tools.progress import progress_bar
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.diagnostics.aggregate import Aggregate, aggregate_posterior, mix
@@ -125,12 +126,12 @@ def diagnose(
 
 def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
     if len(x) < 2:
-        raise ValueError(f"Expected two data at least, which can differ, got {len(x)}.")
+        raise InputError(f"Expected two data at least, which can differ, got {len(x)}.")
     if not isinstance(num_samples, int) or num_samples < 2:
-        raise ValueError(f"Expected an integer num_samples >= 2, got {num_samples!r}.")
+        raise InputError(f"Expected an integer num_samples >= 2, got {num_samples!r}.")
     labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and len(labels) != len(x):
-        raise ValueError(f"Expected a label for each of {len(x)} data, got {len(labels)}.")
+        raise InputError(f"Expected a label for each of {len(x)} data, got {len(labels)}.")
     return labels
 
 

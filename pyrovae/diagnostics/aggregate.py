@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.density import Joint, Place, Values, add_up
 from pyrovae.evidence.estimation import Evaluation
@@ -169,7 +170,7 @@ def _axes(joint: Joint, rows: tuple) -> dict[str, int]:
             kinds.update(torch.as_tensor(mask).unique().tolist())
     for name, kinds in seen.items():
         if len(kinds) > 1:
-            raise ValueError(
+            raise InputError(
                 f"Latent {name!r} is masked for some data and not for others, so that {MEND}: "
                 f"take data that are alike in that, such as all labelled or all unlabelled."
             )

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
+
 __all__ = ["Distances", "sample_distances"]
 
 CHUNK, ROUNDING = 1024, 1e-6
@@ -69,12 +71,12 @@ def sample_distances(
     """
     real, made = (_features(each, features) for each in (x, samples))
     if real.shape[1] != made.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"Expected features of one size, got {real.shape[1]} of the data and {made.shape[1]} "
             f"of the samples: give both the same event shape."
         )
     if not isinstance(k, int) or not 1 <= k < min(len(real), len(made)):
-        raise ValueError(
+        raise InputError(
             f"Expected 1 <= k < the number of data and of samples, got k={k!r}, {len(real)} data "
             f"and {len(made)} samples."
         )
@@ -87,7 +89,7 @@ def _features(data: Tensor, features: Callable[[Tensor], Tensor] | None) -> Tens
     found = torch.cat([features(part) for part in data.split(CHUNK)]) if features else data
     found = found.reshape(len(data), -1).double()
     if not bool(found.isfinite().all()):
-        raise ValueError("Expected finite features, got NaN or infinity: look at the samples.")
+        raise InputError("Expected finite features, got NaN or infinity: look at the samples.")
     return found
 
 

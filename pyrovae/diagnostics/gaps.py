@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 
@@ -104,14 +105,14 @@ def inference_gaps(
         Cremer et al., Inference Suboptimality in Variational Autoencoders (arXiv 1801.03558).
     """
     if not isinstance(refine_steps, int) or refine_steps < 1:
-        raise ValueError(f"Expected an integer refine_steps >= 1, got {refine_steps!r}.")
+        raise InputError(f"Expected an integer refine_steps >= 1, got {refine_steps!r}.")
     rows = (x, *context)
     refined = log_likelihood(
         model, guide, *rows, num_samples=num_samples, refine_steps=refine_steps, seed=seed
     )
     best = refined if log_prob is None else log_prob
     if len(best.log_prob) != len(x) or (best.data and best.data != refined.data):
-        raise ValueError(
+        raise InputError(
             f"Expected log p(x) of the same {len(x)} data, got one of {len(best.log_prob)}"
             f"{' that differ' if len(best.log_prob) == len(x) else ''}: estimate it on the x and "
             f"context given here, binarized once."

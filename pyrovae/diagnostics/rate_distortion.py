@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset
 from pyrovae.objectives import elbo, make_objective
@@ -75,14 +76,14 @@ def rate_distortion_curve(
         Alemi et al., Fixing a Broken ELBO (arXiv 1711.00464), section 3.
     """
     if "objective" in fit_options:
-        raise ValueError("Expected no objective: the curve is that of beta_elbo, one β a point.")
+        raise InputError("Expected no objective: the curve is that of beta_elbo, one β a point.")
     if isinstance(fit_options.get("optimizer"), Optimizer):
-        raise ValueError(
+        raise InputError(
             "Expected no torch optimizer, which would carry its state from one β to the next: give "
             "its class, or a function from parameters to one."
         )
     if not betas:
-        raise ValueError("Expected a β at least, got none: give betas such as (0.5, 1, 2, 4).")
+        raise InputError("Expected a β at least, got none: give betas such as (0.5, 1, 2, 4).")
     data, seed = as_dataset(data), draw_seed(seed)
     particles = fit_options.pop("particles", None)
     objectives = [make_objective("beta_elbo", particles, beta=beta) for beta in betas]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, OneHotCategorical
 from torch.distributions import kl_divergence as divergence
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
@@ -64,7 +65,7 @@ def examine(
         for name, term in site_terms(model, guide, analytic).items()
     }
     if bad := [name for name, term in terms.items() if bool(term.isnan().any())]:
-        raise ValueError(
+        raise InputError(
             f"The log-probability of site {bad[0]!r} is NaN at draws from the guide: look at its "
             f"parameters there."
         )

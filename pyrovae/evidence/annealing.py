@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.compiling.graph import CaptureError
 from pyrovae.evidence.density import Joint, refuse_nan
@@ -47,11 +48,11 @@ class Settings(NamedTuple):
         for name, least in (("num_chains", 1), ("num_temperatures", 0), ("num_steps", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"Expected an integer {name} >= {least}, got {value}.")
+                raise InputError(f"Expected an integer {name} >= {least}, got {value}.")
         if self.initial not in ("guide", "prior"):
-            raise ValueError(f"Expected initial='guide' or 'prior', got {self.initial!r}.")
+            raise InputError(f"Expected initial='guide' or 'prior', got {self.initial!r}.")
         if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"Expected max_rows >= 1, got {self.max_rows}.")
+            raise InputError(f"Expected max_rows >= 1, got {self.max_rows}.")
 
     @property
     def betas(self) -> list[float]:
@@ -81,7 +82,7 @@ class Settings(NamedTuple):
             ValueError: If ``compile`` is none of its values.
         """
         if compile not in ("auto", True, False):
-            raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
+            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
         work = num_data * self.num_chains * self.num_temperatures * self.num_steps
         compiled = compile is True or (compile == "auto" and work >= PAYS_AFTER)
         return self._asdict() | {"method": self.method, "compiled": compiled, "seed": seed}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.scoring import log_prob
@@ -180,11 +181,11 @@ def refuse_nan(guide: Values, model: Values, first_row: int) -> None:
         for name, score in scores.items():
             bad = score.isnan().any(0).nonzero()
             if len(bad):
-                raise ValueError(
+                raise InputError(
                     f"The log-probability of site {name!r} in the {program} is NaN for datum "
                     f"{first_row + bad[0].item()}: look at its parameters there."
                 )
-    raise ValueError(
+    raise InputError(
         "A log-weight is infinity minus infinity: a guide's site has no finite log-probability "
         "at its own draw."
     )
@@ -197,7 +198,7 @@ def to_support(name: str, fn: Any) -> Transform:
         ValueError: If the latent is discrete, or no bijection is known.
     """
     if fn.support.is_discrete:
-        raise ValueError(
+        raise InputError(
             f"Latent {name!r} is discrete, where annealing and refining need gradients: use "
             f"pyrovae.log_likelihood without refine_steps, or sum it out: mark it with "
             f"infer={{'enumerate': 'parallel'}} in the model and leave it out of the guide."
@@ -208,7 +209,7 @@ def to_support(name: str, fn: Any) -> Transform:
     try:
         return biject_to(support)
     except NotImplementedError as error:
-        raise ValueError(
+        raise InputError(
             f"Latent {name!r} lives on {fn.support}, to which no bijection from the real line is "
             f"known: use pyrovae.log_likelihood, or register one with torch's biject_to."
         ) from error

@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.progress import progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.evidence.density import Joint, add_up
@@ -60,7 +61,7 @@ class Evaluation:
         processes: bool = False,
     ) -> None:
         if len(rows[0]) == 0:
-            raise ValueError("Expected at least one datum, got an empty tensor.")
+            raise InputError("Expected at least one datum, got an empty tensor.")
         self.options, self.part = options, _part(processes)
         self.file = None if checkpoint is None else _file(checkpoint, self.part)
         self.parameters = Parameters(model, guide)
@@ -188,7 +189,7 @@ def _part(processes: bool) -> tuple[int, int]:
     if not processes:
         return 0, 1
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(
+        raise InputError(
             "Expected torch.distributed to be initialized for processes=True: start the script "
             "with torchrun and call torch.distributed.init_process_group() first."
         )
@@ -198,5 +199,5 @@ def _part(processes: bool) -> tuple[int, int]:
 def _file(path: str | Path, part: tuple[int, int]) -> Path:
     path = Path(path)
     if not path.parent.is_dir():
-        raise ValueError(f"Expected a folder for the checkpoint at {path.parent}, found none.")
+        raise InputError(f"Expected a folder for the checkpoint at {path.parent}, found none.")
     return path if part[1] == 1 else path.with_name(f"{path.name}.{part[0]}")

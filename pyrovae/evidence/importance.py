@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.density import Joint
 from pyrovae.evidence.estimation import Evaluation, particle_tile, power_of_two, row_limit
@@ -173,12 +174,12 @@ def _check(
     compile: bool | str,
 ) -> None:
     if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"Expected an integer num_samples >= 1, got {num_samples}.")
+        raise InputError(f"Expected an integer num_samples >= 1, got {num_samples}.")
     if not 0 <= defensive < 1:
-        raise ValueError(f"Expected 0 <= defensive < 1, got {defensive}.")
+        raise InputError(f"Expected 0 <= defensive < 1, got {defensive}.")
     if not isinstance(refine_steps, int) or refine_steps < 0:
-        raise ValueError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
+        raise InputError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
     if max_rows is not None and max_rows < 1:
-        raise ValueError(f"Expected max_rows >= 1, got {max_rows}.")
+        raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
     if compile not in ("auto", True, False):
-        raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
+        raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")

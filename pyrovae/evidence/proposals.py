@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.density import Joint, Values, add_up
 
 __all__ = ["Defensive", "FromGuide", "require_density", "require_scorable", "uncovered_share"]
@@ -101,13 +102,13 @@ def require_density(joint: Joint, rows: tuple) -> None:
     """
     auxiliary, points = joint.odd_sites(rows)
     if auxiliary and not points:
-        raise ValueError(
+        raise InputError(
             f"The guide's auxiliary sites {auxiliary} are no latents of the model, so that p(x, z) "
             f"over the guide's density does not average to p(x): sample them in the model too, "
             f"from a distribution of your choice."
         )
     if points and not auxiliary:
-        raise ValueError(
+        raise InputError(
             f"The guide puts all its mass on one point at {points} (a Delta), so there are no "
             f"importance weights: give it a distribution with a density."
         )
@@ -129,7 +130,7 @@ def require_scorable(joint: Joint, rows: tuple, mend: str) -> Tensor:
     """
     auxiliary, points = joint.odd_sites(rows)
     if auxiliary or points:
-        raise ValueError(
+        raise InputError(
             f"The guide cannot score latents that it did not draw, because of its sites "
             f"{sorted({*auxiliary, *points})}: {mend}."
         )
@@ -138,7 +139,7 @@ def require_scorable(joint: Joint, rows: tuple, mend: str) -> Tensor:
     try:
         return add_up(joint.guide(rows, particles, values).values())
     except (NotImplementedError, KeyError) as error:
-        raise ValueError(
+        raise InputError(
             f"The guide cannot score latents that it did not draw ({error}): {mend}."
         ) from error
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
+
 __all__ = ["Comparison", "Curve", "LogLikelihood", "compare_log_likelihood"]
 
 HEAVY, FEW = 0.7, 8.0
@@ -215,13 +217,13 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
     """
     n = len(a.log_prob)
     if len(b.log_prob) != n or (a.data and b.data and a.data != b.data):
-        raise ValueError(
+        raise InputError(
             f"Expected two results for the same data, got {n} and {len(b.log_prob)} data"
             f"{' that differ' if len(b.log_prob) == n else ''}: evaluate both runs on one split, "
             f"binarized once."
         )
     if n < 2:
-        raise ValueError(f"Expected at least 2 data to compare on, got {n}.")
+        raise InputError(f"Expected at least 2 data to compare on, got {n}.")
     each = a.log_prob.double() - b.log_prob.double()
     total = each.var() / n
     noise = (a.standard_error.double().square() + b.standard_error.double().square()).sum() / n**2

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.density import Joint, Place
@@ -115,7 +116,7 @@ def bidirectional(
     settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
     settings.check()
     if not isinstance(n, int) or n < 1:
-        raise ValueError(f"Expected an integer n >= 1, got {n}.")
+        raise InputError(f"Expected an integer n >= 1, got {n}.")
     options = settings.options(2 * n, compile, seed)
     index = torch.arange(n) % max(len(like), 1)
     rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))
@@ -154,7 +155,7 @@ def _simulate(task: Evaluation, joint: Joint) -> dict[str, Tensor]:
     was = {n: before[n]["value"].movedim(axes[n], 0) for n in names}
     args = [_replaced(arg, was, data) for arg in rows]
     if args[0] is rows[0]:
-        raise ValueError(
+        raise InputError(
             f"Expected a site of the model that observes x itself, got {sorted(names)}, so that "
             f"data drawn from the model cannot be shown to the guide."
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.psis import Tail, pareto_smooth
 
 __all__ = ["Sums", "curve_points"]
@@ -21,7 +22,7 @@ def curve_points(num_samples: int, asked: Sequence[int] = ()) -> list[int]:
     """
     points = list(asked) or [10**n for n in range(len(str(num_samples)))]
     if not all(isinstance(k, int) and 1 <= k <= num_samples for k in points):
-        raise ValueError(f"Expected a curve over 1 to num_samples={num_samples}, got {points}.")
+        raise InputError(f"Expected a curve over 1 to num_samples={num_samples}, got {points}.")
     return sorted({*points, num_samples})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.atomic import write_atomic
 
 __all__ = [
@@ -121,7 +122,7 @@ class Checkpoint:
     def _require_same(self, before: dict[str, Any]) -> None:
         for key in sorted(before.keys() | self.about.keys()):
             if before.get(key) != self.about.get(key):
-                raise ValueError(
+                raise InputError(
                     f"The checkpoint {self.path} was made with {key} = {before.get(key)}, and "
                     f"this evaluation has {self.about.get(key)}: choose another file, or remove it."
                 )
@@ -139,7 +140,7 @@ def read_about(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["about"])
     except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is no checkpoint of an evaluation, or a damaged one ({error}): choose "
             f"another file, or remove it."
         ) from error

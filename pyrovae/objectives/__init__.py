@@ -15,6 +15,7 @@ from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
 from pyrovae.objectives.elbo import site_terms
@@ -102,15 +103,17 @@ def make_objective(
         >>> pyrovae.fit(model, guide, data, objective=make_objective("iwae", particles=50))
     """
     if particles is not None and (not isinstance(particles, int) or particles < 1):
-        raise ValueError(f"Expected an integer particles >= 1, got {particles!r}.")
+        raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
     if not isinstance(objective, str):
         if not callable(objective):
-            raise TypeError(f"Expected an objective's name, an ELBO or a function: {objective!r}.")
+            raise InputTypeError(
+                f"Expected an objective's name, an ELBO or a function: {objective!r}."
+            )
         if options:
-            raise ValueError(f"Expected options {sorted(options)} with a name, got an object.")
+            raise InputError(f"Expected options {sorted(options)} with a name, got an object.")
         return objective
     if objective not in OBJECTIVES:
-        raise ValueError(
+        raise InputError(
             f"No objective {objective!r}; there are {sorted(OBJECTIVES)}"
             f"{_near(objective, OBJECTIVES) or '.'}"
         )
@@ -118,7 +121,7 @@ def make_objective(
     known = inspect.signature(constructor).parameters
     for name in options:
         if name not in known:
-            raise ValueError(
+            raise InputError(
                 f"The objective {objective!r} takes no option {name!r}; it takes "
                 f"{', '.join(known)}{_near(name, known) or '.'}"
             )

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Parameters
@@ -49,7 +50,7 @@ class Objective:
 
     def __init__(self, particles: int = 1) -> None:
         if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"Expected an integer particles >= 1, got {particles!r}.")
+            raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
         self.particles = particles
         self._pairs: WeakKeyDictionary[Parameters, tuple[Layout, Any]] = WeakKeyDictionary()
         self._called: tuple | None = None

@@ -11,6 +11,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
 from pyrovae.pairs.pair import Parameters
@@ -64,14 +65,14 @@ class BetaELBO(Objective):
     ) -> None:
         super().__init__(particles)
         if not 0 <= beta < math.inf:
-            raise ValueError(f"Expected beta >= 0, got {beta}.")
+            raise InputError(f"Expected beta >= 0, got {beta}.")
         if not isinstance(warm_up, int) or warm_up < 0:
-            raise ValueError(f"Expected an integer warm_up >= 0, in steps, got {warm_up!r}.")
+            raise InputError(f"Expected an integer warm_up >= 0, in steps, got {warm_up!r}.")
         if not callable(schedule) and schedule not in SCHEDULES:
-            raise ValueError(f"Expected schedule {' or '.join(SCHEDULES)}, got {schedule!r}.")
+            raise InputError(f"Expected schedule {' or '.join(SCHEDULES)}, got {schedule!r}.")
         given = free_bits.values() if isinstance(free_bits, Mapping) else [free_bits]
         if not all(0 <= nats < math.inf for nats in given):
-            raise ValueError(f"Expected free_bits >= 0, in nats per datum, got {free_bits}.")
+            raise InputError(f"Expected free_bits >= 0, in nats per datum, got {free_bits}.")
         self.full, self.warm_up, self.analytic = float(beta), warm_up, analytic
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         self.free_bits = free_bits
@@ -99,7 +100,7 @@ class BetaELBO(Objective):
             ValueError: If the warm-up is longer than the training, so that β is never reached.
         """
         if steps is not None and self.warm_up > steps:
-            raise ValueError(
+            raise InputError(
                 f"The warm-up of {self.warm_up} steps is longer than the training of {steps}, so "
                 f"that beta={self.full:g} is never reached: train longer, or shorten warm_up."
             )
@@ -113,7 +114,7 @@ class BetaELBO(Objective):
             return dict.fromkeys(layout.latents if self.free_bits else (), self.free_bits)
         unknown = sorted(self.free_bits.keys() - set(layout.latents))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"free_bits names {unknown}, and the pair's latent sites are "
                 f"{sorted(layout.latents)}: name one of those."
             )

@@ -24,6 +24,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.traces import samples
 
@@ -164,7 +165,7 @@ def elbo_estimate(
 def _refuse_scores(guide_trace: Trace) -> None:
     for name, site in samples(guide_trace).items():
         if not site["fn"].has_rsample and not site["is_observed"]:
-            raise ValueError(
+            raise InputError(
                 f"TraceMeanField_ELBO takes reparameterized latents alone, and the guide draws "
                 f"{name!r} from a {type(site['fn']).__name__}: train with trace_elbo, or "
                 f"enumerate the site and train with trace_enum_elbo."

@@ -9,6 +9,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.log_weights import Cells, cells, check_scales, site_log_probs
 from pyrovae.objectives.pathwise import (
@@ -122,13 +123,13 @@ class ImportanceWeighted(Objective):
     ) -> None:
         super().__init__(particles)
         if not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"Expected an integer groups >= 1, got {groups!r}.")
+            raise InputError(f"Expected an integer groups >= 1, got {groups!r}.")
         if not math.isfinite(alpha):
-            raise ValueError(f"Expected a finite alpha, got {alpha}.")
+            raise InputError(f"Expected a finite alpha, got {alpha}.")
         if not 0 <= beta <= 1:
-            raise ValueError(f"Expected beta from 0 (IWAE) to 1 (ELBO), got {beta}.")
+            raise InputError(f"Expected beta from 0 (IWAE) to 1 (ELBO), got {beta}.")
         if gradient not in GRADIENTS:
-            raise ValueError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
+            raise InputError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
         self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
 
     def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> Pair:
@@ -141,7 +142,7 @@ class ImportanceWeighted(Objective):
             return Pair(tuple(scored), False)
         if scored:
             name, family = next(iter(scored.items()))
-            raise ValueError(
+            raise InputError(
                 f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
                 f"draws {name!r} from a {family}: train with iwae, which has a score-function term "
                 f"for it, or with reweighted_wake_sleep, or enumerate it with trace_enum_elbo."

@@ -16,6 +16,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
 
 __all__ = ["Cells", "cells", "check_scales", "site_log_probs"]
@@ -75,7 +76,7 @@ def _scale(scale: Tensor | float, rank: int, kept: frozenset[int]) -> Tensor | f
         return scale
     scale = scale.reshape((1,) * (rank - 1 - scale.dim()) + scale.shape)
     if any(n != 1 and d - (rank - 1) not in kept for d, n in enumerate(scale.shape)):
-        raise ValueError(
+        raise InputError(
             "Expected one scale for all sites of a datum, got a scale that varies within it: an "
             "importance-weighted bound is not defined; drop poutine.scale, or train with an ELBO."
         )
@@ -92,7 +93,7 @@ def check_scales(traces: Iterable[Trace], layout: Layout) -> None:
     for name, site in ((n, s) for trace in traces for n, s in samples(trace).items()):
         plates = [frame.name for frame in site["cond_indep_stack"]]
         if type(site["fn"]).__name__ == "Unit" and layout.plate not in plates:
-            raise ValueError(
+            raise InputError(
                 f"The factor {name!r} lies outside the plate {layout.plate!r}, so it belongs to no "
                 f"datum: move it inside, or train with an ELBO."
             )
@@ -105,7 +106,7 @@ def check_scales(traces: Iterable[Trace], layout: Layout) -> None:
     (first, scale), *rest = sites.items()
     for name, other in rest:
         if not bool((torch.as_tensor(scale) == torch.as_tensor(other)).all()):
-            raise ValueError(
+            raise InputError(
                 f"Sites {first!r} and {name!r} carry different scales, so an importance-weighted "
                 f"bound is not defined: drop poutine.scale and subsampling within a datum, or "
                 f"train with an ELBO."

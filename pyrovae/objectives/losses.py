@@ -11,6 +11,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate
@@ -48,7 +49,9 @@ def estimate(
     differentiable = loss.differentiable_loss if isinstance(loss, ELBO) else loss
     surrogate = differentiable(model, guide, *args, **kwargs)
     if not isinstance(surrogate, Tensor):
-        raise TypeError(f"Expected a loss that is a tensor to differentiate, got {surrogate!r}.")
+        raise InputTypeError(
+            f"Expected a loss that is a tensor to differentiate, got {surrogate!r}."
+        )
     return Estimate(surrogate.detach(), surrogate, {})
 
 
@@ -116,7 +119,7 @@ class _NoScale(Messenger):
     def _pyro_post_sample(self, msg: dict) -> None:
         scale = msg["scale"]
         if isinstance(scale, Tensor) or scale != 1.0:
-            raise ValueError(
+            raise InputError(
                 f"RenyiELBO puts the scale of site {msg['name']!r} inside its log-sum-exp, where "
                 f"it is no bound on log p(x): drop poutine.scale or the subsampling plate."
             )

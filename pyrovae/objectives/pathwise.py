@@ -21,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.log_weights import site_log_probs
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.traces import Layout, samples, trace_guide
@@ -127,7 +128,7 @@ def check_density(parameters: Parameters, args: tuple, hierarchical: bool) -> No
     """
     noisy = (m for r in parameters.roots.values() for m in r.modules() if _is_noise(m))
     if hierarchical and next(noisy, None) is not None:
-        raise ValueError(
+        raise InputError(
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
             "other noise each time: set p=0, or train with an objective that takes plain gradients."
         )
@@ -138,7 +139,7 @@ def check_density(parameters: Parameters, args: tuple, hierarchical: bool) -> No
         drawn = _log_prob(site, site["value"])
         again = _log_prob(site, site["value"].detach().clone())
         if not torch.allclose(drawn, again, rtol=1e-2, atol=1e-2):
-            raise ValueError(
+            raise InputError(
                 f"ln q at site {name!r} changes by {(drawn - again).abs().max():.3g} nats when it "
                 f"is evaluated again: the inverse of its flow is not exact. Train in float64, or "
                 f"with an objective that takes plain gradients."
@@ -149,7 +150,7 @@ def _log_prob(site: dict, value: Tensor) -> Tensor:
     try:
         return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
     except (NotImplementedError, KeyError) as error:
-        raise ValueError(
+        raise InputError(
             f"ln q at site {site['name']!r} is known at its own draws alone: its flow has no "
             f"inverse. Choose a flow that has one, or an objective that takes plain gradients."
         ) from error

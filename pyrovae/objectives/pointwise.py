@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.contract import inspect_pair
@@ -84,9 +85,9 @@ def elbo(
         Kingma and Welling (arXiv 1312.6114), equations 6 and 7.
     """
     if objective not in ESTIMATORS:
-        raise ValueError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
+        raise InputError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
     if particles < 1:
-        raise ValueError(f"Expected particles >= 1, got {particles}.")
+        raise InputError(f"Expected particles >= 1, got {particles}.")
     analytic = objective == "trace_mean_field_elbo"
     parameters = Parameters(model, guide)
     x, *context = (tensor.to(parameters.device) for tensor in (x, *context))

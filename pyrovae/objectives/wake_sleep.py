@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.importance_weighted import Scores, score
 from pyrovae.objectives.log_weights import cells, check_scales
@@ -58,9 +59,9 @@ class WakeSleep(Objective):
     def __init__(self, particles: int = 10, insomnia: float = 1.0) -> None:
         super().__init__(particles)
         if not 0 <= insomnia <= 1:
-            raise ValueError(f"Expected insomnia from 0 (asleep) to 1 (awake), got {insomnia}.")
+            raise InputError(f"Expected insomnia from 0 (asleep) to 1 (awake), got {insomnia}.")
         if insomnia > 0 and particles < 2:
-            raise ValueError(
+            raise InputError(
                 "Expected particles >= 2 for a guide that learns awake: the weight of a single "
                 "sample is 1, and says nothing. Use more, or insomnia=0."
             )
@@ -76,7 +77,7 @@ class WakeSleep(Objective):
             return {}
         auxiliary = sorted(set(_latents(traces[1])) - set(layout.latents))
         if auxiliary:
-            raise ValueError(
+            raise InputError(
                 f"A dream has no value for {auxiliary}, which the guide alone samples: use "
                 f"reweighted_wake_sleep with insomnia=1."
             )
@@ -144,14 +145,14 @@ def _heard(observed: dict[str, Tensor], args: tuple) -> dict[int, str]:
         if _is_same(value, argument)
     }
     if 0 not in found:
-        raise ValueError(
+        raise InputError(
             f"No site of the model observes x as it is (there are {sorted(observed)}), so that "
             f"the guide cannot be run on a dream: observe x itself, or use reweighted_wake_sleep "
             f"with insomnia=1."
         )
     unheard = sorted(observed.keys() - set(found.values()))
     if unheard and len(found) < len(args):
-        raise ValueError(
+        raise InputError(
             f"Sites {unheard} observe none of the arguments as it is, so that a dream of them "
             f"cannot be given to the guide: observe the arguments themselves, or use "
             f"reweighted_wake_sleep with insomnia=1."

@@ -14,6 +14,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Parameters
 from pyrovae.pairs.traces import (
@@ -109,7 +110,7 @@ def check_objective(layout: Layout, objective: Any) -> None:
     """
     sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)
     if layout.enumerated and not sums:
-        raise ValueError(
+        raise InputError(
             f"{type(objective).__name__} is no bound for latents that the model alone has, "
             f"{sorted(layout.enumerated)}: train with TraceEnum_ELBO, which sums over them, or "
             f"sample them in the guide."
@@ -132,7 +133,7 @@ def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context:
 def _blames_data(x: Tensor) -> Iterator[None]:
     """Where a program fails at first sight, say of the data or of the program what is wrong."""
     if not isinstance(x, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
             f"and .test."
         )
@@ -141,14 +142,14 @@ def _blames_data(x: Tensor) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
         if len(bad):
-            raise ValueError(
+            raise InputError(
                 f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
                 f"{bad[0].item()}: clean them, or let the programs mask them."
             ) from error
         text = str(error).partition("Trace Shapes:")[0].strip()
-        raise ValueError(mended(text, x)) from error
+        raise InputError(mended(text, x)) from error
     except IndexError as error:
-        raise ValueError(
+        raise InputError(
             f"A program looks up what it does not have ({error}): give it as many classes as there "
             f"are labels, and labels that are not hidden (-1) where it needs them."
         ) from error
@@ -182,14 +183,14 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
     }
     for name in latents:
         if name not in guide_sites:
-            raise ValueError(
+            raise InputError(
                 f"The model's latent site {name!r} is missing in the guide, which samples "
                 f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}, or "
                 f"mark one that is discrete with infer={{'enumerate': 'parallel'}} in the model "
                 f"and train with TraceEnum_ELBO."
             )
     for name in sorted(proposed - set(latents)):
-        raise ValueError(
+        raise InputError(
             f"The guide samples {name!r}, which is no latent site of the model (its latents are "
             f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
             f"exchange model and guide if they are the wrong way round{_near(name, latents)}."
@@ -209,12 +210,12 @@ def check_event(name: str, model_site: dict, guide_site: dict) -> None:
     """
     ours, theirs = model_site["fn"], guide_site["fn"]
     if ours.event_dim != theirs.event_dim:
-        raise ValueError(
+        raise InputError(
             f"Site {name!r} has {ours.event_dim} event dimensions in the model and "
             f"{theirs.event_dim} in the guide: end both distributions in the same .to_event(n)."
         )
     if ours.event_shape != theirs.event_shape:
-        raise ValueError(
+        raise InputError(
             f"Site {name!r} has event shape {list(ours.event_shape)} in the model and "
             f"{list(theirs.event_shape)} in the guide: give both the same latent size."
         )
@@ -229,7 +230,7 @@ def batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
     stacks = [_plates(site) for _, site in sites if not is_bookkeeping(site)]
     fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
     if not fitting:
-        raise ValueError(
+        raise InputError(
             f"Expected a plate over the batch of {num_data}, got plates "
             f"{sorted({(f.name, f.size) for stack in stacks for f in stack.values()})}: open "
             f"`with pyro.plate('data', len(x))` in the model and in the guide."
@@ -246,7 +247,7 @@ def batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
     """
     for name, site in sites:
         if plate not in _plates(site) and not is_bookkeeping(site):
-            raise ValueError(
+            raise InputError(
                 f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "
                 f"log-probability belongs to no datum: sample it inside that plate."
             )
@@ -263,7 +264,7 @@ def _check_observed(name: str, site: dict) -> None:
     fn, value = site["fn"], site["value"]
     batch = value.shape[: value.dim() - fn.event_dim]
     if value.shape[value.dim() - fn.event_dim :] != fn.event_shape:
-        raise ValueError(
+        raise InputError(
             f"Site {name!r} observes events of shape {list(value.shape[1:])}, but its distribution "
             f"has events {list(fn.event_shape)} and batch {list(fn.batch_shape)}: check the "
             f"model's data shape, and declare event dimensions with .to_event(n)."
@@ -274,7 +275,7 @@ def _check_observed(name: str, site: dict) -> None:
         inside = inside | ~mask.expand(batch)
     if mask is not False and not bool(inside.all()):
         row = tuple((~inside).nonzero()[0].tolist())
-        raise ValueError(_outside(name, fn, value, row))
+        raise InputError(_outside(name, fn, value, row))
 
 
 def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:

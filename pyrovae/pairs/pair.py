@@ -20,6 +20,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pyrovae._tools import InputError
+
 __all__ = ["OwnParameters", "Parameters", "owners"]
 
 
@@ -115,7 +117,7 @@ class OwnParameters(Messenger):
         if isinstance(initial, nn.Parameter):
             msg["value"] = initial
         elif isinstance(initial, Tensor) and name in store and initial.shape != store[name].shape:
-            raise ValueError(
+            raise InputError(
                 f"pyro.param({name!r}) asks for shape {list(initial.shape)}, but Pyro's store "
                 f"holds {list(store[name].shape)} under that name, from another program: call "
                 f"pyro.clear_param_store() first, or give the parameter another name."
@@ -197,7 +199,7 @@ class Parameters:
         known = {id(leaf) for leaf in (*self.named().values(), *args)}
         lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
         if lost:
-            raise ValueError(
+            raise InputError(
                 f"The loss depends on parameters of shapes {lost} that neither the model nor the "
                 f"guide owns, so they would not be trained: make their module an attribute, call "
                 f"pyro.module('name', module) in the program, or freeze it with requires_grad_()."
@@ -223,10 +225,10 @@ class Parameters:
         own |= {f"param.{name}": leaf for name, leaf in self._loose().items()}
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
-            raise ValueError(f"The weights do not match: missing {missing}, unexpected {extra}.")
+            raise InputError(f"The weights do not match: missing {missing}, unexpected {extra}.")
         for name, value in own.items():
             if value.shape != state[name].shape:
-                raise ValueError(
+                raise InputError(
                     f"The weights do not match: {name} has shape {list(value.shape)} in the pair "
                     f"and {list(state[name].shape)} in the file."
                 )

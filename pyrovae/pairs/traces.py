@@ -16,6 +16,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
 from pyrovae.pairs.pair import Parameters
 
@@ -178,7 +179,7 @@ def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
     (first, scale), *rest = scales.items()
     for name, other in rest:
         if not torch.equal(torch.as_tensor(scale) + 0.0, torch.as_tensor(other) + 0.0):
-            raise ValueError(
+            raise InputError(
                 f"Sites {first!r} and {name!r} carry different scales, so log p(x) is not "
                 f"defined: evaluate the pair without poutine.scale or inner subsampling."
             )
@@ -235,5 +236,5 @@ def site_scale(site: dict, layout: Layout) -> Tensor | float:
     rank = max(scale.dim(), -layout.dim)
     scale = scale.reshape((1,) * (rank - scale.dim()) + scale.shape)
     if scale.numel() != scale.shape[layout.dim]:
-        raise ValueError("Expected one scale per datum, got a scale that varies within a datum.")
+        raise InputError("Expected one scale per datum, got a scale that varies within a datum.")
     return scale.reshape(-1)

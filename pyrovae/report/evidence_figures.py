@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.figure_style import INK, ORANGE, PALETTE, panel, styled
 
@@ -36,7 +37,7 @@ def bound_curves(
     """
     drawn = {name: ll for name, ll in estimates.items() if ll.curve is not None}
     if not drawn:
-        raise ValueError("Expected an estimate with a curve, got none.")
+        raise InputError("Expected an estimate with a curve, got none.")
     figure, axes = panel("The bound by number of samples", "samples K", "nats per datum")
     for (name, ll), colour in zip(drawn.items(), _colours(drawn), strict=True):
         k, bound = zip(*ll.curve.mean.items(), strict=True)
@@ -70,7 +71,7 @@ def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
     shapes = {name: ll.khat.double().cpu().numpy() for name, ll in estimates.items()}
     shapes = {n: v for n, k in shapes.items() if (v := np.sort(k[np.isfinite(k)])).size}
     if not shapes:
-        raise ValueError("Expected an estimate with a k-hat, got none: K is too small.")
+        raise InputError("Expected an estimate with a k-hat, got none: K is too small.")
     figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
     for level, text in THRESHOLDS.items():
         axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.report.figure_style import BLUE, DPI, GREY, ORANGE, styled
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def learning_curves(history: Sequence[dict]) -> Figure:
 
     terms = {name: curves for name in TERMS if (curves := _curves(history, name))}
     if not terms:
-        raise ValueError("Expected a history with an ELBO or one of its terms, got neither.")
+        raise InputError("Expected a history with an ELBO or one of its terms, got neither.")
     first, *others = terms
     layout = [[first] * len(others), others] if others else [[first]]
     figure = Figure((5.4, 2.4 * len(layout)), dpi=DPI, layout="constrained")
@@ -81,7 +82,7 @@ def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstru
     """
     x, xhat = _events(x, 1), _events(xhat, 1)
     if x.shape != xhat.shape:
-        raise ValueError(f"Expected reconstructions {list(x.shape)}, got {list(xhat.shape)}.")
+        raise InputError(f"Expected reconstructions {list(x.shape)}, got {list(xhat.shape)}.")
     names = ("data", "reconstruction")
     if x[0].size == 2:
         pairs, labels = np.stack([x, xhat], 1), np.tile(names, len(x))
@@ -102,9 +103,9 @@ def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure
     z = _events(z, 1).reshape(len(z), -1)
     labels = None if labels is None else torch.as_tensor(labels).detach().cpu().numpy()
     if not np.isfinite(z).all():
-        raise ValueError("Expected finite posterior means, got NaN or infinity.")
+        raise InputError("Expected finite posterior means, got NaN or infinity.")
     if labels is not None and labels.shape != z.shape[:1]:
-        raise ValueError(f"Expected labels of shape [{len(z)}], got {list(labels.shape)}.")
+        raise InputError(f"Expected labels of shape [{len(z)}], got {list(labels.shape)}.")
     names = [f"{site}[{i}], posterior mean" for i in range(z.shape[1])]
     if z.shape[1] > 2:
         z, share = _principal(z)
@@ -146,7 +147,7 @@ def _curves(history: Sequence[dict], name: str) -> dict[str, np.ndarray]:
 def _events(x: Tensor, batch: int) -> np.ndarray:
     x = torch.as_tensor(x).detach().cpu().double().numpy()
     if x.ndim <= batch or x.size == 0:
-        raise ValueError(f"Expected events of some shape, got a tensor {list(x.shape)}.")
+        raise InputError(f"Expected events of some shape, got a tensor {list(x.shape)}.")
     return x
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pyrovae._tools import InputError
+
 __all__ = ["cell", "figure", "figures_of", "flatten", "name_of", "plain", "section", "table"]
 
 CAPTIONS = {
@@ -56,7 +58,7 @@ def figure(name: str, png: bytes, of: str = "") -> str:
         ValueError: If it is no PNG.
     """
     if png[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError(f"Expected the figure {name!r} to be a PNG, got a file of {png[:8]!r}.")
+        raise InputError(f"Expected the figure {name!r} to be a PNG, got a file of {png[:8]!r}.")
     width, height = (int.from_bytes(png[at : at + 4], "big") // 2 for at in (16, 20))
     kind = _kind(name)
     text = " ".join(filter(None, [CAPTIONS.get(kind), name[len(kind) :].strip("_")]))

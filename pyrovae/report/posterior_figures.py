@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyrovae._tools import InputError
 from pyrovae.report.figure_style import BLUE, DPI, GREY, INK, PALETTE, panel, styled
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def kl_by_dimension(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
 
     drawn = {name: site for name, site in sites.items() if site.get("kl")}
     if not drawn:
-        raise ValueError("Expected a latent site with a KL, got none.")
+        raise InputError("Expected a latent site with a KL, got none.")
     figure = Figure((4.8, 0.6 + 2.4 * len(drawn)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     for axes, (name, site) in zip(panels, drawn.items(), strict=True):

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.atomic import write_atomic
 from pyrovae._tools.tensorfile import checksum, first_line, pack_tensors, unpack_tensors
 
@@ -59,7 +60,7 @@ class Run:
         """
         run = cls(path)
         if not run.exists():
-            raise ValueError(f"{run.path} holds no run: expected a config.json in it.")
+            raise InputError(f"{run.path} holds no run: expected a config.json in it.")
         return run
 
     def exists(self) -> bool:
@@ -73,15 +74,15 @@ class Run:
             ValueError: If there is anything in it, or it cannot be created.
         """
         if self.exists():
-            raise ValueError(
+            raise InputError(
                 f"{self.path} holds another run: choose another --out, or go on with --resume."
             )
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} exists and is not empty: choose another --out.")
+            raise InputError(f"{self.path} exists and is not empty: choose another --out.")
         path = self.path.absolute()
         found = next(folder for folder in (path, *path.parents) if folder.exists())
         if not (found.is_dir() and os.access(found, os.W_OK)):
-            raise ValueError(f"{self.path} cannot be made: {found} is no folder to write in.")
+            raise InputError(f"{self.path} cannot be made: {found} is no folder to write in.")
 
     def create(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
         """Write the configuration and the user's program files, or nothing.
@@ -117,7 +118,7 @@ class Run:
         parts = {"model": PROGRAM, "guide": PROGRAM, "data": DATA}
         whole = {*parts, "command", "epochs", "schedule", "device", "seed"} <= config.keys()
         if not whole or not all(_holds(config[part], keys) for part, keys in parts.items()):
-            raise ValueError(f"{self.path / 'config.json'} is damaged: entries are missing.")
+            raise InputError(f"{self.path / 'config.json'} is damaged: entries are missing.")
         return config
 
     @property
@@ -138,9 +139,9 @@ class Run:
         try:
             content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.path / name} is damaged or missing: {error}.") from error
+            raise InputError(f"{self.path / name} is damaged or missing: {error}.") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{self.path / name} is damaged: it holds no JSON object.")
+            raise InputError(f"{self.path / name} is damaged: it holds no JSON object.")
         return content
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -172,17 +173,17 @@ class Run:
                 broken = archive.testzip()
             state = torch.load(path, map_location="cpu", weights_only=True) if not broken else None
         except pickle.UnpicklingError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} was not loaded: it holds more than tensors and plain data, which is never "
                 "executed."
             ) from error
         except Exception as error:
             reason = first_line(error)
-            raise ValueError(f"{path} is damaged and was not loaded: {reason}.") from error
+            raise InputError(f"{path} is damaged and was not loaded: {reason}.") from error
         if broken:
-            raise ValueError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
+            raise InputError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
         if not _is_state(state):
-            raise ValueError(f"{path} was not loaded: it is no checkpoint of a training.")
+            raise InputError(f"{path} was not loaded: it is no checkpoint of a training.")
         return state
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
@@ -200,7 +201,7 @@ class Run:
             return unpack_tensors(path)[0]
         checkpoint = self.load_checkpoint()
         if checkpoint is None:
-            raise ValueError(f"{self.path} has no weights yet: go on with --resume.")
+            raise InputError(f"{self.path} has no weights yet: go on with --resume.")
         return checkpoint["weights"]
 
     def weights_checksum(self) -> str:
@@ -256,7 +257,7 @@ class Run:
                 for row in rows
             ]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
+            raise InputError(f"{path} is damaged: {error}.") from error
 
 
 def _holds(part: Any, keys: set[str]) -> bool:

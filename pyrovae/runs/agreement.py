@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyrovae._tools import InputError
+
 __all__ = ["require_same_data", "require_same_run"]
 
 FREE = ("command", "device", "versions")
@@ -29,7 +31,7 @@ def require_same_run(before: dict[str, Any], now: dict[str, Any]) -> None:
         if key.partition(".")[0] in free or key in MOVABLE:
             continue
         if before.get(key) != now.get(key):
-            raise ValueError(
+            raise InputError(
                 f"The run was made with {key} = {before.get(key)}, and --resume was asked for "
                 f"{now.get(key)}: leave the option out, or choose another --out."
             )
@@ -47,7 +49,7 @@ def require_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     for key, value in now.items():
         if key != "source" and key in before and before[key] != value:
-            raise ValueError(
+            raise InputError(
                 f"The data are not those of the run: {key} was {before[key]}, is now {value}."
             )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.result import Comparison, LogLikelihood, compare_log_likelihood
 from pyrovae.report.finding_pictures import Finding
 from pyrovae.report.html import name_of
@@ -122,7 +123,7 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
             was trained further since.
     """
     if len(paths) < 2:
-        raise ValueError(f"Expected two runs or more to compare, got {len(paths)}.")
+        raise InputError(f"Expected two runs or more to compare, got {len(paths)}.")
     names = _short([Path(path) for path in paths])
     runs = tuple(_load(path, name, split) for path, name in zip(paths, names, strict=True))
     first = runs[0]
@@ -138,13 +139,13 @@ def _load(path: str | Path, name: str, split: str) -> Compared:
     again = f"pyrovae evaluate {quote(str(run.path))} --split {split}"
     finding, values = load_finding(run, split), run.load_values(split)
     if finding is None or values is None or finding.log_likelihood is None:
-        raise ValueError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
+        raise InputError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
     tensors, about = values
     if about.get("weights") != run.weights_checksum():
-        raise ValueError(f"{run.path} was trained further since it was evaluated; first: {again}")
+        raise InputError(f"{run.path} was trained further since it was evaluated; first: {again}")
     asked = finding.results["log_likelihood"].get("num_samples"), finding.results.get("data")
     if asked != (finding.log_likelihood.num_samples, about.get("data")) or "elbo" not in tensors:
-        raise ValueError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
+        raise InputError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
     return Compared(name, run, run.config, finding, tensors["elbo"].double())
 
 
@@ -155,12 +156,12 @@ def _require_same_data(first: Compared, other: Compared, split: str) -> None:
     paths = [quote(str(each.run.path)) for each in (first, other)]
     if sizes[0] != sizes[1]:
         fewer = paths[sizes.index(min(sizes))]
-        raise ValueError(
+        raise InputError(
             f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
             f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
         )
     differ = _differing(first.config["data"], other.config["data"])
-    raise ValueError(
+    raise InputError(
         f"{paths[0]} and {paths[1]} were evaluated on different data ({differ}): log p(x) of one "
         f"says nothing beside that of the other. Train both on one data set, and then: pyrovae "
         f"evaluate {paths[1]} --split {split}"

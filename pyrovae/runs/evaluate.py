@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import subseed
 from pyrovae.diagnostics import diagnose
 from pyrovae.evidence.annealing import annealed_log_likelihood
@@ -94,7 +95,7 @@ def evaluate(
     world, every = join(), _subject(experiment, split)
     subject, weights = every.first(images or len(every.rows[0])), run.weights_checksum()
     if diagnostics and len(subject.rows[0]) < 2:
-        raise ValueError("Diagnostics need two data at least: ask for more, or leave them out.")
+        raise InputError("Diagnostics need two data at least: ask for more, or leave them out.")
     sampled = {
         "num_samples": num_samples,
         "refine_steps": refine_steps,
@@ -130,7 +131,7 @@ def evaluate(
 def _subject(experiment: Experiment, split: str) -> _Subject:
     rows, labels = experiment.data.split(split), experiment.data.labels
     if not rows or len(rows[0]) == 0:
-        raise ValueError(f"The data have no {split} split: choose another.")
+        raise InputError(f"The data have no {split} split: choose another.")
     labels = None if labels is None else getattr(labels, split)
     return _Subject(experiment.model, experiment.guide, rows, labels)
 

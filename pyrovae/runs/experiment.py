@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.objectives import make_objective
@@ -184,7 +185,7 @@ def _fill(parameters: Parameters, run: Run) -> None:
     try:
         parameters.load_state_dict(weights)
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "
             f"says: put back the files of this run, or train into another --out."
         ) from error
@@ -231,10 +232,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise ValueError(f"Expected device 'auto', 'cpu' or 'cuda', got {name!r}.")
+        raise InputError(f"Expected device 'auto', 'cpu' or 'cuda', got {name!r}.")
     if kind == "cuda" and int(index or 0) >= count:
         found = f"There are {count} CUDA devices" if count else "There is no CUDA device"
-        raise ValueError(f"{found} here: use --device cpu or --device auto.")
+        raise InputError(f"{found} here: use --device cpu or --device auto.")
     return torch.device(name)
 
 

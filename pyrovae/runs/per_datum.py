@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.evidence.result import Curve, LogLikelihood
 
 __all__ = ["first_data", "from_tensors", "to_tensors"]
@@ -61,7 +62,7 @@ def from_tensors(
             uncovered=float(about[prefix + "uncovered"]),
         )
     except KeyError as error:
-        raise ValueError(f"Expected an estimate of log p(x), found none of its {error}.") from error
+        raise InputError(f"Expected an estimate of log p(x), found none of its {error}.") from error
 
 
 def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:

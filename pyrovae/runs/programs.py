@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from pyro.nn import PyroModule
 from torch import nn
 
+from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 
 __all__ = ["Program", "find_program", "near", "plain", "shipped"]
@@ -45,7 +46,7 @@ class Program(NamedTuple):
         known, options = self._arguments(), {}
         for name in given:
             if name not in known:
-                raise ValueError(
+                raise InputError(
                     f"The {self.kind} {self.name!r} takes no setting {name!r}"
                     f"{near(name, known)}; it takes {', '.join(known) or 'none'}."
                 )
@@ -77,7 +78,7 @@ class Program(NamedTuple):
         except Exception as error:
             known = isinstance(error, ValueError | TypeError)
             reason = f"{error}" if known else f"{type(error).__name__}: {error}"
-            raise ValueError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
+            raise InputError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
 
     def _takes_shape(self) -> bool:
         parameters = _parameters(self.make) if inspect.isclass(self.make) else []
@@ -111,7 +112,7 @@ def find_program(spec: str, kind: str) -> Program:
         return Program(kind, spec, source, _pick(module, kind, attribute, spec))
     names = shipped(kind)
     if spec not in names:
-        raise ValueError(
+        raise InputError(
             f"No {kind} {spec!r}{near(spec, names)}; shipped are {sorted(names)}, and a file "
             f"is given as my_{kind}.py or my_{kind}.py:Class."
         )
@@ -163,7 +164,7 @@ def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
+        raise InputError(
             f"{error_place(error) or file}: the file cannot be run: {reason}"
         ) from error
     return module, source
@@ -177,7 +178,7 @@ def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
         found = (classes | functions).get(attribute)
         if found is None:
             known = sorted(classes | functions)
-            raise ValueError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}.")
+            raise InputError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}.")
         return found
     named = [classes.get(kind.capitalize()), functions.get(kind)]
     pyro_modules = [c for c in classes.values() if issubclass(c, PyroModule)]
@@ -186,7 +187,7 @@ def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
             return choice[0]
         if choice:
             names = sorted(c.__name__ for c in choice)
-            raise ValueError(f"{spec} holds several programs, {names}: say {spec}:{names[0]}.")
-    raise ValueError(
+            raise InputError(f"{spec} holds several programs, {names}: say {spec}:{names[0]}.")
+    raise InputError(
         f"{spec} holds no {kind}: define a module class, or a function called {kind!r}."
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae.data import Dataset
 
 __all__ = ["as_dataset", "check_sizes", "make_optim"]
@@ -22,12 +23,14 @@ def as_dataset(data: Any) -> Dataset:
     if isinstance(data, Dataset):
         return data
     if not isinstance(data, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file with "
             f"pyrovae.load_data, or use torch.as_tensor(array)."
         )
     if not data.is_floating_point():
-        raise TypeError(f"Expected floating-point data, got {data.dtype}: scale and use .float().")
+        raise InputTypeError(
+            f"Expected floating-point data, got {data.dtype}: scale and use .float()."
+        )
     return Dataset("tensor", data.shape[1:], data, valid=None, test=None)
 
 
@@ -40,16 +43,16 @@ def check_sizes(
         ValueError: If one is out of range.
     """
     if epochs < 1:
-        raise ValueError(f"Expected epochs >= 1, got {epochs}.")
+        raise InputError(f"Expected epochs >= 1, got {epochs}.")
     if not 1 <= batch_size <= num_data:
-        raise ValueError(
+        raise InputError(
             f"Expected a batch size between 1 and the {num_data} training data, got {batch_size}: "
             f"choose another."
         )
     if patience is not None and patience < 1:
-        raise ValueError(f"Expected patience >= 1, got {patience}.")
+        raise InputError(f"Expected patience >= 1, got {patience}.")
     if not lr > 0:
-        raise ValueError(f"Expected a learning rate > 0, got {lr}.")
+        raise InputError(f"Expected a learning rate > 0, got {lr}.")
 
 
 def make_optim(optimizer: Any, lr: float) -> Any:

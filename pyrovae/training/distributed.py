@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrovae._tools import InputError
 from pyrovae.compiling.graph import undone
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.training.flat import FlatSum
@@ -70,7 +71,7 @@ class World:
         local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if local >= gpus:
             processes = os.environ.get("LOCAL_WORLD_SIZE", self.size)
-            raise ValueError(
+            raise InputError(
                 f"Expected a GPU for each of the {processes} processes on this machine, found "
                 f"{gpus}: use --nproc-per-node {gpus}, or --device cpu."
             )
@@ -110,7 +111,7 @@ class World:
         """
         for name, value in self.share(facts).items():
             if value != facts[name]:
-                raise ValueError(
+                raise InputError(
                     f"Rank {self.rank} has {name} = {facts[name]}, rank 0 has {value}: every "
                     f"machine needs the same files, and a run directory that all of them see."
                 )
@@ -147,7 +148,7 @@ class World:
         if self.size == 1:
             return
         if len(index) < 2 * self.size:
-            raise ValueError(
+            raise InputError(
                 f"Expected a batch of at least two rows for each of the {self.size} processes, "
                 f"got {len(index)}: enlarge the batch, or start fewer processes."
             )
@@ -236,7 +237,7 @@ def join() -> World:
     if not group.is_initialized():
         missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, but "
                 f"{', '.join(missing)} is not set: start them with torchrun."
             )

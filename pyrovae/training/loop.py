@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae._tools import InputError
 from pyrovae._tools.progress import progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.checking import quick
@@ -166,7 +167,7 @@ def fit(
     check_precision(precision)
     check_sizes(len(data.train), epochs, batch_size, patience, lr)
     if patience is not None and data.valid is None:
-        raise ValueError("Expected validation data for patience; got training data alone.")
+        raise InputError("Expected validation data for patience; got training data alone.")
     epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
         model, guide, make_optim(optimizer, lr), loss,

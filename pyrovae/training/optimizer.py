@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyrovae._tools import InputError, InputTypeError
+
 __all__ = ["clip_gradients", "clips", "lend_to_pyro", "make_groups", "make_optimizer"]
 
 
@@ -32,19 +34,19 @@ def make_optimizer(optim: PyroOptim | Optimizer | Callable, named: dict[str, Ten
         TypeError: If the function returns something else.
     """
     if not named:
-        raise ValueError("The pair has no parameters to train.")
+        raise InputError("The pair has no parameters to train.")
     if isinstance(optim, Optimizer):
         return optim
     if isinstance(optim, PyroOptim):
         if optim._state_waiting_to_be_consumed:
-            raise ValueError(
+            raise InputError(
                 "One optimizer steps all parameters here: restore its state with "
                 "svi.build() and svi.optimizer.load_state_dict(state), not with optim.load()."
             )
         return optim.pt_optim_constructor(make_groups(optim, named))
     made = optim(list(named.values()))
     if not isinstance(made, Optimizer):
-        raise TypeError(f"Expected a torch optimizer from {optim!r}.")
+        raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pyrovae._tools import InputError
+
 __all__ = ["PRECISIONS", "check_precision", "matmul_precision"]
 
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
@@ -22,7 +24,7 @@ def check_precision(precision: str) -> str:
     if precision not in PRECISIONS:
         near = difflib.get_close_matches(str(precision), PRECISIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(
+        raise InputError(
             f"Expected precision to be one of {list(PRECISIONS)}, got {precision!r}{hint}"
         )
     return precision

@@ -12,6 +12,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
+from pyrovae._tools import InputError
 from pyrovae.training.draws import FEW, MORE, Draw, OnDraw, Part, compare_draws, draw_part, see_draw
 
 __all__ = ["Sharding"]
@@ -213,7 +214,7 @@ def _is_share(name: str, few: Any, more: Any) -> bool:
         return False
     if torch.allclose(few * FEW, more * MORE):
         return True
-    raise ValueError(
+    raise InputError(
         f"Site {name!r} has scale {few.tolist()} for {FEW} data and {more.tolist()} for {MORE}: "
         f"processes that share a batch need a scale that does not depend on len(x), or one that "
         f"is a number over len(x)."

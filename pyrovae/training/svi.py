@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae.compiling.step import Capture, CaptureError, Step, undone
 from pyrovae.compiling.update import Descent, UpdateError
 from pyrovae.compiling.watch import watch_optimizer, watch_pair
@@ -84,13 +85,13 @@ class SVI:
         steps: int = 0,
     ) -> None:
         if not (isinstance(optim, PyroOptim | Optimizer) or callable(optim)):
-            raise TypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
+            raise InputTypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
         if not (isinstance(loss, ELBO) or callable(loss)):
-            raise TypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
+            raise InputTypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
         if clip_norm is not None and not 0 < clip_norm < float("inf"):
-            raise ValueError(f"Expected clip_norm > 0, got {clip_norm}.")
+            raise InputError(f"Expected clip_norm > 0, got {clip_norm}.")
         if compile not in ("auto", True, False):
-            raise ValueError(f"Expected compile='auto', True or False, got {compile!r}.")
+            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
         self.model, self.guide, self.optim = model, guide, optim
         self.objective = loss
         self.loss_and_grads = loss_and_grads
