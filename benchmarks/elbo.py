@@ -32,7 +32,7 @@ import pyrovae
 from handwritten import VAE, adam, evaluate, pair_parameters, step
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives import estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 HERE = Path(__file__).resolve().parent
 SIZES_L, SIZES_M = (1, 2, 5, 10, 50), (16, 32, 64, 128, 256)
@@ -105,7 +105,7 @@ def _exact(setting: Setting, likelihood: str, estimator: str, dtype: str, partic
         return loss.differentiable_loss(model, guide, x)
 
     def by_pyrovae():
-        return estimate(loss, Parameters(model, guide), x).surrogate
+        return estimate(loss, Pair(model, guide), x).surrogate
 
     theirs, seed = pair_parameters(model, guide), setting.seed + 1
     hand = _measure(by_hand, vae.decoder, dict(vae.named_parameters()), seed)
@@ -114,15 +114,15 @@ def _exact(setting: Setting, likelihood: str, estimator: str, dtype: str, partic
     return {name: _differences(hand, other, len(x)) for name, other in found.items()}
 
 
-def _measure(program: Callable, decoder: nn.Module, parameters: dict, seed: int) -> tuple:
+def _measure(program: Callable, decoder: nn.Module, pair: dict, seed: int) -> tuple:
     """A loss, its gradients, and the z that the decoder met, under a seed."""
     met: list[torch.Tensor] = []
     hook = decoder.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0].detach()))
     torch.manual_seed(seed)
     loss = program()
     hook.remove()
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    return loss.item(), dict(zip(parameters, gradients, strict=True)), met[-1]
+    gradients = torch.autograd.grad(loss, list(pair.values()))
+    return loss.item(), dict(zip(pair, gradients, strict=True)), met[-1]
 
 
 def _differences(ours: tuple, theirs: tuple, num_data: int) -> dict:

@@ -86,8 +86,8 @@ def audit(problem: Problem, images: Tensor) -> float:
     return 1e3 * (times[-1] - median(times[-15:-1]))
 
 
-def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=LR, fused=True)
+def _adam(pair: list[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam(pair, lr=LR, fused=True)
 
 
 def _particles(problem: Problem) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples, trace_guide
 
 __all__ = ["classify"]
@@ -37,10 +37,10 @@ def classify(
         >>> q = pyrovae.classify(guide, *data.split("test"))
         >>> accuracy = (q.argmax(-1) == data.labels.test).float().mean()
     """
-    parameters = Parameters(guide, guide)
-    rows = [tensor.to(parameters.device) for tensor in (x, *context)]
-    with parameters.mode(training=False), seeded(seed, rows[0].device):
-        trace = trace_guide(parameters, *rows)
+    pair = Pair(guide, guide)
+    rows = [tensor.to(pair.device) for tensor in (x, *context)]
+    with pair.mode(training=False), seeded(seed, rows[0].device):
+        trace = trace_guide(pair, *rows)
     found = {
         name: node["fn"]
         for name, node in samples(trace).items()

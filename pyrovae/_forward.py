@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, Graph
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["Forward", "Given", "Values", "tile_size"]
 
@@ -46,7 +46,7 @@ class Forward:
 
     Args:
         read: Runs the program on a tile's rows and returns the sites to take values of.
-        parameters: The pair, or one of its programs twice.
+        pair: The pair, or one of its programs twice.
         mean: Take a site's mean where its distribution knows it, or else its draw.
         inspect: Looks at the first tile before it runs, and at those with unsupported data.
     """
@@ -54,11 +54,11 @@ class Forward:
     def __init__(
         self,
         read: Callable[..., dict[str, dict]],
-        parameters: Parameters,
+        pair: Pair,
         mean: bool,
         inspect: Callable[..., object] | None = None,
     ) -> None:
-        self.read, self.parameters, self.mean = read, parameters, mean
+        self.read, self.pair, self.mean = read, pair, mean
         self.inspect = inspect or (lambda *rows: None)
 
     @torch.no_grad()
@@ -76,9 +76,9 @@ class Forward:
         if compile not in ("auto", True, False):
             raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
         pays = compile is True or (compile == "auto" and len(rows[0]) >= PAYS_AFTER)
-        size = tile_size(self.parameters.device)
+        size = tile_size(self.pair.device)
         tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))
-        with self.parameters.mode(training=False):
+        with self.pair.mode(training=False):
             found = self._tiled(tiles, seed, pays) if len(tiles) > 1 else None
             found = self._eager(rows, seed).found if found is None else found
         return {name: value.to(rows[0].device) for name, value in found.items()}
@@ -139,7 +139,7 @@ class Forward:
             return self._flat(first, *rows)
 
         try:
-            graph = Graph(run, rows, self.parameters)
+            graph = Graph(run, rows, self.pair)
             values = []
             for each in (graph, run):
                 with seeded(0, rows[0].device):
@@ -152,7 +152,7 @@ class Forward:
         return graph
 
     def _placed(self, tile: Rows) -> Rows:
-        return tuple(tensor.to(self.parameters.device) for tensor in tile)
+        return tuple(tensor.to(self.pair.device) for tensor in tile)
 
 
 class Given(Messenger):

@@ -56,12 +56,12 @@ class Draws:
     ) -> None:
         self.joint, self.seed, self.resample = joint, seed, resample
         self.num_samples, self.num_prior, self.tile = num_samples, num_prior, particle_tile(rows)
-        self.forward = poutine.uncondition(joint.parameters.run_model)
+        self.forward = poutine.uncondition(joint.pair.run_model)
 
     def __call__(self, index: int, rows: tuple) -> Found:
         joint, seed = self.joint, subseed(self.seed, index)
         with seeded(seed, rows[0].device):
-            given = joint.trace(joint.parameters.run_model, rows, 1, Place({}, {})).nodes
+            given = joint.trace(joint.pair.run_model, rows, 1, Place({}, {})).nodes
         seen = [name for name in joint.layout.observed if not _is_computed(given[name])]
         data = [name for name in seen if not is_bookkeeping(given[name])]
         values, scores, log_weight = self._posterior(rows, seed, index * DATA_TILE)
@@ -102,7 +102,7 @@ class Draws:
     def _summed_out(self, rows: tuple, values: Values) -> Values:
         """Draws of what the model sums over, from its exact posterior given the other latents."""
         joint, layout = self.joint, self.joint.layout
-        model = poutine.condition(joint.parameters.run_model, data=values)
+        model = poutine.condition(joint.pair.run_model, data=values)
 
         def with_particles(*args: Tensor) -> None:
             with pyro.plate("particles", self.num_samples, dim=layout.particle_dim):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae._forward import Forward, Given
 from pyrovae._tools import InputError
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples, trace_guide, trace_posterior
 
 __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
@@ -118,16 +118,16 @@ def reconstruct(
     Raises:
         ValueError: If the pair breaks the contract.
     """
-    parameters, layouts = Parameters(model, guide), []
+    pair, layouts = Pair(model, guide), []
 
     def inspect(*rows: Tensor) -> None:
-        layouts.append(inspect_pair(parameters, *rows))
+        layouts.append(inspect_pair(pair, *rows))
 
     def read(*rows: Tensor) -> dict[str, dict]:
-        trace = trace_posterior(parameters, layouts[-1], *rows)
+        trace = trace_posterior(pair, layouts[-1], *rows)
         return _data({name: trace.nodes[name] for name in layouts[-1].observed})
 
-    forward = Forward(read, parameters, mean, inspect)
+    forward = Forward(read, pair, mean, inspect)
     return _as_given(forward((x, *context), seed, compile))
 
 
@@ -150,13 +150,13 @@ def encode(
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
-    parameters = Parameters(guide, guide)
+    pair = Pair(guide, guide)
 
     def read(*rows: Tensor) -> dict[str, dict]:
-        sites = samples(trace_guide(parameters, *rows))
+        sites = samples(trace_guide(pair, *rows))
         return _data({n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")})
 
-    return Forward(read, parameters, mean=True)((x, *context), seed, compile)
+    return Forward(read, pair, mean=True)((x, *context), seed, compile)
 
 
 def interpolate(
@@ -260,11 +260,11 @@ def _generate(
             f"Expected a context of {len(template)} rows, one for each datum to draw, got "
             f"{lengths[0]}: give n, the latents and the context the same number of rows."
         )
-    parameters = Parameters(model, model)
+    pair = Pair(model, model)
 
     def read(*rows: Tensor) -> dict[str, dict]:
         values = dict(zip(latents, rows[1 + len(context) :], strict=True))
-        program = poutine.uncondition(Given(values)(parameters.run_model))
+        program = poutine.uncondition(Given(values)(pair.run_model))
         sites = samples(poutine.trace(program).get_trace(*rows[: 1 + len(context)]))
         observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
         hidden = sites.keys() - observed.keys()
@@ -272,7 +272,7 @@ def _generate(
             raise InputError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
         return _data(observed)
 
-    return _as_given(Forward(read, parameters, mean)((template, *given), seed, compile))
+    return _as_given(Forward(read, pair, mean)((template, *given), seed, compile))
 
 
 def _data(sites: dict[str, dict]) -> dict[str, dict]:

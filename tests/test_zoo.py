@@ -15,7 +15,7 @@ import pyrovae
 from pyrovae.compiling.graph import _OneHot
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
-from pyrovae.pairs.pair import Parameters, owners
+from pyrovae.pairs.pair import Pair, owners
 from pyrovae.pairs.traces import replay_model, samples, site_scores, take_particles, trace_guide
 
 SETTINGS = {
@@ -42,7 +42,7 @@ def make(name, seed=0):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model, guide, args = ZOO[name].make()
-    return Parameters(model, guide), model, guide, args
+    return Pair(model, guide), model, guide, args
 
 
 def made(objective):
@@ -109,8 +109,8 @@ def test_the_loss_is_minus_the_sum_of_what_each_datum_has_and_training_lowers_it
         svi = pyrovae.SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), loss, compile=False)
         for _ in range(STEPS):
             svi.step(*args)
-    assert svi.parameters.named().keys() == start.keys()
-    still = {k for k, leaf in svi.parameters.named().items() if torch.equal(leaf, start[k])}
+    assert svi.pair.named().keys() == start.keys()
+    still = {k for k, leaf in svi.pair.named().items() if torch.equal(leaf, start[k])}
     assert still <= idle
     if objective not in ZOO[name].noisy:
         assert bound(iwae, parameters, args) > before + 0.01

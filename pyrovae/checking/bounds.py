@@ -93,7 +93,7 @@ class _Terms(NamedTuple):
 def _terms(case: Case) -> _Terms:
     k, n = case.particles, len(case.few[0])
     with case.quietly():
-        traces = trace_pair(case.parameters, *case.few, particles=k, layout=case.layout)
+        traces = trace_pair(case.pair, *case.few, particles=k, layout=case.layout)
         for trace in traces:
             unscale(trace, case.layout)
             trace.compute_log_prob()
@@ -156,7 +156,7 @@ def samples_are_data(case: Case) -> Finding:
     observed = case.observed()
     if not observed:
         return skipped("the likelihood is a factor, from which nothing is drawn")
-    program = poutine.uncondition(case.parameters.run_model)
+    program = poutine.uncondition(case.pair.run_model)
     other = (case.rows[0].flip(0), *case.rows[1:])
     with case.quietly():
         drawn = samples(poutine.trace(program).get_trace(*case.rows))
@@ -205,7 +205,7 @@ def capture_is_possible(case: Case) -> Finding:
         )
     try:
         with case.quietly(training=True, gradients=True):
-            record(lambda *rows: _step(case, rows), case.rows, case.parameters)
+            record(lambda *rows: _step(case, rows), case.rows, case.pair)
     except CaptureError as error:
         message = failed_message(error.__cause__) if error.__cause__ else None
         if message is None:
@@ -220,7 +220,7 @@ def capture_is_possible(case: Case) -> Finding:
 
 def _step(case: Case, rows: tuple) -> list[Tensor]:
     """The loss and its gradients."""
-    found = estimate(case.objective(), case.parameters, *rows)
-    leaves = list(case.parameters.named().values())
+    found = estimate(case.objective(), case.pair, *rows)
+    leaves = list(case.pair.named().values())
     gradients = torch.autograd.grad(found.surrogate, leaves, allow_unused=True)
     return [found.loss, *(g for g in gradients if g is not None)]

@@ -24,7 +24,7 @@ from pyrovae._tools.source_lines import Places
 from pyrovae.compiling.graph import undone
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.enumeration import enumerates
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import (
     Layout,
     is_bookkeeping,
@@ -100,10 +100,10 @@ class Case:
         whole: bool = False,
     ) -> None:
         self.model, self.guide = model, guide
-        self.parameters = Parameters(model, guide)
-        self.mirrored = Parameters(guide, model)
+        self.pair = Pair(model, guide)
+        self.mirrored = Pair(guide, model)
         self.seed, self.particles = seed, particles
-        device = self.parameters.device
+        device = self.pair.device
         self.every = tuple(r.to(device) if isinstance(r, Tensor) else r for r in rows)
         size = len(self.every[0]) if whole else _odd_size(self.every[0])
         self.rows = take(self.every, slice(size))
@@ -113,7 +113,7 @@ class Case:
     @cached_property
     def alone(self) -> dict[str, Trace | Exception]:
         """Each program's trace on the batch by itself, or what it raised."""
-        programs = {"guide": self.parameters.run_guide, "model": self.parameters.run_model}
+        programs = {"guide": self.pair.run_guide, "model": self.pair.run_model}
         return {kind: self._alone(kind, program) for kind, program in programs.items()}
 
     def _alone(self, kind: str, program: Callable) -> Trace | Exception:
@@ -130,7 +130,7 @@ class Case:
     def layout(self) -> Layout:
         """Where the batch lies, as the contract has it."""
         with self.quietly():
-            return inspect_pair(self.parameters, *self.rows)
+            return inspect_pair(self.pair, *self.rows)
 
     def sites(self, kind: str) -> dict[str, dict]:
         """The sample sites of a program, run alone."""
@@ -176,8 +176,8 @@ class Case:
         random.seed(other)
         np.random.seed(other % 2**32)
         with (
-            self.parameters.mode(training),
-            undone(self.parameters, self.rows),
+            self.pair.mode(training),
+            undone(self.pair, self.rows),
             seeded(self.seed, self.rows[0].device),
             torch.set_grad_enabled(gradients),
             warnings.catch_warnings(),
@@ -188,7 +188,7 @@ class Case:
     def guide_trace(self, rows: tuple, particles: int | None = None) -> Trace:
         """The guide's trace of some data, without the sites of subsampling plates."""
         at = {"particles": particles, "layout": self.layout}
-        return prune_subsample_sites(trace_guide(self.parameters, *rows, **at))
+        return prune_subsample_sites(trace_guide(self.pair, *rows, **at))
 
     def scores(
         self, guide_trace: Trace, rows: tuple, particles: int | None = None
@@ -202,7 +202,7 @@ class Case:
         alone = self.layout._replace(enumerated=())
         for kind, programs, layout in (
             ("guide", self.mirrored, alone),
-            ("model", self.parameters, self.layout),
+            ("model", self.pair, self.layout),
         ):
             trace = replay_model(programs, guide_trace, *rows, particles=particles, layout=layout)
             each = site_scores(trace, self.layout, particles or 1, len(rows[0]))
@@ -234,7 +234,7 @@ def untouched(model: Callable, guide: Callable) -> Iterator[None]:
     the setting of validation, and the random streams of torch, NumPy and Python are given back as
     they were. Modules that take their sizes from the first batch keep what they found.
     """
-    modules = [m for root in Parameters(model, guide).roots.values() for m in root.modules()]
+    modules = [m for root in Pair(model, guide).roots.values() for m in root.modules()]
     modules = [m for m in modules if not any(map(is_lazy, m._parameters.values()))]
     store = pyro.get_param_store()
     dicts = [store._params, store._constraints, store._param_to_name]

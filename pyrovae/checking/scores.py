@@ -171,9 +171,9 @@ def gradients(case: Case) -> Finding:
         )
     with case.quietly(training=True, gradients=True):
         objective = case.objective(PARTICLES)
-        surrogate = estimate(objective, case.parameters, *case.rows).surrogate
-        case.parameters.check_reach(surrogate, case.rows)
-        named = case.parameters.named()
+        surrogate = estimate(objective, case.pair, *case.rows).surrogate
+        case.pair.check_reach(surrogate, case.rows)
+        named = case.pair.named()
         if not named:
             return skipped("the pair has no parameters")
         found = [None] * len(named)
@@ -206,13 +206,13 @@ def gradients(case: Case) -> Finding:
 def _unused_latents(case: Case) -> list[str]:
     """The reparameterized latents that no other site's log-probability depends on."""
     with case.quietly(gradients=True):
-        guide_trace = trace_guide(case.parameters, *case.rows)
+        guide_trace = trace_guide(case.pair, *case.rows)
         latents = {}
         for name, (site, guide_site) in case.latents().items():
             if guide_site["fn"].has_rsample and not is_bookkeeping(site):
                 node = guide_trace.nodes[name]
                 latents[name] = node["value"] = node["value"].detach().requires_grad_()
-        trace = replay_model(case.parameters, guide_trace, *case.rows)
+        trace = replay_model(case.pair, guide_trace, *case.rows)
         trace.compute_log_prob()
         unused = []
         for name, value in latents.items():
@@ -228,7 +228,7 @@ def _unused_latents(case: Case) -> list[str]:
 
 def _unregistered(case: Case) -> Iterator[tuple[str, list[str]]]:
     """The attributes of modules that hold parameters which no module owns, and their lines."""
-    owned = {id(p) for root in case.parameters.roots.values() for p in root.parameters()}
+    owned = {id(p) for root in case.pair.roots.values() for p in root.parameters()}
     for path, module in _modules(case):
         for name, value in vars(module).items():
             if any(id(p) not in owned for p in _held(value)):
@@ -250,14 +250,14 @@ def _held(value: Any) -> Iterator[Tensor]:
 
 
 def _modules(case: Case) -> Iterator[tuple[str, nn.Module]]:
-    for prefix, root in case.parameters.roots.items():
+    for prefix, root in case.pair.roots.items():
         for name, module in root.named_modules():
             yield f"{prefix}.{name}".rstrip("."), module
 
 
 def suspects(case: Case, words: Iterable[str]) -> list[str]:
     """The lines of both programs, and of their modules' classes, with one of some words."""
-    return lines_with([case.model, case.guide, *case.parameters.roots.values()], *words)
+    return lines_with([case.model, case.guide, *case.pair.roots.values()], *words)
 
 
 def _list(names: Iterable[str], most: int = 4) -> str:

@@ -165,7 +165,7 @@ def _values(case: Case) -> Finding | None:
 def _replays(case: Case) -> Finding | None:
     with case.quietly():
         try:
-            replay_model(case.parameters, case.alone["guide"], *case.rows)
+            replay_model(case.pair, case.alone["guide"], *case.rows)
         except Exception as error:
             return failed(
                 f"The model runs on its own latents, and with the guide's it fails, "

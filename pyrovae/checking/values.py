@@ -30,7 +30,7 @@ def data_support(case: Case) -> Finding:
     x = case.every[0]
     try:
         with case.quietly():
-            check_support(case.parameters, *case.every)
+            check_support(case.pair, *case.every)
     except ValueError as error:
         bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
         if not len(bad):
@@ -93,7 +93,7 @@ def finite(case: Case) -> Finding:
     On the batch as it is, and on data at and beyond the edges of what was given.
     """
     with case.quietly():
-        found = _first_bad(trace_pair(case.parameters, *case.rows), ())
+        found = _first_bad(trace_pair(case.pair, *case.rows), ())
     if found is not None:
         return failed(f"With these weights {found[1]}", *case.where(found[0]))
     names, extreme = zip(*_extremes(case), strict=True)
@@ -102,7 +102,7 @@ def finite(case: Case) -> Finding:
     try:
         with case.quietly():
             x = torch.stack(extreme)[each % len(names)]
-            traces = trace_pair(case.parameters, x, *context)
+            traces = trace_pair(case.pair, x, *context)
             found = _first_bad(traces, names)
     except Exception as error:
         text = f"The pair fails on data {', '.join(names)}: {type(error).__name__}: {error}"

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from pyrovae.compiling.kernels import choose_kernels
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["CaptureError", "Graph", "compare", "record", "undone"]
 
@@ -41,7 +41,7 @@ class Graph:
         function: Takes tensors and returns a list of tensors; may draw, differentiate, and write
             to tensors that it finds elsewhere.
         args: Tensors of the shapes to compile for.
-        parameters: The pair whose buffers and random streams are given back as they were.
+        pair: The pair whose buffers and random streams are given back as they were.
         changed: The tensors beside those that the function writes to; they are given back too.
         copied: How many of the first outputs a later call must not overwrite; None is all.
 
@@ -54,15 +54,15 @@ class Graph:
         self,
         function: Callable[..., list[Tensor]],
         args: tuple,
-        parameters: Parameters,
+        pair: Pair,
         changed: tuple[Tensor, ...] = (),
         copied: int | None = None,
     ) -> None:
-        graph, self.constants = _lift(record(function, args, parameters, changed))
+        graph, self.constants = _lift(record(function, args, pair, changed))
         self._views: list[Tensor] = []
         self._places: list[int] = []
         self._fixed = False
-        with undone(parameters, args, changed), torch.no_grad():
+        with undone(pair, args, changed), torch.no_grad():
             choose_kernels(graph, [*self._held(), *args])
             self.run = _compile(graph, [*self._held(), *args])
             self.run(*self._held(), *args)
@@ -93,7 +93,7 @@ class Graph:
 def record(
     function: Callable[..., list[Tensor]],
     args: tuple,
-    parameters: Parameters,
+    pair: Pair,
     changed: tuple[Tensor, ...] = (),
 ) -> GraphModule:
     """What a function asks of the device; arguments as for :class:`Graph`.
@@ -105,7 +105,7 @@ def record(
 
     graphs = []
     for _ in range(2):
-        with undone(parameters, args, changed), pyro.validation_enabled(False):
+        with undone(pair, args, changed), pyro.validation_enabled(False):
             try:
                 with _OneHot():
                     graphs.append(make_fx(function)(*args))
@@ -224,11 +224,11 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
 
 
 @contextmanager
-def undone(parameters: Parameters, args: tuple, changed: tuple[Tensor, ...] = ()) -> Iterator[None]:
+def undone(pair: Pair, args: tuple, changed: tuple[Tensor, ...] = ()) -> Iterator[None]:
     """Run a block and give buffers, random streams and some other tensors back as they were."""
     before = [
         (module, name, buffer, buffer.clone())
-        for root in parameters.roots.values()
+        for root in pair.roots.values()
         for module in root.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae.compiling.graph import CaptureError, Graph, compare, undone
 from pyrovae.compiling.update import Descent
 from pyrovae.objectives import Estimate, estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["Capture", "CaptureError", "Graph", "Step", "compare", "undone"]
 
@@ -35,7 +35,7 @@ class Capture:
 
     Args:
         objective: A Pyro ELBO or a function, as :func:`pyrovae.objectives.estimate` takes it.
-        parameters: The pair.
+        pair: The pair.
         leaves: The parameters to differentiate for.
         args: A batch of the shape to capture, with the programs' further arguments, or what
             ``load`` makes one from.
@@ -49,19 +49,19 @@ class Capture:
     def __init__(
         self,
         objective: Any,
-        parameters: Parameters,
+        pair: Pair,
         leaves: list[Tensor],
         args: tuple,
         load: Callable | None = None,
         descent: Descent | None = None,
     ) -> None:
-        self.objective, self.parameters, self.leaves = objective, parameters, leaves
+        self.objective, self.pair, self.leaves = objective, pair, leaves
         self.load, self.descent = load, descent
         self.names: list[str] = []
         self.present: list[bool] = []
         self.calls = 0
         changed = () if descent is None else descent.changed
-        self.graph = Graph(self._flat, args, parameters, changed, copied=1 if descent else None)
+        self.graph = Graph(self._flat, args, pair, changed, copied=1 if descent else None)
 
     def __call__(self, args: tuple) -> Step:
         """Run the captured step; now and then, first beside the eager one."""
@@ -72,9 +72,9 @@ class Capture:
 
     def _audit(self, args: tuple) -> None:
         changed = () if self.descent is None else self.descent.changed
-        with undone(self.parameters, args):
+        with undone(self.pair, args):
             expected = self.eager(args)
-        with undone(self.parameters, args, changed):
+        with undone(self.pair, args, changed):
             found = self._run(args)
             after = [tensor.detach().clone() for tensor in changed]
         compare("the loss", found.estimate.loss, expected.estimate.loss)
@@ -95,7 +95,7 @@ class Capture:
         """Hold the update against the optimizer's own, from the same gradients."""
         changed = self.descent.changed
         before = [tensor.detach().clone() for tensor in changed]
-        with undone(self.parameters, args, changed):
+        with undone(self.pair, args, changed):
             self.descent(found.gradients)
             for old, one, other in zip(before, after, changed, strict=True):
                 slack = 1e-6 * old.abs().max()
@@ -104,9 +104,7 @@ class Capture:
 
     def eager(self, args: tuple) -> Step:
         """The same gradients through Pyro's handlers."""
-        found = estimate(
-            self.objective, self.parameters, *(self.load(*args) if self.load else args)
-        )
+        found = estimate(self.objective, self.pair, *(self.load(*args) if self.load else args))
         if found.surrogate is None:
             raise CaptureError("the objective propagates its gradient itself")
         gradients = torch.autograd.grad(found.surrogate, self.leaves, allow_unused=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["Watch", "watch_optimizer", "watch_pair"]
 
@@ -41,7 +41,7 @@ class Watch:
         return self._token
 
 
-def watch_pair(objective: Any, parameters: Parameters) -> Watch:
+def watch_pair(objective: Any, pair: Pair) -> Watch:
     """Watch a pair and its objective.
 
     Which parameters and buffers there are, what they are and which are frozen, and every number,
@@ -51,9 +51,9 @@ def watch_pair(objective: Any, parameters: Parameters) -> Watch:
     modules: list[Any] = []
 
     def look() -> list[Any]:
-        known = modules or _modules(parameters)
+        known = modules or _modules(pair)
         found = [value for thing in things for value in thing.values()]
-        tensors = [*parameters.model.found.values(), *parameters.guide.found.values()]
+        tensors = [*pair.model.found.values(), *pair.guide.found.values()]
         for module in known:
             found += module.__dict__.values()
             found += module._modules.values()
@@ -65,10 +65,10 @@ def watch_pair(objective: Any, parameters: Parameters) -> Watch:
         return found
 
     def describe() -> Hashable:
-        modules[:] = _modules(parameters)
+        modules[:] = _modules(pair)
         held = (
-            *parameters.leaves(),
-            *(b for root in parameters.roots.values() for b in root.buffers()),
+            *pair.leaves(),
+            *(b for root in pair.roots.values() for b in root.buffers()),
         )
         tensors = tuple((id(t), t.dtype, t.device, t.requires_grad) for t in held)
         attributes = [*things, *(module.__dict__ for module in modules)]
@@ -97,8 +97,8 @@ def watch_optimizer(optimizer: Optimizer) -> Watch:
     return Watch(look, describe)
 
 
-def _modules(parameters: Parameters) -> list[Any]:
-    return [m for root in parameters.roots.values() for m in root.modules()]
+def _modules(pair: Pair) -> list[Any]:
+    return [m for root in pair.roots.values() for m in root.modules()]
 
 
 def _scalars(attributes: dict[str, Any]) -> tuple:

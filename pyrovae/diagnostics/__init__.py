@@ -144,7 +144,7 @@ def _examine(
     tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
     with seeded(subseed(task.seed, 0, DRAW_STREAM), task.device):
         for rows in tiles:
-            parts.append(examine(joint.parameters, joint.layout, rows, particles))
+            parts.append(examine(joint.pair, joint.layout, rows, particles))
             tick(len(rows[0]))
     rate, distortion, sites = zip(*parts, strict=True)
     joined = {
@@ -190,12 +190,12 @@ def _draws(num_data: int) -> int:
 
 def _calibrate(joint: Joint, rows: tuple) -> Calibration | None:
     chosen = torch.randperm(len(rows[0]))[:CALIBRATED].to(rows[0].device)
-    return calibrate(joint.parameters, joint.layout, tuple(tensor[chosen] for tensor in rows))
+    return calibrate(joint.pair, joint.layout, tuple(tensor[chosen] for tensor in rows))
 
 
 def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
-    trace = trace_posterior(joint.parameters, joint.layout, *rows)
+    trace = trace_posterior(joint.pair, joint.layout, *rows)
     unscale(trace, joint.layout)
     sites = samples(trace)
     seen = [s for s in sites.values() if s["is_observed"]]

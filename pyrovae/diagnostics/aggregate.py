@@ -162,7 +162,7 @@ def _axes(joint: Joint, rows: tuple) -> dict[str, int]:
     axes, seen = {}, {name: set() for name in joint.layout.latents}
     for start in range(0, len(rows[0]), DATA):
         tile = tuple(tensor[start : start + DATA] for tensor in rows)
-        trace = joint.trace(joint.parameters.run_guide, tile, 1, Place({}, {}))
+        trace = joint.trace(joint.pair.run_guide, tile, 1, Place({}, {}))
         for name, kinds in seen.items():
             site = trace.nodes[name]
             axes[name] = joint.layout.dim - site["fn"].event_dim

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, is_bookkeeping, trace_posterior
 
 __all__ = ["LEVELS", "Calibration", "calibrate", "randomized_ranks"]
@@ -64,11 +64,11 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(parameters: Parameters, layout: Layout, rows: tuple) -> Calibration | None:
+def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
     """The coverage of the likelihood's intervals, at one draw of the latents of each datum.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
         rows: Data ``[N, ...]`` with further arguments of both programs.
 
@@ -77,7 +77,7 @@ def calibrate(parameters: Parameters, layout: Layout, rows: tuple) -> Calibratio
     """
     size = max(1, ELEMENTS // REPLICATES // max(rows[0][0].numel(), 1))
     tiles = zip(*(tensor.split(size) for tensor in rows), strict=True)
-    found = torch.cat([_shares(parameters, layout, tile) for tile in tiles], 1)
+    found = torch.cat([_shares(pair, layout, tile) for tile in tiles], 1)
     found = found[:, ~found.isnan().any(0)]
     if not found.shape[1]:
         return None
@@ -86,9 +86,9 @@ def calibrate(parameters: Parameters, layout: Layout, rows: tuple) -> Calibratio
     return Calibration(LEVELS, tuple(found.mean(1).tolist()), tuple(error.tolist()))
 
 
-def _shares(parameters: Parameters, layout: Layout, rows: tuple) -> Tensor:
+def _shares(pair: Pair, layout: Layout, rows: tuple) -> Tensor:
     """The share of each datum's values within each interval, ``[L, N]``; NaN where none is seen."""
-    trace, n = trace_posterior(parameters, layout, *rows), len(rows[0])
+    trace, n = trace_posterior(pair, layout, *rows), len(rows[0])
     half = torch.tensor(LEVELS, dtype=torch.float64, device=rows[0].device)[:, None, None] / 2
     inside, count = half.new_zeros(len(LEVELS), n), half.new_zeros(n)
     for name in layout.observed:

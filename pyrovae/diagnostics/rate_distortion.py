@@ -14,7 +14,7 @@ from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset
 from pyrovae.objectives import elbo, make_objective
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.training.arguments import as_dataset
 from pyrovae.training.loop import fit
 
@@ -88,25 +88,25 @@ def rate_distortion_curve(
     particles = fit_options.pop("particles", None)
     objectives = [make_objective("beta_elbo", particles, beta=beta) for beta in betas]
     rows, found = data.split("valid") or data.split("train"), []
-    parameters = Parameters(model, guide)
-    start = _state(parameters, data, seed)
+    pair = Pair(model, guide)
+    start = _state(pair, data, seed)
     try:
         for beta, objective in zip(betas, objectives, strict=True):
-            parameters.load_state_dict(start)
+            pair.load_state_dict(start)
             options = {"progress": False, "seed": seed} | fit_options
             fit(model, guide, data, objective=objective, epochs=epochs, **options)
             found.append(_measure(model, guide, rows, float(beta), subseed(seed, 0)))
     finally:
-        parameters.load_state_dict(start)
+        pair.load_state_dict(start)
     return found
 
 
-def _state(parameters: Parameters, data: Dataset, seed: int) -> dict[str, Tensor]:
+def _state(pair: Pair, data: Dataset, seed: int) -> dict[str, Tensor]:
     """The weights as they are, those that exist once the programs have run among them."""
-    first = [tensor[:16].to(parameters.device) for tensor in data.split("train")]
-    with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
-        inspect_pair(parameters, *first)
-    return parameters.state_dict()
+    first = [tensor[:16].to(pair.device) for tensor in data.split("train")]
+    with seeded(subseed(seed, 0), pair.device), pair.mode(training=False):
+        inspect_pair(pair, *first)
+    return pair.state_dict()
 
 
 def _measure(model: Callable, guide: Callable, rows: tuple, beta: float, seed: int) -> CurvePoint:

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence as divergence
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import in_one_order, site_terms
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
 
 __all__ = ["SitePosterior", "examine"]
@@ -39,7 +39,7 @@ class SitePosterior(NamedTuple):
 
 
 def examine(
-    parameters: Parameters, layout: Layout, rows: tuple, particles: int
+    pair: Pair, layout: Layout, rows: tuple, particles: int
 ) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
     """The rate and the distortion of each datum, ``[N]`` in nats, and each site's part of it.
 
@@ -47,7 +47,7 @@ def examine(
     one order, and means over draws elsewhere.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
         rows: A batch, with the programs' further arguments.
         particles: The number of draws of each datum.
@@ -55,7 +55,7 @@ def examine(
     Raises:
         ValueError: If a site's log-probability is NaN.
     """
-    model, guide = trace_pair(parameters, *rows, particles=particles, layout=layout)
+    model, guide = trace_pair(pair, *rows, particles=particles, layout=layout)
     for trace in (model, guide):
         unscale(trace, layout)
         trace.compute_log_prob()

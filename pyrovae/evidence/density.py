@@ -19,7 +19,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.scoring import log_prob
 from pyrovae.pairs.traces import Layout, is_bookkeeping, reduce_to, samples
 
@@ -73,7 +73,7 @@ class Joint:
     """A pair's densities at ``[K, N]`` points, K particles of each of N data.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of it.
         replaced: Observed sites whose values follow the programs' arguments in ``rows``, each with
             the place of the batch in its value, counted from the right.
@@ -82,31 +82,29 @@ class Joint:
     ...]`` by site. With ``fused``, scores are written for a compiler.
     """
 
-    def __init__(
-        self, parameters: Parameters, layout: Layout, replaced: dict[str, int] | None = None
-    ) -> None:
-        self.parameters, self.layout, self.replaced = parameters, layout, replaced or {}
+    def __init__(self, pair: Pair, layout: Layout, replaced: dict[str, int] | None = None) -> None:
+        self.pair, self.layout, self.replaced = pair, layout, replaced or {}
         self.fused = False
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
         """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
-        trace = self.trace(self.parameters.run_guide, rows, particles, Place({}, {}))
+        trace = self.trace(self.pair.run_guide, rows, particles, Place({}, {}))
         return self._latents(trace), self._scores(trace, rows, particles)
 
     def draw_prior(self, rows: tuple, particles: int) -> Values:
         """Draw K latents of each datum from the model's prior."""
         place = Place({}, self._observed(rows))
-        return self._latents(self.trace(self.parameters.run_model, rows, particles, place))
+        return self._latents(self.trace(self.pair.run_model, rows, particles, place))
 
     def guide(self, rows: tuple, particles: int, values: Values) -> Values:
         """The guide's scores ``[K, N]`` by site, at given latents."""
-        trace = self.trace(self.parameters.run_guide, rows, particles, Place(values, {}))
+        trace = self.trace(self.pair.run_guide, rows, particles, Place(values, {}))
         return self._scores(trace, rows, particles)
 
     def model(self, rows: tuple, particles: int, values: Values, line: bool = False) -> Scored:
         """The model's scores at given latents, or with ``line`` at points on the real line."""
         place, summed = Place(values, self._observed(rows), line), self.layout.enumerated
-        program = self.parameters.run_model
+        program = self.pair.run_model
         if summed:
             program = in_parallel(program, left_of=self.layout.particle_dim)
         trace = self.trace(program, rows, particles, place)
@@ -127,7 +125,7 @@ class Joint:
     def on_the_line(self, rows: tuple, particles: int, values: Values) -> Values:
         """The points of the real line whose images latents are."""
         place = Place(values, self._observed(rows))
-        trace = self.trace(self.parameters.run_model, rows, particles, place)
+        trace = self.trace(self.pair.run_model, rows, particles, place)
         return {n: to_support(n, trace.nodes[n]["fn"]).inv(v) for n, v in values.items()}
 
     def args(self, rows: tuple) -> tuple:
@@ -136,13 +134,13 @@ class Joint:
 
     def axes(self, rows: tuple) -> dict[str, int]:
         """Where the batch lies in each latent's value on the line, counted from the right."""
-        trace = self.trace(self.parameters.run_model, rows, 1, Place({}, self._observed(rows)))
+        trace = self.trace(self.pair.run_model, rows, 1, Place({}, self._observed(rows)))
         fns = {name: trace.nodes[name]["fn"] for name in self.layout.latents}
         return {n: self.layout.dim - to_support(n, fn).domain.event_dim for n, fn in fns.items()}
 
     def odd_sites(self, rows: tuple) -> tuple[list[str], list[str]]:
         """The guide's auxiliary sites, and its latents that are points without a density."""
-        trace = self.trace(self.parameters.run_guide, rows, 1, Place({}, {}))
+        trace = self.trace(self.pair.run_guide, rows, 1, Place({}, {}))
         sites = {n: s for n, s in samples(trace).items() if not is_bookkeeping(s)}
         points = [name for name, site in sites.items() if _is_delta(site["fn"])]
         return [name for name in sites if name not in self.layout.latents], points

@@ -27,7 +27,7 @@ from pyrovae.evidence.tiles import (
     run_tiles,
 )
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import common_scale, trace_pair
 
 __all__ = ["Evaluation", "particle_tile", "power_of_two", "row_limit"]
@@ -64,9 +64,9 @@ class Evaluation:
             raise InputError("Expected at least one datum, got an empty tensor.")
         self.options, self.part = options, _part(processes)
         self.file = None if checkpoint is None else _file(checkpoint, self.part)
-        self.parameters = Parameters(model, guide)
+        self.pair = Pair(model, guide)
         self.home = rows[0].device
-        self.set_rows(tuple(tensor.to(self.parameters.device) for tensor in rows))
+        self.set_rows(tuple(tensor.to(self.pair.device) for tensor in rows))
         self.seed = self._choose_seed()
 
     def set_rows(self, rows: tuple) -> None:
@@ -79,11 +79,11 @@ class Evaluation:
     @contextmanager
     def opened(self) -> Iterator[Joint]:
         """Run a block in eval mode and without validation, on a pair that has been checked."""
-        with torch.no_grad(), self.parameters.mode(training=False):
+        with torch.no_grad(), self.pair.mode(training=False):
             with seeded(self.seed, self.device):
-                layout = inspect_pair(self.parameters, *self.first)
+                layout = inspect_pair(self.pair, *self.first)
             with pyro.validation_enabled(False):
-                yield Joint(self.parameters, layout)
+                yield Joint(self.pair, layout)
 
     def run(self, work: Callable[[int, tuple], Found], joint: Joint) -> Found:
         """Work on each tile of data; the programs' scales multiply what comes of it."""
@@ -93,7 +93,7 @@ class Evaluation:
             if not joint.layout.scaled:
                 return found
             with seeded(0, self.device):
-                traces = trace_pair(joint.parameters, *joint.args(rows), layout=joint.layout)
+                traces = trace_pair(joint.pair, *joint.args(rows), layout=joint.layout)
             return _scaled(found, common_scale(traces, joint.layout))
 
         checkpoint = None if self.file is None else Checkpoint(self.file, self._about(joint))
@@ -141,7 +141,7 @@ class Evaluation:
 
     def _about(self, joint: Joint) -> dict[str, Any]:
         """What a checkpoint has to agree in."""
-        state = self.parameters.state_dict()
+        state = self.pair.state_dict()
         args = joint.args(self.first)
         with seeded(subseed(self.seed, 0, PROBE_STREAM), self.device):
             values, scores = joint.draw(self.first, 1)

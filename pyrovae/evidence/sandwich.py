@@ -146,8 +146,8 @@ def _simulate(task: Evaluation, joint: Joint) -> dict[str, Tensor]:
     """Draw latents and data, evaluate on the data from now on, and return the latents."""
     rows, layout = task.rows, joint.layout
     place = Place({}, {})
-    before = samples(joint.trace(joint.parameters.run_model, rows, 1, place))
-    free = poutine.uncondition(joint.parameters.run_model)
+    before = samples(joint.trace(joint.pair.run_model, rows, 1, place))
+    free = poutine.uncondition(joint.pair.run_model)
     drawn = samples(joint.trace(free, rows, 1, place))
     names = [n for n in layout.observed if not is_bookkeeping(before[n])]
     axes = {n: layout.dim - before[n]["fn"].event_dim for n in names}

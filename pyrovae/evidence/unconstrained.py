@@ -117,7 +117,7 @@ class GeometricPath:
         """Compile densities and gradients for so many particles of data of these shapes."""
         count = min(particles, self._step(rows))
         u = rows[0].new_zeros(count, len(rows[0]), sum(self.line.sizes), dtype=self.line.dtype)
-        self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.joint.parameters)
+        self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.joint.pair)
 
     def _step(self, rows: tuple) -> int:
         return max(1, self.max_rows // len(rows[0]))

@@ -63,7 +63,7 @@ class Weights:
         self.joint.fused = False
 
     def _graph(self, what: str, function: Callable, args: tuple) -> Graph:
-        graph = Graph(function, args, self.joint.parameters)
+        graph = Graph(function, args, self.joint.pair)
         with seeded(0, args[0].device):
             expected = function(*args)
         with seeded(0, args[0].device):

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout
 
 __all__ = ["Estimate", "Objective"]
@@ -52,12 +52,12 @@ class Objective:
         if not isinstance(particles, int) or particles < 1:
             raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
         self.particles = particles
-        self._pairs: WeakKeyDictionary[Parameters, tuple[Layout, Any]] = WeakKeyDictionary()
+        self._pairs: WeakKeyDictionary[Pair, tuple[Layout, Any]] = WeakKeyDictionary()
         self._called: tuple | None = None
 
     def prepare(
         self,
-        parameters: Parameters,
+        pair: Pair,
         args: tuple,
         layout: Layout | None = None,
         steps: int | None = None,
@@ -65,7 +65,7 @@ class Objective:
         """Look at a pair once, so that no step has to: the only place that reads values back.
 
         Args:
-            parameters: The pair.
+            pair: The pair.
             args: A batch with the programs' further arguments.
             layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair, if
                 it was asked.
@@ -74,39 +74,39 @@ class Objective:
         Raises:
             ValueError: If the pair breaks the contract, or is none for this objective.
         """
-        with seeded(0, parameters.device), parameters.mode(training=False):
+        with seeded(0, pair.device), pair.mode(training=False):
             if layout is None:
-                layout = inspect_pair(parameters, *args)
-            self._pairs[parameters] = layout, self.examine(parameters, layout, args)
+                layout = inspect_pair(pair, *args)
+            self._pairs[pair] = layout, self.examine(pair, layout, args)
 
-    def known(self, parameters: Parameters, args: tuple) -> tuple[Layout, Any]:
+    def known(self, pair: Pair, args: tuple) -> tuple[Layout, Any]:
         """The pair's layout and what :meth:`examine` found, looked up or found out now."""
-        if parameters not in self._pairs:
-            self.prepare(parameters, args)
-        return self._pairs[parameters]
+        if pair not in self._pairs:
+            self.prepare(pair, args)
+        return self._pairs[pair]
 
-    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> Any:
+    def examine(self, pair: Pair, layout: Layout, args: tuple) -> Any:
         """What else is to be known of a pair before the first step."""
 
     def at_step(self, step: int) -> None:
         """Set what changes from step to step, in place; called before step 0, 1, 2, …"""
 
-    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+    def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
         raise NotImplementedError
 
-    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+    def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum before any scale, ``[N]``, in nats."""
         raise NotImplementedError
 
-    def per_datum(self, parameters: Parameters, *args: Any) -> Tensor:
+    def per_datum(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum, ``[N]``, in nats: better when higher, without a gradient.
 
         It is the bound before :func:`pyro.poutine.scale` and the batch's subsampling, which
         multiply it in the loss.
         """
         with torch.no_grad():
-            return self.bounds(parameters, *args)
+            return self.bounds(pair, *args)
 
     def __call__(self, model: Callable, guide: Callable, *args: Any) -> Tensor:
         """The loss of a batch with the estimator's gradient, as Pyro's SVI takes it."""
@@ -116,7 +116,7 @@ class Objective:
         return found.loss + (found.surrogate - found.surrogate.detach())
 
 
-class _AsTheyAre(Parameters):
+class _AsTheyAre(Pair):
     """A pair whose parameter statements reach Pyro's store."""
 
     def __init__(self, model: Callable, guide: Callable) -> None:

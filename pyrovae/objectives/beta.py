@@ -14,7 +14,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
 
 __all__ = ["SCHEDULES", "BetaELBO"]
@@ -89,7 +89,7 @@ class BetaELBO(Objective):
 
     def prepare(
         self,
-        parameters: Parameters,
+        pair: Pair,
         args: tuple,
         layout: Layout | None = None,
         steps: int | None = None,
@@ -104,9 +104,9 @@ class BetaELBO(Objective):
                 f"The warm-up of {self.warm_up} steps is longer than the training of {steps}, so "
                 f"that beta={self.full:g} is never reached: train longer, or shorten warm_up."
             )
-        super().prepare(parameters, args, layout, steps)
+        super().prepare(pair, args, layout, steps)
 
-    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> dict[str, float]:
+    def examine(self, pair: Pair, layout: Layout, args: tuple) -> dict[str, float]:
         """The free nats by site; β moves to the pair's device."""
         if self.beta.device != args[0].device:
             self.beta = self.beta.to(args[0].device)
@@ -120,10 +120,10 @@ class BetaELBO(Objective):
             )
         return dict(self.free_bits)
 
-    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+    def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        layout, free = self.known(parameters, args)
-        model_trace, guide_trace = self._traces(parameters, args, layout)
+        layout, free = self.known(pair, args)
+        model_trace, guide_trace = self._traces(pair, args, layout)
         analytic = self.analytic and in_one_order(model_trace, guide_trace)
         terms = site_terms(model_trace, guide_trace, analytic)
         allowed = self._allowed(guide_trace, layout, free)
@@ -144,10 +144,10 @@ class BetaELBO(Objective):
         means = {name: term / self.particles for name, term in sums.items()}
         return Estimate(-value / self.particles, -surrogate / self.particles, means)
 
-    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+    def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The weighted bound of each datum before any scale, ``[N]``, in nats."""
-        layout, free = self.known(parameters, args)
-        traces = self._traces(parameters, args, layout)
+        layout, free = self.known(pair, args)
+        traces = self._traces(pair, args, layout)
         allowed = self._allowed(traces[1], layout, free)
         analytic = self.analytic and in_one_order(*traces)
         scaled = site_terms(*traces, analytic)
@@ -165,9 +165,9 @@ class BetaELBO(Objective):
             total = total + (self.beta.to(each.dtype) * each if latent else each)
         return total
 
-    def _traces(self, parameters: Parameters, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
+    def _traces(self, pair: Pair, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
         particles = self.particles if self.particles > 1 else None
-        model_trace, guide_trace = trace_pair(parameters, *args, particles=particles, layout=layout)
+        model_trace, guide_trace = trace_pair(pair, *args, particles=particles, layout=layout)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace

@@ -19,15 +19,15 @@ from pyrovae.objectives.pathwise import (
     is_hierarchical,
     scored_latents,
 )
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, replay_model, trace_guide, trace_pair
 
-__all__ = ["ImportanceWeighted", "Pair", "Scores", "score"]
+__all__ = ["Facts", "ImportanceWeighted", "Scores", "score"]
 
 GRADIENTS = ("plain", "stl", "dreg")
 
 
-class Pair(NamedTuple):
+class Facts(NamedTuple):
     """What an estimator has to know of a pair: latents with a score, a guide that is run twice."""
 
     scored: tuple[str, ...]
@@ -132,14 +132,14 @@ class ImportanceWeighted(Objective):
             raise InputError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
         self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
 
-    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> Pair:
+    def examine(self, pair: Pair, layout: Layout, args: tuple) -> Facts:
         """Check the scales, and what the estimator asks of the guide."""
-        traces = trace_pair(parameters, *args)
+        traces = trace_pair(pair, *args)
         cells(traces, layout)
         check_scales(traces, layout)
-        scored = scored_latents(parameters, args)
+        scored = scored_latents(pair, args)
         if self.gradient == "plain":
-            return Pair(tuple(scored), False)
+            return Facts(tuple(scored), False)
         if scored:
             name, family = next(iter(scored.items()))
             raise InputError(
@@ -147,31 +147,31 @@ class ImportanceWeighted(Objective):
                 f"draws {name!r} from a {family}: train with iwae, which has a score-function term "
                 f"for it, or with reweighted_wake_sleep, or enumerate it with trace_enum_elbo."
             )
-        hierarchical = is_hierarchical(parameters, args)
-        check_density(parameters, args, hierarchical)
-        return Pair((), hierarchical)
+        hierarchical = is_hierarchical(pair, args)
+        check_density(pair, args, hierarchical)
+        return Facts((), hierarchical)
 
-    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+    def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum before any scale, ``[N]``, in nats."""
-        at, _ = self._known(parameters, args)
-        guide_trace = trace_guide(parameters, *args, **at)
-        found = score(guide_trace, replay_model(parameters, guide_trace, *args, **at), at["layout"])
+        at, _ = self._known(pair, args)
+        guide_trace = trace_guide(pair, *args, **at)
+        found = score(guide_trace, replay_model(pair, guide_trace, *args, **at), at["layout"])
         return found.where.by_datum(self.bound(found.log_weights))
 
-    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+    def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        at, pair = self._known(parameters, args)
-        guide_trace = trace_guide(parameters, *args, **at)
+        at, facts = self._known(pair, args)
+        guide_trace = trace_guide(pair, *args, **at)
         log_q = site_log_probs(guide_trace)
         through = Through(guide_trace) if self.gradient == "dreg" else None
         latents = through.trace if through else guide_trace
-        model_trace = replay_model(parameters, latents, *args, **at)
+        model_trace = replay_model(pair, latents, *args, **at)
         found = score(guide_trace, model_trace, at["layout"], log_q)
         bound = self.bound(found.log_weights)
         if self.gradient == "plain":
-            gain = bound + self._scored(guide_trace, found, pair.scored)
+            gain = bound + self._scored(guide_trace, found, facts.scored)
         else:
-            still = held_still(parameters, guide_trace, args, hierarchical=pair.hierarchical, **at)
+            still = held_still(pair, guide_trace, args, hierarchical=facts.hierarchical, **at)
             gain = self._paths(found, still, through)
         loss = found.where.loss(bound.detach())
         return Estimate(loss, found.where.loss(gain), found.terms)
@@ -253,7 +253,7 @@ class ImportanceWeighted(Objective):
             gains = bound.unsqueeze(1)
         return gains.flatten(0, 1) / groups
 
-    def _known(self, parameters: Parameters, args: tuple) -> tuple[dict[str, Any], Pair]:
-        layout, pair = self.known(parameters, args)
+    def _known(self, pair: Pair, args: tuple) -> tuple[dict[str, Any], Facts]:
+        layout, facts = self.known(pair, args)
         draws = self.groups * self.particles
-        return {"particles": draws if draws > 1 else None, "layout": layout}, pair
+        return {"particles": draws if draws > 1 else None, "layout": layout}, facts

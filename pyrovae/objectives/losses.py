@@ -18,14 +18,12 @@ from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate
 from pyrovae.objectives.enumerated import enum_estimate
 from pyrovae.objectives.pointwise import score_elbo
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["estimate", "is_differentiable", "per_datum", "summed"]
 
 
-def estimate(
-    loss: ELBO | Objective | Callable, parameters: Parameters, *args: Any, **kwargs: Any
-) -> Estimate:
+def estimate(loss: ELBO | Objective | Callable, pair: Pair, *args: Any, **kwargs: Any) -> Estimate:
     """Evaluate an objective without reading anything back from the device.
 
     ``Trace_ELBO``, ``TraceMeanField_ELBO`` and ``TraceEnum_ELBO`` give the value and the gradient
@@ -34,9 +32,9 @@ def estimate(
     Raises:
         ValueError: If a ``RenyiELBO`` meets a scaled or subsampled site, where it is no bound.
     """
-    model, guide = parameters.run_model, parameters.run_guide
+    model, guide = pair.run_model, pair.run_guide
     if isinstance(loss, Objective):
-        return loss.estimate(parameters, *args, **kwargs)
+        return loss.estimate(pair, *args, **kwargs)
     if type(loss) in GENERIC + ANALYTIC:
         return elbo_estimate(loss, model, guide, args, kwargs)
     if type(loss) is TraceEnum_ELBO:
@@ -44,7 +42,7 @@ def estimate(
     if isinstance(loss, RenyiELBO):
         model, guide = _NoScale()(model), _NoScale()(guide)
     if not is_differentiable(loss):
-        value = loss.loss_and_grads(_with_statement(model, parameters), guide, *args, **kwargs)
+        value = loss.loss_and_grads(_with_statement(model, pair), guide, *args, **kwargs)
         return summed(value)
     differentiable = loss.differentiable_loss if isinstance(loss, ELBO) else loss
     surrogate = differentiable(model, guide, *args, **kwargs)
@@ -55,14 +53,12 @@ def estimate(
     return Estimate(surrogate.detach(), surrogate, {})
 
 
-def per_datum(
-    loss: ELBO | Objective | Callable, parameters: Parameters, x: Tensor, *context: Tensor
-) -> Tensor:
+def per_datum(loss: ELBO | Objective | Callable, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
     """What an objective makes of each datum, before any reduction or scale.
 
     Args:
         loss: The objective.
-        parameters: The pair.
+        pair: The pair.
         x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
 
     Returns:
@@ -70,16 +66,16 @@ def per_datum(
         code sums over the batch, each datum is a batch of its own.
     """
     if isinstance(loss, Objective):
-        return loss.per_datum(parameters, x, *context)
+        return loss.per_datum(pair, x, *context)
     with torch.no_grad():
         if type(loss) in GENERIC + ANALYTIC:
-            with seeded(0, parameters.device):
-                layout = inspect_pair(parameters, x, *context)
+            with seeded(0, pair.device):
+                layout = inspect_pair(pair, x, *context)
             analytic = type(loss) in ANALYTIC
-            parts = score_elbo(parameters, layout, (x, *context), analytic, loss.num_particles)
+            parts = score_elbo(pair, layout, (x, *context), analytic, loss.num_particles)
             return parts[0] - parts[1]
         rows = zip(*(tensor.split(1) for tensor in (x, *context)), strict=True)
-        return torch.stack([-estimate(loss, parameters, *row).loss for row in rows])
+        return torch.stack([-estimate(loss, pair, *row).loss for row in rows])
 
 
 def is_differentiable(loss: ELBO | Callable) -> bool:
@@ -102,11 +98,11 @@ def summed(value: Any) -> Estimate:
     return Estimate(torch.as_tensor(value).detach(), None, {})
 
 
-def _with_statement(model: Callable, parameters: Parameters) -> Callable:
+def _with_statement(model: Callable, pair: Pair) -> Callable:
     """Some of Pyro's losses differentiate only if a trace shows a parameter: show them all."""
 
     def program(*args: Any, **kwargs: Any) -> Any:
-        for name, leaf in parameters.named().items():
+        for name, leaf in pair.named().items():
             effectful(lambda leaf=leaf: leaf, type="param")(name=f"pyrovae.{name}")
         return model(*args, **kwargs)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.log_weights import site_log_probs
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, samples, trace_guide
 
 __all__ = ["Still", "Through", "check_density", "held_still", "is_hierarchical", "scored_latents"]
@@ -75,7 +75,7 @@ class Through:
 
 
 def held_still(
-    parameters: Parameters,
+    pair: Pair,
     guide_trace: Trace,
     args: tuple,
     particles: int | None,
@@ -85,7 +85,7 @@ def held_still(
     """The guide's log-probabilities at its own latents, which are held still, by site.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         guide_trace: The guide's trace, subsampling sites included.
         args: What it was run on.
         particles: The size of its plate of particles, or None.
@@ -98,15 +98,15 @@ def held_still(
             still.nodes[name] = site | {"value": site["value"].detach()}
     if hierarchical:
         with poutine.replay(trace=still):
-            still = trace_guide(parameters, *args, particles=particles, layout=layout)
+            still = trace_guide(pair, *args, particles=particles, layout=layout)
     latents = {name for name, site in samples(still).items() if not site["is_observed"]}
     return {n: log_prob for n, log_prob in site_log_probs(still).items() if n in latents}
 
 
-def is_hierarchical(parameters: Parameters, args: tuple) -> bool:
+def is_hierarchical(pair: Pair, args: tuple) -> bool:
     """Whether some site of the guide has a distribution that depends on another's latent."""
     with torch.enable_grad(), Still(leaves=True):
-        trace = prune_subsample_sites(trace_guide(parameters, *args))
+        trace = prune_subsample_sites(trace_guide(pair, *args))
     sites = {n: s for n, s in samples(trace).items() if not s["is_observed"]}
     leaves = [s["value"] for s in sites.values() if s["value"].requires_grad]
     with torch.enable_grad():
@@ -119,20 +119,20 @@ def is_hierarchical(parameters: Parameters, args: tuple) -> bool:
     return False
 
 
-def check_density(parameters: Parameters, args: tuple, hierarchical: bool) -> None:
+def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
     """Check that the guide's density can be evaluated at latents that it did not just draw.
 
     Raises:
         ValueError: If a flow has no inverse or an inexact one, or noise of the guide's networks
             would be drawn anew in a second run.
     """
-    noisy = (m for r in parameters.roots.values() for m in r.modules() if _is_noise(m))
+    noisy = (m for r in pair.roots.values() for m in r.modules() if _is_noise(m))
     if hierarchical and next(noisy, None) is not None:
         raise InputError(
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
             "other noise each time: set p=0, or train with an objective that takes plain gradients."
         )
-    trace = prune_subsample_sites(trace_guide(parameters, *args))
+    trace = prune_subsample_sites(trace_guide(pair, *args))
     for name, site in samples(trace).items():
         if site["is_observed"]:
             continue
@@ -160,9 +160,9 @@ def _is_noise(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
-def scored_latents(parameters: Parameters, args: tuple) -> dict[str, str]:
+def scored_latents(pair: Pair, args: tuple) -> dict[str, str]:
     """The guide's latents that need a score-function term, with the names of their families."""
-    trace = prune_subsample_sites(trace_guide(parameters, *args))
+    trace = prune_subsample_sites(trace_guide(pair, *args))
     return {
         name: type(site["fn"]).__name__
         for name, site in samples(trace).items()

@@ -20,7 +20,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
 
 __all__ = ["ESTIMATORS", "ElboResult", "elbo", "score_elbo"]
@@ -89,30 +89,30 @@ def elbo(
     if particles < 1:
         raise InputError(f"Expected particles >= 1, got {particles}.")
     analytic = objective == "trace_mean_field_elbo"
-    parameters = Parameters(model, guide)
-    x, *context = (tensor.to(parameters.device) for tensor in (x, *context))
+    pair = Pair(model, guide)
+    x, *context = (tensor.to(pair.device) for tensor in (x, *context))
     parts = []
-    with parameters.mode(training=False), seeded(seed, x.device):
-        layout = inspect_pair(parameters, x[:batch_size], *(c[:batch_size] for c in context))
+    with pair.mode(training=False), seeded(seed, x.device):
+        layout = inspect_pair(pair, x[:batch_size], *(c[:batch_size] for c in context))
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
-            parts.append(score_elbo(parameters, layout, rows, analytic, particles))
+            parts.append(score_elbo(pair, layout, rows, analytic, particles))
     reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     return ElboResult(reconstruction - kl, reconstruction, kl)
 
 
 def score_elbo(
-    parameters: Parameters, layout: Layout, rows: tuple, analytic: bool, particles: int
+    pair: Pair, layout: Layout, rows: tuple, analytic: bool, particles: int
 ) -> tuple[Tensor, Tensor]:
     """The two parts of a batch's ELBO, reconstruction and KL, ``[N]`` each, in nats.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
         rows: The batch, with the programs' further arguments.
         analytic: Estimator B instead of A.
         particles: The number of samples L.
     """
-    model_trace, guide_trace = trace_pair(parameters, *rows, particles=particles, layout=layout)
+    model_trace, guide_trace = trace_pair(pair, *rows, particles=particles, layout=layout)
     for trace in (model_trace, guide_trace):
         unscale(trace, layout)
         trace.compute_log_prob()

@@ -15,7 +15,7 @@ from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.importance_weighted import Scores, score
 from pyrovae.objectives.log_weights import cells, check_scales
 from pyrovae.objectives.pathwise import Still, check_density
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import (
     Layout,
     is_bookkeeping,
@@ -67,12 +67,12 @@ class WakeSleep(Objective):
             )
         self.insomnia = insomnia
 
-    def examine(self, parameters: Parameters, layout: Layout, args: tuple) -> dict[int, str]:
+    def examine(self, pair: Pair, layout: Layout, args: tuple) -> dict[int, str]:
         """Check the scales and the guide's density, and find the sites to dream of."""
-        traces = trace_pair(parameters, *args)
+        traces = trace_pair(pair, *args)
         cells(traces, layout)
         check_scales(traces, layout)
-        check_density(parameters, args, hierarchical=False)
+        check_density(pair, args, hierarchical=False)
         if self.insomnia == 1:
             return {}
         auxiliary = sorted(set(_latents(traces[1])) - set(layout.latents))
@@ -88,46 +88,46 @@ class WakeSleep(Objective):
         }
         return _heard(observed, args)
 
-    def bounds(self, parameters: Parameters, *args: Any) -> Tensor:
+    def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The importance-weighted bound of each datum before any scale, ``[N]``, in nats."""
-        found, _ = self._awake(parameters, args)
+        found, _ = self._awake(pair, args)
         return found.where.by_datum(self._bound(found.log_weights))
 
-    def estimate(self, parameters: Parameters, *args: Any) -> Estimate:
+    def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        found, latents = self._awake(parameters, args)
+        found, latents = self._awake(pair, args)
         log_weights = found.log_weights.detach()
         learnt = sum(found.guide[name] for name in latents)
         rest = found.log_p - sum(q for name, q in found.guide.items() if name not in latents)
         gain = log_weights.softmax(0) * (rest + self.insomnia * learnt)
         surrogate = found.where.loss(gain.sum(0))
         if self.insomnia < 1:
-            surrogate = surrogate - (1 - self.insomnia) * self._asleep(parameters, args)
+            surrogate = surrogate - (1 - self.insomnia) * self._asleep(pair, args)
         return Estimate(found.where.loss(self._bound(log_weights)), surrogate, found.terms)
 
     def _bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.logsumexp(0) - math.log(self.particles)
 
-    def _awake(self, parameters: Parameters, args: tuple) -> tuple[Scores, list[str]]:
-        layout, _ = self.known(parameters, args)
+    def _awake(self, pair: Pair, args: tuple) -> tuple[Scores, list[str]]:
+        layout, _ = self.known(pair, args)
         at = {"particles": self.particles if self.particles > 1 else None, "layout": layout}
         with Still():
-            guide_trace = trace_guide(parameters, *args, **at)
-        model_trace = replay_model(parameters, guide_trace, *args, **at)
+            guide_trace = trace_guide(pair, *args, **at)
+        model_trace = replay_model(pair, guide_trace, *args, **at)
         return score(guide_trace, model_trace, layout), _latents(guide_trace)
 
-    def _asleep(self, parameters: Parameters, args: tuple) -> Tensor:
+    def _asleep(self, pair: Pair, args: tuple) -> Tensor:
         """ln q of the latents of one dream a datum, scaled and summed over the batch."""
-        _, heard = self.known(parameters, args)
+        _, heard = self.known(pair, args)
         with torch.no_grad():
-            dream = poutine.trace(poutine.uncondition(parameters.run_model)).get_trace(*args)
+            dream = poutine.trace(poutine.uncondition(pair.run_model)).get_trace(*args)
         values = {name: dream.nodes[name]["value"] for name in heard.values()}
         dreamt = tuple(
             values[heard[i]].reshape(arg.shape).to(arg.dtype) if i in heard else arg
             for i, arg in enumerate(args)
         )
         with Still(), poutine.replay(trace=dream):
-            guide_trace = trace_guide(parameters, *dreamt)
+            guide_trace = trace_guide(pair, *dreamt)
         guide_trace.compute_log_prob()
         return sum(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae.pairs.enumeration import enumerates
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import (
     Layout,
     is_bookkeeping,
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 
-def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
+def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     """Run a pair once and check that its programs belong together.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
 
     Returns:
@@ -54,8 +54,8 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
     with torch.no_grad(), _blames_data(x):
-        guide_trace = trace_guide(parameters, x, *context)
-        model_trace = _try_replay(parameters, guide_trace, x, *context)
+        guide_trace = trace_guide(pair, x, *context)
+        model_trace = _try_replay(pair, guide_trace, x, *context)
     model_sites, guide_sites = samples(model_trace), samples(guide_trace)
     observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
     hidden = {n: s for n, s in model_sites.items() if not s["is_observed"]}
@@ -67,7 +67,7 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
     every = [*model_sites.items(), *guide_sites.items()]
     plates = batch_plates(every, len(x))
     if len(plates) > 1 and len(x) > 1:
-        plates = [inspect_pair(parameters, x[1:], *(c[1:] for c in context)).plate]
+        plates = [inspect_pair(pair, x[1:], *(c[1:] for c in context)).plate]
     frame = batch_frame(every, plates[0])
     for name, site in observed.items():
         _check_observed(name, site)
@@ -79,11 +79,11 @@ def inspect_pair(parameters: Parameters, x: Tensor, *context: Any) -> Layout:
     return layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
 
 
-def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: int = 512) -> None:
+def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
     """Check a whole data set against the supports of the sites that observe it.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         x: The data ``[N, ...]``, with further arguments of the programs in ``context``.
         batch_size: How many rows are run at a time.
 
@@ -92,7 +92,7 @@ def check_support(parameters: Parameters, x: Tensor, *context: Any, batch_size: 
     """
     with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
-            model_trace, _ = trace_pair(parameters, *rows)
+            model_trace, _ = trace_pair(pair, *rows)
             for name, site in samples(model_trace).items():
                 if site["is_observed"]:
                     _check_observed(name, site)
@@ -117,12 +117,12 @@ def check_objective(layout: Layout, objective: Any) -> None:
         )
 
 
-def _try_replay(parameters: Parameters, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
+def _try_replay(pair: Pair, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
     try:
-        return replay_model(parameters, guide_trace, x, *context)
+        return replay_model(pair, guide_trace, x, *context)
     except (ValueError, RuntimeError):
         guide_sites = samples(guide_trace)
-        free = samples(poutine.trace(parameters.run_model).get_trace(x, *context))
+        free = samples(poutine.trace(pair.run_model).get_trace(x, *context))
         for name, site in free.items():
             if name in guide_sites and not site["is_observed"]:
                 check_event(name, site, guide_sites[name])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 
-__all__ = ["OwnParameters", "Parameters", "owners"]
+__all__ = ["OwnParameters", "Pair", "owners"]
 
 
 def owners(program: Callable) -> list[nn.Module]:
@@ -146,7 +146,7 @@ def _take(store: Any, name: str) -> tuple[Tensor, Any]:
     return taken
 
 
-class Parameters:
+class Pair:
     """The parameters and buffers of a model and its guide, with one name each.
 
     Args:

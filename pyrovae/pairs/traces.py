@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 __all__ = [
     "Layout",
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 def trace_pair(
-    parameters: Parameters,
+    pair: Pair,
     x: Tensor,
     *context: Any,
     particles: int | None = None,
@@ -66,7 +66,7 @@ def trace_pair(
     """Trace the model replayed against its guide, optionally inside a plate of particles.
 
     Args:
-        parameters: The pair.
+        pair: The pair.
         x: A batch ``[N, ...]``, handed to both programs with ``context``.
         particles: The size K of a plate opened to the left of all others; None opens none.
         layout: Where that plate goes; needed with ``particles``, and to sum over the latents that
@@ -76,13 +76,13 @@ def trace_pair(
         The model's trace and the guide's, without the sites of subsampling plates.
     """
     at = {"particles": particles, "layout": layout}
-    guide_trace = trace_guide(parameters, x, *context, **at)
-    model_trace = replay_model(parameters, guide_trace, x, *context, **at)
+    guide_trace = trace_guide(pair, x, *context, **at)
+    model_trace = replay_model(pair, guide_trace, x, *context, **at)
     return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
 
 def trace_guide(
-    parameters: Parameters,
+    pair: Pair,
     x: Tensor,
     *context: Any,
     particles: int | None = None,
@@ -90,11 +90,11 @@ def trace_guide(
 ) -> Trace:
     """Trace the guide alone; arguments as in :func:`trace_pair`."""
     with _particle_plate(particles, layout):
-        return poutine.trace(parameters.run_guide).get_trace(x, *context)
+        return poutine.trace(pair.run_guide).get_trace(x, *context)
 
 
 def replay_model(
-    parameters: Parameters,
+    pair: Pair,
     guide_trace: Trace,
     x: Tensor,
     *context: Any,
@@ -102,7 +102,7 @@ def replay_model(
     layout: Layout | None = None,
 ) -> Trace:
     """Trace the model with the latents of a guide's trace; arguments as in :func:`trace_pair`."""
-    model, summed = parameters.run_model, layout.enumerated if layout else ()
+    model, summed = pair.run_model, layout.enumerated if layout else ()
     if summed:
         model = in_parallel(model, left_of=layout.particle_dim)
     replayed = poutine.replay(model, trace=guide_trace)
@@ -111,17 +111,17 @@ def replay_model(
     return sum_out(trace, summed) if summed else trace
 
 
-def trace_posterior(parameters: Parameters, layout: Layout, x: Tensor, *context: Any) -> Trace:
+def trace_posterior(pair: Pair, layout: Layout, x: Tensor, *context: Any) -> Trace:
     """Trace the model at one draw of every latent given x.
 
     The guide draws what it samples; what the model sums over is drawn from its exact posterior
     given the guide's draw. Arguments as in :func:`trace_pair`.
     """
-    guide_trace = trace_guide(parameters, x, *context)
+    guide_trace = trace_guide(pair, x, *context)
     if not layout.enumerated:
-        return replay_model(parameters, guide_trace, x, *context)
+        return replay_model(pair, guide_trace, x, *context)
     drawn = {name: guide_trace.nodes[name]["value"] for name in layout.latents}
-    given = poutine.condition(parameters.run_model, data=drawn)
+    given = poutine.condition(pair.run_model, data=drawn)
     given = infer_discrete(given, first_available_dim=layout.particle_dim)
     return poutine.trace(given).get_trace(x, *context)
 

@@ -17,7 +17,7 @@ from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.report.finding_pictures import FINDING_PICTURES, Finding, draw_findings
 from pyrovae.report.pictures import draw_pictures
 from pyrovae.runs import Run
@@ -153,7 +153,7 @@ def train(
     )
     if result.world.first:
         run.save_metrics(result.history)
-        run.save_weights(result.svi.parameters.state_dict())
+        run.save_weights(result.svi.pair.state_dict())
     return result
 
 
@@ -171,19 +171,19 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
     data = load_data(stored["load"], root=root or stored["root"], **shown)
     require_same_data(stored, data.provenance)
     model, guide = _build(programs, settings, data, config["seed"])
-    parameters = Parameters(model, guide)
+    pair = Pair(model, guide)
     with seeded(0):
-        inspect_pair(parameters, *(tensor[:2] for tensor in data.split("test")))
-    _fill(parameters, run)
+        inspect_pair(pair, *(tensor[:2] for tensor in data.split("test")))
+    _fill(pair, run)
     place = join().place(choose_device(device))
-    parameters.to(place)
+    pair.to(place)
     return Experiment(config, model, guide, data.to(place), {})
 
 
-def _fill(parameters: Parameters, run: Run) -> None:
+def _fill(pair: Pair, run: Run) -> None:
     weights = run.load_weights()
     try:
-        parameters.load_state_dict(weights)
+        pair.load_state_dict(weights)
     except ValueError as error:
         raise InputError(
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "

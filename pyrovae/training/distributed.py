@@ -153,12 +153,12 @@ class World:
                 f"got {len(index)}: enlarge the batch, or start fewer processes."
             )
         self.sharding = Sharding(self.rank, self.size)
-        parameters, self._load = svi.parameters, self.sharding.wrap(load)
-        parameters.run_model = self.sharding.wrap(parameters.run_model)
-        parameters.run_guide = self.sharding.wrap(parameters.run_guide)
-        with undone(parameters, (index,)), parameters.mode(training=True):
+        pair, self._load = svi.pair, self.sharding.wrap(load)
+        pair.run_model = self.sharding.wrap(pair.run_model)
+        pair.run_guide = self.sharding.wrap(pair.run_guide)
+        with undone(pair, (index,)), pair.mode(training=True):
             self.sharding.learn(lambda rows: _try(svi, self.load(index[:rows])))
-        for tensor in (*parameters.leaves(), *_buffers(svi)):
+        for tensor in (*pair.leaves(), *_buffers(svi)):
             self._broadcast(tensor)
         svi.reduce = self.reduce
         self.check(svi)
@@ -263,20 +263,20 @@ def _together() -> Iterator[None]:
 def _try(svi: SVI, args: tuple) -> None:
     """Run what a step draws, and leave no gradient."""
     if svi.loss_and_grads is not None:
-        svi.loss_and_grads(svi.parameters.run_model, svi.parameters.run_guide, *args)
+        svi.loss_and_grads(svi.pair.run_model, svi.pair.run_guide, *args)
     else:
-        estimate(svi.objective, svi.parameters, *args)
-    for leaf in svi.parameters.leaves():
+        estimate(svi.objective, svi.pair, *args)
+    for leaf in svi.pair.leaves():
         leaf.grad = None
 
 
 def _buffers(svi: SVI) -> list[Tensor]:
-    return [buffer for root in svi.parameters.roots.values() for buffer in root.buffers()]
+    return [buffer for root in svi.pair.roots.values() for buffer in root.buffers()]
 
 
 def _state(svi: SVI) -> dict[str, Tensor]:
     """Everything that processes must agree on, by name."""
-    state = {name: leaf.detach() for name, leaf in svi.parameters.named().items()}
+    state = {name: leaf.detach() for name, leaf in svi.pair.named().items()}
     for number, entry in enumerate(svi.optimizer.state.values()):
         for name, value in entry.items():
             if isinstance(value, Tensor):

@@ -71,7 +71,7 @@ class Fit:
         from the seed and the epoch's number.
         """
         return {
-            "weights": self.svi.parameters.state_dict(),
+            "weights": self.svi.pair.state_dict(),
             "optimizer": self.svi.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "history": self.history,
@@ -86,7 +86,7 @@ class Fit:
         Raises:
             ValueError: If it belongs to another pair.
         """
-        self.svi.parameters.load_state_dict(state["weights"])
+        self.svi.pair.load_state_dict(state["weights"])
         self.svi.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -174,8 +174,8 @@ def fit(
         clip_norm=clip_norm, compile=compile, steps=epochs * epoch_steps,
     )  # fmt: skip
     world = join()
-    svi.parameters.to(world.place(svi.parameters.device if device is None else device))
-    data = data.to(svi.parameters.device)
+    svi.pair.to(world.place(svi.pair.device if device is None else device))
+    data = data.to(svi.pair.device)
     seed = world.share(draw_seed(seed)) if state is None else state["seed"]
     result = Fit(model, guide, svi, seed, world=world)
     layout = _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
@@ -185,7 +185,7 @@ def fit(
     first = len(result.history) + 1
     svi.steps_taken = len(result.history) * epoch_steps
     world.agree(epoch=first, epochs=epochs, batch_size=batch_size, data=len(data.train))
-    world.prepare(svi, data.rows, torch.arange(batch_size, device=svi.parameters.device))
+    world.prepare(svi, data.rows, torch.arange(batch_size, device=svi.pair.device))
     shown = progress and world.first
     bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     svi.compiling = lambda: _compiling(bar)
@@ -198,7 +198,7 @@ def fit(
             if on_epoch is not None and world.first:
                 on_epoch(result)
     if result.best_state is not None:
-        svi.parameters.load_state_dict(result.best_state)
+        svi.pair.load_state_dict(result.best_state)
     return result
 
 
@@ -212,12 +212,12 @@ def _compiling(bar: Any) -> Iterator[None]:
 
 
 def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> Layout:
-    parameters = svi.parameters
+    pair = svi.pair
     first = [tensor[:batch_size] for tensor in data.split("train")]
-    with seeded(subseed(seed, 0), parameters.device), parameters.mode(training=False):
-        layout = inspect_pair(parameters, *first)
+    with seeded(subseed(seed, 0), pair.device), pair.mode(training=False):
+        layout = inspect_pair(pair, *first)
         for rows in filter(None, map(data.split, Splits._fields)):
-            check_support(parameters, *rows)
+            check_support(pair, *rows)
         quick(svi.model, svi.guide, *first)
         check_objective(layout, svi.objective)
         _prepare_objective(svi, layout, tuple(first), steps)
@@ -228,7 +228,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
 def _prepare_objective(svi: SVI, layout: Layout, args: tuple, steps: int) -> None:
     loss = svi.objective
     if isinstance(loss, Objective):
-        loss.prepare(svi.parameters, args, layout, steps)
+        loss.prepare(svi.pair, args, layout, steps)
     elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:
         loss.max_plate_nesting = -layout.particle_dim
 
@@ -238,7 +238,7 @@ def _run_epoch(
 ) -> None:
     started = time.perf_counter()
     svi = result.svi
-    with seeded(subseed(result.seed, epoch), svi.parameters.device):
+    with seeded(subseed(result.seed, epoch), svi.pair.device):
         row = {"epoch": epoch} | _train_epoch(result, layout, data, batch_size, epoch)
     result.world.settle(svi)
     if result.world.first:
@@ -253,8 +253,8 @@ def _train_epoch(
 ) -> dict[str, float | None]:
     svi, world, num_data = result.svi, result.world, len(data.train)
     monitor = Monitor(svi, world.load, epoch)
-    order = torch.randperm(num_data).to(svi.parameters.device)
-    with svi.parameters.mode(training=True):
+    order = torch.randperm(num_data).to(svi.pair.device)
+    with svi.pair.mode(training=True):
         for index in order.split(batch_size):
             with world.batch(len(index)):
                 monitor.step(index)
@@ -296,7 +296,7 @@ def _finish_epoch(result: Fit, row: dict[str, float | None], keep_best: bool) ->
     if value is not None and (best is None or value > best["valid_elbo"]):
         result.best_epoch = row["epoch"]
         if keep_best:
-            result.best_state = result.svi.parameters.state_dict()
+            result.best_state = result.svi.pair.state_dict()
     if isinstance(result.scheduler, ReduceLROnPlateau):
         result.scheduler.step(row["train_loss"] if value is None else -value)
     elif result.scheduler is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.objectives import Estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples, trace_pair
 from pyrovae.training.svi import SVI
 
@@ -43,7 +43,7 @@ class Monitor:
         try:
             self.svi.update(index, load=self.load, inspect=self._note)
         except ValueError as error:
-            site = _non_finite_site(self.svi.parameters, self.load(index))
+            site = _non_finite_site(self.svi.pair, self.load(index))
             if site is None:
                 raise
             raise self._stop(len(self.values) + 1, site) from error
@@ -76,10 +76,10 @@ class Monitor:
 
 
 @torch.no_grad()
-def _non_finite_site(parameters: Parameters, rows: Iterable[Tensor]) -> str | None:
+def _non_finite_site(pair: Pair, rows: Iterable[Tensor]) -> str | None:
     """The first site whose log-probability is not finite on a batch, if there is one."""
     with pyro.validation_enabled(False):
-        for trace in reversed(trace_pair(parameters, *rows)):
+        for trace in reversed(trace_pair(pair, *rows)):
             trace.compute_log_prob()
             for name, site in samples(trace).items():
                 if not bool(site["log_prob"].isfinite().all()):

@@ -19,7 +19,7 @@ from pyrovae.compiling.step import Capture, CaptureError, Step, undone
 from pyrovae.compiling.update import Descent, UpdateError
 from pyrovae.compiling.watch import watch_optimizer, watch_pair
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.training.optimizer import (
     clip_gradients,
     clips,
@@ -96,7 +96,7 @@ class SVI:
         self.objective = loss
         self.loss_and_grads = loss_and_grads
         self.clip_norm = clip_norm
-        self.parameters = Parameters(model, guide)
+        self.pair = Pair(model, guide)
         self.optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.compile = compile
@@ -104,7 +104,7 @@ class SVI:
         self.reduce: Callable[[Estimate, list[Tensor]], Estimate] | None = None
         self.steps_taken = 0
         self._records_updates = True
-        self._watch = watch_pair(loss, self.parameters)
+        self._watch = watch_pair(loss, self.pair)
         self._wait = 0 if compile is True or steps >= PAYS_AFTER else PAYS_AFTER
         self._taken = 0
         self._captures: dict[Hashable, Capture | None] = {}
@@ -182,12 +182,12 @@ class SVI:
         self._taken += 1
         args = load(*args) if load else args
         if self.loss_and_grads is not None:
-            programs = self.parameters.run_model, self.parameters.run_guide
+            programs = self.pair.run_model, self.pair.run_guide
             result = summed(self.loss_and_grads(*programs, *args, **kwargs))
         else:
-            result = estimate(self.objective, self.parameters, *args, **kwargs)
+            result = estimate(self.objective, self.pair, *args, **kwargs)
         if not self._reached and result.surrogate is not None:
-            self.parameters.check_reach(result.surrogate, args)
+            self.pair.check_reach(result.surrogate, args)
             self._reached = True
         if result.surrogate is not None and result.surrogate.requires_grad:
             result.surrogate.backward()
@@ -234,7 +234,7 @@ class SVI:
         clip = self._clip if clips(self.optim, self.clip_norm) else None
         descent = Descent(self.optimizer, leaves, clip) if whole else None
         with self.compiling():
-            return Capture(self.objective, self.parameters, leaves, args, load, descent)
+            return Capture(self.objective, self.pair, leaves, args, load, descent)
 
     def _leaves(self) -> list[Tensor]:
         return [p for p in self._trained.values() if p.requires_grad]
@@ -263,10 +263,10 @@ class SVI:
         """
         with torch.no_grad():
             if isinstance(self.objective, ELBO):
-                programs = self.parameters.run_model, self.parameters.run_guide
+                programs = self.pair.run_model, self.pair.run_guide
                 loss = self.objective.loss(*programs, *args, **kwargs)
                 return tuple(map(float, loss)) if isinstance(loss, tuple) else float(loss)
-            return estimate(self.objective, self.parameters, *args, **kwargs).loss.item()
+            return estimate(self.objective, self.pair, *args, **kwargs).loss.item()
 
     def build(self, *args: Any) -> None:
         """Make the optimizer before the first step, for a state to be loaded into.
@@ -278,18 +278,18 @@ class SVI:
             ValueError: If the loss depends on parameters that neither program owns.
         """
         if self.loss_and_grads is None and is_differentiable(self.objective):
-            with undone(self.parameters, args):
-                surrogate = estimate(self.objective, self.parameters, *args).surrogate
-            self.parameters.check_reach(surrogate, args)
+            with undone(self.pair, args):
+                surrogate = estimate(self.objective, self.pair, *args).surrogate
+            self.pair.check_reach(surrogate, args)
         self._collect()
         self._reached = True
 
     def _collect(self) -> None:
-        found = len(self.parameters.model.found) + len(self.parameters.guide.found)
+        found = len(self.pair.model.found) + len(self.pair.guide.found)
         if self.optimizer is not None and found == self._found:
             return
         self._found = found
-        fresh = {n: p for n, p in self.parameters.named().items() if n not in self._trained}
+        fresh = {n: p for n, p in self.pair.named().items() if n not in self._trained}
         self._trained |= fresh
         self._reached = self._reached and not (fresh and self.optimizer)
         spelled = self._pyro_names(fresh)
@@ -305,7 +305,7 @@ class SVI:
 
     def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by the names that Pyro has for them, where it has one."""
-        found = self.parameters.model.found | self.parameters.guide.found
+        found = self.pair.model.found | self.pair.guide.found
         spelled = {id(leaf): name for name, leaf in found.items()}
         return {spelled.get(id(p), name): p for name, p in named.items()}
 

@@ -43,7 +43,7 @@ def _both(make, loss, weights=True, **options):
         captured, svi = _losses(make, loss, True, **options)
     assert [c for c in svi._captures.values() if c is not None]
     assert captured == pytest.approx(eager, rel=1e-5)
-    ours, theirs = svi.parameters.state_dict(), plain.parameters.state_dict()
+    ours, theirs = svi.pair.state_dict(), plain.pair.state_dict()
     for name, value in ours.items() if weights else ():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
     return svi
@@ -314,7 +314,7 @@ def test_the_whole_step_is_the_eager_step(optimizer, inside):
         found.append(svi)
     captured = [c for c in found[0]._captures.values() if c is not None]
     assert [c.descent is not None for c in captured] == [inside]
-    ours, theirs = (svi.parameters.state_dict() for svi in found)
+    ours, theirs = (svi.pair.state_dict() for svi in found)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
     one, other = (svi.optimizer.state_dict() for svi in found)

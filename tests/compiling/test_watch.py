@@ -8,13 +8,13 @@ import torch
 from pairs import published_example, same_names
 from pyrovae.compiling.watch import Watch, watch_optimizer, watch_pair
 from pyrovae.objectives import make_objective
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 
 def _watched(make=same_names):
     torch.manual_seed(0)
     model, guide = make()
-    return model, guide, watch_pair(None, Parameters(model, guide))
+    return model, guide, watch_pair(None, Pair(model, guide))
 
 
 CHANGES = {
@@ -100,7 +100,7 @@ def test_a_learning_rate_is_no_part_of_an_optimizers_state():
 
 def test_an_attribute_of_the_objective_is_watched():
     objective = make_objective("iwae", particles=3)
-    watch = watch_pair(objective, Parameters(*same_names()))
+    watch = watch_pair(objective, Pair(*same_names()))
     before = watch()
     objective.particles = 4
     assert watch() != before

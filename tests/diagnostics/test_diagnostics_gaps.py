@@ -69,7 +69,7 @@ def test_the_rate_falls_with_beta_and_the_pair_stays_as_it_was(make):
     model, guide = make()
     x = torch.zeros(200, *SHAPE)
     x[::2] = 1.0
-    parameters = pyrovae.training.svi.Parameters(model, guide)
+    parameters = pyrovae.training.svi.Pair(model, guide)
     pyrovae.elbo(model, guide, x[:4])
     before = parameters.state_dict()
     betas = (0.1, 1.0, 30.0)

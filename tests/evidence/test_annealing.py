@@ -17,7 +17,7 @@ from pyrovae.evidence.hmc import adapt, anneal, transition
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.unconstrained import GeometricPath, Line, State
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 X = binary()
 IN_PARALLEL = {"enumerate": "parallel"}
@@ -25,7 +25,7 @@ CHEAP = {"num_chains": 8, "num_temperatures": 2, "num_steps": 2}
 
 
 def _path(pair, x, initial="guide", max_rows=10**6):
-    parameters = Parameters(*pair)
+    parameters = Pair(*pair)
     joint = Joint(parameters, inspect_pair(parameters, x))
     return GeometricPath(Line(joint, (x,)), initial, max_rows)
 

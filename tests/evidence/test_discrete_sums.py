@@ -16,7 +16,7 @@ from pyrovae._classify import classify
 from pyrovae.guides.semi_supervised import SemiSupervised as SemiSupervisedGuide
 from pyrovae.models.semi_supervised import SemiSupervised
 from pyrovae.objectives import estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 ENUM = TraceEnum_ELBO(max_plate_nesting=1)
 
@@ -99,7 +99,7 @@ def test_the_enumerated_bound_of_a_mixture_is_its_sum_by_hand():
     model, guide, (x,) = double(gmvae)
     torch.manual_seed(3)
     noise = noise_of(3, 12, 3)
-    found = estimate(ENUM, Parameters(model, guide), x)
+    found = estimate(ENUM, Pair(model, guide), x)
     expected = gmvae_by_hand(model, guide, x, noise)
     agree(-found.surrogate, expected, model, guide)
     torch.testing.assert_close(-found.loss, expected.detach(), rtol=1e-10, atol=0)
@@ -110,7 +110,7 @@ def test_particles_of_the_enumerated_bound_are_averaged():
     torch.manual_seed(3)
     noise = noise_of(3, 4, 12, 3)
     loss = TraceEnum_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
-    found = estimate(loss, Parameters(model, guide), x)
+    found = estimate(loss, Pair(model, guide), x)
     expected = sum(gmvae_by_hand(model, guide, x, noise[:, k]) for k in range(4)) / 4
     agree(-found.surrogate, expected, model, guide)
 
@@ -120,7 +120,7 @@ def test_the_bound_of_m2_is_that_of_its_paper(alpha):
     model, guide, (x, y) = double(semi_supervised, alpha=alpha)
     torch.manual_seed(3)
     noise = noise_of(3, 12, 3)
-    found = estimate(ENUM, Parameters(model, guide), x, y)
+    found = estimate(ENUM, Pair(model, guide), x, y)
     agree(-found.surrogate, m2_by_hand(model, guide, x, y, noise, alpha), model, guide)
 
 
@@ -165,7 +165,7 @@ def test_hidden_labels_may_be_written_with_obs_mask():
     losses = []
     for pair in ((model, guide), (masked_model, masked_guide)):
         torch.manual_seed(0)
-        losses.append(estimate(ENUM, Parameters(*pair), *args).surrogate)
+        losses.append(estimate(ENUM, Pair(*pair), *args).surrogate)
     agree(*losses, model, guide)
     ours = pyrovae.log_likelihood(model, guide, *args, num_samples=50, seed=0)
     theirs = pyrovae.log_likelihood(masked_model, masked_guide, *args, num_samples=50, seed=0)

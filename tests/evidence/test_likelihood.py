@@ -16,7 +16,7 @@ from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
 
 X = binary()
@@ -98,7 +98,7 @@ def test_errors_and_effective_sizes_are_those_of_the_weights():
     with torch.no_grad():
         model.decoder.layers[-1].weight.mul_(6)
     found = pyrovae.log_likelihood(model, guide, X, num_samples=100, seed=2)
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     layout = inspect_pair(parameters, X)
     with torch.no_grad():
         with seeded(subseed(subseed(2, 0), 0)):

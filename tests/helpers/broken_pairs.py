@@ -81,7 +81,7 @@ def with_model(likelihood, prior=standard, net=None):
     return model, PlainGuide()
 
 
-@broken("runs", r"The model fails with ValueError: Expected events of shape \[3\]", "net(top)")
+@broken("runs", r"The model fails with InputError: Expected events of shape \[3\]", "net(top)")
 def network_of_another_size():
     net = decoder()
 

@@ -140,7 +140,7 @@ def train(name, epochs=2):
         on_epoch=lambda fit: told.append(len(fit.history)), progress=False, **options,
     )  # fmt: skip
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
-    return {"history": history, "weights": result.svi.parameters.state_dict(), "told": told}
+    return {"history": history, "weights": result.svi.pair.state_dict(), "told": told}
 
 
 def torchrun(*arguments):
@@ -159,7 +159,7 @@ def _normalize(found):
     """Batch statistics differ by process in an epoch, and are those of rank 0 after it."""
     pyro.set_rng_seed(join().rank)
     result = pyrovae.fit(*normalized(), data(70), epochs=1, batch_size=16, seed=1, progress=False)
-    found["norm"] = result.svi.parameters.state_dict()
+    found["norm"] = result.svi.pair.state_dict()
     try:
         with torch.no_grad():
             next(result.guide.parameters()).add_(0.1 * join().rank)

@@ -24,7 +24,7 @@ from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.models.gaussian import Gaussian
 from pyrovae.objectives import estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 SHAPE, LATENT, HIDDEN, ROWS = (1, 3, 3), 2, 5, 7
 MODELS = {"bernoulli": Bernoulli, "gaussian": Gaussian}
@@ -78,7 +78,7 @@ def test_value_and_every_gradient(likelihood, estimator, particles, against):
         return elbo.differentiable_loss(model, guide, x)
 
     def by_pyrovae():
-        return estimate(elbo, Parameters(model, guide), x).surrogate
+        return estimate(elbo, Pair(model, guide), x).surrogate
 
     value, gradients, z = measure(by_hand, vae.decoder, dict(vae.named_parameters()))
     program = by_pyro if against == "pyro" else by_pyrovae

@@ -12,7 +12,7 @@ from pairs import binary
 from pyrovae.guides.linear_gaussian import LinearGaussian as Guide
 from pyrovae.models.linear_gaussian import LinearGaussian as Model
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 X = binary()
 PATHS = ("trace_mean_field_elbo", "stl", "iwae_stl", "iwae_dreg")
@@ -38,12 +38,12 @@ def value(objective, pair, x, seed=3, **options):
     """Nats per datum from the named objective, ``[N]``."""
     pyro.set_rng_seed(seed)
     objective = make_objective(objective, **options) if isinstance(objective, str) else objective
-    return per_datum(objective, Parameters(*pair), x)
+    return per_datum(objective, Pair(*pair), x)
 
 
 def gradients(objective, pair, x, seed=3):
     """An objective's estimate and the gradient of its surrogate for every parameter."""
-    parameters = Parameters(*pair)
+    parameters = Pair(*pair)
     if isinstance(objective, ELBO):
         objective.max_plate_nesting = 2
     else:
@@ -98,7 +98,7 @@ def test_renyi_is_that_of_pyro(alpha):
     model, guide, x = linear()
     theirs = RenyiELBO(alpha, num_particles=6, vectorize_particles=True, max_plate_nesting=1)
     _, ours = gradients(make_objective("renyi", particles=6, alpha=alpha), (model, guide), x)
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     pyro.set_rng_seed(3)
     expected = estimate(theirs, parameters, x).loss.item()
     for name, leaf in parameters.named().items():
@@ -151,7 +151,7 @@ def test_limits(options, others):
 def test_miwae_and_ciwae_are_means_of_their_parts():
     model, guide, x = linear()
     pyro.set_rng_seed(3)
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     objective = make_objective("miwae", particles=4, groups=3)
     log_weights = torch.randn(12, 5, dtype=torch.float64)
     log_4, log_12 = torch.tensor([4.0, 12.0], dtype=torch.float64).log()
@@ -169,14 +169,14 @@ def test_miwae_and_ciwae_are_means_of_their_parts():
 def test_an_elbo_of_pyro_by_datum_sums_to_its_loss(loss):
     model, guide, x = linear()
     pyro.set_rng_seed(3)
-    each = per_datum(loss, Parameters(model, guide), x)
+    each = per_datum(loss, Pair(model, guide), x)
     pyro.set_rng_seed(3)
     assert -each.sum() == pytest.approx(float(loss.loss(model, guide, x)), rel=1e-9)
 
 
 def test_a_loss_that_sums_by_itself_is_run_datum_by_datum():
     model, guide, x = linear(exact=True)
-    found = per_datum(RenyiELBO(num_particles=3), Parameters(model, guide), x)
+    found = per_datum(RenyiELBO(num_particles=3), Pair(model, guide), x)
     torch.testing.assert_close(found.double(), model.log_prob(x).detach(), rtol=0, atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_a_pair_is_looked_at_once_and_without_a_trace_in_the_random_stream():
     objective = make_objective("iwae_dreg", particles=3)
     seen = []
     program = lambda data: seen.append(1) or guide(data)  # noqa: E731
-    parameters = Parameters(model, program)
+    parameters = Pair(model, program)
     pyro.set_rng_seed(5)
     first = estimate(objective, parameters, x).loss
     looked = len(seen)
@@ -257,6 +257,6 @@ def test_closed_forms_are_taken_in_one_order_alone(order):
     loss = TraceMeanField_ELBO(20_000, max_plate_nesting=1, vectorize_particles=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        found = -estimate(loss, Parameters(model, guide), x).loss
+        found = -estimate(loss, Pair(model, guide), x).loss
     expected = dist.Normal(0.0, 3**0.5).log_prob(x).sum()
     assert found.item() == pytest.approx(expected.item(), abs=0.05)

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 from pairs import PAIRS, binary
 from pyrovae.objectives import estimate, make_objective
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 C = 3
 DATA = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -88,7 +88,7 @@ def expected(pair, objective, k):
     x, y, noise = draws(k)
     weight = pair.posterior(x).log_prob(y).sum(0).exp().detach()
     weighted = poutine.scale(scale=weight)
-    parameters = Parameters(weighted(pair.model), weighted(pair.guide))
+    parameters = Pair(weighted(pair.model), weighted(pair.guide))
     objective.max_plate_nesting = 2
     estimate(objective, parameters, x)
     rows = slice(None) if k > 1 else 0
@@ -175,7 +175,7 @@ def test_the_score_of_a_weighted_elbo_has_its_weights(analytic, mixed):
 
 def test_a_closed_divergence_of_a_discrete_latent_is_differentiated_as_it_is():
     pair, y = Small(), torch.tensor([2, 0])
-    parameters, objective = Parameters(pair.model, pair.guide), make_objective("beta_elbo", 1)
+    parameters, objective = Pair(pair.model, pair.guide), make_objective("beta_elbo", 1)
     objective.prepare(parameters, (DATA,))
     with Forced(y=lambda fn: y):
         found = estimate(objective, parameters, DATA)
@@ -193,7 +193,7 @@ def test_a_factor_of_the_guide_is_taken_off_in_every_objective(name):
     slopes, losses = [], []
     for lesson in (False, True):
         pair = Small(mixed=True, lesson=lesson)
-        objective, parameters = make_objective(name), Parameters(pair.model, pair.guide)
+        objective, parameters = make_objective(name), Pair(pair.model, pair.guide)
         objective.prepare(parameters, (DATA,))
         pyro.set_rng_seed(3)
         found = estimate(objective, parameters, DATA)
@@ -209,7 +209,7 @@ def test_a_factor_of_the_guide_is_taken_off_in_every_objective(name):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("name", ["discrete", "mixed"])
 def test_the_score_function_is_that_of_pyro_for_the_same_noise(name, particles):
-    parameters = Parameters(*PAIRS[name]())
+    parameters = Pair(*PAIRS[name]())
     leaves = list(parameters.named().values())
     loss = Trace_ELBO(particles, 1 + (particles > 1), vectorize_particles=particles > 1)
     pyro.set_rng_seed(3)
@@ -224,7 +224,7 @@ def test_the_score_function_is_that_of_pyro_for_the_same_noise(name, particles):
 
 def test_estimator_b_refuses_a_latent_without_a_path():
     with pytest.raises(ValueError, match=r"'y' from a OneHotCategorical.*trace_enum_elbo"):
-        estimate(TraceMeanField_ELBO(), Parameters(*PAIRS["mixed"]()), XS)
+        estimate(TraceMeanField_ELBO(), Pair(*PAIRS["mixed"]()), XS)
 
 
 SHIFTED = [
@@ -241,7 +241,7 @@ def test_a_constant_in_ln_p_does_not_matter_to_the_score_of_several_particles(na
     slopes = []
     for constant in (0.0, 100.0):
         pair = Small(mixed=True, constant=constant)
-        parameters, objective = Parameters(pair.model, pair.guide), make_objective(name, **options)
+        parameters, objective = Pair(pair.model, pair.guide), make_objective(name, **options)
         objective.prepare(parameters, (DATA,))
         pyro.set_rng_seed(0)
         found = estimate(objective, parameters, DATA)
@@ -251,7 +251,7 @@ def test_a_constant_in_ln_p_does_not_matter_to_the_score_of_several_particles(na
 
 def test_the_other_particles_steady_the_score():
     model, guide = PAIRS["discrete"]()
-    parameters, leaves = Parameters(model, guide), list(guide.parameters())
+    parameters, leaves = Pair(model, guide), list(guide.parameters())
     plain = Trace_ELBO(4, 2, vectorize_particles=True)
     means, spreads = [], []
     for objective in (plain, make_objective("renyi", 4, alpha=1.0)):

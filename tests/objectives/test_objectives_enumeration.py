@@ -9,7 +9,7 @@ from test_objectives_discrete import DATA, C, Small, exact, mean
 from torch import nn
 
 from pyrovae.objectives import estimate, make_objective, per_datum
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 
 @pytest.mark.parametrize("enumerate", ["parallel", "sequential"])
@@ -17,7 +17,7 @@ from pyrovae.pairs.pair import Parameters
 def test_enumeration_is_the_exact_sum(enumerate, scale):
     pair = Small(enumerate=enumerate)
     weighted = poutine.scale(scale=scale)
-    parameters = Parameters(weighted(pair.model), weighted(pair.guide))
+    parameters = Pair(weighted(pair.model), weighted(pair.guide))
     objective = make_objective("trace_enum_elbo")
     objective.max_plate_nesting = 1
     found = estimate(objective, parameters, DATA)
@@ -38,7 +38,7 @@ def test_enumeration_is_the_exact_sum(enumerate, scale):
 @pytest.mark.parametrize("particles", [1, 3])
 def test_enumeration_beside_samples_is_that_of_pyro(enumerate, particles):
     pair = Small(mixed=True, enumerate=enumerate)
-    parameters = Parameters(pair.model, pair.guide)
+    parameters = Pair(pair.model, pair.guide)
     objective = make_objective("trace_enum_elbo", particles)
     objective.max_plate_nesting = 1 + (particles > 1)
     objective.strict_enumeration_warning = False
@@ -80,7 +80,7 @@ def test_enumeration_within_cells_counts_the_row_once(enumerate):
     objective = make_objective("trace_enum_elbo")
     objective.max_plate_nesting = 2
     pyro.set_rng_seed(3)
-    found = estimate(objective, Parameters(pair.model, pair.guide), x)
+    found = estimate(objective, Pair(pair.model, pair.guide), x)
     pyro.set_rng_seed(3)
     theirs = objective.differentiable_loss(pair.model, pair.guide, x)
     torch.testing.assert_close(found.loss, theirs.detach())
@@ -113,7 +113,7 @@ class Summed(nn.Module):
 
 def test_what_the_model_sums_over_is_inside_of_the_weights():
     pair, x = Summed(), torch.tensor([0.3, 2.5], dtype=torch.float64)
-    parameters = Parameters(pair.model, pair.guide)
+    parameters = Pair(pair.model, pair.guide)
     exact = -pair.log_prob(x).sum()
     (expected,) = torch.autograd.grad(exact, [pair.loc])
     for name in ("iwae", "iwae_dreg", "reweighted_wake_sleep"):
@@ -132,7 +132,7 @@ def test_impossible_values_are_left_out_of_an_enumeration():
     with torch.no_grad():
         pair.table[2, 0] = -1e4
         pair.table[0, 0] = -torch.inf
-    parameters = Parameters(pair.model, pair.guide)
+    parameters = Pair(pair.model, pair.guide)
     found = estimate(make_objective("trace_enum_elbo"), parameters, DATA)
     (gradient,) = torch.autograd.grad(found.surrogate, [pair.table])
     assert found.loss.isfinite()

@@ -17,7 +17,7 @@ from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.nn import MLP
 from pyrovae.objectives import estimate, make_objective
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import replay_model, samples, trace_guide
 
 X = binary()
@@ -106,7 +106,7 @@ def by_a_frozen_copy(pair, x, weigh, particles):
     F is what the particles score with latents that are leaves; the guide learns from F's slope in
     each latent, times how the latent moves, times a weight; the model learns from F.
     """
-    parameters = Parameters(*pair)
+    parameters = Pair(*pair)
     frozen = copy.deepcopy(pair[1]).requires_grad_(False).eval()
     layout = inspect_pair(parameters, x)
     at = {"particles": particles, "layout": layout}
@@ -117,7 +117,7 @@ def by_a_frozen_copy(pair, x, weigh, particles):
         moved[name] = site["value"]
         leaf = site["value"].detach().requires_grad_()
         leaves.nodes[name] = site | {"value": leaf}
-    held = Parameters(pair[0], poutine.replay(frozen, trace=leaves))
+    held = Pair(pair[0], poutine.replay(frozen, trace=leaves))
     model_trace = replay_model(parameters, leaves, x, **at)
     guide_trace = trace_guide(held, x, **at)
     for trace in (model_trace, guide_trace):
@@ -195,7 +195,7 @@ def test_the_guide_does_not_move_from_the_exact_posterior(name, order):
 
 def moments(objective, pair, x, batches=40):
     """The mean of a gradient over independent batches, the error of that mean, its variance."""
-    parameters = Parameters(*pair)
+    parameters = Pair(*pair)
     estimate(objective, parameters, x)
     leaves = list(parameters.named().values())
     pyro.set_rng_seed(7)
@@ -261,7 +261,7 @@ def test_sticking_the_landing_of_iwae_is_off_by_what_the_guide_learns_awake():
     where = torch.cat(
         [
             torch.full((p.numel(),), float(name.startswith("guide")))
-            for name, p in Parameters(model, guide).named().items()
+            for name, p in Pair(model, guide).named().items()
         ]
     ).double()
     both = (plain[0] + where * awake[0], (plain[1] ** 2 + where * awake[1] ** 2).sqrt())

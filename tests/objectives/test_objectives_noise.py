@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pairs import LATENT, PAIRS, SHAPE, binary
 from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.objectives import estimate, make_objective
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 X = binary()
 
@@ -82,7 +82,7 @@ class Rough(PyroModule):
 @pytest.mark.parametrize("name", ["stl", "iwae_dreg"])
 def test_guides_that_give_no_path_are_refused(model, guide, words, name):
     with pytest.raises(ValueError, match=words):
-        estimate(make_objective(name), Parameters(model, guide), X)
+        estimate(make_objective(name), Pair(model, guide), X)
 
 
 def test_dropout_in_a_guide_of_one_latent_is_the_same_in_both_parts():

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pyrovae
 from pairs import LATENT, PAIRS, binary
 from pyrovae.objectives import Estimate, Objective, elbo, estimate, make_objective
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import site_scores, trace_pair
 
 X = binary()
@@ -39,7 +39,7 @@ def test_beta_multiplies_the_divergence(beta):
     torch.testing.assert_close(found.terms["z"], -nats.sum().detach())
     torch.testing.assert_close(found.loss, -found.terms["x"] - beta * found.terms["z"])
     plain = gradients(make_objective("trace_mean_field_elbo"), (model, guide), x)[1]
-    leaves = Parameters(model, guide).named()
+    leaves = Pair(model, guide).named()
     moved = torch.autograd.grad(nats.sum(), list(leaves.values()), allow_unused=True)
     for (name, slope), more in zip(slopes.items(), moved, strict=True):
         change = 0.0 if more is None else (beta - 1) * more
@@ -88,7 +88,7 @@ def test_svi_and_fit_count_the_steps_of_a_warm_up():
 
 def test_a_warm_up_longer_than_training_is_refused():
     model, guide, x = linear()
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     objective = make_objective("warm_up_elbo", warm_up=50)
     objective.prepare(parameters, (x,), steps=50)
     with pytest.raises(ValueError, match="warm-up of 50 steps is longer than the training of 49"):
@@ -111,7 +111,7 @@ def test_free_bits_stop_the_gradient_below_and_not_above(share):
 
 def test_free_bits_are_given_by_site():
     torch.manual_seed(0)
-    parameters = Parameters(*PAIRS["two_latents"]())
+    parameters = Pair(*PAIRS["two_latents"]())
     settings = {"analytic": False}
     found = {}
     for free in ({"top": 100.0}, {"low": 100.0}, {"top": 100.0, "low": 100.0}, 100.0):
@@ -179,7 +179,7 @@ SCORED = ("trace_elbo", "free_bits_elbo", "iwae", "ciwae", "miwae", "wake_sleep"
 @pytest.mark.filterwarnings("ignore:Failed to verify mean field")
 def test_a_captured_step_runs_a_hierarchical_guide_as_the_eager_one(name):
     chain, x = Chain("up"), torch.linspace(-1, 1, 5, dtype=torch.float64)
-    parameters = Parameters(chain.model, chain.guide)
+    parameters = Pair(chain.model, chain.guide)
     graph, flat = captured(make_objective(name), parameters, x)
     assert_captured(graph, flat, x**2)
 
@@ -187,7 +187,7 @@ def test_a_captured_step_runs_a_hierarchical_guide_as_the_eager_one(name):
 @pytest.mark.parametrize("name", SCORED)
 def test_a_captured_step_scores_discrete_latents_as_the_eager_one(name):
     pair, x = Small(mixed=True), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    parameters = Parameters(pair.model, pair.guide)
+    parameters = Pair(pair.model, pair.guide)
     graph, flat = captured(make_objective(name, **SETTINGS.get(name, {})), parameters, x)
     assert_captured(graph, flat, 1 - x)
 
@@ -195,14 +195,14 @@ def test_a_captured_step_scores_discrete_latents_as_the_eager_one(name):
 @pytest.mark.parametrize("enumerate", ["parallel", "sequential"])
 def test_a_captured_enumeration_is_the_eager_one(enumerate):
     pair, x = Small(True, enumerate), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    graph, flat = captured(make_objective("trace_enum_elbo"), Parameters(pair.model, pair.guide), x)
+    graph, flat = captured(make_objective("trace_enum_elbo"), Pair(pair.model, pair.guide), x)
     assert_captured(graph, flat, 1 - x)
 
 
 def test_a_captured_graph_follows_the_warm_up():
     model, guide, x = linear()
     objective = make_objective("warm_up_elbo", warm_up=8)
-    graph, flat = captured(objective, Parameters(model, guide), x)
+    graph, flat = captured(objective, Pair(model, guide), x)
     losses = []
     for step in (0, 3, 7):
         objective.at_step(step)
@@ -215,7 +215,7 @@ def test_a_captured_graph_follows_the_warm_up():
 @pytest.mark.parametrize("name", ["iwae", "stl", "iwae_dreg", "reweighted_wake_sleep"])
 def test_the_encoder_runs_once_for_all_particles(name):
     model, guide = PAIRS["shipped_bernoulli"]()
-    objective, parameters = make_objective(name, particles=8), Parameters(model, guide)
+    objective, parameters = make_objective(name, particles=8), Pair(model, guide)
     objective.prepare(parameters, (X,))
     seen = {"encoder": [], "decoder": []}
     for key, network in (("encoder", guide.encoder), ("decoder", model.decoder)):

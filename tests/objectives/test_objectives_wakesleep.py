@@ -11,7 +11,7 @@ from test_objectives_discrete import DATA, C, Forced, Small, draws, iwae
 from torch import nn
 
 from pyrovae.objectives import estimate, make_objective
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 
 @pytest.mark.parametrize("insomnia", [1.0, 0.4, 0.0])
@@ -22,7 +22,7 @@ def test_wake_and_sleep_learn_what_their_formulas_say(insomnia):
     weight = pair.posterior(x).log_prob(y).sum(0).exp().detach()
     dream_x, dream_y = 1 - x, y[1]
     weighted = poutine.scale(scale=weight)
-    parameters = Parameters(weighted(pair.model), weighted(pair.guide))
+    parameters = Pair(weighted(pair.model), weighted(pair.guide))
     objective.prepare(parameters, (x,))
     awake = itertools.chain([y], itertools.repeat(dream_y))
     with Forced(y=lambda fn: next(awake), x=lambda fn: dream_x):
@@ -43,7 +43,7 @@ def test_a_guide_asleep_learns_the_posterior_and_a_model_awake_the_data():
     y, x = torch.arange(C).repeat_interleave(2), DATA.repeat(C)
     log_p, _ = pair.log_joint(x, y, None)
     weighted = poutine.scale(scale=log_p.exp().detach())
-    parameters = Parameters(weighted(pair.model), weighted(pair.guide))
+    parameters = Pair(weighted(pair.model), weighted(pair.guide))
     objective = make_objective("wake_sleep")
     objective.prepare(parameters, (x,))
     with Forced(y=lambda fn: y, x=lambda fn: x):
@@ -57,7 +57,7 @@ def test_a_guide_asleep_learns_the_posterior_and_a_model_awake_the_data():
 
     objective = make_objective("reweighted_wake_sleep", particles=40_000)
     (slope,) = torch.autograd.grad(
-        estimate(objective, Parameters(pair.model, pair.guide), DATA).surrogate, [pair.table]
+        estimate(objective, Pair(pair.model, pair.guide), DATA).surrogate, [pair.table]
     )
     (expected,) = torch.autograd.grad(-every[0].logsumexp(0).sum(), [pair.table])
     torch.testing.assert_close(slope[:2], expected[:2], rtol=0, atol=0.03)
@@ -95,7 +95,7 @@ class Seen(nn.Module):
 def test_what_cannot_be_dreamt_of_is_refused(sites, given, words):
     pair, x = Seen(*sites), torch.tensor([0.5, -1.0, 2.0])
     args = (x, *[torch.tensor([3.0, 1.0, 4.0])] * given)
-    parameters = Parameters(pair.model, pair.guide)
+    parameters = Pair(pair.model, pair.guide)
     with pytest.raises(ValueError, match=words):
         estimate(make_objective("wake_sleep"), parameters, *args)
     assert estimate(make_objective("reweighted_wake_sleep"), parameters, *args).loss > 0
@@ -106,7 +106,7 @@ def test_a_dream_leaves_what_is_not_observed():
     x, given = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([3.0, 1.0, 4.0])
     for sites, args in ((("x", "twice"), (x,)), (("x",), (x, given))):
         pair = Seen(*sites)
-        parameters = Parameters(pair.model, pair.guide)
+        parameters = Pair(pair.model, pair.guide)
         found = estimate(make_objective("wake_sleep"), parameters, *args)
         assert torch.autograd.grad(found.surrogate, [pair.weight])[0] != 0
 
@@ -114,4 +114,4 @@ def test_a_dream_leaves_what_is_not_observed():
 def test_a_latent_of_the_guide_alone_cannot_be_dreamt_of():
     pair, x = Seen("x", side=True), torch.tensor([0.5, -1.0, 2.0])
     with pytest.raises(ValueError, match=r"no value for \['side'\]"):
-        estimate(make_objective("wake_sleep"), Parameters(pair.model, pair.guide), x)
+        estimate(make_objective("wake_sleep"), Pair(pair.model, pair.guide), x)

@@ -18,7 +18,7 @@ from pyrovae.nn import MLP
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import check_objective, inspect_pair
 from pyrovae.pairs.enumeration import exact_terms
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
 
 X = binary()
@@ -66,13 +66,13 @@ def at_component(model, c):
 
 
 def test_the_contract_tells_such_latents_apart():
-    layout = inspect_pair(Parameters(*cluster()), X)
+    layout = inspect_pair(Pair(*cluster()), X)
     assert layout.latents == ("z",)
     assert layout.enumerated == ("y",)
     assert layout.observed == ("x", "total")
     unmarked = Cluster(infer={}), MeanField(SHAPE, LATENT, (8,))
     with pytest.raises(ValueError, match=r"'y' is missing in the guide.*'enumerate': 'parallel'"):
-        inspect_pair(Parameters(*unmarked), X)
+        inspect_pair(Pair(*unmarked), X)
 
 
 def test_log_likelihood_is_the_sum_over_components():
@@ -88,7 +88,7 @@ def test_log_likelihood_is_the_sum_over_components():
 def test_scores_are_marginal_site_by_site():
     model, guide = (program.double() for program in cluster())
     x = X.double()
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     layout = inspect_pair(parameters, x)
     at = {"particles": 5, "layout": layout}
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_both_estimators_fall_back_on_the_marginal():
 def test_the_trained_bound_is_below_the_likelihood_and_near_the_reported_one():
     model, guide = cluster()
     loss = TraceEnum_ELBO(num_particles=300, vectorize_particles=True, max_plate_nesting=1)
-    trained = -estimate(loss, Parameters(model, guide), X).loss.item() / len(X)
+    trained = -estimate(loss, Pair(model, guide), X).loss.item() / len(X)
     reported = pyrovae.elbo(model, guide, X, particles=300, seed=0)
     ll = pyrovae.log_likelihood(model, guide, X, num_samples=2000, seed=0)
     assert trained == pytest.approx(reported.mean, abs=0.4)
@@ -154,7 +154,7 @@ def test_fit_trains_what_the_model_sums_over():
 
 @pytest.mark.parametrize("objective", [Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO()])
 def test_objectives_that_would_draw_such_latents_are_refused(objective):
-    layout = inspect_pair(Parameters(*cluster()), X)
+    layout = inspect_pair(Pair(*cluster()), X)
     with pytest.raises(ValueError, match=r"no bound.*\['y'\].*train with TraceEnum_ELBO"):
         check_objective(layout, objective)
     check_objective(layout._replace(enumerated=()), objective)
@@ -296,7 +296,7 @@ def both():
 @pytest.mark.parametrize("particles", [1, 3])
 def test_terms_by_site_add_up_to_the_bound_of_pyro(make, particles):
     model, guide = make()
-    parameters = Parameters(model, guide)
+    parameters = Pair(model, guide)
     inspect_pair(parameters, X)
     loss = TraceEnum_ELBO(
         num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=2

@@ -9,7 +9,7 @@ import pyrovae
 from pairs import PAIRS, binary
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 X = binary()
@@ -17,7 +17,7 @@ DISCRETE = (PAIRS["discrete"], PAIRS["mixed"])
 
 
 def _parameters(make):
-    parameters = Parameters(*make())
+    parameters = Pair(*make())
     return parameters, inspect_pair(parameters, X)
 
 
@@ -28,9 +28,9 @@ def test_a_second_pair_in_the_same_process_trains_too(make):
         model, guide = make()
         svi = pyrovae.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss=Trace_ELBO())
         svi.step(X)
-        before = {n: p.detach().clone() for n, p in svi.parameters.named().items()}
+        before = {n: p.detach().clone() for n, p in svi.pair.named().items()}
         svi.step(X)
-        moved = {n for n, p in svi.parameters.named().items() if not torch.equal(p, before[n])}
+        moved = {n for n, p in svi.pair.named().items() if not torch.equal(p, before[n])}
         assert moved == before.keys()
         assert names is None or names == moved
         names = moved
@@ -42,7 +42,7 @@ def test_a_second_pair_in_the_same_process_trains_too(make):
 def test_value_and_gradients_are_those_of_pyro(make, loss, particles):
     if make in DISCRETE and loss is TraceMeanField_ELBO:
         particles = None
-    parameters = Parameters(*make())
+    parameters = Pair(*make())
     inspect_pair(parameters, X)
     leaves = parameters.named()
     if particles is None:
@@ -92,7 +92,7 @@ def test_scales_masks_and_auxiliary_sites_count_as_in_pyro(loss):
             normal = pyro.distributions.Normal(0.0, 2.0)
             pyro.sample("side", normal.expand([len(x)]), infer={"is_auxiliary": True})
 
-    parameters = Parameters(weighted(model), weighted(more))
+    parameters = Pair(weighted(model), weighted(more))
     objective = loss(num_particles=3)
     pyro.set_rng_seed(3)
     theirs = objective.differentiable_loss(parameters.run_model, parameters.run_guide, X)

@@ -56,10 +56,10 @@ def test_nets_of_the_same_name_both_train():
 def test_a_second_pair_is_not_tied_to_the_first(make):
     first = make()
     _gain(first)
-    frozen = pyrovae.SVI(*first, torch.optim.Adam, loss=Trace_ELBO()).parameters.state_dict()
+    frozen = pyrovae.SVI(*first, torch.optim.Adam, loss=Trace_ELBO()).pair.state_dict()
     second = make()
     assert _gain(second) > 0.5
-    after = pyrovae.SVI(*first, torch.optim.Adam, loss=Trace_ELBO()).parameters.state_dict()
+    after = pyrovae.SVI(*first, torch.optim.Adam, loss=Trace_ELBO()).pair.state_dict()
     assert all(torch.equal(frozen[name], after[name]) for name in frozen)
 
 
@@ -175,7 +175,7 @@ def test_an_update_reads_nothing_back_from_the_device(loss, make):
         with _Reads() as reads:
             svi.update(X)
         with _Reads() as theirs:
-            loss().loss(svi.parameters.run_model, svi.parameters.run_guide, X)
+            loss().loss(svi.pair.run_model, svi.pair.run_guide, X)
     assert reads.count == 0
     assert theirs.count > 0
 
@@ -347,13 +347,13 @@ def test_gradients_add_up_over_calls():
         for seed in (1, 2):
             pyro.set_rng_seed(seed)
             svi.gradients(X)
-            grads = [p.grad.clone() for p in svi.parameters.named().values()]
+            grads = [p.grad.clone() for p in svi.pair.named().values()]
             if total is None:
                 total = grads
         pyro.set_rng_seed(2)
         svi.optimizer.zero_grad()
         svi.gradients(X)
-        for whole, first, p in zip(grads, total, svi.parameters.named().values(), strict=True):
+        for whole, first, p in zip(grads, total, svi.pair.named().values(), strict=True):
             torch.testing.assert_close(whole, first + p.grad, rtol=1e-4, atol=1e-4)
 
 

@@ -31,7 +31,7 @@ from one_layer import (
 from pyrovae.guides.linear_gaussian import LinearGaussian as AffineGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.objectives import estimate
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 
 
 @pytest.mark.parametrize("guide", GUIDES)
@@ -120,7 +120,7 @@ def test_a_mixture_prior_with_a_linear_decoder_is_a_mixture_of_gaussians():
 def train_guide(model, guide, x, objective, steps, lr):
     """Train a guide alone, with a rate that falls to zero."""
     model.requires_grad_(False).eval()
-    parameters, optimizer = Parameters(model, guide), torch.optim.Adam(guide.parameters())
+    parameters, optimizer = Pair(model, guide), torch.optim.Adam(guide.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()

@@ -25,7 +25,7 @@ from one_layer import (
 )
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
 
 
@@ -39,7 +39,7 @@ def last_bias(program):
 def test_any_model_goes_with_any_guide(model):
     x = data(model)
     for guide in GUIDES:
-        parameters = Parameters(*pair(model, guide))
+        parameters = Pair(*pair(model, guide))
         if model == "vamp_prior" and guide in FLOWS:
             with pytest.raises(ValueError, match="got a flow"):
                 inspect_pair(parameters, x)
@@ -58,7 +58,7 @@ def test_any_model_goes_with_any_guide(model):
 @each_pair
 def test_every_output_of_a_network_is_used(model, guide):
     programs, x = pair(model, guide), data(model, n=11)
-    found = estimate(Trace_ELBO(), Parameters(*programs), x)
+    found = estimate(Trace_ELBO(), Pair(*programs), x)
     biases = [last_bias(program) for program in programs]
     slopes = torch.autograd.grad(found.surrogate, biases)
     unused = [int((slope == 0).sum()) for slope in slopes]
@@ -75,7 +75,7 @@ def test_a_copied_pair_is_the_same(model, guide):
 
 @each_pair
 def test_nothing_is_lost_at_extreme_data(model, guide):
-    parameters = Parameters(*pair(model, guide))
+    parameters = Pair(*pair(model, guide))
     counts = model in ("poisson", "negative_binomial")
     for value in (0.0, 1.0, *([200.0] if counts else [])):
         x = torch.full((4, *SHAPE), value)
@@ -103,7 +103,7 @@ def test_a_density_is_the_same_with_and_without_what_a_draw_has_cached(guide):
 
 def test_a_vamp_prior_trains_and_saves_its_guide_once():
     programs, x = pair("vamp_prior", "mean_field"), data("vamp_prior")
-    parameters = Parameters(*programs)
+    parameters = Pair(*programs)
     inspect_pair(parameters, x)
     names = set(parameters.named())
     assert {n for n in names if "encoder" in n} == {
@@ -122,13 +122,13 @@ def test_a_vamp_prior_trains_and_saves_its_guide_once():
 def test_grey_levels_off_the_grid_are_refused():
     x = pyrovae.load_data("digits").test[:20]
     for model in ("categorical", "discretized_logistic"):
-        inspect_pair(Parameters(*pair(model, "mean_field")), x)
+        inspect_pair(Pair(*pair(model, "mean_field")), x)
         with pytest.raises(ValueError, match="outside the support"):
-            inspect_pair(Parameters(*pair(model, "mean_field", levels=256)), x)
+            inspect_pair(Pair(*pair(model, "mean_field", levels=256)), x)
     with pytest.raises(ValueError, match="outside the support of Poisson"):
-        inspect_pair(Parameters(*pair("poisson", "mean_field")), x)
+        inspect_pair(Pair(*pair("poisson", "mean_field")), x)
     with pytest.raises(ValueError, match="outside the support of ContinuousBernoulli"):
-        inspect_pair(Parameters(*pair("continuous_bernoulli", "mean_field")), 2 * x)
+        inspect_pair(Pair(*pair("continuous_bernoulli", "mean_field")), 2 * x)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pairs import PAIRS, SHAPE, binary
 from pyrovae.nn import MLP
 from pyrovae.objectives import estimate, make_objective
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Parameters
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import site_scale, trace_guide
 from pyrovae.training.draws import Part, Size
 from pyrovae.training.sharding import Sharding
@@ -71,7 +71,7 @@ def same(ours, theirs):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", [*PAIRS, *DROPPED])
 def test_shares_add_up(name, count, size):
-    parameters = Parameters(*(PAIRS | DROPPED)[name]())
+    parameters = Pair(*(PAIRS | DROPPED)[name]())
     loss = particles(count)
     estimate(loss, parameters, X)
     same(summed(loss, parameters, size), numbers(loss, parameters, X))
@@ -88,12 +88,12 @@ def test_shares_add_up(name, count, size):
     ids=["mean-field", "groups", "reweighted", "dreams"],
 )
 def test_shares_of_other_objectives_add_up(loss):
-    parameters = Parameters(*PAIRS["two_latents"]())
+    parameters = Pair(*PAIRS["two_latents"]())
     same(summed(loss, parameters, 3), numbers(loss, parameters, X))
 
 
 def test_a_batch_too_small_to_split_counts_once():
-    parameters, loss = Parameters(*PAIRS["shipped_bernoulli"]()), particles(1)
+    parameters, loss = Pair(*PAIRS["shipped_bernoulli"]()), particles(1)
     estimate(loss, parameters, X)
     for rows in (1, 3):
         same(summed(loss, parameters, 2, X[:rows]), numbers(loss, parameters, X[:rows]))
@@ -111,7 +111,7 @@ def test_parts_tile_the_batch(total, size):
 
 
 def test_the_captured_draws_are_those_of_the_whole_batch():
-    parameters, loss = Parameters(*convolved()), particles(3)
+    parameters, loss = Pair(*convolved()), particles(3)
     estimate(loss, parameters, X)
     sharding = shard(parameters, 1, 2, loss)
     leaves = list(parameters.named().values())
@@ -132,7 +132,7 @@ def test_the_captured_draws_are_those_of_the_whole_batch():
 
 
 def test_outside_a_batch_nothing_changes():
-    parameters, loss = Parameters(*subsampled()), particles(1)
+    parameters, loss = Pair(*subsampled()), particles(1)
     estimate(loss, parameters, X)
     expected = numbers(loss, parameters, X)
     shard(parameters, 1, 2, loss)
@@ -213,7 +213,7 @@ def test_a_scale_that_cannot_be_shared_is_refused():
         return pyro.poutine.scale(model, scale=len(x) ** 2.0)(x)
 
     with pytest.raises(ValueError, match=r"'z' has scale 4\.0 for 2 data and 9\.0 for 3"):
-        shard(Parameters(squared, guide), 0, 2, particles(1))
+        shard(Pair(squared, guide), 0, 2, particles(1))
 
 
 def test_a_scale_of_each_datum_is_left_as_it_is():
@@ -222,7 +222,7 @@ def test_a_scale_of_each_datum_is_left_as_it_is():
     def weighted(program):
         return lambda x: pyro.poutine.scale(program, scale=x.flatten(1).sum(1) / 16)(x)
 
-    parameters, loss = Parameters(weighted(model), weighted(guide)), particles(1)
+    parameters, loss = Pair(weighted(model), weighted(guide)), particles(1)
     estimate(loss, parameters, X)
     same(summed(loss, parameters, 3), numbers(loss, parameters, X))
 
@@ -243,14 +243,14 @@ def test_plates_right_of_the_batch_keep_their_place():
                     rows = dist.Bernoulli(logits=self.net(z)).to_event(1)
                     pyro.sample("x", rows, obs=x[:, 0])
 
-    parameters = Parameters(Columns(False), Columns(True))
+    parameters = Pair(Columns(False), Columns(True))
     loss = Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=2)
     estimate(loss, parameters, X)
     same(summed(loss, parameters, 2), numbers(loss, parameters, X))
 
 
 def test_a_subsampled_plate_stands_for_as_many_data():
-    parameters, loss = Parameters(*subsampled()), particles(1)
+    parameters, loss = Pair(*subsampled()), particles(1)
     layout = inspect_pair(parameters, X)
     sharding = shard(parameters, 0, 2, loss)
     with sharding.batch(len(X)):

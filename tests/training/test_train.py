@@ -26,7 +26,7 @@ def _data(n=40, valid=16):
 
 
 def _weights(result):
-    return result.svi.parameters.state_dict()
+    return result.svi.pair.state_dict()
 
 
 def _same(one, other):
