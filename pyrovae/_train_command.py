@@ -10,9 +10,9 @@ from typing import Any
 
 from pyrovae._parser import DEFAULTS, SHOWN
 from pyrovae._tools import InputError
-from pyrovae.report.text import number
 from pyrovae.runs import Run
 from pyrovae.runs.programs import plain
+from pyrovae.runs.results import number
 from pyrovae.training.distributed import World
 from pyrovae.training.loop import Fit, NonFiniteLoss
 
@@ -27,6 +27,7 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def _train_into(run: Run, options: argparse.Namespace) -> None:
+    from pyrovae.report import draw_run
     from pyrovae.runs import experiment
 
     world = options.ending.world
@@ -47,7 +48,7 @@ def _train_into(run: Run, options: argparse.Namespace) -> None:
         raise NonFiniteLoss(f"{error}{kept}") from error
     if not world.first:
         return
-    experiment.draw(run, made)
+    draw_run(run, made)
     last = result.history[-1]
     print(
         f"{len(result.history)} epochs: ELBO {number(last['train_elbo'])} (train), "

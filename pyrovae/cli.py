@@ -93,14 +93,14 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from pyrovae.report import render_report
+    from pyrovae.report import draw_run, render_report
     from pyrovae.runs import experiment, write_atomic
 
     run = Run.open(options.run)
     if not run.results:
         raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
     made = experiment.load_experiment(run, options.device, options.data_root)
-    experiment.draw(run, made)
+    draw_run(run, made)
     weights = run.weights_checksum()
     page = render_report(run.config, run.results, run.history(), run.figures(), weights=weights)
     write_atomic(run.path / "report.html", page.encode())

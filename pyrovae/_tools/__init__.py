@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "InputTypeError"]
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+__all__ = ["InputError", "InputTypeError", "did_you_mean", "flat", "require_same"]
 
 
 class InputError(ValueError):
@@ -15,3 +19,46 @@ class InputError(ValueError):
 
 class InputTypeError(InputError, TypeError):
     """An argument of the wrong type."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint at the nearest of some names, `` (did you mean 'x'?)``, or nothing."""
+    plain = {each.lower().replace("-", "_"): each for each in names}
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
+    return f" (did you mean {plain[near[0]]!r}?)" if near else ""
+
+
+def require_same(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    message: str,
+    *,
+    free: Collection[str] = (),
+) -> None:
+    """Refuse to go on with something under settings other than those it was begun with.
+
+    Args:
+        before: The settings then, nested as they come.
+        now: The settings now.
+        message: The error's text, with ``{key}``, ``{before}`` and ``{now}`` for the first entry
+            that differs; it ends with how to fix it.
+        free: Entries that may differ, by their paths ``a.b``, each with all below it.
+
+    Raises:
+        InputError: Naming the first entry that differs.
+    """
+    old, new = flat(before), flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if any(f"{key}.".startswith(f"{each}.") for each in free):
+            continue
+        if old.get(key) != new.get(key):
+            raise InputError(message.format(key=key, before=old.get(key), now=new.get(key)))
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their paths, ``a.b.c``; an empty mapping is a leaf."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {prefix + key: value}
+    return found

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.data.files import SUFFIXES, Arrays, read_arrays
 from pyrovae.data.images import read_images
 
@@ -101,6 +100,7 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 
 def unknown(what: str, got: str, known: Iterable[str]) -> str:
     """A sentence on a name that is none of the known ones, with the nearest of them."""
-    close = get_close_matches(got.lower().replace("-", "_"), known)
-    guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    return f"Expected {what} to be one of {', '.join(known)}, got {got!r}{guess}"
+    known = list(known)
+    return (
+        f"Expected {what} to be one of {', '.join(known)}, got {got!r}{did_you_mean(got, known)}."
+    )

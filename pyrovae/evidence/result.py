@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from pyrovae._tools import InputError
 
-__all__ = ["Comparison", "Curve", "LogLikelihood", "compare_log_likelihood"]
+__all__ = ["Comparison", "Curve", "Kind", "LogLikelihood", "Verdict", "compare_log_likelihood"]
 
 HEAVY, FEW = 0.7, 8.0
+# A single heavy-tailed datum hardly moves a mean; one in twenty does.
+HEAVY_SHARE = 0.05
+
+Kind = Literal["good", "fair", "doubtful", "first", "second", "tied", "unknown"]
+
+
+class Verdict(str):
+    """A verdict: the text is for people, and ``kind`` is what programs decide by.
+
+    Args:
+        kind: Of an estimate ``"good"``, ``"fair"`` (nothing speaks against it, or too little is
+            known) or ``"doubtful"``; of a comparison ``"first"`` or ``"second"`` for the better
+            one, ``"tied"``, or ``"unknown"``.
+        text: One or more sentences.
+    """
+
+    kind: Kind
+
+    def __new__(cls, kind: Kind, text: str) -> Verdict:
+        """A string that remembers its kind."""
+        self = super().__new__(cls, text)
+        self.kind = kind
+        return self
+
+    def __getnewargs__(self) -> tuple[Kind, str]:  # type: ignore[override]  # str has (text,)
+        return self.kind, str(self)
 
 
 class Curve(NamedTuple):
@@ -114,17 +140,37 @@ class LogLikelihood:
         return self.curve.log_prob[self.curve.num_samples.index(1)] - self.guide_elbo
 
     @property
-    def verdict(self) -> str:
-        """In words: whether the numbers can be trusted, and what to do if not."""
-        return " ".join(self._verdicts())
+    def verdict(self) -> Verdict:
+        """Whether the numbers can be trusted, and what to do if not."""
+        return Verdict(self._kind(), " ".join(self._sentences()))
 
-    def _verdicts(self) -> list[str]:
+    @property
+    def impossible(self) -> int:
+        """The number of data for which every draw had zero weight."""
+        return int((self.log_prob == -math.inf).sum())
+
+    @property
+    def biased(self) -> bool:
+        """Whether the mean is too low by more than its standard error."""
+        return -math.inf < self.mean_bias < -self.mean_standard_error
+
+    def _kind(self) -> Kind:
+        unsure = self._few_chains() if self._annealed() else int((self.khat > HEAVY).sum())
+        heavy = unsure > HEAVY_SHARE * len(self.log_prob)
+        if heavy or self.impossible or self.uncovered > 0 or self.biased:
+            return "doubtful"
+        untold = not self._annealed() and bool(self.khat.isnan().any())
+        return "fair" if unsure or untold else "good"
+
+    def _annealed(self) -> bool:
+        return self.acceptance is not None
+
+    def _sentences(self) -> list[str]:
         n, found = len(self.log_prob), []
-        impossible = int((self.log_prob == -math.inf).sum())
-        if impossible:
+        if self.impossible:
             found.append(
-                f"All weights are zero for {_share(impossible, n)}: every draw lies outside the "
-                f"model's support there, or the model gives these data no density."
+                f"All weights are zero for {_share(self.impossible, n)}: every draw lies outside "
+                f"the model's support there, or the model gives these data no density."
             )
         if self.uncovered > 0:
             found.append(
@@ -132,8 +178,8 @@ class LogLikelihood:
                 f"numbers miss what p(x) has there and more samples will not help: give the guide "
                 f"the prior's support, or use defensive=0.1."
             )
-        found.append(self._about_chains() if "anneal" in self.method else self._about_tails())
-        if -math.inf < self.mean_bias < -self.mean_standard_error:
+        found.append(self._about_chains() if self._annealed() else self._about_tails())
+        if self.biased:
             found.append(
                 f"The mean is too low by about {-self.mean_bias:.2g} nats, or more where weights "
                 f"are heavy, which its standard error does not contain."
@@ -153,9 +199,11 @@ class LogLikelihood:
             f"samples, refine the guide (refine_steps=200), or use annealed_log_likelihood."
         )
 
+    def _few_chains(self) -> int:
+        return int((self.ess < min(FEW, self.num_samples / 2)).sum())
+
     def _about_chains(self) -> str:
-        least = min(FEW, self.num_samples / 2)
-        few = int((self.ess < least).sum())
+        least, few = min(FEW, self.num_samples / 2), self._few_chains()
         if few == 0:
             return (
                 f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
@@ -183,18 +231,28 @@ class Comparison(NamedTuple):
     monte_carlo_standard_error: float
 
     @property
-    def verdict(self) -> str:
-        """In words: which of the two is better, if that can be told."""
+    def verdict(self) -> Verdict:
+        """Which of the two is better, if that can be told."""
+        return self.of("The first", "The second", "The two")
+
+    def of(self, first: str, second: str, both: str) -> Verdict:
+        """The verdict with names for the two.
+
+        Args:
+            first: What the first estimate is called at the beginning of a sentence.
+            second: What the second one is called there.
+            both: What the two together are called there.
+        """
         size, error = abs(self.difference), self.standard_error
         told = f"by {size:.3f} ± {error:.3f} nats per datum, paired over {len(self.each)} data."
         if not math.isfinite(error):
-            return (
-                f"The two cannot be told apart: the difference is {self.difference:.3f}, its "
-                f"standard error unknown."
-            )
+            text = f"the difference is {self.difference:.3f}, its standard error unknown."
+            return Verdict("unknown", f"{both} cannot be told apart: {text}")
         if size <= 2 * error:
-            return f"The two cannot be told apart: they differ {told}"
-        return f"The {'first' if self.difference > 0 else 'second'} is better {told}"
+            return Verdict("tied", f"{both} cannot be told apart: they differ {told}")
+        if self.difference > 0:
+            return Verdict("first", f"{first} is better {told}")
+        return Verdict("second", f"{second} is better {told}")
 
 
 def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:

@@ -7,7 +7,6 @@ log p(x).
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
 from pyrovae.objectives.elbo import site_terms
@@ -115,7 +114,7 @@ def make_objective(
     if objective not in OBJECTIVES:
         raise InputError(
             f"No objective {objective!r}; there are {sorted(OBJECTIVES)}"
-            f"{_near(objective, OBJECTIVES) or '.'}"
+            f"{did_you_mean(objective, OBJECTIVES)}."
         )
     constructor = OBJECTIVES[objective][0]
     known = inspect.signature(constructor).parameters
@@ -123,11 +122,6 @@ def make_objective(
         if name not in known:
             raise InputError(
                 f"The objective {objective!r} takes no option {name!r}; it takes "
-                f"{', '.join(known)}{_near(name, known) or '.'}"
+                f"{', '.join(known)}{did_you_mean(name, known)}."
             )
     return constructor(**options if particles is None else options | {"particles": particles})
-
-
-def _near(name: str, names: Any) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

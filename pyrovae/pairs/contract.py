@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import (
@@ -185,21 +184,17 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
         if name not in guide_sites:
             raise InputError(
                 f"The model's latent site {name!r} is missing in the guide, which samples "
-                f"{sorted(guide_sites)}: sample every latent there{_near(name, guide_sites)}, or "
-                f"mark one that is discrete with infer={{'enumerate': 'parallel'}} in the model "
-                f"and train with TraceEnum_ELBO."
+                f"{sorted(guide_sites)}: sample every latent there"
+                f"{did_you_mean(name, guide_sites)}, or mark one that is discrete with "
+                f"infer={{'enumerate': 'parallel'}} in the model and train with TraceEnum_ELBO."
             )
     for name in sorted(proposed - set(latents)):
         raise InputError(
             f"The guide samples {name!r}, which is no latent site of the model (its latents are "
             f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
-            f"exchange model and guide if they are the wrong way round{_near(name, latents)}."
+            f"exchange model and guide if they are the wrong way round"
+            f"{did_you_mean(name, latents)}."
         )
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def check_event(name: str, model_site: dict, guide_site: dict) -> None:

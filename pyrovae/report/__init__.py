@@ -6,12 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pyrovae._tools.seeding import subseed
+from pyrovae.report.finding_pictures import FINDING_PICTURES, draw_findings
 from pyrovae.report.html import figures_of, flatten, name_of, plain, section, table
 from pyrovae.report.numbers import behind_table, number_tables
+from pyrovae.report.pictures import draw_pictures
 from pyrovae.report.style import page
 from pyrovae.report.verdict import Statement, verdict
+from pyrovae.runs import Run
+from pyrovae.runs.experiment import Experiment
+from pyrovae.runs.results import load_finding
 
-__all__ = ["render_report"]
+__all__ = ["draw_run", "render_report"]
+
+PICTURE_STREAM = 1_000_002
 
 GROUPS = {"model": "Model", "guide": "Guide", "data": "Data", "versions": "Versions"}
 PICTURES = {
@@ -26,6 +34,28 @@ PICTURES = {
     "Pictures": ("samples", "reconstructions", "interpolations", "manifold"),
 }
 SPLITS = {"train": "training", "valid": "validation"}
+
+
+def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
+    """Draw the run's pictures, and those of its evaluation, and save them.
+
+    Args:
+        run: The run, where the pictures are saved.
+        experiment: Its trained pair and its data.
+
+    Returns:
+        PNG by name.
+    """
+    seed = subseed(experiment.config["seed"], PICTURE_STREAM)
+    pair = experiment.model, experiment.guide
+    found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
+    if (finding := load_finding(run)) is not None:
+        found |= draw_findings({"": finding})
+    for name in FINDING_PICTURES:
+        run.remove_figure(name)
+    for name, picture in found.items():
+        run.save_figure(name, picture)
+    return found
 
 
 def render_report(

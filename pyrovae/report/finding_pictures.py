@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.evidence_figures import bound_curves, khat_curves
 from pyrovae.report.pictures import png
 from pyrovae.report.posterior_figures import calibration_curves, kl_by_dimension, rate_distortion
+from pyrovae.runs.results import Finding
 
-__all__ = ["FINDING_PICTURES", "Finding", "draw_findings", "end_point"]
+__all__ = ["FINDING_PICTURES", "draw_findings", "end_point"]
 
 FINDING_PICTURES = ("bound_curve", "khat", "rate_distortion", "kl_by_dimension", "calibration")
-
-
-class Finding(NamedTuple):
-    """A run's evaluation: its results, what it found of each datum, and the training before."""
-
-    results: Mapping[str, Any]
-    log_likelihood: LogLikelihood | None
-    annealed: LogLikelihood | None
-    history: Sequence[Mapping[str, Any]]
 
 
 def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, bytes]:

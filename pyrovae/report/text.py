@@ -6,15 +6,11 @@ import textwrap
 from typing import Any
 
 from pyrovae.objectives import ESTIMATORS
+from pyrovae.runs.results import number
 
-__all__ = ["number", "summarize"]
+__all__ = ["summarize"]
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
-
-
-def number(value: float | None) -> str:
-    """Three decimals, or what stands for a number that is not known."""
-    return "unknown" if value is None else f"{value:.3f}"
 
 
 def summarize(found: dict[str, Any], split: str) -> str:

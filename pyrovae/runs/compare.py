@@ -13,11 +13,8 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.evidence.result import Comparison, LogLikelihood, compare_log_likelihood
-from pyrovae.report.finding_pictures import Finding
-from pyrovae.report.html import name_of
-from pyrovae.report.text import number
 from pyrovae.runs import Run
-from pyrovae.runs.experiment import load_finding
+from pyrovae.runs.results import Finding, load_finding, number
 
 __all__ = ["Compared", "RunComparison", "compare_runs"]
 
@@ -46,7 +43,7 @@ class Compared:
         share = found["log_likelihood"]["khat_over_0.7"]
         return [
             self.name,
-            *(name_of(self.config[kind]) for kind in ("model", "guide")),
+            *(self.config[kind]["name"] for kind in ("model", "guide")),
             _objective(self.config),
             number(found["elbo"]["trace_mean_field_elbo"]["mean"]),
             f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
@@ -80,20 +77,22 @@ class RunComparison:
     @property
     def joined(self) -> bool:
         """Whether the runs differ in β, and not in their programs: they lie on one curve."""
-        pairs = {tuple(name_of(r.config[k]) for k in ("model", "guide")) for r in self.runs}
+        pairs = {tuple(r.config[k]["name"] for k in ("model", "guide")) for r in self.runs}
         betas = [_beta(r.config) for r in self.runs]
         return len(pairs) == 1 and None not in betas and len(set(betas)) == len(betas)
 
     @property
     def verdicts(self) -> list[str]:
         """What each run but the first has over the first, in words."""
-        first = self.runs[0].name
+        (first, *others), found = (
+            self.runs,
+            zip(self.differences, self.elbo_differences, strict=True),
+        )
         return [
-            f"{_named(c.verdict, run.name, first)} (log p(x) of {run.name} less that of {first}: "
-            f"{c.difference:+.3f} ± {c.standard_error:.3f}; ELBO {elbo:+.3f} ± {error:.3f}.)"
-            for run, c, (elbo, error) in zip(
-                self.runs[1:], self.differences, self.elbo_differences, strict=True
-            )
+            f"{c.of(run.name, first.name, f'{run.name} and {first.name}')} (log p(x) of {run.name} "
+            f"less that of {first.name}: {c.difference:+.3f} ± {c.standard_error:.3f}; "
+            f"ELBO {elbo:+.3f} ± {error:.3f}.)"
+            for run, (c, (elbo, error)) in zip(others, found, strict=True)
         ]
 
     def __str__(self) -> str:
@@ -187,14 +186,6 @@ def _short(paths: Sequence[Path]) -> list[str]:
         return [f"{path} ({i + 1})" for i, path in enumerate(paths)]
     above = commonpath(whole)
     return [str(path.relative_to(above)) for path in whole]
-
-
-def _named(verdict: str, run: str, first: str) -> str:
-    names = {"The first": run, "The second": first, "The two": f"{run} and {first}"}
-    for word, name in names.items():
-        if verdict.startswith(word):
-            return name + verdict.removeprefix(word)
-    return verdict
 
 
 def _objective(config: Mapping[str, Any]) -> str:

@@ -18,8 +18,13 @@ from pyrovae.inference_data import save, to_inference_data
 from pyrovae.objectives import ESTIMATORS, ElboResult, elbo
 from pyrovae.runs import Run
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.findings import annealing_found, estimates_found, known
-from pyrovae.runs.per_datum import first_data, to_tensors
+from pyrovae.runs.results import (
+    annealing_found,
+    estimates_found,
+    first_data,
+    known,
+    to_tensors,
+)
 from pyrovae.runs.unfinished import Unfinished
 from pyrovae.training.distributed import join
 

@@ -18,11 +18,8 @@ from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.report.finding_pictures import FINDING_PICTURES, Finding, draw_findings
-from pyrovae.report.pictures import draw_pictures
 from pyrovae.runs import Run
 from pyrovae.runs.agreement import require_same_data, require_same_run
-from pyrovae.runs.per_datum import from_tensors
 from pyrovae.runs.programs import KINDS, Program, find_program
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import Fit, fit
@@ -30,14 +27,12 @@ from pyrovae.training.loop import Fit, fit
 __all__ = [
     "Experiment",
     "choose_device",
-    "draw",
     "load_experiment",
-    "load_finding",
     "resolve",
     "train",
 ]
 
-PROGRAM_STREAM, PICTURE_STREAM = 1_000_001, 1_000_002
+PROGRAM_STREAM = 1_000_001
 FIT = (
     "objective",
     "epochs",
@@ -189,36 +184,6 @@ def _fill(pair: Pair, run: Run) -> None:
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "
             f"says: put back the files of this run, or train into another --out."
         ) from error
-
-
-def draw(run: Run, experiment: Experiment) -> dict[str, bytes]:
-    """Draw the run's pictures, and those of its evaluation, and save them."""
-    seed = subseed(experiment.config["seed"], PICTURE_STREAM)
-    pair = experiment.model, experiment.guide
-    found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
-    if (finding := load_finding(run)) is not None:
-        found |= draw_findings({"": finding})
-    for name in FINDING_PICTURES:
-        run.remove_figure(name)
-    for name, picture in found.items():
-        run.save_figure(name, picture)
-    return found
-
-
-def load_finding(run: Run, split: str | None = None) -> Finding | None:
-    """What an evaluation found; None if there is none.
-
-    Args:
-        run: The run.
-        split: The split; None is the test data, or else the first there is of the others.
-    """
-    results = run.results
-    split = split or next((s for s in ("test", "valid", "train") if s in results), None)
-    if split not in results:
-        return None
-    values = run.load_values(split)
-    estimates = [values and from_tensors(*values, prefix) for prefix in ("", "annealed.")]
-    return Finding(results[split], *estimates, run.history())
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, did_you_mean
 from pyrovae._tools.source_lines import error_place
 
-__all__ = ["Program", "find_program", "near", "plain", "shipped"]
+__all__ = ["Program", "find_program", "plain", "shipped"]
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
 PREFIX = "pyrovae_program_"
@@ -48,7 +47,7 @@ class Program(NamedTuple):
             if name not in known:
                 raise InputError(
                     f"The {self.kind} {self.name!r} takes no setting {name!r}"
-                    f"{near(name, known)}; it takes {', '.join(known) or 'none'}."
+                    f"{did_you_mean(name, known)}; it takes {', '.join(known) or 'none'}."
                 )
         for name, parameter in known.items():
             with suppress(TypeError, ValueError):
@@ -113,8 +112,8 @@ def find_program(spec: str, kind: str) -> Program:
     names = shipped(kind)
     if spec not in names:
         raise InputError(
-            f"No {kind} {spec!r}{near(spec, names)}; shipped are {sorted(names)}, and a file "
-            f"is given as my_{kind}.py or my_{kind}.py:Class."
+            f"No {kind} {spec!r}{did_you_mean(spec, names)}; shipped are {sorted(names)}, "
+            f"and a file is given as my_{kind}.py or my_{kind}.py:Class."
         )
     module = importlib.import_module(f"{KINDS[kind]}.{spec}")
     return Program(kind, spec, None, _pick(module, kind, "", spec))
@@ -128,12 +127,6 @@ def shipped(kind: str) -> dict[str, str]:
         source = Path(info.module_finder.path, f"{info.name}.py").read_text(encoding="utf-8")
         lines[info.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     return lines
-
-
-def near(name: str, names: Any) -> str:
-    """A hint at the nearest of some names, or nothing."""
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def plain(value: Any) -> Any:
@@ -178,7 +171,9 @@ def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
         found = (classes | functions).get(attribute)
         if found is None:
             known = sorted(classes | functions)
-            raise InputError(f"{spec}: the file has no {attribute!r}{near(attribute, known)}.")
+            raise InputError(
+                f"{spec}: the file has no {attribute!r}{did_you_mean(attribute, known)}."
+            )
         return found
     named = [classes.get(kind.capitalize()), functions.get(kind)]
     pyro_modules = [c for c in classes.values() if issubclass(c, PyroModule)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, did_you_mean
 
 __all__ = ["PRECISIONS", "check_precision", "matmul_precision"]
 
@@ -22,10 +21,9 @@ def check_precision(precision: str) -> str:
         ValueError: If it is not.
     """
     if precision not in PRECISIONS:
-        near = difflib.get_close_matches(str(precision), PRECISIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise InputError(
-            f"Expected precision to be one of {list(PRECISIONS)}, got {precision!r}{hint}"
+            f"Expected precision to be one of {list(PRECISIONS)}, got {precision!r}"
+            f"{did_you_mean(str(precision), PRECISIONS)}."
         )
     return precision
 

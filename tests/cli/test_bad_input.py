@@ -9,8 +9,6 @@ import pytest
 import torch
 from commands import PAIR, SIZES, TRAIN, refusal, run, snapshot
 
-from pyrovae.runs import experiment
-
 SITE = 'pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))'
 MODULE = "import pyro.nn\nclass {}(pyro.nn.PyroModule):\n    pass\n"
 
@@ -19,7 +17,7 @@ MODULE = "import pyro.nn\nclass {}(pyro.nn.PyroModule):\n    pass\n"
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "draw", lambda *arguments: {})
+        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
         assert run(*TRAIN, "--out", folder / "run") == 0
         assert run("evaluate", folder / "run", "--samples", "2", "--no-diagnostics") == 0
     return folder / "run"
@@ -30,7 +28,7 @@ def workspace(trained, tmp_path, monkeypatch):
     """A working folder with one finished run in it; no command draws pictures."""
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
     return tmp_path
 
 

@@ -33,7 +33,7 @@ SWAPS = {
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pyrovae.evidence import tiles
 from pyrovae.runs import Run, experiment
 from pyrovae.runs import evaluate as assessment
 from pyrovae.runs.evaluate import SEED
-from pyrovae.runs.per_datum import first_data, from_tensors
+from pyrovae.runs.results import first_data, from_tensors
 from pyrovae.runs.unfinished import Unfinished
 from pyrovae.training.distributed import World
 
@@ -27,7 +27,7 @@ SHORT = ("--samples", "30", "--no-diagnostics")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "draw", lambda *arguments: {})
+        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
         assert run(*LINEAR, "--out", folder / "linear") == 0
         assert run(*TRAIN, "--out", folder / "run") == 0
     return folder
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 def workspace(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
     return tmp_path
 
 

@@ -10,7 +10,7 @@ from commands import TRAIN, run
 from processes import torchrun
 
 from pyrovae import cli
-from pyrovae.runs import Run, experiment
+from pyrovae.runs import Run
 from pyrovae.training.distributed import World
 from pyrovae.training.ending import Ending
 
@@ -32,7 +32,7 @@ class Model(Bernoulli):
 
 def test_two_processes_find_what_one_does_and_one_that_dies_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
     (tmp_path / "own.py").write_text(FILE)
     assert run(*TRAIN, "--model", "own.py", "--out", "one") == 0
     shutil.copytree("one", "two")

@@ -193,7 +193,7 @@ def test_to_moves_everything():
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("mnst", "digits, mnist, .*'mnst'; did you mean 'mnist'"),
+        ("mnst", "digits, mnist, .*'mnst' .did you mean 'mnist'"),
         ("Fashion-MNIST", "did you mean 'fashion_mnist'"),
         ("zzz", "or a file that ends in .npy, .npz or .csv, got 'zzz'[.]$"),
         ("pictures.zip", "got 'pictures.zip'"),

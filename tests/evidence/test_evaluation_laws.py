@@ -1,6 +1,7 @@
 """What every estimate of log p(x) must obey: exactness, honest errors, one answer for one seed."""
 
 import math
+import pickle
 import subprocess
 import sys
 
@@ -289,10 +290,35 @@ def test_verdicts_say_what_is_wrong_and_what_to_do():
     assert "too few to tell" in _result(khat=torch.full((3,), math.nan)).verdict
     zero = _result(log_prob=torch.tensor([-3.0, -math.inf, -4.0])).verdict
     assert "All weights are zero for 1 of 3 data" in zero
-    chains = {"method": "annealed importance sampling", "num_samples": 16}
+    chains = {"acceptance": torch.full((3,), 0.7), "num_samples": 16}
     assert "bidirectional" in _result(**chains, ess=torch.full((3,), 12.0)).verdict
     few = _result(**chains, ess=torch.tensor([1.0, 12.0, 12.0])).verdict
     assert "1 of 3 data (33%) hang on fewer than 8 of 16 chains" in few
+
+
+KINDS = {
+    "good": {},
+    "fair": {"khat": torch.tensor([math.nan, 0.0, 0.0])},
+    "fair, a heavy tail in twenty": {
+        "log_prob": -torch.ones(20),
+        "standard_error": torch.full((20,), 0.1),
+        "khat": torch.tensor([0.9] + 19 * [0.0]),
+    },
+    "doubtful tails": {"khat": torch.tensor([0.0, 0.9, 0.0])},
+    "doubtful, impossible": {"log_prob": torch.tensor([-3.0, -math.inf, -4.0])},
+    "doubtful, uncovered": {"uncovered": 0.1},
+    "doubtful, biased": {"standard_error": torch.full((3,), 2.0)},
+    "good chains": {"acceptance": torch.full((3,), 0.7), "khat": torch.full((3,), math.nan)},
+    "doubtful chains": {"acceptance": torch.full((3,), 0.7), "ess": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_verdict_has_a_kind_that_programs_decide_by(case):
+    found = _result(**KINDS[case]).verdict
+    assert found.kind == case.partition(",")[0].partition(" ")[0]
+    again = pickle.loads(pickle.dumps(found))
+    assert (again, again.kind) == (found, found.kind)
 
 
 def test_the_bias_of_a_mean_is_told_where_its_error_hides_it():
@@ -317,7 +343,11 @@ def test_a_comparison_is_paired():
     parts = found.data_standard_error**2 + found.monte_carlo_standard_error**2
     assert found.standard_error**2 == pytest.approx(parts)
     assert found.verdict.startswith("The first is better by 1.050")
+    assert found.verdict.kind == "first"
     assert compare_log_likelihood(b, a).verdict.startswith("The second")
+    assert compare_log_likelihood(b, a).verdict.kind == "second"
+    assert compare_log_likelihood(a, a).verdict.kind == "tied"
+    assert found.of("One", "Other", "Both").startswith("One is better by 1.050")
     assert (
         "standard error unknown"
         in compare_log_likelihood(

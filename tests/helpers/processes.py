@@ -20,12 +20,11 @@ from torch import nn
 
 import pyrovae
 from pairs import LATENT, SHAPE, discrete, functions, shipped_bernoulli, two_latents
-from pyrovae import runs
+from pyrovae import report, runs
 from pyrovae.cli import main
 from pyrovae.data import Dataset
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
-from pyrovae.runs import experiment
 from pyrovae.training.distributed import Diverged, join
 
 COMMAND = [*TRAIN, "--batch-size", "100"]
@@ -202,7 +201,7 @@ def checks(folder):
 if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    experiment.draw = lambda *arguments: {}
+    report.draw_run = lambda *arguments: {}
     if len(sys.argv) > 2:
         sys.exit(commands(sys.argv[1:]))
     checks(Path(sys.argv[1]))

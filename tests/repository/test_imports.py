@@ -48,7 +48,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDE_BY_SIDE = {
     ("_train_command", "_parser"), ("cli", "_parser"), ("cli", "_train_command"),
     ("cli", "_evaluate_command"), ("__main__", "cli"), ("inference_data", "_predictive"),
-    ("sampling", "_forward"), ("runs", "report"),
+    ("sampling", "_forward"),
 }  # fmt: skip
 OFFERING = [
     name for name in FILES

@@ -8,9 +8,9 @@ import pytest
 from commands import TRAIN, refusal, run, snapshot
 
 from pyrovae.report.compare_page import render_comparison
-from pyrovae.runs import Run, experiment
+from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, compare_runs
-from pyrovae.runs.per_datum import from_tensors
+from pyrovae.runs.results import from_tensors
 
 SHORT = ("--samples", "30", "--no-diagnostics")
 LONGER = (*TRAIN, "--epochs", "6")
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     for name, command in TRAINED.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "grey":
-                patch.setattr(experiment, "draw", lambda *arguments: {})
+                patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
             assert run(*command, "--out", folder / name) == 0
         assert run("evaluate", folder / name, *SHORT) == 0
     return folder

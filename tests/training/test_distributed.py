@@ -9,7 +9,6 @@ from commands import history, run
 from processes import COMMAND, SAME, torchrun, train
 from torch import nn
 
-from pyrovae.runs import experiment
 from pyrovae.training.distributed import World, join
 from pyrovae.training.flat import FlatSum
 
@@ -99,7 +98,7 @@ def test_what_rank_0_shares_is_what_both_have(ranks):
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "draw", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
     (tmp_path / "killed.py").write_text(KILLED)
     (tmp_path / "failed.py").write_text(FAILED)
     return tmp_path
