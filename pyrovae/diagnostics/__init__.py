@@ -15,10 +15,8 @@ from pyrovae._tools.progress import progress_bar
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.diagnostics.aggregate import Aggregate, aggregate_posterior, mix
 from pyrovae.diagnostics.calibration import Calibration, calibrate
-from pyrovae.diagnostics.distances import Distances, sample_distances
 from pyrovae.diagnostics.gaps import Gaps, inference_gaps
 from pyrovae.diagnostics.probe import Probe, fit_probe, is_probable
-from pyrovae.diagnostics.rate_distortion import CurvePoint, rate_distortion_curve
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
 from pyrovae.evidence.density import Joint
@@ -28,17 +26,13 @@ from pyrovae.pairs.traces import is_bookkeeping, samples, trace_posterior, unsca
 __all__ = [
     "Aggregate",
     "Calibration",
-    "CurvePoint",
     "Diagnosis",
-    "Distances",
     "Gaps",
     "Probe",
     "SiteDiagnosis",
     "aggregate_posterior",
     "diagnose",
     "inference_gaps",
-    "rate_distortion_curve",
-    "sample_distances",
 ]
 
 ROWS, CALIBRATED = 2048, 1000
