@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyrovae._predictive import Draws
 from pyrovae._tools import InputError
-from pyrovae._tools.atomic import write_atomic
+from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import seeded
 from pyrovae.evidence.estimation import Evaluation
 from pyrovae.evidence.importance import log_likelihood as estimate

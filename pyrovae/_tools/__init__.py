@@ -1,12 +1,27 @@
-"""Small tools that every folder may use: errors, hints, seeds, files, progress, source lines."""
+"""Small tools that every folder may use: errors, progress bars, seeds, files, source lines."""
 
 from __future__ import annotations
 
 import difflib
+import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["InputError", "InputTypeError", "did_you_mean", "flat", "require_same"]
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = [
+    "InputError",
+    "InputTypeError",
+    "did_you_mean",
+    "flat",
+    "progress_bar",
+    "require_same",
+    "standard_error",
+]
 
 
 class InputError(ValueError):
@@ -62,3 +77,34 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
         found |= inner or {prefix + key: value}
     return found
+
+
+def standard_error(values: Tensor, dim: int = 0) -> Tensor:
+    r"""The standard error of a mean over one dimension; NaN for fewer than two values.
+
+    .. math:: \mathrm{se}^2 = \frac{1}{N (N - 1)} \sum_n (v_n - \bar v)^2
+
+    Args:
+        values: Independent values, ``[N, ...]``; in float64 where N is large.
+        dim: The dimension that the mean is taken over.
+
+    Returns:
+        The values' shape without that dimension, in their dtype.
+    """
+    n = values.shape[dim]
+    if n < 2:
+        return values.sum(dim) * math.nan
+    return values.std(dim) / math.sqrt(n)
+
+
+def progress_bar(items: Iterable, *, enabled: bool = True, **options: Any) -> tqdm:
+    """Iterate with a bar on standard error, if that is a terminal and a bar is wanted.
+
+    Args:
+        items: What to iterate over.
+        enabled: Whether a bar is wanted.
+        options: Passed to :class:`tqdm.tqdm`.
+    """
+    from tqdm import tqdm
+
+    return tqdm(items, disable=not (enabled and sys.stderr.isatty()), leave=False, **options)

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyrovae._tools import standard_error
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Finding, failed, passed, skipped, warned
 from pyrovae.checking.scores import suspects
@@ -148,7 +149,7 @@ def _is_analytic(case: Case) -> bool:
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    return values.mean().item(), standard_error(values).item()
 
 
 def samples_are_data(case: Case) -> Finding:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint, independent
 
-from pyrovae._tools import InputError
-from pyrovae._tools.progress import progress_bar
+from pyrovae._tools import InputError, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.diagnostics.aggregate import Aggregate, aggregate_posterior, mix
 from pyrovae.diagnostics.calibration import Calibration, calibrate
@@ -161,8 +160,9 @@ def _site(site: SitePosterior, home: torch.device) -> SiteDiagnosis:
     if int(used.sum()) > 1:
         variance = (mean[used].var(0) - noise[used].mean(0)).clamp(min=0)
     variance = variance.reshape(-1, site.width).sum(-1)
-    error = kl.std(0) / math.sqrt(len(kl))
-    return SiteDiagnosis(kl.mean(0), error, variance, variance > ACTIVE, site.factorized)
+    return SiteDiagnosis(
+        kl.mean(0), standard_error(kl), variance, variance > ACTIVE, site.factorized
+    )
 
 
 def _aggregate(

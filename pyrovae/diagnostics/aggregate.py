@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.density import Joint, Place, Values, add_up
 from pyrovae.evidence.estimation import Evaluation
@@ -180,5 +180,4 @@ def _axes(joint: Joint, rows: tuple) -> dict[str, int]:
 def _average(parts: list[Tensor]) -> tuple[float, float]:
     """The mean over data, and its standard error."""
     each = torch.cat(parts)
-    error = (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan
-    return each.mean().item(), error
+    return each.mean().item(), standard_error(each).item()

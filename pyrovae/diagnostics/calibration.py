@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrovae._tools import standard_error
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, is_bookkeeping, trace_posterior
 
@@ -81,8 +81,7 @@ def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
     found = found[:, ~found.isnan().any(0)]
     if not found.shape[1]:
         return None
-    n = found.shape[1]
-    error = found.std(1) / math.sqrt(n) if n > 1 else torch.full_like(found[:, 0], math.nan)
+    error = standard_error(found, 1)
     return Calibration(LEVELS, tuple(found.mean(1).tolist()), tuple(error.tolist()))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 
@@ -47,7 +46,7 @@ class Gaps:
     @property
     def amortization_standard_error(self) -> float:
         """The standard error of that mean over data."""
-        return _error(self.amortization)
+        return standard_error(self.amortization.double()).item()
 
     @property
     def approximation_mean(self) -> float:
@@ -57,7 +56,7 @@ class Gaps:
     @property
     def approximation_standard_error(self) -> float:
         """The standard error of that mean over data."""
-        return _error(self.approximation)
+        return standard_error(self.approximation.double()).item()
 
     @property
     def verdict(self) -> str:
@@ -120,7 +119,3 @@ def inference_gaps(
     amortization = refined.amortization_gap
     bound = refined.guide_elbo + amortization
     return Gaps(amortization, best.log_prob.to(bound) - bound, best)
-
-
-def _error(each: Tensor) -> float:
-    return (each.double().std() / math.sqrt(len(each))).item() if len(each) > 1 else math.nan

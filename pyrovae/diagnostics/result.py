@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyrovae._tools import standard_error
 from pyrovae.diagnostics.aggregate import Aggregate
 from pyrovae.diagnostics.calibration import Calibration
 from pyrovae.diagnostics.probe import Probe
@@ -185,7 +186,7 @@ class Diagnosis:
 
 
 def _mean(each: Tensor) -> dict[str, float | None]:
-    error = each.double().std() / math.sqrt(len(each))
+    error = standard_error(each.double())
     return {"mean": _number(each.double().mean().item()), "standard_error": _number(error.item())}
 
 

@@ -11,8 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
-from pyrovae._tools.progress import progress_bar
+from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.evidence.density import Joint, add_up
 from pyrovae.evidence.proposals import uncovered_share

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 
 __all__ = ["Comparison", "Curve", "Kind", "LogLikelihood", "Verdict", "compare_log_likelihood"]
 
@@ -119,7 +119,7 @@ class LogLikelihood:
     @property
     def data_standard_error(self) -> float:
         """The standard error of that mean over data: other data from the same source."""
-        return (self.log_prob.double().std() / math.sqrt(len(self.log_prob))).item()
+        return standard_error(self.log_prob.double()).item()
 
     @property
     def smoothed_mean(self) -> float:

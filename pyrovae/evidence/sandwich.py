@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.density import Joint, Place
@@ -53,7 +53,7 @@ class Bidirectional:
     @property
     def mean_gap_standard_error(self) -> float:
         """The standard error of that, over data and draws."""
-        return (self.gap.std() / len(self.gap) ** 0.5).item()
+        return standard_error(self.gap).item()
 
     @property
     def verdict(self) -> str:

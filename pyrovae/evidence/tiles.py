@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae._tools.atomic import write_atomic
+from pyrovae._tools.files import write_atomic
 
 __all__ = [
     "DATA_TILE",

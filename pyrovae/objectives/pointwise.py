@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.contract import inspect_pair
@@ -46,7 +46,7 @@ class ElboResult(NamedTuple):
     @property
     def standard_error(self) -> float:
         """The standard error of that mean over data."""
-        return (self.elbo.double().std() / len(self.elbo) ** 0.5).item()
+        return standard_error(self.elbo.double()).item()
 
 
 @torch.no_grad()

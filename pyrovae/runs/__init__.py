@@ -32,8 +32,13 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae._tools.atomic import write_atomic
-from pyrovae._tools.tensorfile import checksum, first_line, pack_tensors, unpack_tensors
+from pyrovae._tools.files import (
+    checksum,
+    first_line,
+    pack_tensors,
+    unpack_tensors,
+    write_atomic,
+)
 
 __all__ = ["Run", "write_atomic"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae.evidence.result import Comparison, LogLikelihood, compare_log_likelihood
 from pyrovae.runs import Run
 from pyrovae.runs.results import Finding, load_finding, number
@@ -211,4 +211,4 @@ def _active(found: Mapping[str, Any]) -> str:
 
 
 def _paired(each: Tensor) -> tuple[float, float]:
-    return each.mean().item(), (each.std() / len(each) ** 0.5).item()
+    return each.mean().item(), standard_error(each).item()

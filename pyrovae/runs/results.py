@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
 from pyrovae.evidence.result import Curve, LogLikelihood, compare_log_likelihood
 from pyrovae.objectives import ElboResult
 from pyrovae.runs import Run
@@ -145,7 +145,10 @@ def estimates_found(ll: LogLikelihood, bounds: dict[str, ElboResult]) -> dict[st
     }
     if ll.amortization_gap is not None:
         gap = ll.amortization_gap.double()
-        found["amortization_gap"] = {"mean": gap.mean().item(), "standard_error": _error(gap)}
+        found["amortization_gap"] = {
+            "mean": gap.mean().item(),
+            "standard_error": standard_error(gap).item(),
+        }
     return known(found)
 
 
@@ -184,7 +187,3 @@ def known(value: Any) -> Any:
 def _share(khat: Tensor, bound: float) -> float:
     nan = torch.tensor(math.nan, dtype=torch.float64, device=khat.device)
     return khat.gt(bound).double().where(~khat.isnan(), nan).mean().item()
-
-
-def _error(each: Tensor) -> float:
-    return (each.std() / len(each) ** 0.5).item()

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyrovae._tools import InputError
-from pyrovae._tools.progress import progress_bar
+from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.checking import quick
 from pyrovae.data import Dataset, Splits

@@ -1,9 +1,11 @@
-"""Tensors by name in one safetensors file, with a checksum that tells a damaged one."""
+"""Files written whole or not at all, and tensors in safetensors files with a checksum."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +13,42 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 
-__all__ = ["checksum", "first_line", "pack_tensors", "unpack_tensors"]
+__all__ = ["checksum", "first_line", "pack_tensors", "unpack_tensors", "write_atomic"]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file's content, or leave it as it was.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written; the old file stays.
+    """
+    try:
+        _replace(path, content)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _sync(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> bytes:
