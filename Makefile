@@ -1,14 +1,21 @@
 # make demo            install, train on the digits, evaluate, write the report
 # make demo DATA=mnist the same on MNIST
-# make test            install, lint, check the format, run the tests
+# make test            install, lint, check the format and the types, run the tests
+# make lint            the first part of it; `make format` fixes what can be fixed by itself
+# make coverage        run the tests and say which lines and branches none of them reaches
+# make browser         look at the report in Chromium, which has to be installed
+# make docs            build the documentation into site/, with every link checked
 
 PYTHON ?= python3
 DATA ?= digits
 OUT ?= runs/$(DATA)
 EPOCHS ?= $(if $(filter mnist,$(DATA)),20,200)
 BIN = .venv/bin
+PYTEST = $(BIN)/python -m pytest
+# One test a core, and a core that has run out of tests takes those of the slower one.
+PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format coverage browser docs clean
 
 demo: .venv/.installed
 	$(BIN)/pyrovae train --model bernoulli --guide mean_field --data $(DATA) --binarize dynamic \
@@ -17,15 +24,25 @@ demo: .venv/.installed
 	$(BIN)/pyrovae report $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST) $(PARALLEL)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+coverage: .venv/.installed-dev
+	$(PYTEST) $(PARALLEL) --cov --cov-report=term
+
+browser: .venv/.installed-dev
+	$(PYTEST) -m browser
+
+docs: .venv/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,5 +53,9 @@ format: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+.venv/.installed-docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -1,4 +1,7 @@
-"""Pages as a browser shows them: no wider than the window, and every picture drawn."""
+"""Pages as a browser shows them: no wider than the window, and every picture drawn.
+
+They need Chromium, so that they run by ``make browser`` and not by ``make test``.
+"""
 
 import json
 import re
@@ -10,8 +13,7 @@ import numpy as np
 import pytest
 from commands import TRAIN, run
 
-BROWSERS = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-CHROMIUM = next(filter(None, BROWSERS), "")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -37,7 +39,14 @@ width="{width}" height="30000"></iframe><script>addEventListener("load", () => {
   document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
 }});</script>"""
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert found, f"install one of {', '.join(BROWSERS)} to run these tests"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +61,32 @@ def pages(tmp_path_factory):
     return {"report": folder / "one" / "report.html", "comparison": comparison}
 
 
-def browse(page, width, height, folder, *options):
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *options]
+def browse(chromium, page, width, height, folder, *options):
+    command = [chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", *options]
     command += [f"--window-size={width},{height}", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def measured(page, width, folder):
+def measured(chromium, page, width, folder):
     """What a browser finds of a page in a frame of a width."""
     frame = folder / "frame.html"
     frame.write_text(WRAPPER.format(page=escape(page.read_text()), width=width))
-    shown = browse(frame, 1400, 900, folder, "--dump-dom")
+    shown = browse(chromium, frame, 1400, 900, folder, "--dump-dom")
     return json.loads(re.search('<pre id="found">(.*?)</pre>', shown)[1])
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_pages_fit_their_window_and_all_pictures_are_drawn(pages, tmp_path, name, width):
+def test_pages_fit_their_window_and_all_pictures_are_drawn(chromium, pages, tmp_path, name, width):
     from matplotlib.image import imread
 
-    found = measured(pages[name], width, tmp_path)
+    found = measured(chromium, pages[name], width, tmp_path)
     assert found["page"] <= width
     assert found["right"] <= width
     assert len(found["drawn"]) >= 10
     assert all(found["drawn"])
     shot = tmp_path / "shot.png"
-    browse(pages[name], width, round(found["bottom"]), tmp_path, f"--screenshot={shot}")
+    browse(chromium, pages[name], width, round(found["bottom"]), tmp_path, f"--screenshot={shot}")
     pixels = imread(shot)[..., :3]
     assert pixels.shape[1] == width
     for x, y, wide, high in found["boxes"]:
