@@ -14,15 +14,20 @@ from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.density import Joint, Place, Values, add_up
 from pyrovae.evidence.estimation import Evaluation
 from pyrovae.evidence.proposals import require_scorable
+from pyrovae.pairs.traces import samples
 
 __all__ = ["Aggregate", "aggregate_posterior", "mix"]
 
-PAIRS, ON_DEVICE, DATA, STREAM = 2**16, 2**19, 512, 6
-MEND = "its aggregate posterior is not known, and neither is the information in z"
+# How many pairs of a draw and a datum are scored at once; a GPU takes more to be busy.
+PAIRS, ON_DEVICE = 2**16, 2**19
+# How many data score a draw at once.
+DATA = 512
+STREAM = 6
+UNKNOWN = "its aggregate posterior is not known, and neither is the information in z"
 
 
 class Aggregate(NamedTuple):
-    r"""The two parts of the rate, in nats.
+    r"""The two parts of the rate, in nats: information about the data, and the misfit to the prior.
 
     Attributes:
         mutual_information: I(n; z) between a latent and which of the N data it was drawn for, at
@@ -104,7 +109,7 @@ def mix(
     num_data, device = len(rows[0]), rows[0].device
     information, marginal, upper = [], [], []
     with seeded(subseed(seed, 0, STREAM), device):
-        require_scorable(joint, tuple(tensor[:DATA] for tensor in rows), MEND)
+        require_scorable(joint, tuple(tensor[:DATA] for tensor in rows), UNKNOWN)
         axes = _axes(joint, rows)
     with seeded(subseed(seed, 1, STREAM), device):
         chosen = torch.randperm(num_data)[:num_draws].to(device)
@@ -159,19 +164,20 @@ def _axes(joint: Joint, rows: tuple) -> dict[str, int]:
     Raises:
         ValueError: If a latent is masked for some data and not for others.
     """
-    axes, seen = {}, {name: set() for name in joint.layout.latents}
+    axes: dict[str, int] = {}
+    seen: dict[str, set[bool]] = {name: set() for name in joint.layout.latents}
     for start in range(0, len(rows[0]), DATA):
         tile = tuple(tensor[start : start + DATA] for tensor in rows)
-        trace = joint.trace(joint.pair.run_guide, tile, 1, Place({}, {}))
+        sites = samples(joint.trace(joint.pair.run_guide, tile, 1, Place({}, {})))
         for name, kinds in seen.items():
-            site = trace.nodes[name]
+            site = sites[name]
             axes[name] = joint.layout.dim - site["fn"].event_dim
             mask = True if site["mask"] is None else site["mask"]
             kinds.update(torch.as_tensor(mask).unique().tolist())
     for name, kinds in seen.items():
         if len(kinds) > 1:
             raise InputError(
-                f"Latent {name!r} is masked for some data and not for others, so that {MEND}: "
+                f"Latent {name!r} is masked for some data and not for others, so that {UNKNOWN}: "
                 f"take data that are alike in that, such as all labelled or all unlabelled."
             )
     return axes

@@ -1,29 +1,52 @@
-"""Whether the likelihood is as wide as the data: the coverage of its intervals."""
+"""Is the likelihood calibrated, and what can be read off the code?
+
+:func:`calibrate` measures the coverage of the likelihood's intervals, :func:`fit_probe` the
+accuracy of simple classifiers on posterior means.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import standard_error
+from pyrovae._tools.seeding import subseed
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, trace_posterior
+from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, trace_posterior
 
-__all__ = ["LEVELS", "Calibration", "calibrate", "randomized_ranks"]
+__all__ = [
+    "LEVELS",
+    "Calibration",
+    "Probe",
+    "calibrate",
+    "fit_probe",
+    "is_probable",
+    "randomized_ranks",
+]
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-REPLICATES, ELEMENTS, SLACK = 39, 2**22, 0.02
+# 39 replicates make 40 equal steps of rank, on which the ends of all four intervals fall.
+REPLICATES = 39
+# The most replicated values held at once, 16 MB of float32.
+ELEMENTS = 2**22
+# A miss smaller than this is of no practical interest, however small its standard error.
+SLACK = 0.02
+NEIGHBOURS = 5
+# Nearest neighbours compare all pairs of data: ten thousand keep that under a second.
+PROBED = 10_000
 
 
 class Calibration(NamedTuple):
-    r"""How many of the observed values lie in the central intervals of p(x_d | z), z ~ q(z | x).
+    r"""The share of observed values in the central intervals of p(x_d | z), z ~ q(z | x).
 
     Attributes:
-        levels: What the intervals are to hold, L shares.
-        coverage: What they hold, a share for each level: the mean over data of the share of a
-            datum's values.
+        levels: The L nominal shares.
+        coverage: The shares found, one for each level: the mean over data of the share of a
+            datum's values inside the interval.
         error: Its standard error over data.
 
     If the data come from the model and q is its posterior, then (x, z) is a draw from the model,
@@ -43,7 +66,7 @@ class Calibration(NamedTuple):
 
     @property
     def off(self) -> list[int]:
-        """The places of the levels that are missed by 0.02 and by three standard errors."""
+        """The indices of the levels missed by more than 0.02 and by three standard errors."""
         both = zip(self.levels, self.coverage, self.error, strict=True)
         misses = [(abs(share - level), error) for level, share, error in both]
         return [i for i, (d, e) in enumerate(misses) if d > max(SLACK, 0.0 if e != e else 3 * e)]
@@ -87,11 +110,11 @@ def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
 
 def _shares(pair: Pair, layout: Layout, rows: tuple) -> Tensor:
     """The share of each datum's values within each interval, ``[L, N]``; NaN where none is seen."""
-    trace, n = trace_posterior(pair, layout, *rows), len(rows[0])
+    sites, n = samples(trace_posterior(pair, layout, *rows)), len(rows[0])
     half = torch.tensor(LEVELS, dtype=torch.float64, device=rows[0].device)[:, None, None] / 2
     inside, count = half.new_zeros(len(LEVELS), n), half.new_zeros(n)
     for name in layout.observed:
-        site = trace.nodes[name]
+        site = sites[name]
         if is_bookkeeping(site):
             continue
         fn, events = site["fn"], site["fn"].event_dim
@@ -128,3 +151,61 @@ def randomized_ranks(fn: Any, value: Tensor, replicates: int = REPLICATES) -> Te
     less = (drawn < value - close).sum(0)
     v = torch.rand(value.shape, dtype=torch.float64, device=value.device)
     return (less + v * (equal + 1)) / (replicates + 1)
+
+
+class Probe(NamedTuple):
+    """The accuracy of classifiers on data that they were not fitted to.
+
+    Attributes:
+        linear: Of multinomial logistic regression on the standardized posterior means.
+        knn: Of the vote of the five nearest neighbours among them.
+        chance: Of always predicting the most frequent class.
+        classes: The number of classes.
+        num_test: The number of data that accuracy is measured on.
+    """
+
+    linear: float
+    knn: float
+    chance: float
+    classes: int
+    num_test: int
+
+
+def is_probable(labels: Tensor) -> bool:
+    """Whether labels are whole numbers of at least two classes, with ten data or more."""
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return whole and labels.dim() == 1 and len(labels) >= 10 and len(labels.unique()) > 1
+
+
+def fit_probe(features: Tensor, labels: Tensor, seed: int) -> Probe:
+    """Fit classifiers to half of the data, and measure their accuracy on the other half.
+
+    Args:
+        features: Posterior means ``[N, D]``; at most ten thousand of them are used.
+        labels: Classes ``[N]``.
+        seed: Seeds the choice of the halves.
+
+    References:
+        Alain and Bengio, Understanding intermediate layers using linear classifier probes
+        (arXiv 1610.01644).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    order = np.random.default_rng(subseed(seed, 0)).permutation(len(labels))[:PROBED]
+    x, y = features.double().cpu().numpy()[order], labels.cpu().numpy()[order]
+    half = len(y) // 2
+    (fitted, tested), (known, asked) = ((each[:half], each[half:]) for each in (x, y))
+    values, counts = np.unique(known, return_counts=True)
+    chance = float((asked == values[counts.argmax()]).mean())
+    linear = knn = chance
+    if len(values) > 1:
+        kinds = LogisticRegression(max_iter=500), KNeighborsClassifier(min(NEIGHBOURS, half))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fits = [make_pipeline(StandardScaler(), kind).fit(fitted, known) for kind in kinds]
+        linear, knn = (float(each.score(tested, asked)) for each in fits)
+    return Probe(linear, knn, chance, len(torch.unique(labels)), len(asked))

@@ -1,4 +1,4 @@
-"""Where the ELBO falls short of log p(x): the guide's family, and that it is amortized."""
+"""Where the ELBO falls short of log p(x): the guide's family, or that it is amortized."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Gaps:
               _{\text{amortization}}
 
     Attributes:
-        amortization: What fitting a normal of independent coordinates to each datum won over the
-            guide; negative where the guide is richer than such a normal.
-        approximation: What such a normal cannot reach; too small by as much as log p(x) is.
-        log_prob: The estimate of log p(x) that was taken.
+        amortization: The gain of a normal of independent coordinates fitted to each datum over
+            the guide; negative where the guide is richer than such a normal.
+        approximation: What such a normal still lacks; too small by as much as log p(x) is.
+        log_prob: The estimate of log p(x) used.
     """
 
     amortization: Tensor
@@ -60,7 +60,7 @@ class Gaps:
 
     @property
     def verdict(self) -> str:
-        """In words: how large the two are, and how far log p(x) can be trusted."""
+        """In words: how large both gaps are, and how far log p(x) can be trusted."""
         return (
             f"The ELBO is {self.total.double().mean():.3g} nats below log p(x): "
             f"{self.amortization_mean:.3g} ± {self.amortization_standard_error:.2g} because the "
@@ -89,7 +89,7 @@ def inference_gaps(
         model: The model program.
         guide: The guide program, of continuous latents.
         x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
-        refine_steps: How many steps are taken for each datum from the guide's moments.
+        refine_steps: The number of optimizer steps for each datum, from the guide's moments.
         num_samples: The number of samples K of the refined normal, for its ELBO and for log p(x).
         log_prob: A better estimate of log p(x) of the same data, such as one of
             :func:`pyrovae.annealed_log_likelihood`; by default importance sampling from the
@@ -105,9 +105,8 @@ def inference_gaps(
     """
     if not isinstance(refine_steps, int) or refine_steps < 1:
         raise InputError(f"Expected an integer refine_steps >= 1, got {refine_steps!r}.")
-    rows = (x, *context)
     refined = log_likelihood(
-        model, guide, *rows, num_samples=num_samples, refine_steps=refine_steps, seed=seed
+        model, guide, x, *context, num_samples=num_samples, refine_steps=refine_steps, seed=seed
     )
     best = refined if log_prob is None else log_prob
     if len(best.log_prob) != len(x) or (best.data and best.data != refined.data):
@@ -116,6 +115,8 @@ def inference_gaps(
             f"{' that differ' if len(best.log_prob) == len(x) else ''}: estimate it on the x and "
             f"context given here, binarized once."
         )
-    amortization = refined.amortization_gap
-    bound = refined.guide_elbo + amortization
+    amortization, before = refined.amortization_gap, refined.guide_elbo
+    if amortization is None or before is None:
+        raise RuntimeError("An estimate with refine_steps lacks the ELBO of its guide.")
+    bound = before + amortization
     return Gaps(amortization, best.log_prob.to(bound) - bound, best)

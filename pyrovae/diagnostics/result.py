@@ -1,4 +1,4 @@
-"""What a posterior does with its latents: the numbers, and the same in words."""
+"""The result of a diagnosis: numbers, and the same in words."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 
 from pyrovae._tools import standard_error
 from pyrovae.diagnostics.aggregate import Aggregate
-from pyrovae.diagnostics.calibration import Calibration
-from pyrovae.diagnostics.probe import Probe
+from pyrovae.diagnostics.calibration import Calibration, Probe
 
 __all__ = ["ACTIVE", "Diagnosis", "SiteDiagnosis"]
 
-ACTIVE, NOTHING = 0.01, 0.05
+# The threshold of Burda et al. (arXiv 1509.00519) on the variance of a unit's posterior mean.
+ACTIVE = 0.01
+# A rate below this, in nats, is told as none at all.
+NOTHING = 0.05
 
 
 @dataclass(frozen=True)
 class SiteDiagnosis:
-    """What becomes of one latent site.
+    """The posterior of one latent site over N data.
 
     Attributes:
         kl: The mean over data of the divergence of each of D coordinates, in nats, ``[D]``; the
@@ -69,18 +71,26 @@ class SiteDiagnosis:
 class Diagnosis:
     r"""What the posterior of a pair does on N data, in nats.
 
+    .. math:: \text{ELBO} = -\text{rate} - \text{distortion}, \qquad
+              \overline{\text{rate}} = \text{information} + \text{marginal KL} + \text{remainder}
+
+    Rate, distortion and ELBO are means over the same draws, so that they add up exactly. The two
+    parts of the mean rate come from draws of their own, and the remainder is the Monte Carlo error
+    of splitting.
+
     Attributes:
         num_data: N.
         rate: :math:`E_q[\ln q(z|x) - \ln p(z)]`, ``[N]``.
-        distortion: :math:`-E_q[\ln p(x|z)]`, ``[N]``; −rate − distortion is the ELBO.
-        sites: What becomes of each latent site that the guide samples.
-        aggregate: The two parts of the mean rate; None where the guide does not tell.
+        distortion: :math:`-E_q[\ln p(x|z)]`, ``[N]``.
+        sites: The posterior of each latent site that the guide samples.
+        aggregate: The two parts of the mean rate; None where the guide cannot score other data's
+            draws.
         calibration: The coverage of the likelihood's intervals, if it was asked for.
-        probe: What classifiers read off each site, if there are labels.
+        probe: The accuracy of classifiers on each site's posterior means, if there are labels.
         bits_per_dimension: The negative ELBO over D ln 2, of a likelihood that gives masses to 256
             levels. It is an upper bound on −ln p(x) / (D ln 2), and holds no constant: nothing was
             dequantized. None for any other likelihood.
-        remarks: What could not be said, and why.
+        remarks: What could not be measured, and why.
     """
 
     num_data: int
@@ -95,12 +105,12 @@ class Diagnosis:
 
     @property
     def elbo(self) -> Tensor:
-        """The ELBO of each datum, ``[N]``."""
+        """The ELBO of each datum, −rate − distortion, ``[N]``."""
         return -self.rate - self.distortion
 
     @property
     def mutual_information(self) -> float:
-        """I(n; z) of latents and data, at most ln N; NaN where the guide does not tell."""
+        """I(n; z) of latents and data, at most ln N; NaN where it is not known."""
         return self.aggregate.mutual_information if self.aggregate else math.nan
 
     @property
@@ -110,8 +120,13 @@ class Diagnosis:
 
     @property
     def marginal_kl(self) -> float:
-        """KL(q(z) ‖ p(z)) of the aggregate posterior; NaN where the guide does not tell."""
+        """KL(q(z) ‖ p(z)), the misfit of the aggregate posterior; NaN where it is not known."""
         return self.aggregate.marginal_kl if self.aggregate else math.nan
+
+    @property
+    def remainder(self) -> float:
+        """Mean rate − information − marginal KL: the Monte Carlo error of the split, or NaN."""
+        return self.rate.double().mean().item() - self.mutual_information - self.marginal_kl
 
     @property
     def verdict(self) -> str:
@@ -126,6 +141,7 @@ class Diagnosis:
         calibration, probe = self.calibration, self.probe
         return {
             "num_data": self.num_data,
+            "elbo": _mean(self.elbo),
             "rate": _mean(self.rate),
             "distortion": _mean(self.distortion),
             "sites": {name: site.summary() for name, site in self.sites.items()},
@@ -134,6 +150,7 @@ class Diagnosis:
                 "standard_error": _number(self.mutual_information_error),
             },
             "marginal_kl": _number(self.marginal_kl),
+            "remainder": _number(self.remainder),
             "calibration": calibration
             and {
                 "levels": list(calibration.levels),
@@ -153,8 +170,8 @@ class Diagnosis:
         if active == 0:
             what = "is the prior" if self.rate.mean() < NOTHING else "hardly differs between data"
             return [
-                f"The posterior has collapsed: 0 of {units} units are active, and what the guide "
-                f"says of the latents {what}."
+                f"The posterior has collapsed: 0 of {units} units are active, and the guide's "
+                f"distribution of the latents {what}."
             ]
         each = ", ".join(f"{n} {s.active_units} of {s.units}" for n, s in self.sites.items())
         detail = f" ({each})" if len(self.sites) > 1 else ""
@@ -174,20 +191,23 @@ class Diagnosis:
         split = (
             f"Of the rate of {rate:.4g} nats, {parts.mutual_information:.4g} ± "
             f"{parts.standard_error:.2g} are information about the data and "
-            f"{parts.marginal_kl:.4g} what the aggregate posterior is away from the prior."
+            f"{parts.marginal_kl:.4g} ± {parts.marginal_kl_error:.2g} the divergence of the "
+            f"aggregate posterior from the prior; the remainder, {self.remainder:.2g}, is the "
+            f"Monte Carlo error of this split."
         )
         if not parts.capped or self.num_data == 1:
             return split
         return (
             f"{split} {self.num_data} data cannot show more than ln N = "
-            f"{math.log(self.num_data):.3g} nats of information: it may be more, and the other "
-            f"part less."
+            f"{math.log(self.num_data):.3g} nats of information: the true information may be "
+            f"larger, and the divergence smaller by as much."
         )
 
 
 def _mean(each: Tensor) -> dict[str, float | None]:
-    error = standard_error(each.double())
-    return {"mean": _number(each.double().mean().item()), "standard_error": _number(error.item())}
+    each = each.double()
+    error = standard_error(each).item()
+    return {"mean": _number(each.mean().item()), "standard_error": _number(error)}
 
 
 def _number(value: float) -> float | None:

@@ -1,11 +1,10 @@
-"""What a guide says of each latent of each datum: divergences and means, by coordinate."""
+"""The divergence from the prior and the posterior mean of each latent, by coordinate."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, OneHotCategorical
 from torch.distributions import kl_divergence as divergence
@@ -13,7 +12,7 @@ from torch.distributions import kl_divergence as divergence
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
+from pyrovae.pairs.traces import Layout, reduce_to, samples, trace_pair, unscale
 
 __all__ = ["SitePosterior", "examine"]
 
@@ -41,7 +40,7 @@ class SitePosterior(NamedTuple):
 def examine(
     pair: Pair, layout: Layout, rows: tuple, particles: int
 ) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
-    """The rate and the distortion of each datum, ``[N]`` in nats, and each site's part of it.
+    """The rate and the distortion of each datum, ``[N]`` in nats, and the rate's parts by site.
 
     Divergences are in closed form where there is one and both programs sample their latents in
     one order, and means over draws elsewhere.
@@ -69,35 +68,34 @@ def examine(
             f"The log-probability of site {bad[0]!r} is NaN at draws from the guide: look at its "
             f"parameters there."
         )
-    seen = {n for n in terms if n in model.nodes and model.nodes[n]["is_observed"]}
+    model_sites, guide_sites = samples(model), samples(guide)
+    seen = {n for n in terms if n in model_sites and model_sites[n]["is_observed"]}
     zero = torch.zeros_like(next(iter(terms.values())))
     rate = sum((-term for name, term in terms.items() if name not in seen), zero)
     distortion = sum((-terms[name] for name in seen), zero)
     sites = {
-        name: _site(model, guide, name, -terms[name], analytic, layout, size)
+        name: _site(model_sites[name], guide_sites[name], -terms[name], analytic, layout, size)
         for name in layout.latents
     }
     return rate, distortion, sites
 
 
 def _site(
-    model: Trace,
-    guide: Trace,
-    name: str,
+    model: dict,
+    guide: dict,
     total: Tensor,
     analytic: bool,
     layout: Layout,
     size: tuple[int, int],
 ) -> SitePosterior:
-    site = guide.nodes[name]
-    kl = _kl_by_coordinate(model.nodes[name], site, analytic, layout, size)
-    values, width = _mean(site, layout, size)
+    kl = _kl_by_coordinate(model, guide, analytic, layout, size)
+    values, width = _mean(guide, layout, size)
     mean, noise = values.mean(0), torch.zeros_like(values[0])
     if size[0] > 1:
         noise = values.var(0) / size[0]
     used = torch.ones(size[1], dtype=torch.bool, device=total.device)
-    if site["mask"] is not None:
-        mask = torch.as_tensor(site["mask"], device=total.device)
+    if guide["mask"] is not None:
+        mask = torch.as_tensor(guide["mask"], device=total.device)
         used = _by_datum(mask, 0, layout, size).any(-1).any(0)
     found = total.unsqueeze(-1) if kl is None else kl.mean(0)
     return SitePosterior(found, mean, noise, used, kl is not None, width)
@@ -128,7 +126,7 @@ def _closed_form(q: Distribution, p: Distribution) -> Tensor | None:
 
 
 def _coordinate(fn: Any) -> Any:
-    """What one coordinate is distributed as, over a batch of them; None if they are dependent."""
+    """The distribution of one coordinate, over a batch of them; None if they are dependent."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return fn if fn.event_dim == 0 or isinstance(fn, CHOICES) else None
@@ -138,7 +136,7 @@ def _mean(site: dict, layout: Layout, size: tuple[int, int]) -> tuple[Tensor, in
     """E[z | x] given the latents above, or else z, ``[K, N, D * width]``; and the width."""
     fn, base = site["fn"], _coordinate(site["fn"])
     if isinstance(base, CHOICES):
-        events = fn.event_dim - base.event_dim + 1
+        events = fn.event_dim - len(base.event_shape) + 1
         return _by_datum(base.probs, events, layout, size), base.probs.shape[-1]
     try:
         mean = fn.mean

@@ -100,11 +100,16 @@ def test_the_parts_add_up_for_every_kind_of_pair(make):
     bound = pyrovae.elbo(model, guide, *rows, particles=4000, seed=1)
     torch.testing.assert_close(found.rate, bound.kl, rtol=0.1, atol=0.4)
     assert abs((found.elbo - bound.elbo).mean()) < 0.15
-    json.dumps(found.summary(), allow_nan=False)
+    held = json.loads(json.dumps(found.summary(), allow_nan=False))
+    means = {name: held[name]["mean"] for name in ("elbo", "rate", "distortion")}
+    assert means["elbo"] == pytest.approx(-means["rate"] - means["distortion"], abs=1e-5)
+    assert (held["remainder"] is None) == (found.aggregate is None)
     if found.aggregate:
         parts, error = found.aggregate, found.aggregate.standard_error
         error = 4 * math.hypot(error, parts.marginal_kl_error) + 0.02
-        assert parts.mutual_information + parts.marginal_kl == pytest.approx(rate, abs=error)
+        split = parts.mutual_information + parts.marginal_kl
+        assert held["remainder"] == pytest.approx(rate - split, abs=1e-9)
+        assert abs(held["remainder"]) < error
         assert -error < parts.mutual_information <= math.log(12)
 
 
@@ -307,11 +312,11 @@ def test_tiles_do_not_show(monkeypatch):
 def test_bad_input_is_refused():
     model, guide = shipped_bernoulli()
     x = binary()
-    with pytest.raises(ValueError, match="two data at least"):
+    with pytest.raises(ValueError, match="at least two data points"):
         diagnose(model, guide, x[:1])
     with pytest.raises(ValueError, match="num_samples >= 2"):
         diagnose(model, guide, x, num_samples=1)
-    with pytest.raises(ValueError, match="a label for each of 12"):
+    with pytest.raises(ValueError, match="a label for each of 12 data points"):
         diagnose(model, guide, x, labels=torch.zeros(3))
     with torch.no_grad():
         guide.encoder.layers[0].weight.fill_(math.nan)
