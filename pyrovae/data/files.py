@@ -1,4 +1,4 @@
-"""Arrays from .npy, .npz and .csv files, checked before anything is computed with them."""
+"""Read arrays from .npy, .npz and .csv files, and check them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyrovae._tools import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SUFFIXES", "Arrays", "read_arrays"]
+__all__ = ["SUFFIXES", "Arrays", "one_line", "read_arrays"]
 
 SUFFIXES = (".npy", ".npz", ".csv")
 LABELS = ("label", "labels", "y", "target", "class")
@@ -237,9 +237,13 @@ def _title(path: Path, name: str) -> str:
     return f"{name!r} of {path}" if name else str(path)
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
         f"Expected a readable {path.suffix} file at {path}, got one that is truncated, damaged or "
-        f"of another kind ({reason})."
+        f"of another kind ({one_line(error)})."
     )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or else its name, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

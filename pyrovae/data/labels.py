@@ -1,4 +1,4 @@
-"""Labels as the second argument of both programs: all of them, or a few."""
+"""Hand labels to both programs as their second argument: all labels, or a chosen few."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pyrovae._tools import InputError
 
 __all__ = ["HIDDEN", "LABEL_SEED", "choose_labelled", "label_context"]
 
+# No class number, so that a program can tell a hidden label by its sign.
 HIDDEN = -1
+# Fixed, so that runs with different seeds are shown the same labels and can be compared.
 LABEL_SEED = 0
 
 

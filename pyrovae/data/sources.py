@@ -1,21 +1,28 @@
-"""Where data come from: shipped sets and files, as arrays with their scale and their origin."""
+"""Read data sets from scikit-learn, torchvision or a file, and choose their splits."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import warnings
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
-from pyrovae.data.files import SUFFIXES, Arrays, read_arrays
-from pyrovae.data.images import read_images
+from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays
 
-__all__ = ["DATASETS", "Source", "find_source", "unknown"]
+__all__ = ["DATASETS", "SPLIT_SEED", "Source", "find_source", "split_rows", "unknown"]
+
+# Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
+SPLIT_SEED = 0
 
 DATASETS = {
     "digits": "1,797 handwritten digits, 8×8, 17 grey levels (scikit-learn, no download)",
@@ -24,6 +31,20 @@ DATASETS = {
     "kmnist": "70,000 cursive Japanese characters, 28×28 (torchvision)",
     "cifar10": "60,000 colour photographs of ten classes, 3×32×32 (torchvision)",
     "svhn": "99,289 colour photographs of house numbers, 3×32×32 (torchvision)",
+}
+_IDX = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
+_CIFAR = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
+IMAGES = {
+    "mnist": ("MNIST", [f"MNIST/raw/{file}" for file in _IDX]),
+    "fashion_mnist": ("FashionMNIST", [f"FashionMNIST/raw/{file}" for file in _IDX]),
+    "kmnist": ("KMNIST", [f"KMNIST/raw/{file}" for file in _IDX]),
+    "cifar10": ("CIFAR10", [f"cifar-10-batches-py/{file}" for file in _CIFAR]),
+    "svhn": ("SVHN", ["train_32x32.mat", "test_32x32.mat"]),
 }
 
 
@@ -42,8 +63,8 @@ def find_source(name: str | Path, root: str | Path | None = None) -> Source:
 
     Args:
         name: One of :data:`DATASETS`, or a ``.npy``, ``.npz`` or ``.csv`` file.
-        root: The folder of the torchvision sets, as :func:`pyrovae.data.images.read_images`
-            takes it.
+        root: The folder that holds torchvision's sets; by default ``PYROVAE_DATA``, or else
+            ``pyrovae/data`` in the user's cache. It is written to only if files are missing.
 
     Raises:
         TypeError: If ``name`` is no name.
@@ -64,7 +85,7 @@ def _read(name: str | Path, root: str | Path | None) -> Source:
         return _digits()
     if str(name) in DATASETS:
         origin = {"source": f"torchvision {version('torchvision')}"}
-        return Source(str(name), read_images(str(name), root), 255.0, "uint8 / 255", origin)
+        return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)
     path = Path(name).expanduser()
     if path.suffix.lower() not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
@@ -79,6 +100,51 @@ def _digits() -> Source:
     arrays = Arrays(found.images.astype(np.uint8), found.target.astype(np.int64))
     origin = {"source": f"scikit-learn {version('scikit-learn')}"}
     return Source("digits", arrays, 16.0, "/ 16", origin)
+
+
+def _images(name: str, root: str | Path | None) -> Arrays:
+    """One of torchvision's image sets, uint8 ``[N, ...]``, the official test set last."""
+    kind, files = IMAGES[name]
+    folder = Path(root or os.environ.get("PYROVAE_DATA") or _cache()).expanduser()
+    if not all((folder / file).is_file() for file in files):
+        try:
+            with redirect_stdout(sys.stderr):
+                _part(kind, folder, "train", download=True)
+                _part(kind, folder, "test", download=True)
+        except Exception as error:
+            raise FileNotFoundError(
+                f"Expected {', '.join(files)} in {folder}, and could not download them "
+                f"({one_line(error)}); put them there, or name another folder with --data-root, "
+                "root= or the environment variable PYROVAE_DATA."
+            ) from error
+    try:
+        parts = [_part(kind, folder, part) for part in ("train", "test")]
+    except Exception as error:
+        raise InputError(
+            f"Expected the files of {name} in {folder}, got ones that are truncated or damaged "
+            f"({one_line(error)}); delete {', '.join(files)} there and load again."
+        ) from error
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Arrays(x, y, (len(parts[0][0]), 0, len(parts[1][0])))
+
+
+def _part(
+    kind: str, folder: Path, part: str, download: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    from torchvision import datasets
+
+    which = {"split": part} if kind == "SVHN" else {"train": part == "train"}
+    with warnings.catch_warnings(action="ignore"):
+        found = getattr(datasets, kind)(folder, download=download, **which)
+    x = np.asarray(found.data)
+    y = np.asarray(found.labels if kind == "SVHN" else found.targets, dtype=np.int64)
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images and {len(y)} labels")
+    return x, y
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae" / "data"
 
 
 def _file(path: Path) -> Source:
@@ -96,6 +162,44 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
     elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3):
         x = np.moveaxis(x, -1, 1)
     return np.ascontiguousarray(x)
+
+
+def split_rows(
+    rows: int, sizes: tuple[int, int, int] | None, name: str
+) -> tuple[tuple[Tensor, ...], dict[str, str | int | None]]:
+    """The row numbers of the training, validation and test data, and the rule that chose them.
+
+    Args:
+        rows: The number of rows of all data.
+        sizes: How many leading rows are given as each split, if any are.
+        name: What the data are called.
+
+    Raises:
+        ValueError: If there are too few rows for three splits.
+    """
+    if sizes is None:
+        _check_rows(rows, 3, f"rows in {name}")
+        valid, test = max(1, round(rows / 10)), max(1, round(rows / 5))
+        index = _permutation(rows).split([rows - valid - test, valid, test])
+        return index, {"split": "70/10/20, permuted", "split_seed": SPLIT_SEED}
+    if sizes[1]:
+        index = torch.arange(rows).split(list(sizes))
+        return index, {"split": "as given", "split_seed": None}
+    train = sizes[0]
+    _check_rows(train, 2, f"training rows in {name}")
+    valid = max(1, train // 6)
+    index = *_permutation(train).split([train - valid, valid]), torch.arange(train, rows)
+    rule = "test as given, one in six of train for valid, permuted"
+    return index, {"split": rule, "split_seed": SPLIT_SEED}
+
+
+def _permutation(rows: int) -> Tensor:
+    return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(rows))
+
+
+def _check_rows(rows: int, needed: int, what: str) -> None:
+    if rows < needed:
+        raise InputError(f"Expected at least {needed} {what}, one for each split, got {rows}.")
 
 
 def unknown(what: str, got: str, known: Iterable[str]) -> str:

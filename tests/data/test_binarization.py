@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyrovae.data.binarization import draw_binary
+from pyrovae.data import draw_binary
 
 N = 40_000
 

@@ -227,3 +227,10 @@ def test_a_dataset_can_be_made_of_tensors():
     data = Dataset("mine", x.shape[1:], x[:2], x[2:4], x[4:])
     assert torch.equal(data.batch(torch.tensor([1])), x[1:2])
     assert repr(data) == "Dataset('mine', [2], train=2, valid=2, test=2, binarize='none')"
+
+
+def test_a_dataset_may_have_training_data_alone():
+    data = Dataset("mine", torch.Size([2]), torch.rand(6, 2))
+    assert (data.split("valid"), data.split("test")) == ((), ())
+    assert repr(data) == "Dataset('mine', [2], train=6, valid=0, test=0, binarize='none')"
+    assert data.to("meta").train.device.type == "meta" and data.to("meta").valid is None
