@@ -5,11 +5,11 @@ traces. All log-probabilities are in nats per datum.
 """
 
 from pyrovae._classify import classify
-from pyrovae._kl import kl_standard_normal
 from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
 from pyrovae.diagnostics import Diagnosis, diagnose
+from pyrovae.distributions import kl_standard_normal
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_log_likelihood

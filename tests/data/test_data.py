@@ -233,4 +233,5 @@ def test_a_dataset_may_have_training_data_alone():
     data = Dataset("mine", torch.Size([2]), torch.rand(6, 2))
     assert (data.split("valid"), data.split("test")) == ((), ())
     assert repr(data) == "Dataset('mine', [2], train=6, valid=0, test=0, binarize='none')"
-    assert data.to("meta").train.device.type == "meta" and data.to("meta").valid is None
+    assert data.to("meta").train.device.type == "meta"
+    assert data.to("meta").valid is None

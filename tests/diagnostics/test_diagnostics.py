@@ -13,9 +13,8 @@ from torch import nn
 
 import pyrovae
 from pairs import PAIRS, binary, shipped_bernoulli, shipped_gaussian
-from pyrovae._kl import kl_standard_normal
 from pyrovae.diagnostics import aggregate, aggregate_posterior, diagnose
-from pyrovae.distributions import GridCategorical
+from pyrovae.distributions import GridCategorical, kl_standard_normal
 from pyrovae.guides.linear_gaussian import LinearGaussian as FullGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
-from pyrovae._kl import kl_standard_normal
+from pyrovae.distributions import kl_standard_normal
 
 KINDS = ["diagonal", "full", "low_rank"]
 PAIRS = [(q, p) for q in KINDS for p in KINDS]

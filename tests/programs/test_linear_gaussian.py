@@ -8,7 +8,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from pyrovae._kl import kl_standard_normal
+from pyrovae.distributions import kl_standard_normal
 from pyrovae.guides.linear_gaussian import LinearGaussian as Guide
 from pyrovae.models.linear_gaussian import LinearGaussian as Model
 

@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 from tree import FILES, LIBRARY, PROGRAMS, imported, inner, parsed
 
 HEAVY = {"arviz", "matplotlib", "pandas", "sklearn", "torchvision", "tqdm", "tensorboard"}
-LEAVES = {"nn", "distributions", "_kl"}
+LEAVES = {"nn", "distributions"}
 # Each row may import the rows above it, and its own folder; so may a file of the last rows.
 FLOORS = [
     {"_tools"},
