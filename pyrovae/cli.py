@@ -81,7 +81,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from pyrovae.report.pictures import png, sample_picture
+    from pyrovae.report import sample_picture
+    from pyrovae.report.figures import png
     from pyrovae.runs import experiment
 
     run = Run.open(options.run)
@@ -108,7 +109,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from pyrovae.report.compare_page import render_comparison
+    from pyrovae.report import render_comparison
     from pyrovae.runs import write_atomic
     from pyrovae.runs.compare import compare_runs
 

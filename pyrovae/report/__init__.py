@@ -1,27 +1,51 @@
-"""A run on one page: a single HTML file that loads nothing from anywhere."""
+"""A run in pictures and on a page: a single HTML file that loads nothing from anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from typing import Any
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import subseed
-from pyrovae.report.finding_pictures import FINDING_PICTURES, draw_findings
-from pyrovae.report.html import figures_of, flatten, name_of, plain, section, table
-from pyrovae.report.numbers import behind_table, number_tables
-from pyrovae.report.pictures import draw_pictures
-from pyrovae.report.style import page
-from pyrovae.report.verdict import Statement, verdict
+from pyrovae.report import figures as plots
+from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
+from pyrovae.report.text import shown, statements
 from pyrovae.runs import Run
+from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.experiment import Experiment
 from pyrovae.runs.results import load_finding
+from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample
 
-__all__ = ["draw_run", "render_report"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_run", "render_comparison", "render_report", "sample_picture"]
 
 PICTURE_STREAM = 1_000_002
-
-GROUPS = {"model": "Model", "guide": "Guide", "data": "Data", "versions": "Versions"}
+REACH = 2.5  # standard deviations of the prior, within which 99% of a dimension's latents lie
+CAPTIONS = {
+    "learning_curves": "The ELBO and its two terms after each epoch, in nats per datum.",
+    "bound_curve": "The importance-weighted bound for fewer samples, and what each tenfold adds. "
+    "Where it is flat, the samples are enough.",
+    "khat": "The Pareto shape of each datum's importance weights. Above 0.7 a few weights carry "
+    "the sum, and log p(x) of that datum is too low by more than its error says.",
+    "rate_distortion": "Rate and distortion at the end, with two standard errors over data, and "
+    "after each epoch before. Along a grey line the ELBO is the same.",
+    "kl_by_dimension": "KL from the prior by latent dimension: what each carries of the datum.",
+    "calibration": "How many values lie in the central intervals of p(x|z), z ~ q(z|x). "
+    "Below the diagonal the model is too sure of itself.",
+    "latent_space": "Where the guide puts the data: posterior means.",
+    "samples": "Samples: z drawn from the prior, then decoded.",
+    "reconstructions": "Data, and each datum encoded and decoded again.",
+    "interpolations": "From one datum to another along a line between their latents.",
+    "manifold": "What the model decodes across the latent plane.",
+}
 PICTURES = {
     "Training": ("learning_curves",),
     "How far log p(x) can be trusted": ("bound_curve", "khat"),
@@ -32,8 +56,11 @@ PICTURES = {
         "latent_space",
     ),
     "Pictures": ("samples", "reconstructions", "interpolations", "manifold"),
+    "Further pictures": ("",),
 }
+SIDE_BY_SIDE = ("samples", "reconstructions", "interpolations", "manifold", "latent_space")
 SPLITS = {"train": "training", "valid": "validation"}
+SAME = ("command", "versions")
 
 
 def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
@@ -41,21 +68,43 @@ def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
 
     Args:
         run: The run, where the pictures are saved.
-        experiment: Its trained pair and its data.
+        experiment: Its trained pair and its data; pictures show test data.
 
     Returns:
-        PNG by name.
+        PNG by name. The latent space is drawn for each real-valued latent that is a vector, the
+        manifold for a single one of two dimensions.
     """
     seed = subseed(experiment.config["seed"], PICTURE_STREAM)
-    pair = experiment.model, experiment.guide
-    found = draw_pictures(*pair, experiment.data, run.history(), seed=seed)
+    drawn = _draw_pictures(experiment, run.history(), seed)
     if (finding := load_finding(run)) is not None:
-        found |= draw_findings({"": finding})
+        drawn |= draw_findings({"": finding})
+    found = {name: plots.png(figure) for name, figure in drawn.items()}
     for name in FINDING_PICTURES:
         run.remove_figure(name)
     for name, picture in found.items():
         run.save_figure(name, picture)
     return found
+
+
+def sample_picture(
+    model: Callable, like: Tensor, *context: Tensor, n: int, seed: int | None
+) -> Figure:
+    """Draws from the model: E[x | z] for z from the prior, where the likelihood knows it.
+
+    Args:
+        model: The model program.
+        like: A batch ``[N, ...]``; its values are not used.
+        context: The model's further arguments ``[N, ...]``, taken from the first row on.
+        n: How many to draw.
+        seed: Seeds the draws.
+    """
+    rows = [
+        tensor.repeat(-(-n // len(tensor)), *(1,) * (tensor.dim() - 1))[:n] for tensor in context
+    ]
+    images = _first(sample(model, *rows, like=like, n=n, mean=True, seed=seed))
+    return plots.image_grid(
+        images.reshape(n, *like.shape[1:]), title="Samples, E[x | z] with z from the prior"
+    )
 
 
 def render_report(
@@ -82,103 +131,231 @@ def render_report(
     Raises:
         ValueError: If a figure is not a PNG.
     """
-    model, guide, data = (name_of(config.get(part)) for part in ("model", "guide", "data"))
-    title = f"{model} with guide {guide}, trained on {data}"
+    model, guide, data = (_name_of(config.get(part)) for part in ("model", "guide", "data"))
     order = ["test", "valid", "train", *results]
-    shown = {split: results[split] for split in sorted(results, key=order.index)}
-    parts = [
-        f"<header><h1>{escape(title)}</h1>{_about(config)}{_training(config, history)}</header>",
-        "" if results else "<p>Not evaluated yet: pyrovae evaluate.</p>",
+    splits = [
+        {
+            "name": SPLITS.get(split, split),
+            "found": results[split],
+            "statements": statements(
+                results[split], history=() if place else history, weights=weights
+            ),
+        }
+        for place, split in enumerate(sorted(results, key=order.index))
     ]
-    for number, (split, found) in enumerate(shown.items()):
-        notes = [*_stale(found, weights), *([] if number else _unfinished(history))]
-        parts.append(verdict(_split(split, found), found, notes))
-        parts.append(section("Numbers", number_tables(found)))
-    for name, kinds in PICTURES.items():
-        layout = "figures tall" if "samples" in kinds else "figures"
-        parts.append(section(name, figures_of(figures, kinds, layout)))
-    parts.append(section("Further pictures", figures_of(figures)))
-    behind = [
-        section(f"Behind the numbers: {SPLITS.get(split, split)} data", behind_table(found))
-        for split, found in shown.items()
-    ]
-    parts += ['<div class="columns">', *behind, *_settings(config), "</div>", _command(config)]
-    return page(title, parts)
+    return _render(
+        "report.html.j2",
+        title=f"{model} with guide {guide}, trained on {data}",
+        summary=[*_about(config), *_training(config, history)],
+        splits=splits,
+        figures={title: _pictures(figures, kinds) for title, kinds in PICTURES.items()},
+        config=config,
+    )
 
 
-def _about(config: Mapping[str, Any]) -> str:
+def render_comparison(found: RunComparison) -> str:
+    """Write a comparison as one self-contained HTML page: what differs, then figures and pictures.
+
+    Args:
+        found: What :func:`pyrovae.runs.compare.compare_runs` made of the runs.
+
+    Returns:
+        The page. It refers to nothing outside itself and runs no script.
+    """
+    names = [run.name for run in found.runs]
+    curves = draw_findings({run.name: run.finding for run in found.runs}, joined=found.joined)
+    pictures = {run.name: run.run.figures() for run in found.runs}
+    return _render(
+        "comparison.html.j2",
+        title=f"{', '.join(names[:-1])} and {names[-1]}, compared on {found.split} data",
+        num_data=found.num_data,
+        verdicts=found.verdicts,
+        names=names,
+        numbers=_numbers(found),
+        doubts=[
+            (run.name, said.text)
+            for run in found.runs
+            for said in statements(run.finding.results)
+            if said.kind == "doubtful"
+        ],
+        curves=[_picture(name, plots.png(figure)) for name, figure in curves.items()],
+        figures=[
+            [each for name in names for each in _pictures(pictures[name], [kind], of=name)]
+            for kind in SIDE_BY_SIDE
+        ],
+        settings=_differing([run.config for run in found.runs]),
+        commands=[_plain(run.config["command"]) for run in found.runs],
+    )
+
+
+def _render(template: str, **view: Any) -> str:
+    """Fill a template in: what it is given is text, and is escaped."""
+    from jinja2 import ChainableUndefined, Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("pyrovae.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # What results of an earlier version or a part of an evaluation lack, the page leaves out.
+        undefined=ChainableUndefined,
+    )
+    environment.filters |= {"cell": _cell, "leaves": _leaves, "plain": _plain}
+    return environment.get_template(template).render(view)
+
+
+def _cell(value: Any) -> str | Markup:
+    """A float is shown rounded, with its exact value in the markup."""
+    from markupsafe import Markup
+
+    if isinstance(value, float):
+        return Markup('<data value="{!r}">{}</data>').format(float(value), shown(value))
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """A value as text: itself, or as JSON writes it; nothing for None."""
+    from jinja2 import Undefined
+
+    if value is None or isinstance(value, Undefined):
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _leaves(value: Any, *without: str) -> list[tuple[str, Any]]:
+    """The leaves of nested mappings by their paths, ``a.b.c``, but for some keys of the first."""
+    if not value:
+        return []
+    if isinstance(value, Mapping):
+        value = {key: part for key, part in value.items() if key not in without}
+    return list(_walk(value, ""))
+
+
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _walk(part, f"{path}.{key}" if path else str(key))
+    else:
+        yield path or "name", value
+
+
+def _name_of(part: Any) -> str:
+    """What a model, a guide or a data set of a configuration is called."""
+    return _plain((part.get("name") if isinstance(part, Mapping) else part) or "unnamed")
+
+
+def _pictures(
+    figures: Mapping[str, bytes], kinds: Sequence[str], of: str = ""
+) -> list[dict[str, Any]]:
+    """Pictures of some kinds in their order: ``latent_space_u`` is of the kind ``latent_space``."""
+    named = [name for kind in kinds for name in figures if _kind(name) == kind]
+    return [_picture(name, figures[name], of) for name in named]
+
+
+def _picture(name: str, png: bytes, of: str = "") -> dict[str, Any]:
+    """What a page says of a picture, half as large as its dots, for sharp screens."""
+    if png[:8] != b"\x89PNG\r\n\x1a\n":
+        raise InputError(f"Expected the figure {name!r} to be a PNG, got a file of {png[:8]!r}.")
+    kind = _kind(name)
+    caption = " ".join(filter(None, [CAPTIONS.get(kind), name[len(kind) :].strip("_")]))
+    width, height = (int.from_bytes(png[at : at + 4], "big") // 2 for at in (16, 20))
+    data = b64encode(png).decode()
+    return {"of": of, "caption": caption, "data": data, "width": width, "height": height}
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind in CAPTIONS if f"{name}_".startswith(f"{kind}_")), "")
+
+
+def _about(config: Mapping[str, Any]) -> Iterator[str]:
     """What was trained on what, in a line."""
     data = config.get("data")
     if not isinstance(data, Mapping):
-        return ""
+        return
     said = []
     if config.get("objective"):
-        said.append(f"objective {plain(config['objective'])}")
+        said.append(f"objective {_plain(config['objective'])}")
     if data.get("shape"):
-        said.append(f"data of shape {plain(data['shape'])}")
+        said.append(f"data of shape {_plain(data['shape'])}")
     if data.get("binarize"):
-        said.append(f"binarization {plain(data['binarize'])}")
+        said.append(f"binarization {_plain(data['binarize'])}")
     if isinstance(data.get("sizes"), Mapping):
-        sizes = [f"{plain(n)} {SPLITS.get(s, s)}" for s, n in data["sizes"].items()]
+        sizes = [f"{_plain(n)} {SPLITS.get(s, s)}" for s, n in data["sizes"].items()]
         said.append(" + ".join(sizes) + " data")
-    text = "; ".join(said)
-    return f'<p class="soft">{escape(text[:1].upper() + text[1:])}.</p>' if said else ""
+    if said:
+        text = "; ".join(said)
+        yield f"{text[:1].upper()}{text[1:]}."
 
 
-def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not history:
-        return ""
+        return
     seconds = sum(row.get("seconds") or 0.0 for row in history)
     text = f"{len(history)} epoch{'s' * (len(history) > 1)}"
     text += f" in {seconds:.1f} s" if seconds else ""
     text += f" on {config['device']}" if "device" in config else ""
-    best = _best(history)
-    text += f"; best validation ELBO {best[1]:.3f} nats per datum" if best else ""
-    return f'<p class="soft">{escape(text)}.</p>'
+    bounds = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
+    best = f"; best validation ELBO {max(bounds):.3f} nats per datum" if bounds else ""
+    yield f"{text}{best}."
 
 
-def _best(history: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    rows = [(i, row.get("valid_elbo")) for i, row in enumerate(history)]
-    rows = [row for row in rows if row[1] is not None]
-    return max(rows, key=lambda row: row[1]) if rows else None
+def _numbers(found: RunComparison) -> list[Sequence[str]]:
+    """The table of a comparison, a run a column."""
+    columns = [[*HEAD, "log p(x) less the first's", "ELBO less the first's"]]
+    columns.append([*found.runs[0].cells, "", ""])
+    for run, c, elbo in zip(found.runs[1:], found.differences, found.elbo_differences, strict=True):
+        paired = [f"{d:+.3f} ± {e:.3f}" for d, e in ((c.difference, c.standard_error), elbo)]
+        columns.append([*run.cells, *paired])
+    return list(zip(*columns, strict=True))[1:]
 
 
-def _split(split: str, found: Mapping[str, Any]) -> str:
-    name = SPLITS.get(split, split).capitalize()
-    n, of = found.get("num_data"), found.get("num_data_of_split")
-    size = "" if n is None else f", N = {n:,}"
-    return f"{name} data{size}{f' of {of:,}' if of and of != n else ''}"
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The settings in which runs differ, a run a column."""
+    flat = [
+        {path: _plain(value) for path, value in _leaves(config, *SAME) if value is not None}
+        for config in configs
+    ]
+    paths = dict.fromkeys(path for each in flat for path in each)
+    rows = [[path, *(each.get(path, "") for each in flat)] for path in paths]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _stale(found: Mapping[str, Any], weights: str | None) -> Iterator[Statement]:
-    if weights is not None and found.get("weights") not in (None, weights):
-        yield Statement(
-            "bad",
-            "These numbers are of earlier weights: the run was trained further since. Evaluate "
-            "it again.",
+def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> dict[str, Figure]:
+    """Learning curves, samples, reconstructions, latent space and what lies between data."""
+    model, guide, data = experiment.model, experiment.guide, experiment.data
+    every, *others = data.split("test")
+    x, *context = every[:10], *(tensor[:10] for tensor in others)
+    found = {} if not history else {"learning_curves": plots.learning_curves(history)}
+    found["samples"] = sample_picture(model, every, *others, n=64, seed=seed)
+    xhat = _first(reconstruct(model, guide, x, *context, seed=seed))
+    found["reconstructions"] = plots.reconstructions(
+        x, xhat.reshape(x.shape), title="Test data and reconstructions E[x | z], z ~ q(z | x)"
+    )
+    means = encode(guide, every, *others)
+    codes = {n: z for n, z in means.items() if z.is_floating_point()}
+    labels = data.labels.test if data.labels else None
+    vectors = {name: z for name, z in codes.items() if z.dim() == 2}
+    for name, z in vectors.items():
+        key = "latent_space" if len(vectors) == 1 else f"latent_space_{name}"
+        found[key] = plots.latent_space(z, labels, site=name)
+    if len(codes) == len(means):
+        half = [tensor[:5] for tensor in context]
+        rows = _first(interpolate(model, guide, x[:5], every[10:15], *half))
+        found["interpolations"] = plots.interpolations(
+            rows.reshape(*rows.shape[:2], *data.shape),
+            title="Between the encodings of two test data, E[x | z]",
         )
+    if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
+        found["manifold"] = _manifold(model, next(iter(codes)), data.test)
+    return found
 
 
-def _unfinished(history: Sequence[Mapping[str, Any]]) -> Iterator[Statement]:
-    best = _best(history)
-    if best and len(history) > 1 and best[0] == len(history) - 1:
-        yield Statement(
-            "",
-            "The validation ELBO was best in the last epoch: longer training (pyrovae train "
-            "--resume --epochs) may raise it.",
-        )
+def _manifold(model: Callable, site: str, like: Tensor, side: int = 15) -> Figure:
+    axis = torch.linspace(-REACH, REACH, side)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
+    images = _first(decode(model, {site: grid.reshape(-1, 2)}, like=like))
+    return plots.manifold(images.reshape(side, side, *like.shape[1:]), (-REACH, REACH))
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[str]:
-    training = {key: config[key] for key in config if key not in (*GROUPS, "command")}
-    groups = {GROUPS[key]: config[key] for key in GROUPS if key in config}
-    for title, group in {"Settings": training, **groups}.items():
-        rows = [[path, plain(value)] for path, value in flatten(group) if value is not None]
-        yield section(title, table(rows))
-
-
-def _command(config: Mapping[str, Any]) -> str:
-    command = escape(plain(config.get("command")))
-    if not command:
-        return ""
-    return section("The command that makes this run", f"<pre><code>{command}</code></pre>")
+def _first(found: Tensor | dict[str, Tensor]) -> Tensor:
+    return found if isinstance(found, Tensor) else next(iter(found.values()))

@@ -1,24 +1,27 @@
 """Figures of a run: each function takes tensors and returns a matplotlib ``Figure``.
 
 Events ``[1, H, W]`` and ``[3, H, W]`` are drawn as pictures, a pixel being a whole number of dots;
-``[1]`` as one pixel, ``[2]`` as points in the plane, and all others as line profiles.
+``[1]`` as one pixel, ``[2]`` as points in the plane, and all others as line profiles. Every figure
+has the same style, whatever matplotlib's own settings are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from functools import wraps
 from math import ceil
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae.report.figure_style import BLUE, DPI, GREY, ORANGE, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -27,11 +30,59 @@ __all__ = [
     "latent_space",
     "learning_curves",
     "manifold",
+    "panel",
+    "png",
     "reconstructions",
+    "styled",
 ]
 
+P = ParamSpec("P")
+DPI, INK, BLUE, ORANGE, GREY = 200, "#333333", "#1f5fa8", "#d1700f", "#b4b4b4"
+PALETTE = (BLUE, ORANGE, "#2d8a4e", "#8b4fa0", "#b3261e", "#5f6b76")
+STYLE = {
+    "font.size": 9,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "text.parse_math": False,
+}
 PLANE = ("x[0]", "x[1]")
 TERMS = {"elbo": "ELBO", "reconstruction": "E_q[ln p(x|z)]", "kl": "KL(q(z|x) ‖ p(z))"}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw a figure in this style, with nothing of the surrounding settings in it."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        from matplotlib import style
+
+        with style.context(["default", STYLE]):
+            figure = draw(*args, **kwargs)
+            for axes in figure.axes:
+                axes.spines[["top", "right"]].set_visible(False)
+                axes.tick_params(labelsize=8, color=GREY, labelcolor=INK)
+            return figure
+
+    return drawn
+
+
+def panel(title: str, xlabel: str, ylabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes, narrow enough to be read on a telephone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.8, height), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(True)
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 @styled
@@ -258,11 +309,16 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), behind=None) -
 
 def _tile(cells: np.ndarray, gap: int) -> np.ndarray:
     """Lay cells ``[r, c, C, H, W]`` out as one picture, grey or RGB, with white between them."""
-    pad = [(0, 0), (0, 0), (0, 0), (gap, 0), (gap, 0)]
-    cells = np.pad(cells, pad, constant_values=np.nan).transpose(0, 3, 1, 4, 2)
-    canvas = cells.reshape(cells.shape[0] * cells.shape[1], -1, cells.shape[4])
-    canvas = np.pad(canvas, [(0, gap), (0, gap), (0, 0)], constant_values=np.nan)
-    return canvas[..., 0] if canvas.shape[2] == 1 else np.nan_to_num(canvas, nan=1).clip(0, 1)
+    from torch.nn.functional import pad
+    from torchvision.utils import make_grid
+
+    images = torch.from_numpy(cells.reshape(-1, *cells.shape[2:]).copy())
+    grid = make_grid(images, nrow=cells.shape[1], padding=gap, pad_value=np.nan)
+    if len(images) == 1:  # make_grid (torchvision 0.29) leaves a single image without its frame
+        grid = pad(grid, [gap] * 4, value=np.nan)
+    if images.shape[1] == 1:  # it repeats a grey image as three channels
+        return grid[0].numpy()
+    return grid.permute(1, 2, 0).nan_to_num(nan=1.0).clamp(0, 1).numpy()
 
 
 def _profiles(axes, cells, behind, low, high) -> None:

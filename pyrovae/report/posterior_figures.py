@@ -1,21 +1,156 @@
-"""Figures of what the posterior does: rate and distortion, KL by dimension, calibration."""
+"""Figures of an evaluation: log p(x) and how far to trust it, and what the posterior does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyrovae._tools import InputError
-from pyrovae.report.figure_style import BLUE, DPI, GREY, INK, PALETTE, panel, styled
+from pyrovae.diagnostics.result import ACTIVE
+from pyrovae.evidence.result import LogLikelihood
+from pyrovae.report.figures import BLUE, DPI, GREY, INK, ORANGE, PALETTE, panel, styled
+from pyrovae.runs.results import Finding
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["calibration_curves", "kl_by_dimension", "rate_distortion"]
+__all__ = [
+    "bound_curves",
+    "calibration_curves",
+    "draw_findings",
+    "end_point",
+    "khat_curves",
+    "kl_by_dimension",
+    "rate_distortion",
+]
 
-ACTIVE = 0.01
+FINDING_PICTURES = ("bound_curve", "khat", "rate_distortion", "kl_by_dimension", "calibration")
+# k-hat above which importance weights have no variance, and above which no error can be trusted
+# (Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646).
+THRESHOLDS = {0.5: "0.5: infinite variance", 0.7: "0.7: not to be trusted"}
+
+
+def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, Figure]:
+    """Draw what there is to draw, by name.
+
+    Args:
+        findings: Evaluations on the same data by the runs' names; the KL by dimension is drawn
+            for one alone, and an annealed estimate where there is one and it is of all data.
+        joined: The runs lie on one curve over β.
+    """
+    estimates = {n: f.log_likelihood for n, f in findings.items() if f.log_likelihood is not None}
+    points = {name: end for name, f in findings.items() if (end := end_point(f.results))}
+    paths = {name: f.history for name, f in findings.items()}
+    seen = {name: f.results.get("diagnostics") or {} for name, f in findings.items()}
+    covered = {name: each["calibration"] for name, each in seen.items() if each.get("calibration")}
+    drawn = {
+        "bound_curve": lambda: bound_curves(estimates, _level(findings)),
+        "khat": lambda: khat_curves(estimates),
+        "rate_distortion": lambda: rate_distortion(points, paths, joined=joined),
+        "calibration": lambda: calibration_curves(covered),
+    }
+    there = {"rate_distortion": points, "calibration": covered}
+    if len(seen) == 1:
+        sites = next(iter(seen.values())).get("sites") or {}
+        drawn["kl_by_dimension"] = lambda: kl_by_dimension(sites)
+        there["kl_by_dimension"] = {n: s for n, s in sites.items() if s.get("kl")}
+    there["bound_curve"] = {n: e for n, e in estimates.items() if e.curve is not None}
+    there["khat"] = {n: e for n, e in estimates.items() if bool(e.khat.isfinite().any())}
+    return {name: draw() for name, draw in drawn.items() if there[name]}
+
+
+def end_point(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]] | None:
+    """Rate and distortion of an evaluation with their errors over data, if they are known."""
+    seen = results.get("diagnostics") or {}
+    if "rate" in seen and "distortion" in seen:
+        found = {key: seen[key] for key in ("rate", "distortion")}
+    else:
+        lost = results.get("reconstruction")
+        found = {
+            "rate": {"mean": results.get("kl")},
+            "distortion": {"mean": None if lost is None else -lost},
+        }
+    return None if None in (each["mean"] for each in found.values()) else found
+
+
+def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
+    (first, *others) = findings.values()
+    if others or first.annealed is None or first.log_likelihood is None:
+        return None
+    same = len(first.annealed.log_prob) == len(first.log_likelihood.log_prob)
+    return first.annealed if same else None
+
+
+@styled
+def bound_curves(
+    estimates: Mapping[str, LogLikelihood], annealed: LogLikelihood | None = None
+) -> Figure:
+    """Draw the bound of each estimate, in nats per datum, against the number of samples.
+
+    Where a curve is flat at its end, the samples are enough. The last point, the estimate, has two
+    Monte Carlo standard errors around it.
+
+    Args:
+        estimates: Estimates of the same data, by what they are of.
+        annealed: A level to reach, of the same data.
+
+    Raises:
+        ValueError: If no estimate has a curve.
+    """
+    drawn = {name: ll for name, ll in estimates.items() if ll.curve is not None}
+    if not drawn:
+        raise InputError("Expected an estimate with a curve, got none.")
+    figure, axes = panel("The bound by number of samples", "samples K", "nats per datum")
+    for (name, ll), colour in zip(drawn.items(), cycle(PALETTE), strict=False):
+        k, bound = zip(*ll.curve.mean.items(), strict=True)
+        axes.plot(k, bound, ".-", color=colour, label=name if len(drawn) > 1 else None)
+        if k[-1] == ll.num_samples and np.isfinite(ll.mean_standard_error):
+            axes.errorbar(k[-1], ll.mean, 2 * ll.mean_standard_error, color=colour, capsize=3)
+        if len(drawn) == 1:
+            _label(axes, k, bound)
+    if annealed is not None:
+        low, high = (annealed.mean + s * annealed.mean_standard_error for s in (-2, 2))
+        axes.axhspan(low, high, color=ORANGE, alpha=0.25, lw=0)
+        axes.axhline(annealed.mean, color=ORANGE, lw=1, label="annealed importance sampling")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda k, _: f"{k:,.0f}")
+    axes.margins(0.1, 0.16)
+    if len(drawn) > 1 or annealed is not None:
+        figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
+    """Draw the Pareto shape of each datum, sorted, with the values above which errors fail.
+
+    Args:
+        estimates: Estimates by what they are of.
+
+    Raises:
+        ValueError: If no estimate has a k-hat.
+    """
+    shapes = {name: ll.khat.double().cpu().numpy() for name, ll in estimates.items()}
+    shapes = {n: v for n, k in shapes.items() if (v := np.sort(k[np.isfinite(k)])).size}
+    if not shapes:
+        raise InputError("Expected an estimate with a k-hat, got none: K is too small.")
+    figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
+    for level, text in THRESHOLDS.items():
+        axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)
+        axes.text(0.01, level + 0.015, text, fontsize=7.5, color=INK)
+    for (name, k), colour in zip(shapes.items(), cycle(PALETTE), strict=False):
+        share = (np.arange(k.size) + 0.5) / k.size
+        label = f"{name + ': ' if len(shapes) > 1 else ''}{np.mean(k > 0.7):.1%} above 0.7"
+        axes.plot(share, k, color=colour, lw=1.8, label=label)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    low = min(float(k[0]) for k in shapes.values())
+    high = max(float(k[-1]) for k in shapes.values())
+    axes.set(xlim=(0, 1), ylim=(min(low, 0.0) - 0.08, max(high, 0.8) + 0.08))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
 
 
 @styled
@@ -41,8 +176,7 @@ def rate_distortion(
     """
     title, ends = "Rate and distortion", []
     figure, axes = panel(title, "rate, KL(q(z|x) ‖ p(z)), nats", "distortion, nats", 3.4)
-    for i, (name, point) in enumerate(points.items()):
-        colour = PALETTE[i % len(PALETTE)]
+    for (name, point), colour in zip(points.items(), cycle(PALETTE), strict=False):
         if (path := _path(paths.get(name, ()))) is not None:
             axes.plot(*path.T, "-", color=colour, alpha=0.45, lw=1)
             axes.scatter(*path.T, 5, colour, alpha=0.45, linewidths=0)
@@ -93,10 +227,9 @@ def kl_by_dimension(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
         few = range(1, len(kl) + 1) if len(kl) <= 10 else None
         axes.xaxis.set_major_locator(FixedLocator(few) if few else MaxNLocator(integer=True))
         axes.grid(True, axis="y")
-    if len(panels):
-        names = {BLUE: f"active: its mean varies by more than {ACTIVE}", GREY: "not active"}
-        handles = [Patch(color=colour, label=text) for colour, text in names.items()]
-        panels[0].legend(handles=handles, frameon=False, fontsize=8, loc="upper right")
+    names = {BLUE: f"active: its mean varies by more than {ACTIVE}", GREY: "not active"}
+    handles = [Patch(color=colour, label=text) for colour, text in names.items()]
+    panels[0].legend(handles=handles, frameon=False, fontsize=8, loc="upper right")
     return figure
 
 
@@ -111,7 +244,7 @@ def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     title = "Calibration of predictive intervals"
     figure, axes = panel(title, "nominal coverage", "share of values inside")
     axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", label="calibrated")
-    for (name, each), colour in zip(found.items(), PALETTE * len(found), strict=False):
+    for (name, each), colour in zip(found.items(), cycle(PALETTE), strict=False):
         error = 2 * np.array(each["standard_error"], float)
         axes.errorbar(each["levels"], each["coverage"], error, fmt=".-", color=colour, label=name)
     for axis in (axes.xaxis, axes.yaxis):
@@ -166,3 +299,11 @@ def _levels(axes, points: np.ndarray) -> None:
         text = {"ha": "center", "va": "center", "fontsize": 7, "color": "#666666", "bbox": box}
         if x < min(ends[1], right - 0.08 * (right - left)):
             axes.text(x, total - x, f"ELBO {-total:g}", zorder=0.5, clip_on=True, **text)
+
+
+def _label(axes, k, bound) -> None:
+    """Write above each point what it has over the one before."""
+    for i in range(1, len(k)):
+        rise = f"{bound[i] - bound[i - 1]:+.2g}"
+        where = {"xytext": (-3, 6), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(rise, (k[i], bound[i]), fontsize=8, color=INK, **where)

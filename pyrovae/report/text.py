@@ -1,16 +1,33 @@
-"""What an evaluation found, in a few lines of text."""
+"""What results say in words: the lines that ``evaluate`` prints, and the sentences of a page."""
 
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from pyrovae.objectives import ESTIMATORS
 from pyrovae.runs.results import number
 
-__all__ = ["summarize"]
+__all__ = ["Statement", "shown", "statements", "summarize"]
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
+# One heavy-tailed datum hardly moves a mean, one in twenty does; a tenth of a nat is what papers
+# print; a posterior that leaves half of its dimensions unused is worth a look.
+HEAVY_SHARE, STEEP, ACTIVE_SHARE = 0.05, 0.1, 0.5
+MORE = "pyrovae evaluate with --samples 10000, --refine 200 or --annealed 16"
+
+
+class Statement(NamedTuple):
+    """A sentence or two, and whether they are good news, doubtful, or neither."""
+
+    kind: Literal["good", "fair", "doubtful"]
+    text: str
+
+
+def shown(value: float) -> str:
+    """Three decimals, or three digits where decimals would hide or bury a number."""
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def summarize(found: dict[str, Any], split: str) -> str:
@@ -18,8 +35,7 @@ def summarize(found: dict[str, Any], split: str) -> str:
     ll, n, of = found["log_likelihood"], found["num_data"], found["num_data_of_split"]
     some = "" if n == of else f"the first {n} of "
     bounds = [
-        _row(f"ELBO, estimator {NAMES[name]}", found["elbo"][name]["mean"])
-        + f" ± {number(found['elbo'][name]['standard_error'])} over data"
+        _row(f"ELBO, estimator {NAMES[name]}", found["elbo"][name]) + " over data"
         for name in ESTIMATORS
     ]
     lines = [
@@ -30,53 +46,152 @@ def summarize(found: dict[str, Any], split: str) -> str:
         f"{ll['ess_median'] or 0:.0f} of {ll['num_samples']}",
         _wrapped(found["verdict"]),
     ]
-    lines += _gap(found) + _annealed(found) + _posterior(found)
+    if gap := found.get("amortization_gap"):
+        lines.append(_row("amortization gap", gap) + " over data")
+    if ais := found.get("annealed"):
+        title = f"log p(x), {ais['num_chains']} chains, {ais['num_data']} data"
+        lines.append(_estimate(title, ais))
+        if over := ais.get("over_importance_sampling"):
+            lines.append(_row("  over importance sampling on these", over) + " Monte Carlo")
+        lines.append(_wrapped(f"{ais['verdict']} {found['bidirectional']['verdict']}"))
+    if seen := found.get("diagnostics"):
+        lines.append(_row("rate, KL(q(z|x) ‖ p(z))", seen["rate"]) + " over data")
+        lines.append(_row("distortion", seen["distortion"]) + " over data")
+        lines.append(_wrapped(seen["verdict"]))
     return "\n".join(lines)
 
 
-def _gap(found: dict[str, Any]) -> list[str]:
-    if not (gap := found.get("amortization_gap")):
-        return []
-    return [_row("amortization gap", gap["mean"]) + f" ± {number(gap['standard_error'])} over data"]
+def statements(
+    found: Mapping[str, Any],
+    *,
+    history: Sequence[Mapping[str, Any]] = (),
+    weights: str | None = None,
+) -> list[Statement]:
+    """What a reader should know of a split's numbers, doubts first.
 
-
-def _annealed(found: dict[str, Any]) -> list[str]:
-    if not (ais := found.get("annealed")):
-        return []
-    lines = [_estimate(f"log p(x), {ais['num_chains']} chains, {ais['num_data']} data", ais)]
-    if over := ais.get("over_importance_sampling"):
-        lines.append(
-            _row("  over importance sampling on these", over["mean"])
-            + f" ± {number(over['standard_error'])} Monte Carlo"
+    Args:
+        found: The split's results.
+        history: The rows of the training, one an epoch, to be judged as well.
+        weights: The digest of the run's weights as they are now, if it is known.
+    """
+    parts = (_evidence(found), _annealed(found), _posterior(found), _training(history))
+    said = [each for part in parts for each in part]
+    if weights is not None and found.get("weights") not in (None, weights):
+        text = (
+            "These numbers are of earlier weights: the run was trained further since. Evaluate "
+            "it again."
         )
-    return [*lines, _wrapped(f"{ais['verdict']} {found['bidirectional']['verdict']}")]
+        said.append(Statement("doubtful", text))
+    return sorted(said, key=lambda each: each.kind != "doubtful")
 
 
-def _posterior(found: dict[str, Any]) -> list[str]:
-    if not (seen := found.get("diagnostics")):
-        return []
-    parts = [
-        _row(name, seen[key]["mean"]) + f" ± {number(seen[key]['standard_error'])} over data"
-        for name, key in (("rate, KL(q(z|x) ‖ p(z))", "rate"), ("distortion", "distortion"))
-    ]
-    return [*parts, _wrapped(seen["verdict"])]
+def _evidence(found: Mapping[str, Any]) -> Iterator[Statement]:
+    ll = found.get("log_likelihood") or {}
+    if not ll:
+        return
+    share, missed = ll.get("khat_over_0.7"), ll.get("uncovered") or 0.0
+    bias, error = ll.get("mean_bias") or 0.0, ll.get("standard_error") or 0.0
+    heavy = share is not None and share > HEAVY_SHARE
+    doubtful = heavy or missed > 0 or -bias > error or ll.get("mean") is None
+    if text := found.get("verdict"):
+        advice = f" From the command line: {MORE}." if heavy else ""
+        yield Statement("doubtful" if doubtful else "fair" if share != 0 else "good", text + advice)
+    if heavy:
+        yield Statement(
+            "doubtful",
+            f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above 0.7: "
+            f"log p(x) of these data is a lower bound in expectation; raise --samples.",
+        )
+    curve = sorted((int(k), b) for k, b in (ll.get("curve") or {}).items() if b is not None)
+    if len(curve) > 2:
+        (few, low), (many, high) = curve[-2:]
+        steep = high - low > STEEP
+        yield Statement(
+            "doubtful" if steep else "good",
+            f"From {few:,} to {many:,} samples the bound rises by {shown(high - low)} nats: more "
+            f"samples will {'raise log p(x) further' if steep else 'hardly change log p(x)'}.",
+        )
+    yield from _gap(found, ll.get("mean"))
 
 
-def _row(name: str, mean: float | None) -> str:
-    return f"  {name:<39}  {number(mean)}"
-
-
-def _estimate(name: str, found: dict[str, Any]) -> str:
-    return (
-        f"{_row(name, found['mean'])} ± {number(found['standard_error'])} Monte Carlo, "
-        f"± {number(found['data_standard_error'])} over data"
+def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Statement]:
+    """The comparison of log p(x) with the ELBO of the smaller variance."""
+    bounds = found.get("elbo") or {}
+    which = "trace_mean_field_elbo" if bounds.get("trace_mean_field_elbo") else "trace_elbo"
+    bound = (bounds.get(which) or {}).get("mean")
+    if bound is None or mean is None:
+        return
+    sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
+    yield Statement(
+        "fair",
+        f"The gap log p(x) − ELBO ({NAMES[which][0]}) is {shown(mean - bound)} nats: the looseness "
+        f"of the bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where k-hat is "
+        f"above 0.7{sign}",
     )
+    if won := found.get("amortization_gap"):
+        text = f"Refining the guide for each datum won {_pm(won)} nats of ELBO: the amortization"
+        yield Statement("fair", f"{text} gap.")
+
+
+def _annealed(found: Mapping[str, Any]) -> Iterator[Statement]:
+    ais = found.get("annealed") or {}
+    if over := ais.get("over_importance_sampling"):
+        more, error = over.get("mean") or 0.0, over.get("standard_error") or 0.0
+        # Below 0.05 nats a difference hides in what papers print, however sure it is.
+        short = more > max(2 * error, 0.05)
+        end = "by which log p(x) above is too low there" if short else "so that the two agree"
+        yield Statement(
+            "doubtful" if short else "good",
+            f"Annealed importance sampling of {ais['num_data']} data, less importance sampling of "
+            f"the same: {_pm(over)} nats, {end}.",
+        )
+    elif ais.get("verdict"):
+        yield Statement("fair", ais["verdict"])
+    if text := (found.get("bidirectional") or {}).get("verdict"):
+        yield Statement("fair", text)
+
+
+def _posterior(found: Mapping[str, Any]) -> Iterator[Statement]:
+    seen = found.get("diagnostics") or {}
+    if text := seen.get("verdict"):
+        counts = [
+            (site.get("active_units") or 0, site.get("units") or 0)
+            for site in (seen.get("sites") or {}).values()
+        ]
+        active, units = (sum(part) for part in zip(*counts, strict=True)) if counts else (0, 0)
+        dead = any(of and not used for used, of in counts)
+        doubtful = dead or active < ACTIVE_SHARE * units
+        yield Statement("doubtful" if doubtful else "good", text)
+
+
+def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Statement]:
+    bounds = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
+    if len(history) > 1 and bounds and history[-1].get("valid_elbo") == max(bounds):
+        yield Statement(
+            "fair",
+            "The validation ELBO was best in the last epoch: longer training (pyrovae train "
+            "--resume --epochs) may raise it.",
+        )
+
+
+def _row(name: str, found: Mapping[str, Any]) -> str:
+    return f"  {name:<39}  {number(found['mean'])} ± {number(found['standard_error'])}"
+
+
+def _estimate(name: str, found: Mapping[str, Any]) -> str:
+    error = number(found["data_standard_error"])
+    return f"{_row(name, found)} Monte Carlo, ± {error} over data"
 
 
 def _khat(share: float | None) -> str:
     if share is None:
         return "k-hat needs more samples"
     return f"k-hat > 0.7 for {share:.1%} of the data"
+
+
+def _pm(found: Mapping[str, float | None]) -> str:
+    mean, error = found["mean"], found.get("standard_error")
+    return number(mean) if error is None else f"{number(mean)} ± {number(error)}"
 
 
 def _wrapped(text: str) -> str:

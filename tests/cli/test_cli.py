@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from pyrovae.data import DATASETS
 from pyrovae.objectives import ESTIMATORS, OBJECTIVES
-from pyrovae.report.finding_pictures import FINDING_PICTURES
+from pyrovae.report.posterior_figures import FINDING_PICTURES
 from pyrovae.runs import experiment
 
 PRIOR = "dist.Normal(self.zero, 1.0).to_event(1)"

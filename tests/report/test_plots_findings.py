@@ -7,10 +7,18 @@ from matplotlib.colors import to_hex
 from test_plots import dots, text
 
 from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.report.evidence_figures import bound_curves, khat_curves
-from pyrovae.report.figure_style import BLUE, GREY
-from pyrovae.report.finding_pictures import FINDING_PICTURES, Finding, draw_findings, end_point
-from pyrovae.report.posterior_figures import calibration_curves, kl_by_dimension, rate_distortion
+from pyrovae.report.figures import BLUE, GREY
+from pyrovae.report.posterior_figures import (
+    FINDING_PICTURES,
+    bound_curves,
+    calibration_curves,
+    draw_findings,
+    end_point,
+    khat_curves,
+    kl_by_dimension,
+    rate_distortion,
+)
+from pyrovae.runs.results import Finding
 
 SITE = {"kl": [0.5, 2.0, 0.1, None], "posterior_mean_variance": [0.0, 0.9, 0.02, 0.0]}
 COVERED = {"levels": [0.5, 0.9], "coverage": [0.55, 0.8], "standard_error": [0.01, 0.02]}

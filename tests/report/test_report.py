@@ -8,10 +8,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from pyrovae.report import render_report
-from pyrovae.report.figures import image_grid
-from pyrovae.report.html import CAPTIONS
-from pyrovae.report.pictures import png
+from pyrovae.report import CAPTIONS, render_report
+from pyrovae.report.figures import image_grid, png
 
 CONFIG = {
     "command": "pyrovae train --model bernoulli --out runs/one",

@@ -9,7 +9,10 @@ from graphlib import TopologicalSorter
 
 from tree import FILES, LIBRARY, PROGRAMS, imported, inner, parsed
 
-HEAVY = {"arviz", "matplotlib", "pandas", "sklearn", "torchvision", "tqdm", "tensorboard"}
+HEAVY = {
+    "arviz", "jinja2", "markupsafe", "matplotlib", "pandas", "sklearn", "tensorboard",
+    "torchvision", "tqdm",
+}  # fmt: skip
 LEAVES = {"nn", "distributions"}
 # Each row may import the rows above it, and its own folder; so may a file of the last rows.
 FLOORS = [

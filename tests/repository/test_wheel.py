@@ -55,18 +55,20 @@ def test_contents(wheel, repository):
     expected = {
         f"{to}/{p.relative_to(repository / at).as_posix()}"
         for at, to in folders.items()
-        for p in (repository / at).rglob("*.py")
+        for p in (repository / at).rglob("*")
+        if p.suffix in (".py", ".j2")
     }
     info = metadata.partition("/")[0]
     assert {name for name in names if not name.startswith(info)} == expected | {"pyrovae/py.typed"}
     assert "pyrovae/models/bernoulli.py" in expected
+    assert "pyrovae/report/templates/report.html.j2" in expected
     assert f"{info}/licenses/LICENSE" in names
     assert wheel.name.endswith("-py3-none-any.whl")
     assert described["Requires-Python"] == ">=3.11"
     needed = {
         line.split(">")[0].split(";")[0].strip() for line in described.get_all("Requires-Dist")
     }
-    assert {"torch", "pyro-ppl", "arviz", "safetensors"} <= needed
+    assert {"torch", "pyro-ppl", "arviz", "safetensors", "jinja2"} <= needed
 
 
 def test_the_wheel_works_outside_the_checkout(installed, repository, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from commands import TRAIN, refusal, run, snapshot
 
-from pyrovae.report.compare_page import render_comparison
+from pyrovae.report import render_comparison
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, compare_runs
 from pyrovae.runs.results import from_tensors
