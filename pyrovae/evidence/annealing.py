@@ -18,9 +18,9 @@ from pyrovae.evidence.estimation import Evaluation, particle_tile, row_limit
 from pyrovae.evidence.hmc import adapt, anneal
 from pyrovae.evidence.proposals import require_density, require_scorable
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.sums import Sums, curve_points
 from pyrovae.evidence.tiles import Found
 from pyrovae.evidence.unconstrained import GeometricPath, Line, State
+from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["Annealer", "Settings", "annealed_log_likelihood"]
 

@@ -14,9 +14,9 @@ from pyrovae.evidence.estimation import Evaluation, particle_tile, power_of_two,
 from pyrovae.evidence.proposals import Defensive, FromGuide, require_density, require_scorable
 from pyrovae.evidence.refined import Refined
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.sums import Sums, curve_points
 from pyrovae.evidence.tiles import Found
-from pyrovae.evidence.weights import Weights
+from pyrovae.evidence.weighing import Weights
+from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 

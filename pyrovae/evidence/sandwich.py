@@ -15,8 +15,8 @@ from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.density import Joint, Place
 from pyrovae.evidence.estimation import Evaluation
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.sums import curve_points
 from pyrovae.evidence.tiles import Found, tile_rows
+from pyrovae.evidence.weights import curve_points
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = ["Bidirectional", "bidirectional"]

@@ -15,9 +15,8 @@ import pyrovae
 from pairs import binary, shipped_bernoulli, two_latents
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.evidence.psis import Tail, pareto_smooth, tail_length
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
-from pyrovae.evidence.sums import Sums, curve_points
+from pyrovae.evidence.weights import Sums, Tail, curve_points, pareto_smooth, tail_length
 from pyrovae.pairs.scoring import log_prob
 
 X = binary()

@@ -11,7 +11,7 @@ import torch
 import pyrovae
 from pairs import LATENT, binary, discrete, shipped_bernoulli
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.psis import pareto_khat, tail_length
+from pyrovae.evidence.weights import pareto_smooth, tail_length
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.linear_gaussian import LinearGaussian
@@ -132,7 +132,7 @@ def test_khat_is_that_of_arviz():
         log_weight = spread * noise
         tail = log_weight.sort(dim=1).values[:, -(tail_length(draws) + 1) :]
         expected = torch.tensor(_arviz_khat(log_weight.numpy()))
-        torch.testing.assert_close(pareto_khat(tail, draws), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pareto_smooth(tail, draws)[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def _arviz_khat(log_weight):
@@ -151,9 +151,9 @@ def test_khat_of_known_tails():
     shape = torch.tensor([0.2, 0.5, 0.8, 1.2], dtype=torch.float64)
     log_weight = -shape[:, None] * uniform.log()
     tail = log_weight.sort(dim=1).values[:, -(tail_length(100_000) + 1) :]
-    assert (pareto_khat(tail, 100_000) - shape).abs().max() < 0.12
-    assert torch.equal(pareto_khat(torch.zeros(2, 60), 1000), torch.zeros(2))
-    assert pareto_khat(torch.zeros(2, 3), 4).isnan().all()
+    assert (pareto_smooth(tail, 100_000)[0] - shape).abs().max() < 0.12
+    assert torch.equal(pareto_smooth(torch.zeros(2, 60), 1000)[0], torch.zeros(2))
+    assert pareto_smooth(torch.zeros(2, 3), 4)[0].isnan().all()
 
 
 def test_scale_is_applied_outside_the_mean_over_samples():
