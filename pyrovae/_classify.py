@@ -34,7 +34,11 @@ def classify(
         ValueError: If the guide has no such latent, or several and none is named.
 
     Example:
-        >>> q = pyrovae.classify(guide, *data.split("test"))
+        >>> from pyrovae.guides.semi_supervised import SemiSupervised
+        >>> data = pyrovae.load_data("digits", binarize="dynamic", context="labels")
+        >>> q = pyrovae.classify(SemiSupervised(data.shape), *data.split("test"))
+        >>> q.shape
+        torch.Size([359, 10])
         >>> accuracy = (q.argmax(-1) == data.labels.test).float().mean()
     """
     pair = Pair(guide, guide)

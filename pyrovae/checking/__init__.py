@@ -141,8 +141,14 @@ def check(
         ValueError: If x is empty or ``particles`` is less than 2.
 
     Example:
-        >>> report = pyrovae.check(model, guide, data.train)
-        >>> print(report)
+        >>> grey = pyrovae.load_data("digits")
+        >>> print(pyrovae.check(model, guide, grey.train))
+        passed   runs                on 61 data...
+        passed   sites               latents z; observed x
+        passed   plates and events   plate 'data' at dim -1; z [4], x [1, 8, 8]
+        FAILED   data in support     Site 'x' observes 0.6875, outside the support of Bernoulli...
+        skipped  the rest            needs data in support: ...
+        7 passed, 1 failed, 7 skipped
     """
     _require_data(x)
     if particles < 2:

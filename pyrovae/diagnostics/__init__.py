@@ -95,8 +95,9 @@ def diagnose(
         (NIPS 2016 workshop).
 
     Example:
-        >>> found = pyrovae.diagnose(model, guide, data.test, labels=data.labels.test)
+        >>> found = pyrovae.diagnose(model, guide, data.test, labels=data.labels.test, seed=0)
         >>> print(found.verdict)
+        4 of 4 units are active. Of the rate of ... nats, ...
     """
     labels = _check(x, labels, num_samples)
     task = Evaluation(model, guide, (x, *context), {"seed": seed})

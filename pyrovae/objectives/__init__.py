@@ -99,7 +99,10 @@ def make_objective(
         ValueError: If the name or an option is unknown, or a value is out of range.
 
     Example:
-        >>> pyrovae.fit(model, guide, data, objective=make_objective("iwae", particles=50))
+        >>> iwae = make_objective("iwae", particles=5)
+        >>> fit = pyrovae.fit(model, guide, data, objective=iwae, epochs=1, seed=0)
+        >>> print(f"{fit.history[-1]['train_elbo']:.2f} nats per datum, a bound on log p(x)")
+        -2... nats per datum, a bound on log p(x)
     """
     if particles is not None and (not isinstance(particles, int) or particles < 1):
         raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")

@@ -158,8 +158,9 @@ def fit(
         Kingma and Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114), algorithm 1.
 
     Example:
-        >>> result = pyrovae.fit(model, guide, data, epochs=50, seed=0)
-        >>> result.elbo
+        >>> result = pyrovae.fit(model, guide, data, epochs=2, seed=0)
+        >>> print(f"ELBO {result.elbo:.2f} nats per datum")
+        ELBO -2... nats per datum
     """
     loss = make_objective(objective, particles)
     data = as_dataset(data)

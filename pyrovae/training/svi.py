@@ -68,8 +68,10 @@ class SVI:
         Kingma and Welling (arXiv 1312.6114), algorithm 1.
 
     Example:
+        >>> from pyro.infer import Trace_ELBO
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
         >>> svi.step(x)  # -ELBO, nats summed over the batch, as in Pyro
+        3...
     """
 
     def __init__(
