@@ -15,21 +15,19 @@ __all__ = ["evaluate_command"]
 
 def evaluate_command(options: argparse.Namespace) -> None:
     """Measure a run on a split."""
-    again = f"what is finished is kept; go on with: {options.command_line}"
-    with options.ending.parting(lambda: again):
-        try:
-            _evaluate(options)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; {again}") from None
-        except ConnectionError as error:
-            raise ProcessLost(str(error)) from error
+    try:
+        _evaluate(options)
+    except (KeyboardInterrupt, ProcessLost, ConnectionError) as error:
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
+        again = f"what is finished is kept; go on with: {options.command_line}"
+        raise kind(f"stopped; {again}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from pyrovae.runs import experiment
     from pyrovae.runs.evaluate import evaluate
 
-    run, world = Run.open(options.run), options.ending.world
+    run, world = Run.open(options.run), options.world
     _require_sizes(options)
     with world.in_turn():
         made = experiment.load_experiment(run, options.device, options.data_root)

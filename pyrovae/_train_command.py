@@ -13,7 +13,7 @@ from pyrovae._tools import InputError
 from pyrovae.runs import Run
 from pyrovae.runs.programs import plain
 from pyrovae.runs.results import number
-from pyrovae.training.distributed import World
+from pyrovae.training.distributed import ProcessLost, World
 from pyrovae.training.loop import Fit, NonFiniteLoss
 
 __all__ = ["train_command", "with_defaults"]
@@ -21,28 +21,22 @@ __all__ = ["train_command", "with_defaults"]
 
 def train_command(options: argparse.Namespace) -> None:
     """Train into a run directory, or go on with the one there."""
-    run = Run(options.out)
-    with options.ending.parting(lambda: _stopped(run, options.ending.world)):
-        _train_into(run, options)
-
-
-def _train_into(run: Run, options: argparse.Namespace) -> None:
     from pyrovae.report import draw_run
     from pyrovae.runs import experiment
 
-    world = options.ending.world
+    run, world = Run(options.out), options.world
     given = {k: v for k, v in vars(options).items() if v is not None}
     resumed = options.resume and run.exists()
     settings = with_defaults(given, run.config if resumed else None)
     if not resumed:
         run.require_new()
-    with world.in_turn():
-        made = experiment.resolve(settings, options.command_line, run if resumed else None)
-    report = _Log(run, options.tensorboard, made.config["epochs"])
     try:
+        with world.in_turn():
+            made = experiment.resolve(settings, options.command_line, run if resumed else None)
+        report = _Log(run, options.tensorboard, made.config["epochs"])
         result = experiment.train(run, made, resume=options.resume, on_epoch=report)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_stopped(run, world)) from None
+    except (KeyboardInterrupt, ProcessLost) as error:
+        raise type(error)(_stopped(run, world)) from None
     except NonFiniteLoss as error:
         kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
         raise NonFiniteLoss(f"{error}{kept}") from error

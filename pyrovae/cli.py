@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
 from pyrovae.runs import Run
 from pyrovae.runs.programs import shipped
-from pyrovae.training.distributed import Diverged, World, join
-from pyrovae.training.ending import Ending
+from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.loop import NonFiniteLoss
 
 __all__ = ["main"]
@@ -29,42 +27,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 1 if training or a check failed, 2 for bad input, 130 after Ctrl-C.
+        0, or 1 if training or a check failed, or another process did; 2 for bad input, 130 after
+        Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    ending = Ending(World())
+    world = World()
     try:
-        ending = Ending(join())
-        with ending.hushed():
-            return _run(arguments, ending)
+        world = join()
+        with world.as_one():
+            return _run(arguments, world)
     except (NonFiniteLoss, Diverged) as error:
-        return _fail(str(error), 1, ending)
-    except KeyboardInterrupt as error:
-        return ending.end(f"pyrovae: {error or 'stopped.'}", 130)
+        return _fail(str(error), 1, world)
+    except (KeyboardInterrupt, ProcessLost) as error:
+        world.say(f"pyrovae: {error or 'stopped.'}")
+        return 1 if isinstance(error, ProcessLost) else 130
     except Exception as error:
         where = error_place(error, shipped=False)
         if where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError):
             text = f"{where}: {type(error).__name__}: {error}" if where else str(error)
-            return _fail(text, 2, ending)
-        if ending.world.size == 1:
-            raise
-        return ending.end(traceback.format_exc(), 1)
+            return _fail(text, 2, world)
+        raise
 
 
-def _run(arguments: list[str], ending: Ending) -> int:
-    options = ending.parse(make_parser(COMMANDS), arguments)
-    if ending.world.size > 1 and options.run_command not in SHARED:
+def _run(arguments: list[str], world: World) -> int:
+    options = make_parser(COMMANDS).parse_args(arguments)
+    if world.size > 1 and options.run_command not in SHARED:
         raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
-    options.command_line = shlex.join([*ending.world.command, *arguments])
-    options.ending = ending
+    options.command_line = shlex.join([*world.command, *arguments])
+    options.world = world
     return options.run_command(options) or 0
 
 
-def _fail(message: str, code: int, ending: Ending) -> int:
+def _fail(message: str, code: int, world: World) -> int:
     sentence, _, _ = message.partition("Trace Shapes:")
-    return ending.end(f"pyrovae: error: {' '.join(sentence.split())}", code)
+    world.say(f"pyrovae: error: {' '.join(sentence.split())}")
+    return code
 
 
 def _check(options: argparse.Namespace) -> int:

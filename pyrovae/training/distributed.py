@@ -1,32 +1,40 @@
-"""Training by several processes that ``torchrun`` starts, as if by one.
+"""Data-parallel training by the processes that ``torchrun`` starts.
 
-Every process has the whole data, the whole pair and the whole optimizer, and runs its rows of each
-batch; gradients are summed once a step, before they are clipped. Rank 0 validates and writes.
+Every process has the whole data, the whole pair and the whole optimizer, and runs its share of the
+rows of each batch with a random stream of its own. Gradients are summed in one all-reduce a step,
+before they are clipped. Rank 0 validates, writes and speaks. A process that is lost ends the job:
+torchrun stops the others, and training goes on from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import atexit
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
-from typing import Any
+from functools import reduce
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
+from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.compiling.graph import undone
-from pyrovae.objectives import Estimate, estimate
-from pyrovae.training.flat import FlatSum
-from pyrovae.training.sharding import Sharding
+from pyrovae.objectives import Estimate
+from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.traces import samples, trace_pair
 from pyrovae.training.svi import SVI
 
 __all__ = ["Diverged", "ProcessLost", "World", "join"]
 
+# Rank 0 validates and writes while the others wait: longer than that takes for large data.
 PATIENCE = timedelta(minutes=30)
+# Relative to a tensor's norm. Ranks on equal devices agree to the last bit; the optimizer's
+# arithmetic on unequal ones may differ by rounding.
 CLOSE = 1e-4
 
 
@@ -39,7 +47,20 @@ class Diverged(RuntimeError):
 
 
 class World:
-    """The processes of a job; one process alone has nothing to share.
+    r"""The processes of a job; one process alone has nothing to share.
+
+    With the rows :math:`S_r` of rank r, which part a batch of N among R ranks,
+
+    .. math:: \sum_{n=1}^N \ell(x_n, \epsilon_n)
+              = \sum_{r=1}^R \sum_{n \in S_r} \ell(x_n, \epsilon_n),
+
+    so losses and gradients are summed. Where a pair's scores carry a number over ``len(x)``, as a
+    subsampled plate's do, a rank's sum is :math:`N / |S_r|` times too large, and is weighted by
+    :math:`|S_r| / N`.
+
+    What couples the data of a batch, such as batch normalization in training mode or the
+    threshold of free bits, sees the rows of its own rank. A loss of one's own has to be a sum over
+    data: a mean comes out as many times too large as there are ranks.
 
     Args:
         rank: This process, from 0.
@@ -48,9 +69,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.sharding = Sharding(rank, size)
-        self._sum = FlatSum(self._all_reduce)
-        self._load: Callable[[Tensor], tuple] | None = None
+        self._share = 1.0
+        self._averages = False
 
     @property
     def first(self) -> bool:
@@ -90,31 +110,16 @@ class World:
         return ["torchrun", *more, "--nproc-per-node", local, "-m", "pyrovae"]
 
     def share(self, value: Any) -> Any:
-        """What rank 0 has, on every process: numbers, texts, tensors, lists and dicts of them."""
-        if self.size == 1:
-            return value
-        buffer = io.BytesIO()
-        torch.save(value if self.first else None, buffer)
-        length = torch.tensor([buffer.getbuffer().nbytes])
-        self._broadcast(length)
-        content = torch.zeros(int(length), dtype=torch.uint8)
-        if self.first:
-            content = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-        self._broadcast(content)
-        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+        """What rank 0 has, on every process: numbers, texts, lists and dicts of them."""
+        values = [value]
+        if self.size > 1:
+            with _together():
+                torch.distributed.broadcast_object_list(values, 0)
+        return values[0]
 
-    def agree(self, **facts: int) -> None:
-        """Check that every process was asked for the same.
-
-        Raises:
-            ValueError: If something is other than on rank 0.
-        """
-        for name, value in self.share(facts).items():
-            if value != facts[name]:
-                raise InputError(
-                    f"Rank {self.rank} has {name} = {facts[name]}, rank 0 has {value}: every "
-                    f"machine needs the same files, and a run directory that all of them see."
-                )
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._gather(None)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -122,104 +127,174 @@ class World:
         leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not leads:
             self.wait()
-        yield
-        if leads:
-            self.wait()
+        try:
+            yield
+        finally:
+            if leads:
+                self.wait()
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            self._all_reduce(torch.zeros(1))
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Run a command: rank 0 alone writes to standard output and error, and SIGTERM, with which
+        torchrun ends the others when one process is lost, is answered as Ctrl-C is."""
+        if self.size == 1:
+            yield
+            return
+        signal.signal(signal.SIGTERM, _terminate)
+        if self.first:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
 
-    def prepare(self, svi: SVI, load: Callable[[Tensor], tuple], index: Tensor) -> None:
-        """Give all processes the weights of rank 0, and the same draws for the same rows.
+    def say(self, sentence: str) -> None:
+        """Print a sentence on standard error, once for all processes that say the same."""
+        try:
+            # A private name (torch 2.11 to 2.15) for the store of torchrun's agent, which outlives
+            # every rank; add() counts those that came before.
+            store = torch.distributed.distributed_c10d._get_default_store
+            said = self.size > 1 and store().add(f"pyrovae/{sentence}", 1) > 1
+        except RuntimeError:
+            said = False
+        if not said:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def agree(self, **facts: Any) -> None:
+        """Check that every process was asked for the same.
+
+        Raises:
+            ValueError: On every process, if something is other than on rank 0.
+        """
+        first, *others = self._gather(facts)
+        for rank, other in enumerate(others, start=1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise InputError(
+                        f"Rank {rank} has {name} = {other[name]}, rank 0 has {value}: every "
+                        f"machine needs the same files, and a run directory that all of them see."
+                    )
+
+    def prepare(self, svi: SVI, args: tuple) -> None:
+        """Give all processes the weights of rank 0, and let ``svi`` sum their gradients.
 
         Args:
             svi: What is going to be trained, built.
-            load: Makes the programs' arguments from the numbers of rows, such as
-                :meth:`pyrovae.Dataset.rows`.
-            index: The numbers of a batch's rows, three or more.
+            args: A batch with the programs' further arguments.
 
         Raises:
-            ValueError: If the batch is too small to be shared, or a site's scale depends on the
-                size of the batch in a way that cannot be.
+            ValueError: If the batch is too small to be shared, or the pair's scales depend on its
+                size in a way that cannot be.
         """
-        self._load = load
         if self.size == 1:
             return
-        if len(index) < 2 * self.size:
+        if len(args[0]) < 2 * self.size:
             raise InputError(
                 f"Expected a batch of at least two rows for each of the {self.size} processes, "
-                f"got {len(index)}: enlarge the batch, or start fewer processes."
+                f"got {len(args[0])}: enlarge the batch, or start fewer processes."
             )
-        self.sharding = Sharding(self.rank, self.size)
-        pair, self._load = svi.pair, self.sharding.wrap(load)
-        pair.run_model = self.sharding.wrap(pair.run_model)
-        pair.run_guide = self.sharding.wrap(pair.run_guide)
-        with undone(pair, (index,)), pair.mode(training=True):
-            self.sharding.learn(lambda rows: _try(svi, self.load(index[:rows])))
-        for tensor in (*pair.leaves(), *_buffers(svi)):
+        self._averages = _averages(svi.pair, args)
+        for tensor in (*svi.pair.leaves(), *_buffers(svi.pair)):
             self._broadcast(tensor)
+        self.check(svi.pair)
         svi.reduce = self.reduce
-        self.check(svi)
 
-    def load(self, index: Tensor) -> tuple:
-        """The programs' arguments for this process's rows of a batch."""
-        return self._load(index[self.sharding.mine])
-
-    def batch(self, total: int) -> AbstractContextManager:
-        """Inside, :meth:`load` and the programs of :meth:`prepare` run on rows of one batch.
+    def stream(
+        self, seed: int, epoch: int, device: torch.device | str
+    ) -> AbstractContextManager[None]:
+        """Inside, this process draws what no other draws; rank 0 goes on with its stream.
 
         Args:
-            total: The number of rows of the whole batch.
+            seed: The seed of the training.
+            epoch: The number of the epoch.
+            device: Where the noise is drawn.
         """
-        return nullcontext() if self.size == 1 else self.sharding.batch(total)
+        # Rank 0 needs no seed of its own, and must not have this one: numpy's SeedSequence pads
+        # with zeros, so that (seed, epoch, 0) is (seed, epoch), the stream that shuffled the data.
+        return seeded(subseed(seed, epoch, self.rank) if self.rank else None, device)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """This process's rows of a batch: contiguous, in the order of ranks, even to one row.
+
+        A batch of fewer than two rows a process is not split: every process runs all of it, and
+        rank 0's result counts.
+
+        Args:
+            index: The numbers of the batch's rows.
+        """
+        total = len(index)
+        if total < 2 * self.size:
+            self._share = float(self.first)
+            return index
+        part = index.tensor_split(self.size)[self.rank]
+        self._share = len(part) / total if self._averages else 1.0
+        return part
 
     def reduce(self, found: Estimate, leaves: list[Tensor]) -> Estimate:
-        """Sum an estimate, and in place its gradients, over the processes."""
+        """Sum the estimates of the :meth:`rows`, and in place their gradients, over processes.
+
+        A parameter has a gradient afterwards if it had one on any process.
+        """
         numbers = [found.loss, *found.terms.values(), *found.parts]
-        loss, *rest = self._sum(leaves, numbers, self.sharding.counts)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+        values = [*numbers, *gradients]
+        dtype = reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
+        flat = torch.cat([value.detach().reshape(-1).to(dtype) for value in values])
+        # Not 0 * flat, which is NaN where a value is.
+        flat = flat * self._share if self._share else torch.zeros_like(flat)
+        had = flat.new_tensor([p.grad is not None for p in leaves])
+        flat = torch.cat([flat, had])
+        with _together():
+            torch.distributed.all_reduce(flat)
+        *sums, had = flat.split([*(value.numel() for value in values), len(leaves)])
+        sums = [t.view(v.shape).to(v.dtype) for t, v in zip(sums, values, strict=True)]
+        for at, leaf in enumerate(leaves):
+            # Asking `had` reads it back from the device: only where it can say anything new.
+            if leaf.grad is not None or had[at] > 0:
+                leaf.grad = sums[len(numbers) + at]
+        loss, *rest = sums[: len(numbers)]
         terms = dict(zip(found.terms, rest, strict=False))
         return Estimate(loss, None, terms, tuple(rest[len(terms) :]))
 
-    def settle(self, svi: SVI) -> None:
+    def settle(self, pair: Pair) -> None:
         """End an epoch: buffers become those of rank 0, as in PyTorch's own data parallelism.
 
         Raises:
-            Diverged: If weights or the optimizer's state are not those of rank 0.
+            Diverged: If the weights are not those of rank 0.
         """
         if self.size > 1:
-            for buffer in _buffers(svi):
+            for buffer in _buffers(pair):
                 self._broadcast(buffer)
-            self.check(svi)
+            self.check(pair)
 
-    def check(self, svi: SVI) -> None:
-        """Compare sum and norm of every weight, and of the optimizer's state, with rank 0's.
+    def check(self, pair: Pair) -> None:
+        """Compare the sum and the norm of every weight with those of rank 0.
 
         Raises:
             Diverged: On every process, if they differ by more than rounding on any.
         """
-        state = _state(svi)
-        names, mine = list(state), _digest(state.values())
-        those, first = self.share([names, mine])
-        votes = torch.zeros(self.size, dtype=torch.long)
-        if names != those:
-            votes[self.rank] = -1
-        elif len(names):
-            far = (mine - first).abs().gt(CLOSE * first[:, 1:]).any(1).nonzero()
-            votes[self.rank] = far[0, 0] + 1 if len(far) else 0
-        self._all_reduce(votes)
-        for rank, vote in enumerate(votes.tolist()):
-            if vote:
-                raise Diverged(_strayed(rank, those[vote - 1] if vote > 0 else "the optimizer"))
+        named = {name: leaf.detach().double() for name, leaf in pair.named().items()}
+        mine = {name: torch.stack([w.sum(), w.norm()]).tolist() for name, w in named.items()}
+        first, *others = self._gather(mine)
+        for rank, other in enumerate(others, start=1):
+            for name, numbers in first.items():
+                far = zip(numbers, other[name], strict=True) if name in other else [(0, torch.inf)]
+                if any(abs(a - b) > CLOSE * numbers[1] for a, b in far):
+                    raise Diverged(
+                        f"Rank {rank} strayed from rank 0, seen in {name}: programs must not "
+                        f"change weights themselves, nor choose them by the process or by draws."
+                    )
 
-    def _all_reduce(self, tensor: Tensor) -> None:
-        with _together():
-            torch.distributed.all_reduce(tensor)
+    def _gather(self, value: Any) -> list[Any]:
+        values = [value] * self.size
+        if self.size > 1:
+            with _together():
+                torch.distributed.all_gather_object(values, value)
+        return values
 
     def _broadcast(self, tensor: Tensor) -> None:
         whole = tensor.detach().contiguous()
         with _together():
+            # As bytes: gloo and NCCL know fewer types than torch.
             torch.distributed.broadcast(whole.view(-1).view(torch.uint8), 0)
         if not tensor.is_contiguous():
             tensor.detach().copy_(whole)
@@ -247,9 +322,46 @@ def join() -> World:
     return World(group.get_rank(), group.get_world_size())
 
 
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _averages(pair: Pair, args: tuple) -> bool:
+    """Whether a pair's scores carry a number over ``len(x)``, and not one that x leaves alone.
+
+    Raises:
+        ValueError: If its sites are scaled by the number of rows in any other way.
+    """
+    total = len(args[0])
+    part = tuple(arg[: total // 2] for arg in args)
+    with undone(pair, args), torch.no_grad(), pair.mode(training=True):
+        few, more = _scales(pair, part), _scales(pair, args)
+    fixed, over = [
+        {name: torch.allclose(few[name] * a, _like(more[name], few[name]) * b) for name in few}
+        for a, b in ((1, 1), (total // 2, total))
+    ]
+    if all(fixed.values()) or all(over.values()):
+        return not all(fixed.values())
+    name = next(name for name, constant in fixed.items() if not constant)
+    raise InputError(
+        f"The {name} has scale {few[name].max():.4g} for {total // 2} rows and "
+        f"{more[name].max():.4g} for {total}: processes that share a batch need scales that do not "
+        f"depend on len(x), or that are a number over len(x) at every site of both programs."
+    )
+
+
+def _scales(pair: Pair, args: tuple) -> dict[str, Tensor]:
+    traces = zip(("model", "guide"), trace_pair(pair, *args), strict=True)
+    return {
+        f"{program}'s {name}": torch.as_tensor(site["scale"]).double()
+        for program, trace in traces
+        for name, site in samples(trace).items()
+    }
+
+
+def _like(more: Tensor, few: Tensor) -> Tensor:
+    """The scales of the first rows, where each datum has its own."""
+    return more[tuple(slice(size) for size in few.shape)]
+
+
+def _buffers(pair: Pair) -> list[Tensor]:
+    return [buffer for root in pair.roots.values() for buffer in root.buffers()]
 
 
 @contextmanager
@@ -257,40 +369,17 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(f"another process is gone or does not answer ({error})") from error
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            # torchrun's SIGTERM is on its way: it must not cut short what is being said.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise ProcessLost(f"Another process is gone or does not answer ({error}).") from error
 
 
-def _try(svi: SVI, args: tuple) -> None:
-    """Run what a step draws, and leave no gradient."""
-    if svi.loss_and_grads is not None:
-        svi.loss_and_grads(svi.pair.run_model, svi.pair.run_guide, *args)
-    else:
-        estimate(svi.objective, svi.pair, *args)
-    for leaf in svi.pair.leaves():
-        leaf.grad = None
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
-def _buffers(svi: SVI) -> list[Tensor]:
-    return [buffer for root in svi.pair.roots.values() for buffer in root.buffers()]
-
-
-def _state(svi: SVI) -> dict[str, Tensor]:
-    """Everything that processes must agree on, by name."""
-    state = {name: leaf.detach() for name, leaf in svi.pair.named().items()}
-    for number, entry in enumerate(svi.optimizer.state.values()):
-        for name, value in entry.items():
-            if isinstance(value, Tensor):
-                state[f"the optimizer's {name} of parameter {number}"] = value
-    return state
-
-
-def _digest(tensors: Iterable[Tensor]) -> Tensor:
-    found = [torch.stack([t.double().sum(), t.double().norm()]).cpu() for t in tensors]
-    return torch.stack(found) if found else torch.zeros(0, 2)
-
-
-def _strayed(rank: int, name: str) -> str:
-    return (
-        f"Rank {rank} strayed from rank 0, seen in {name}: programs must not change weights "
-        f"themselves, nor depend on the process or on random numbers that are not torch's."
-    )
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

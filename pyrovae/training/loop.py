@@ -185,7 +185,7 @@ def fit(
     first = len(result.history) + 1
     svi.steps_taken = len(result.history) * epoch_steps
     world.agree(epoch=first, epochs=epochs, batch_size=batch_size, data=len(data.train))
-    world.prepare(svi, data.rows, torch.arange(batch_size, device=svi.pair.device))
+    world.prepare(svi, tuple(tensor[:batch_size] for tensor in data.split("train")))
     shown = progress and world.first
     bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     svi.compiling = lambda: _compiling(bar)
@@ -240,7 +240,7 @@ def _run_epoch(
     svi = result.svi
     with seeded(subseed(result.seed, epoch), svi.pair.device):
         row = {"epoch": epoch} | _train_epoch(result, layout, data, batch_size, epoch)
-    result.world.settle(svi)
+    result.world.settle(svi.pair)
     if result.world.first:
         row |= _validate(result, data.split("valid"))
     row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
@@ -252,12 +252,11 @@ def _train_epoch(
     result: Fit, layout: Layout, data: Dataset, batch_size: int, epoch: int
 ) -> dict[str, float | None]:
     svi, world, num_data = result.svi, result.world, len(data.train)
-    monitor = Monitor(svi, world.load, epoch)
+    monitor = Monitor(svi, data.rows, epoch)
     order = torch.randperm(num_data).to(svi.pair.device)
-    with svi.pair.mode(training=True):
+    with svi.pair.mode(training=True), world.stream(result.seed, epoch, order.device):
         for index in order.split(batch_size):
-            with world.batch(len(index)):
-                monitor.step(index)
+            monitor.step(world.rows(index))
     mean = {n: total / num_data / layout.plate_scale for n, total in monitor.totals().items()}
     loss = mean.pop("loss")
     return {"train_loss": loss} | _split_elbo(svi.objective, layout, loss, mean)

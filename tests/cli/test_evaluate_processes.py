@@ -1,4 +1,4 @@
-"""Two processes evaluate as one does, and the loss of one is told with the command to go on."""
+"""Two processes evaluate as one does; when one is lost, the other says how to go on."""
 
 import json
 import re
@@ -12,7 +12,6 @@ from processes import torchrun
 from pyrovae import cli
 from pyrovae.runs import Run
 from pyrovae.training.distributed import World
-from pyrovae.training.ending import Ending
 
 FILE = """
 import os, signal
@@ -30,7 +29,7 @@ class Model(Bernoulli):
 """
 
 
-def test_two_processes_find_what_one_does_and_one_that_dies_is_named(tmp_path, monkeypatch):
+def test_two_processes_find_what_one_does_and_a_lost_one_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
     (tmp_path / "own.py").write_text(FILE)
@@ -40,8 +39,8 @@ def test_two_processes_find_what_one_does_and_one_that_dies_is_named(tmp_path, m
     killed = torchrun("evaluate", "two", *options)
     (line,) = re.findall("pyrovae:.*", killed.stderr)
     assert line == (
-        "pyrovae: rank 1 of 2 processes is gone or does not answer; what is finished is kept; go "
-        f"on with: torchrun --nproc-per-node 2 -m pyrovae evaluate two {' '.join(options)}"
+        "pyrovae: stopped; what is finished is kept; go on with: "
+        f"torchrun --nproc-per-node 2 -m pyrovae evaluate two {' '.join(options)}"
     )
     done = torchrun("evaluate", "two", *options)
     assert done.returncode == 0, done.stderr
@@ -60,4 +59,4 @@ def test_two_processes_find_what_one_does_and_one_that_dies_is_named(tmp_path, m
 
 def test_other_commands_are_for_one_process():
     with pytest.raises(ValueError, match="for train and evaluate alone"):
-        cli._run(["list"], Ending(World(0, 2)))
+        cli._run(["list"], World(0, 2))

@@ -21,6 +21,7 @@ from torch import nn
 import pyrovae
 from pairs import LATENT, SHAPE, discrete, functions, shipped_bernoulli, two_latents
 from pyrovae import report, runs
+from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.cli import main
 from pyrovae.data import Dataset
 from pyrovae.guides.mean_field import MeanField
@@ -128,18 +129,27 @@ def data(rows=65):
     )  # fmt: skip
 
 
-def train(name, epochs=2):
+def train(name, epochs=2, seed=7):
     """One of the trainings: its history without the seconds, and its weights."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     make, options = SAME[name]
     told = []
     result = pyrovae.fit(
-        *make(), data(), epochs=epochs, batch_size=16, lr=0.01, seed=7, compile=False,
+        *make(), data(), epochs=epochs, batch_size=16, lr=0.01, seed=seed, compile=False,
         on_epoch=lambda fit: told.append(len(fit.history)), progress=False, **options,
     )  # fmt: skip
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
     return {"history": history, "weights": result.svi.pair.state_dict(), "told": told}
+
+
+def trained():
+    """The loss of the last of some epochs, nats per datum, for pairs and seeds ``[P, S]``."""
+    losses = [
+        [train(name, 6, seed)["history"][-1]["train_loss"] for seed in range(5)]
+        for name in ("dynamic", "subsampled")
+    ]
+    return torch.tensor(losses)
 
 
 def torchrun(*arguments):
@@ -162,7 +172,7 @@ def _normalize(found):
     try:
         with torch.no_grad():
             next(result.guide.parameters()).add_(0.1 * join().rank)
-        result.world.settle(result.svi)
+        result.world.settle(result.svi.pair)
     except Diverged as error:
         found["diverged"] = str(error)
 
@@ -188,13 +198,27 @@ def commands(arguments):
     return 0
 
 
+def _noise(world):
+    """The order of an epoch's data and the noise after it, as the loop draws them."""
+    with seeded(subseed(7, 1)):
+        order = torch.randperm(1000)
+        with world.stream(7, 1, "cpu"):
+            return order, torch.randn(1000)
+
+
 def checks(folder):
     """Train in every way, and leave what this process found in a file."""
     found = {name: train(name) for name in SAME}
+    found["trained"] = trained()
     _normalize(found)
     _command(found, folder)
     world = join()
-    found["shared"] = world.share({"rank": world.rank, "x": torch.full((2,), float(world.rank))})
+    found["shared"] = world.share({"rank": world.rank, "x": [float(world.rank), None]})
+    found["noise"] = _noise(world)
+    try:
+        world.agree(epochs=3, batch_size=8 + world.rank)
+    except ValueError as error:
+        found["disagreed"] = str(error)
     torch.save(found, folder / f"{world.rank}.pt")
 
 

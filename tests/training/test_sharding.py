@@ -1,275 +1,213 @@
-"""What several processes find on their rows adds up to what one finds on all of them."""
+"""What the ranks find on their rows adds up to what one process finds on all of them."""
+
+from contextlib import contextmanager
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from processes import convolved, divided, subsampled
+from processes import divided, subsampled
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pairs import PAIRS, SHAPE, binary
-from pyrovae.nn import MLP
-from pyrovae.objectives import estimate, make_objective
-from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import site_scale, trace_guide
-from pyrovae.training.draws import Part, Size
-from pyrovae.training.sharding import Sharding
+from pairs import binary, functions, same_names, shipped_bernoulli, two_latents
+from pyrovae.objectives import Estimate, make_objective
+from pyrovae.training.distributed import Diverged, World
+from pyrovae.training.svi import SVI
 
 X = binary(13)
-DROPPED = {make.__name__: make for make in (convolved, subsampled, divided)}
+PAIRS = {
+    make.__name__: make
+    for make in (shipped_bernoulli, same_names, functions, two_latents, subsampled, divided)
+}
 
 
-def particles(count, loss=Trace_ELBO):
-    return loss(count, vectorize_particles=count > 1, max_plate_nesting=1)
+class Job:
+    """Ranks that run one after another in this process; the last one has the sums."""
+
+    def __init__(self):
+        self.sent, self.others = [], []
+
+    def all_reduce(self, flat):
+        self.sent.append(flat.clone())
+        flat.copy_(sum(self.sent))
+
+    def all_gather_object(self, values, value):
+        values[:] = self.others or [value] * len(values)
 
 
-def numbers(loss, parameters, x):
-    """The loss, its terms and the gradients, from the same stream each time."""
-    pyro.set_rng_seed(3)
-    found = estimate(loss, parameters, x)
-    leaves = list(parameters.named().values())
-    gradients = torch.autograd.grad(found.surrogate, leaves, allow_unused=True)
-    zeros = map(torch.zeros_like, leaves)
-    filled = [z if g is None else g for z, g in zip(zeros, gradients, strict=True)]
-    return [found.loss, *found.terms.values(), *filled]
+@pytest.fixture
+def job(monkeypatch):
+    job = Job()
+    monkeypatch.setattr(torch.distributed, "all_reduce", job.all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", job.all_gather_object)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: None)
+    return job
 
 
-def shard(parameters, rank, size, loss):
-    """The pair as one process of several has it."""
-    sharding = Sharding(rank, size)
-    parameters.run_model = sharding.wrap(parameters.run_model)
-    parameters.run_guide = sharding.wrap(parameters.run_guide)
-    sharding.learn(lambda rows: estimate(loss, parameters, X[:rows]))
-    return sharding
+@contextmanager
+def noise(rows):
+    """Give the guides' normal draws from outside: the same for a row, whichever rank runs it."""
+    draws = iter(range(100))
+
+    def standard_normal(shape, dtype, device):
+        generator = torch.Generator().manual_seed(next(draws))
+        whole = torch.randn(*shape[:-2], len(X), shape[-1], generator=generator, dtype=dtype)
+        return whole[..., rows, :]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributions.normal, "_standard_normal", standard_normal)
+        yield
 
 
-def summed(loss, parameters, size, x=X):
-    """The sum of what processes find, one after another."""
-    programs, total = (parameters.run_model, parameters.run_guide), None
-    for rank in range(size):
-        sharding = shard(parameters, rank, size, loss)
-        with sharding.batch(len(x)):
-            found = numbers(loss, parameters, x[sharding.mine])
-            if sharding.counts:
-                total = (
-                    found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-                )
-        parameters.run_model, parameters.run_guide = programs
-    return total
+def gradients(svi, world, x=X):
+    """The loss, its terms and the gradients of a batch, summed over the ranks so far."""
+    rows = world.rows(torch.arange(len(x)))
+    leaves = list(svi.pair.named().values())
+    for leaf in leaves:
+        leaf.grad = None
+    with noise(rows):
+        found = svi.gradients(x[rows])
+    if world.size > 1:
+        found = world.reduce(found, leaves)
+    return [found.loss, *found.terms.values(), *found.parts, *(leaf.grad for leaf in leaves)]
 
 
-def same(ours, theirs):
+def made(pair, loss):
+    pyro.clear_param_store()
+    svi = SVI(*pair, torch.optim.Adam, loss, compile=False)
+    svi.build(X)
+    for root in svi.pair.roots.values():
+        root.eval()
+    return svi
+
+
+def require_same(ours, theirs):
+    assert len(ours) == len(theirs)
     largest = max(value.abs().max() for value in theirs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=float(1e-6 * largest))
 
 
-@pytest.mark.parametrize("size", [2, 5])
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", [*PAIRS, *DROPPED])
-def test_shares_add_up(name, count, size):
-    parameters = Pair(*(PAIRS | DROPPED)[name]())
-    loss = particles(count)
-    estimate(loss, parameters, X)
-    same(summed(loss, parameters, size), numbers(loss, parameters, X))
+def compare(pair, loss, size, x=X):
+    svi = made(pair, loss)
+    whole = gradients(svi, World(), x)
+    for rank in range(size):
+        world = World(rank, size)
+        world.prepare(svi, (X,))
+        found = gradients(svi, world, x)
+    assert svi.reduce == world.reduce
+    require_same(found, whole)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        particles(2, TraceMeanField_ELBO),
-        make_objective("miwae", 3),
-        make_objective("reweighted_wake_sleep", 3),
-        make_objective("wake_sleep", 3),
-    ],
-    ids=["mean-field", "groups", "reweighted", "dreams"],
-)
-def test_shares_of_other_objectives_add_up(loss):
-    parameters = Pair(*PAIRS["two_latents"]())
-    same(summed(loss, parameters, 3), numbers(loss, parameters, X))
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in PAIRS), ("subsampled", 5)])
+def test_gradients_of_the_ranks_add_up(name, size, job):
+    compare(PAIRS[name](), Trace_ELBO(max_plate_nesting=1), size)
 
 
-def test_a_batch_too_small_to_split_counts_once():
-    parameters, loss = Pair(*PAIRS["shipped_bernoulli"]()), particles(1)
-    estimate(loss, parameters, X)
-    for rows in (1, 3):
-        same(summed(loss, parameters, 2, X[:rows]), numbers(loss, parameters, X[:rows]))
+OBJECTIVES = {
+    "mean-field": lambda: TraceMeanField_ELBO(2, vectorize_particles=True, max_plate_nesting=1),
+    "importance": lambda: make_objective("iwae", 4),
+    "beta": lambda: make_objective("beta_elbo", 2),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("make", [two_latents, subsampled])
+def test_gradients_of_other_objectives_add_up(make, name, job):
+    compare(make(), OBJECTIVES[name](), 3)
+
+
+@pytest.mark.parametrize("make", [shipped_bernoulli, subsampled])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_too_small_to_split_counts_once(rows, make, job):
+    compare(make(), Trace_ELBO(max_plate_nesting=1), 2, X[:rows])
+
+
+def test_a_scale_of_each_datum_is_left_as_it_is(job):
+    def weighted(program):
+        return lambda x: pyro.poutine.scale(program, scale=x.flatten(1).sum(1) / 16)(x)
+
+    pair = tuple(map(weighted, shipped_bernoulli()))
+    compare(pair, Trace_ELBO(max_plate_nesting=1), 3)
 
 
 @pytest.mark.parametrize("total", [4, 7, 13, 128])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_parts_tile_the_batch(total, size):
-    parts = [Sharding(rank, size).split(total) for rank in range(size)]
+def test_the_rows_of_the_ranks_tile_the_batch(total, size):
+    index = torch.randperm(total)
+    parts = [World(rank, size).rows(index) for rank in range(size)]
     if total < 2 * size:
-        assert parts == [Part(0, total, total)] * size
+        assert all(torch.equal(part, index) for part in parts)
     else:
-        assert [row for part in parts for row in range(part.start, part.stop)] == list(range(total))
-        assert max(part.rows for part in parts) - min(part.rows for part in parts) <= 1
+        assert torch.equal(torch.cat(parts), index)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_captured_draws_are_those_of_the_whole_batch():
-    parameters, loss = Pair(*convolved()), particles(3)
-    estimate(loss, parameters, X)
-    sharding = shard(parameters, 1, 2, loss)
-    leaves = list(parameters.named().values())
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_scale_that_cannot_be_shared_is_refused(mixed, job):
+    model, guide = shipped_bernoulli()
 
-    def step(x):
-        found = estimate(loss, parameters, x)
-        return [found.loss, *torch.autograd.grad(found.surrogate, leaves)]
+    def scaled(x):
+        return pyro.poutine.scale(model, scale=1 / len(x) if mixed else len(x) ** 2.0)(x)
 
-    with sharding.batch(len(X)):
-        x = X[sharding.mine]
-        with pyro.validation_enabled(False):
-            graph = make_fx(step)(x)
-        pyro.set_rng_seed(5)
-        expected = step(x)
-    pyro.set_rng_seed(5)
-    for one, other in zip(graph(x), expected, strict=True):
-        assert torch.equal(one, other)
+    svi = SVI(scaled, guide, torch.optim.Adam, Trace_ELBO(), compile=False)
+    told = r"model's z has scale (0\.1667|36) for 6 rows and (0\.07692|169) for 13:"
+    with pytest.raises(ValueError, match=told):
+        World(0, 2).prepare(svi, (X,))
 
 
-def test_outside_a_batch_nothing_changes():
-    parameters, loss = Pair(*subsampled()), particles(1)
-    estimate(loss, parameters, X)
-    expected = numbers(loss, parameters, X)
-    shard(parameters, 1, 2, loss)
-    for one, other in zip(numbers(loss, parameters, X), expected, strict=True):
-        assert torch.equal(one, other)
+def test_a_batch_of_too_few_rows_is_refused(job):
+    svi = made(shipped_bernoulli(), Trace_ELBO())
+    with pytest.raises(ValueError, match="two rows for each of the 7 processes, got 13"):
+        World(0, 7).prepare(svi, (X,))
 
 
-def learned(program, size=2):
-    """A function of rows alone, as each of several processes has it."""
-    found = []
-    for rank in range(size):
-        sharding = Sharding(rank, size)
-        run = sharding.wrap(program)
-        sharding.learn(lambda rows, run=run: run(torch.arange(float(rows))))
-        found.append((sharding, run))
-    return found
+def parameters(*gradients):
+    leaves = [nn.Parameter(torch.zeros(1)) for _ in gradients]
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = None if gradient is None else torch.tensor([gradient])
+    return leaves
 
 
-def drawn(program, total=11, size=2):
-    """What each process draws for its rows, from the same stream."""
-    found = []
-    for sharding, run in learned(program, size):
-        pyro.set_rng_seed(1)
-        with sharding.batch(total):
-            found.append(run(torch.arange(float(total))[sharding.mine]))
-    return found
+def estimate(value, dtype=torch.float32):
+    return Estimate(torch.tensor(value, dtype=dtype), None, {"x": torch.tensor(value)})
 
 
-EXACT = {
-    "normal": lambda x: torch.randn(4, len(x), 3),
-    "uniform": lambda x: torch.rand_like(x),
-    "integers": lambda x: torch.randint(-(2**63), 2**63 - 1, (len(x), 2)),
-    "transposed": lambda x: torch.empty(3, len(x)).t().normal_(),
-    "exponential": lambda x: x.new_empty(len(x), 2).exponential_(2.0),
-    "by parameters": lambda x: torch.bernoulli(x / 20),
-    "expanded": lambda x: torch.bernoulli(torch.tensor([0.2, 0.8]).expand(len(x), 2)),
-    "by location": lambda x: torch.normal(x, 0.1),
-    "categories": lambda x: torch.multinomial((x[:, None] + torch.arange(1.0, 5.0)).exp(), 1),
-    "dropout": lambda x: nn.functional.dropout(torch.ones(len(x), 5), 0.4),
-    "of one size": lambda x: torch.randn(6, 6).sum() + torch.randn(len(x), 6),
-}
+def test_a_parameter_has_a_gradient_if_any_rank_has_one(job):
+    first, second = parameters(1.0, None, None), parameters(2.0, 4.0, None)
+    World(0, 2).reduce(estimate(1.0), first)
+    World(1, 2).reduce(estimate(2.0), second)
+    assert [None if p.grad is None else p.grad.item() for p in second] == [3, 4, None]
+    job.sent = job.sent[1:]
+    World(0, 2).reduce(estimate(1.0), first)
+    assert [None if p.grad is None else p.grad.item() for p in first][1:] == [4, None]
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_rows_have_the_draws_of_one_process(name):
-    pyro.set_rng_seed(1)
-    whole = EXACT[name](torch.arange(11.0))
-    dim = whole.shape.index(11)
-    assert torch.equal(torch.cat(drawn(EXACT[name]), dim), whole)
+def test_a_share_that_does_not_count_adds_nothing_where_it_is_no_number(job):
+    World(0, 2).reduce(estimate(7.0), parameters(4.0))
+    world, (leaf,) = World(1, 2), parameters(float("nan"))
+    world.rows(torch.arange(3))
+    found = world.reduce(estimate(float("nan")), [leaf])
+    assert (found.loss.item(), found.terms["x"].item(), leaf.grad.item()) == (7, 7, 4)
 
 
-def test_what_does_not_follow_the_batch_is_drawn_as_it_is():
-    for program in (lambda x: torch.randn(3), lambda x: torch.randn(())):
-        first, second = drawn(program)
-        assert torch.equal(first, second)
-    shuffled = drawn(lambda x: torch.randperm(len(x)))
-    assert [sorted(rows.tolist()) for rows in shuffled] == [list(range(6)), list(range(5))]
+def test_float64_is_summed_in_float64(job):
+    leaf = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    for rank in range(2):
+        leaf.grad = torch.full((1,), 1 + 1e-12, dtype=torch.float64)
+        found = World(rank, 2).reduce(estimate(3.0, torch.float64), [leaf, *parameters(1.0)])
+    assert leaf.grad.item() == 2 + 2e-12
+    assert (found.loss.dtype, found.terms["x"].dtype) == (torch.float64, torch.float32)
 
 
-def test_draws_by_rejection_are_right_in_distribution():
-    def gamma(x):
-        return dist.Gamma(1.0 + x, 2.0).sample()
-
-    first, second = drawn(gamma, total=40_000)
-    expected = (1 + torch.arange(40_000.0)) / 2
-    found = torch.cat([first, second])
-    error = (found - expected) / (expected / 2).sqrt()
-    assert abs(error.mean()) < 4 / 200
-    assert error.var() == pytest.approx(1, rel=0.05)
-    first, second = drawn(lambda x: dist.Gamma(x * 0 + 3.0, 1.0).sample(), total=2000)
-    assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.15
-
-
-def test_a_scale_that_cannot_be_shared_is_refused():
-    model, guide = PAIRS["shipped_bernoulli"]()
-
-    def squared(x):
-        return pyro.poutine.scale(model, scale=len(x) ** 2.0)(x)
-
-    with pytest.raises(ValueError, match=r"'z' has scale 4\.0 for 2 data and 9\.0 for 3"):
-        shard(Pair(squared, guide), 0, 2, particles(1))
-
-
-def test_a_scale_of_each_datum_is_left_as_it_is():
-    model, guide = PAIRS["shipped_bernoulli"]()
-
-    def weighted(program):
-        return lambda x: pyro.poutine.scale(program, scale=x.flatten(1).sum(1) / 16)(x)
-
-    parameters, loss = Pair(weighted(model), weighted(guide)), particles(1)
-    estimate(loss, parameters, X)
-    same(summed(loss, parameters, 3), numbers(loss, parameters, X))
-
-
-def test_plates_right_of_the_batch_keep_their_place():
-    class Columns(nn.Module):
-        def __init__(self, encodes):
-            super().__init__()
-            self.encodes = encodes
-            self.net = MLP(SHAPE, (4, 3), (8,)) if encodes else MLP(3, 4, (8,))
-
-        def forward(self, x):
-            with pyro.plate("data", len(x), dim=-2), pyro.plate("columns", 4, dim=-1):
-                if self.encodes:
-                    pyro.sample("z", dist.OneHotCategorical(logits=self.net(x)))
-                else:
-                    z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(3)))
-                    rows = dist.Bernoulli(logits=self.net(z)).to_event(1)
-                    pyro.sample("x", rows, obs=x[:, 0])
-
-    parameters = Pair(Columns(False), Columns(True))
-    loss = Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=2)
-    estimate(loss, parameters, X)
-    same(summed(loss, parameters, 2), numbers(loss, parameters, X))
-
-
-def test_a_subsampled_plate_stands_for_as_many_data():
-    parameters, loss = Pair(*subsampled()), particles(1)
-    layout = inspect_pair(parameters, X)
-    sharding = shard(parameters, 0, 2, loss)
-    with sharding.batch(len(X)):
-        site = trace_guide(parameters, X[sharding.mine]).nodes["z"]
-    assert site["scale"] == pytest.approx(0.5 * 1000 / len(X))
-    assert site_scale(site, layout) == pytest.approx(0.5)
-
-
-def test_a_step_that_fails_leaves_nothing_behind():
-    sharding = Sharding(0, 2)
-    run = sharding.wrap(lambda x: torch.randn(len(x)) / 0 if len(x) < 9 else 1 / 0)
-    sharding.learn(lambda rows: run(torch.zeros(rows)))
-    with pytest.raises(ZeroDivisionError), sharding.batch(20):
-        run(torch.zeros(10))
-    assert sharding.part is None
-    with sharding.batch(12):
-        assert len(run(torch.zeros(6))) == 6
-
-
-def test_a_size_knows_its_rows():
-    assert Size((4, 6, 2), 1, 3).at(5) == (4, 15, 2)
-    assert Size((4, 6)).at(5) == (4, 6)
+def test_weights_that_differ_are_named_with_their_rank(job):
+    pair = made(shipped_bernoulli(), Trace_ELBO()).pair
+    numbers = {
+        n: [p.double().sum().item(), p.double().norm().item()] for n, p in pair.named().items()
+    }
+    name = list(numbers)[2]
+    job.others = [numbers, numbers, numbers | {name: [numbers[name][0] + 1, numbers[name][1]]}]
+    with pytest.raises(Diverged, match=f"Rank 2 strayed from rank 0, seen in {name}:"):
+        World(1, 3).check(pair)
+    job.others = [numbers] * 3
+    World(1, 3).check(pair)
