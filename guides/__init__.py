@@ -1,1 +1,1 @@
-"""Amortized guides q(z|x), one program a file: read them, copy them, edit them."""
+"""Guides q(z|x), one program a file: read them, copy them, edit them."""

@@ -1,4 +1,4 @@
-"""A posterior of no width to speak of: the autoencoder, which codes but cannot generate."""
+"""A normal posterior of tiny fixed width, which makes the pair an autoencoder."""
 
 from collections.abc import Sequence
 

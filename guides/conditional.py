@@ -1,4 +1,4 @@
-"""A diagonal normal posterior, its moments read off the data and their labels."""
+"""A diagonal normal posterior whose network sees the data and their labels."""
 
 from collections.abc import Sequence
 

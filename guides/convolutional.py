@@ -1,4 +1,4 @@
-"""A diagonal normal posterior, its moments read off images by convolutions."""
+"""A diagonal normal posterior with a convolutional encoder."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A diagonal normal posterior for counts, whose network sees their logarithms."""
+"""A diagonal normal posterior for counts, whose network sees log(1 + x)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A flow of affine couplings on an amortized diagonal normal, quick in both directions."""
+"""A RealNVP posterior: affine couplings on an amortized diagonal normal."""
 
 from collections.abc import Sequence
 
@@ -66,6 +66,6 @@ class Flow(PyroModule):
         with pyro.plate("data", len(x)):
             loc, log_scale, features = self.encoder(x).unbind(-2)
             base = dist.Normal(loc, log_scale.exp()).to_event(1)
-            couplings = [coupling.condition(features) for coupling in self.couplings]
-            flow = [step for coupling in couplings for step in (coupling, Permute(self.turned))]
-            pyro.sample("z", dist.TransformedDistribution(base, flow))
+            flow = [step for each in self.couplings for step in (each, Permute(self.turned))]
+            posterior = dist.ConditionalTransformedDistribution(base, flow)
+            pyro.sample("z", posterior.condition(features))

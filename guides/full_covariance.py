@@ -1,4 +1,4 @@
-"""A normal posterior with every covariance, its moments read off the data by one network."""
+"""A normal posterior with a full covariance matrix."""
 
 from collections.abc import Sequence
 
@@ -42,8 +42,8 @@ class FullCovariance(PyroModule):
     ) -> None:
         super().__init__()
         self.encoder = MLP(shape, (1 + latent, latent), hidden, activation)
-        torch.nn.init.zeros_(self.encoder.layers[-1].weight[latent:])
-        torch.nn.init.zeros_(self.encoder.layers[-1].bias[latent:])
+        torch.nn.init.zeros_(self.encoder.last.weight[latent:])
+        torch.nn.init.zeros_(self.encoder.last.bias[latent:])
 
     def forward(self, x: Tensor) -> None:
         """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""

@@ -1,4 +1,4 @@
-"""A guide with a discrete latent: first the component, then the code given the component."""
+"""A posterior for the mixture model: first the component, then the code given it."""
 
 from collections.abc import Sequence
 

@@ -56,8 +56,12 @@ class IAF(PyroModule):
         order = torch.arange(latent)
         self.flow = nn.ModuleList(
             ConditionalAffineAutoregressive(
+                # Pyro's types ask for a torch.LongTensor, which no function is said to return.
                 ConditionalAutoRegressiveNN(
-                    latent, latent, [width], permutation=order.flip(0) if step % 2 else order
+                    latent,
+                    latent,
+                    [width],
+                    permutation=order.flip(0) if step % 2 else order,  # type: ignore[arg-type]
                 )
             )
             for step in range(steps)
@@ -68,5 +72,5 @@ class IAF(PyroModule):
         with pyro.plate("data", len(x)):
             loc, log_scale, features = self.encoder(x).unbind(-2)
             base = dist.Normal(loc, log_scale.exp()).to_event(1)
-            flow = [step.condition(features) for step in self.flow]
-            pyro.sample("z", dist.TransformedDistribution(base, flow))
+            posterior = dist.ConditionalTransformedDistribution(base, list(self.flow))
+            pyro.sample("z", posterior.condition(features))

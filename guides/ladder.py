@@ -1,4 +1,4 @@
-"""Top-down inference of a hierarchy: what the data say, weighed against what lies above."""
+"""Top-down inference of a hierarchy: evidence from the data combined with the layer above."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -74,6 +74,7 @@ class Ladder(PyroModule):
 
 def _moments(found: Tensor) -> tuple[Tensor, Tensor]:
     loc, scale = found.unbind(-2)
+    # The floor keeps the precision of a layer that is all but certain finite.
     return loc, softplus(scale) + 1e-3
 
 

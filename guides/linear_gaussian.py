@@ -1,4 +1,4 @@
-"""An affine mean and one full covariance: the exact posterior family of a linear decoder."""
+"""A normal posterior with an affine mean and one covariance, exact for a linear decoder."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,8 @@ class LinearGaussian(PyroModule):
     def __init__(self, shape: Sequence[int], latent: int = 2) -> None:
         super().__init__()
         self.encoder = MLP(shape, latent, hidden=())
-        self.scale_tril = PyroParam(
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.scale_tril: Tensor = PyroParam(  # type: ignore[assignment]
             torch.eye(latent), constraint=constraints.softplus_lower_cholesky
         )
 
@@ -52,7 +53,7 @@ class LinearGaussian(PyroModule):
         Raises:
             ValueError: If the latents of the model and of the guide differ in dimension.
         """
-        affine, shape = self.encoder.layers[0], self.encoder.in_shape
+        affine, shape = self.encoder.last, self.encoder.in_shape
         origin = affine.weight.new_zeros((1, *shape), dtype=torch.float64)
         exact = model.posterior(origin)
         if exact.event_shape != self.encoder.out_shape:

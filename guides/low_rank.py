@@ -1,4 +1,4 @@
-"""A normal posterior with a few directions of covariance, read off the data by one network."""
+"""A normal posterior whose covariance is diagonal plus low rank."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ class LowRank(PyroModule):
         super().__init__()
         self.encoder = MLP(shape, (2 + rank, latent), hidden, activation)
         with torch.no_grad():
-            self.encoder.layers[-1].weight[2 * latent :] *= 0.1
+            self.encoder.last.weight[2 * latent :] *= 0.1
 
     def forward(self, x: Tensor) -> None:
         """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
@@ -54,4 +54,5 @@ class LowRank(PyroModule):
             out = self.encoder(x)
             loc, scale, raw = out[..., 0, :], out[..., 1, :].exp(), out[..., 2:, :].mT
             factor = scale.unsqueeze(-1) * raw
+            # The constant keeps the covariance positive definite in float32.
             pyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, scale.square() + 1e-5))

@@ -1,4 +1,4 @@
-"""A diagonal normal posterior, its moments read off the data by one network."""
+"""A diagonal normal posterior, the usual guide of a VAE."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A mixture of diagonal normals as the posterior, read off the data by one network."""
+"""A posterior that is a mixture of diagonal normals."""
 
 from collections.abc import Sequence
 
@@ -56,5 +56,6 @@ class Mixture(PyroModule):
         with pyro.plate("data", len(x)):
             out = self.encoder(x)
             logits, (loc, raw) = out[..., 0], out[..., 1:].chunk(2, -1)
+            # The floor keeps the densities in the gradient within float32.
             scale = softplus(raw) + 0.03
             pyro.sample("z", dist.MixtureOfDiagNormals(loc, scale, logits))

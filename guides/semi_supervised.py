@@ -1,4 +1,4 @@
-"""A classifier q(y|x) for the labels that are hidden, and a code given data and label."""
+"""A classifier q(y|x) for the hidden labels, and a code given data and label."""
 
 from collections.abc import Sequence
 
@@ -63,14 +63,15 @@ class SemiSupervised(PyroModule):
 
     def forward(self, x: Tensor, y: Tensor) -> None:
         """Sample ``y`` ``[N]`` where it is −1, and ``z`` ``[N, latent]``, given ``x``."""
+        # Pyro's types ask for a torch.BoolTensor, which no comparison is said to return.
         hidden = y < 0
         with pyro.plate("data", len(x)):
             logits = self.classifier(x)
             q = dist.Categorical(logits=torch.where(hidden[:, None], logits, logits.detach()))
-            with pyro.poutine.mask(mask=hidden):
+            with pyro.poutine.mask(mask=hidden):  # type: ignore[call-overload]
                 drawn = pyro.sample("y", q, infer={"enumerate": "parallel"})
             if self.training and self.alpha:
-                with pyro.poutine.mask(mask=~hidden):
+                with pyro.poutine.mask(mask=~hidden):  # type: ignore[call-overload]
                     known = dist.Categorical(logits=logits).log_prob(y.clamp(min=0))
                     pyro.factor("classifier", -self.alpha * known, has_rsample=True)
             h = self.encoder(x) + self.label(torch.where(hidden, drawn, y))

@@ -1,1 +1,1 @@
-"""Generative models p(z)p(x|z), one program a file: read them, copy them, edit them."""
+"""Models p(z)p(x|z), one program a file: read them, copy them, edit them."""

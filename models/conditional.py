@@ -1,4 +1,4 @@
-"""Binary data given their labels: the label is an argument, and no part of what is modelled."""
+"""Binary data given a label, which is an input and is not modelled."""
 
 from collections.abc import Sequence
 

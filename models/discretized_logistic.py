@@ -58,6 +58,7 @@ class DiscretizedLogistic(PyroModule):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             logits, loc, raw = self.decoder(z).unbind(-2 - event)
+            # At first an eighth of the range; the floor keeps a narrow scale from vanishing.
             logistics = distributions.DiscretizedLogistic(
                 loc, softplus(raw - 2) + 1e-4, self.levels
             )

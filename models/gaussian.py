@@ -47,7 +47,10 @@ class Gaussian(PyroModule):
         self.decoder = MLP(latent, (1 + (scale == "pixel"), *shape), hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
         if scale == "learned":
-            self.scale = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+            # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+            self.scale: Tensor = PyroParam(  # type: ignore[assignment]
+                torch.tensor(1.0), constraint=constraints.positive
+            )
         elif scale != "pixel":
             if isinstance(scale, str) or scale <= 0:
                 raise ValueError(
@@ -61,5 +64,6 @@ class Gaussian(PyroModule):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             loc, *predicted = self.decoder(z).unbind(-1 - event)
+            # The floor keeps the density of a pixel that never varies from growing without bound.
             scale = softplus(predicted[0]) + 1e-3 if predicted else self.scale
             pyro.sample("x", dist.Normal(loc, scale).to_event(event), obs=x)

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians as the prior, its component a latent of its own; binary data."""
+"""A Gaussian mixture prior with the component as a discrete latent, and Bernoulli pixels."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,10 @@ class GMVAE(PyroModule):
         self.decoder = MLP(latent, shape, hidden, activation)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
-        self.scale = PyroParam(torch.ones(components, latent), constraint=constraints.positive)
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.scale: Tensor = PyroParam(  # type: ignore[assignment]
+            torch.ones(components, latent), constraint=constraints.positive
+        )
 
     def forward(self, x: Tensor) -> None:
         """Sample ``y`` ``[N]`` and ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""

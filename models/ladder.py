@@ -55,6 +55,7 @@ class Ladder(PyroModule):
             z = pyro.sample(f"z{top}", dist.Normal(self.zero, 1.0).to_event(1))
             for level in reversed(range(1, top)):
                 loc, scale = self.decoders[level - 1](z).unbind(-2)
+                # The floor keeps a layer that is all but certain from dividing by zero.
                 prior = dist.Normal(loc, softplus(scale) + 1e-3).to_event(1)
                 z = pyro.sample(f"z{level}", prior)
             logits = self.decoder(z)

@@ -39,7 +39,10 @@ class LinearGaussian(PyroModule):
         if scale <= 0:
             raise ValueError(f"Expected scale > 0, got {scale!r}.")
         self.decoder = MLP(latent, shape, hidden=())
-        self.scale = PyroParam(torch.tensor(float(scale)), constraint=constraints.positive)
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.scale: Tensor = PyroParam(  # type: ignore[assignment]
+            torch.tensor(float(scale)), constraint=constraints.positive
+        )
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
     def forward(self, x: Tensor) -> None:
@@ -91,7 +94,7 @@ class LinearGaussian(PyroModule):
         Raises:
             ValueError: If no variance is left for the noise, so that there is no maximum.
         """
-        affine, x = self.decoder.layers[0], self._flat(x)
+        affine, x = self.decoder.last, self._flat(x)
         bias, rest = x.mean(0), max(x.shape[-1] - len(self.zero), 0)
         values, vectors = torch.linalg.eigh((x - bias).mT @ (x - bias) / len(x))
         variance = values[:rest].mean()
@@ -106,7 +109,7 @@ class LinearGaussian(PyroModule):
         return self
 
     def _exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        affine = self.decoder.layers[0]
+        affine = self.decoder.last
         return affine.weight.double(), affine.bias.double(), self.scale.double()
 
     def _flat(self, x: Tensor) -> Tensor:

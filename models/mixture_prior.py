@@ -45,7 +45,8 @@ class MixturePrior(PyroModule):
         self.decoder = MLP(latent, shape, hidden, activation)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
-        self.scale = PyroParam(
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.scale: Tensor = PyroParam(  # type: ignore[assignment]
             torch.ones(components, latent), constraint=constraints.greater_than(1e-3)
         )
 

@@ -46,13 +46,17 @@ class NegativeBinomial(PyroModule):
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent, shape, hidden, activation)
-        self.r = PyroParam(torch.ones(*shape), constraint=constraints.greater_than(1e-3))
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.r: Tensor = PyroParam(  # type: ignore[assignment]
+            torch.ones(*shape), constraint=constraints.greater_than(1e-3)
+        )
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
     def forward(self, x: Tensor) -> None:
         """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
+            # The floor keeps ln(mean) finite where softplus underflows.
             mean, r = softplus(self.decoder(z)) + 1e-6, self.r
             likelihood = dist.NegativeBinomial(r, logits=mean.log() - r.log())
             pyro.sample("x", likelihood.to_event(x.dim() - 1), obs=x)

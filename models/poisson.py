@@ -49,5 +49,6 @@ class Poisson(PyroModule):
         """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
+            # The floor keeps ln(rate) finite where softplus underflows.
             rate = softplus(self.decoder(z)) + 1e-6
             pyro.sample("x", dist.Poisson(rate).to_event(x.dim() - 1), obs=x)

@@ -1,4 +1,4 @@
-"""Binary data and their labels, of which some are known: the model M2."""
+"""Binary data with labels, of which only some are known: the model M2."""
 
 from collections.abc import Sequence
 
@@ -54,12 +54,13 @@ class SemiSupervised(PyroModule):
         A factor, and no observed site, holds ln p(y) of the labels that are given, so that
         generation keeps them and draws the others.
         """
+        # Pyro's types ask for a torch.BoolTensor, which no comparison is said to return.
         hidden = y < 0
         with pyro.plate("data", len(x)):
             prior = dist.Categorical(logits=self.logits)
-            with pyro.poutine.mask(mask=hidden):
+            with pyro.poutine.mask(mask=hidden):  # type: ignore[call-overload]
                 drawn = pyro.sample("y", prior)
-            with pyro.poutine.mask(mask=~hidden):
+            with pyro.poutine.mask(mask=~hidden):  # type: ignore[call-overload]
                 pyro.factor("label", prior.log_prob(y.clamp(min=0)))
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             logits = self.decoder(self.code(z) + self.label(torch.where(hidden, drawn, y)))

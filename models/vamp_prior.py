@@ -1,4 +1,4 @@
-"""The guide's own posteriors at learned pseudo-inputs as the prior, and Bernoulli pixels."""
+"""A prior that mixes the guide's posteriors at learned pseudo-inputs, and Bernoulli pixels."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyrovae.nn import MLP
 
@@ -60,7 +60,8 @@ class VampPrior(PyroModule):
         """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
         with poutine.block(hide_types=["sample"]):
             posteriors = poutine.trace(self.guide[0]).get_trace(self.pseudo).nodes["z"]["fn"]
-        if isinstance(posteriors, dist.TransformedDistribution):
+        flow = isinstance(posteriors, dist.TransformedDistribution)
+        if flow or not isinstance(posteriors, Distribution):
             raise ValueError("Expected a guide of normals or their mixtures, got a flow for 'z'.")
         weights = dist.Categorical(logits=x.new_zeros(posteriors.batch_shape))
         with pyro.plate("data", len(x)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ class MLP(nn.Module):
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), activation()]
         self.layers = nn.Sequential(*layers[:-1])
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last affine map, with ``weight`` W_L and ``bias`` b_L; the only one if affine."""
+        return cast(nn.Linear, self.layers[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
