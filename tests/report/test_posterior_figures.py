@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
-from test_plots import dots, text
+from test_figures import dots, text
 
 from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.report.figures import BLUE, GREY
