@@ -140,6 +140,7 @@ DIAGNOSTICS = {
     "sites": {"z": {"kl": [4.0, 0.25], "kl_total": 4.25, "active_units": 1, "units": 2}},
     "mutual_information": {"mean": 3.5, "standard_error": 0.0625},
     "marginal_kl": 0.75,
+    "remainder": 0.0,
     "calibration": {"levels": [0.5], "coverage": [0.55], "standard_error": [0.01]},
     "probe": {"z": {"linear": 0.76, "knn": 0.74, "chance": 0.1, "classes": 10, "num_test": 180}},
     "bits_per_dimension": None,
@@ -165,6 +166,7 @@ def test_the_posterior_is_told_in_words_and_numbers():
     assert page.row("rate, KL(q(z|x) ‖ p(z))") == ["4.250", "", "0.050"]
     assert page.row("distortion, −E_q[ln p(x|z)]") == ["19.500", "", "0.200"]
     assert page.row("KL(q(z) ‖ p(z)) of the aggregate posterior") == ["0.750", "", ""]
+    assert page.row("what these two leave of the rate, by Monte Carlo error") == ["0.000", "", ""]
     assert page.row("z") == ["4.250", "1", "2"]
     assert page.row("accuracy of labels from z, linear probe") == ["76.0%"]
     assert marked(page, "1 of 2 units is active.") == "✓"
