@@ -10,7 +10,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import samples, trace_guide
+from pyrovae.pairs.traces import samples
 
 __all__ = ["classify"]
 
@@ -41,10 +41,10 @@ def classify(
         torch.Size([359, 10])
         >>> accuracy = (q.argmax(-1) == data.labels.test).float().mean()
     """
-    pair = Pair(guide, guide)
+    pair = Pair(None, guide)
     rows = [tensor.to(pair.device) for tensor in (x, *context)]
     with pair.mode(training=False), seeded(seed, rows[0].device):
-        trace = trace_guide(pair, *rows)
+        trace = pair.trace_guide(*rows)
     found = {
         name: node["fn"]
         for name, node in samples(trace).items()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae._tools import InputError
@@ -15,7 +14,7 @@ from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, Graph
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["Forward", "Given", "Values", "tile_size"]
+__all__ = ["Forward", "Values", "tile_size"]
 
 PAYS_AFTER = 500_000
 ROUNDING = 1e-3
@@ -153,22 +152,6 @@ class Forward:
 
     def _placed(self, tile: Rows) -> Rows:
         return tuple(tensor.to(self.pair.device) for tensor in tile)
-
-
-class Given(Messenger):
-    """Sets latent sites to given values, and leaves them latent.
-
-    Args:
-        values: The values by site.
-    """
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"] = self.values[msg["name"]]
 
 
 def _has_mean(site: dict) -> bool:

@@ -9,11 +9,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae._forward import Forward, Given
+from pyrovae._forward import Forward
 from pyrovae._tools import InputError
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import is_bookkeeping, samples, trace_guide, trace_posterior
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
 
@@ -118,14 +118,14 @@ def reconstruct(
     Raises:
         ValueError: If the pair breaks the contract.
     """
-    pair, layouts = Pair(model, guide), []
+    pair = Pair(model, guide)
 
     def inspect(*rows: Tensor) -> None:
-        layouts.append(inspect_pair(pair, *rows))
+        inspect_pair(pair, *rows)
 
     def read(*rows: Tensor) -> dict[str, dict]:
-        trace = trace_posterior(pair, layouts[-1], *rows)
-        return _data({name: trace.nodes[name] for name in layouts[-1].observed})
+        trace = pair.trace_posterior(*rows)
+        return _data({name: trace.nodes[name] for name in pair.known.observed})
 
     forward = Forward(read, pair, mean, inspect)
     return _as_given(forward((x, *context), seed, compile))
@@ -150,10 +150,10 @@ def encode(
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
-    pair = Pair(guide, guide)
+    pair = Pair(None, guide)
 
     def read(*rows: Tensor) -> dict[str, dict]:
-        sites = samples(trace_guide(pair, *rows))
+        sites = samples(pair.trace_guide(*rows))
         return _data({n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")})
 
     return Forward(read, pair, mean=True)((x, *context), seed, compile)
@@ -260,7 +260,7 @@ def _generate(
             f"Expected a context of {len(template)} rows, one for each datum to draw, got "
             f"{lengths[0]}: give n, the latents and the context the same number of rows."
         )
-    pair = Pair(model, model)
+    pair = Pair(model, None)
 
     def read(*rows: Tensor) -> dict[str, dict]:
         values = dict(zip(latents, rows[1 + len(context) :], strict=True))

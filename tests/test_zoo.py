@@ -16,7 +16,7 @@ from pyrovae.compiling.graph import _OneHot
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
 from pyrovae.pairs.pair import Pair, owners
-from pyrovae.pairs.traces import replay_model, samples, site_scores, take_particles, trace_guide
+from pyrovae.pairs.traces import samples, site_scores, take_particles
 
 SETTINGS = {
     "warm_up_elbo": {"warm_up": 3},
@@ -140,14 +140,14 @@ def test_scores_of_k_particles_are_a_loop_over_single_ones(name):
     parameters, _, _, args = make(name)
     layout, k, n = inspect_pair(parameters, *args), 3, len(args[0])
     with torch.no_grad():
-        guide_trace = trace_guide(parameters, *args, particles=k, layout=layout)
-        model_trace = replay_model(parameters, guide_trace, *args, particles=k, layout=layout)
+        guide_trace = parameters.trace_guide(*args, particles=k)
+        model_trace = parameters.replay_model(guide_trace, *args, particles=k)
         together = [site_scores(t, layout, k, n) for t in (guide_trace, model_trace)]
         for i in range(k):
             drawn = prune_subsample_sites(take_particles(guide_trace, i))
             with poutine.replay(trace=drawn):
-                guide_alone = trace_guide(parameters, *args)
-            alone = guide_alone, replay_model(parameters, drawn, *args)
+                guide_alone = parameters.trace_guide(*args)
+            alone = guide_alone, parameters.replay_model(drawn, *args)
             for scores, trace in zip(together, alone, strict=True):
                 found = site_scores(trace, layout, 1, n)
                 assert found.keys() == scores.keys()
@@ -161,17 +161,17 @@ def test_scores_of_a_datum_do_not_depend_on_its_batch(name):
     layout, part = inspect_pair(parameters, *args), slice(4, 7)
     rows = [arg[part] for arg in args]
     with torch.no_grad():
-        whole = trace_guide(parameters, *args)
+        whole = parameters.trace_guide(*args)
         drawn = prune_subsample_sites(whole)
         for site, node in samples(whole).items():
             drawn.nodes[site] = node | {"value": node["value"][part]}
         with poutine.replay(trace=drawn):
-            few = trace_guide(parameters, *rows)
+            few = parameters.trace_guide(*rows)
         traces = (
             (whole, few),
             (
-                replay_model(parameters, whole, *args),
-                replay_model(parameters, drawn, *rows),
+                parameters.replay_model(whole, *args),
+                parameters.replay_model(drawn, *rows),
             ),
         )
         for one, other in traces:

@@ -228,8 +228,7 @@ def undone(pair: Pair, args: tuple, changed: tuple[Tensor, ...] = ()) -> Iterato
     """Run a block and give buffers, random streams and some other tensors back as they were."""
     before = [
         (module, name, buffer, buffer.clone())
-        for root in pair.roots.values()
-        for module in root.modules()
+        for module in pair.modules
         for name, buffer in module.named_buffers(recurse=False)
     ]
     kept = [tensor.detach().clone() for tensor in changed]

@@ -53,7 +53,7 @@ def watch_pair(objective: Any, pair: Pair) -> Watch:
     def look() -> list[Any]:
         known = modules or _modules(pair)
         found = [value for thing in things for value in thing.values()]
-        tensors = [*pair.model.found.values(), *pair.guide.found.values()]
+        tensors = [leaf for _, leaf in pair.statements]
         for module in known:
             found += module.__dict__.values()
             found += module._modules.values()
@@ -98,7 +98,7 @@ def watch_optimizer(optimizer: Optimizer) -> Watch:
 
 
 def _modules(pair: Pair) -> list[Any]:
-    return [m for root in pair.roots.values() for m in root.modules()]
+    return pair.modules
 
 
 def _scalars(attributes: dict[str, Any]) -> tuple:

@@ -25,7 +25,7 @@ from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
 from pyrovae.evidence.density import Joint
 from pyrovae.evidence.estimation import Evaluation
-from pyrovae.pairs.traces import is_bookkeeping, samples, trace_posterior, unscale
+from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = [
     "Aggregate",
@@ -206,8 +206,7 @@ def _calibrate(joint: Joint, rows: tuple) -> Calibration | None:
 
 def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
-    trace = trace_posterior(joint.pair, joint.layout, *rows)
-    unscale(trace, joint.layout)
+    trace = joint.pair.trace_posterior(*rows)
     sites = samples(trace)
     seen = [s for s in sites.values() if s["is_observed"]]
     if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:

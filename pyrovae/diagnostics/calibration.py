@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae._tools import standard_error
 from pyrovae._tools.seeding import subseed
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, trace_posterior
+from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
 
 __all__ = [
     "LEVELS",
@@ -110,7 +110,7 @@ def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
 
 def _shares(pair: Pair, layout: Layout, rows: tuple) -> Tensor:
     """The share of each datum's values within each interval, ``[L, N]``; NaN where none is seen."""
-    sites, n = samples(trace_posterior(pair, layout, *rows)), len(rows[0])
+    sites, n = samples(pair.trace_posterior(*rows)), len(rows[0])
     half = torch.tensor(LEVELS, dtype=torch.float64, device=rows[0].device)[:, None, None] / 2
     inside, count = half.new_zeros(len(LEVELS), n), half.new_zeros(n)
     for name in layout.observed:

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence as divergence
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, samples, trace_pair, unscale
+from pyrovae.pairs.traces import Layout, reduce_to, samples, unscaled
 
 __all__ = ["SitePosterior", "examine"]
 
@@ -54,10 +54,8 @@ def examine(
     Raises:
         ValueError: If a site's log-probability is NaN.
     """
-    model, guide = trace_pair(pair, *rows, particles=particles, layout=layout)
-    for trace in (model, guide):
-        unscale(trace, layout)
-        trace.compute_log_prob()
+    model, guide = pair.trace(*rows, particles=particles)
+    unscaled(layout, model, guide)
     analytic, size = in_one_order(model, guide), (particles, len(rows[0]))
     terms = {
         name: reduce_to(term, layout, *size).mean(0)

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrovae._tools import InputError
-from pyrovae.pairs.enumeration import in_parallel, sum_out
-from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.scoring import log_prob
-from pyrovae.pairs.traces import Layout, is_bookkeeping, reduce_to, samples
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import Layout, Values, is_bookkeeping, reduce_to, samples
 
 __all__ = ["Joint", "Place", "Scored", "Values", "add_up", "refuse_nan", "to_support"]
 
-Values = dict[str, Tensor]
 
-
-class Place(Messenger):
+class Place(Given):
     r"""Sets latent sites to given values, and observed ones to other data.
 
     Args:
@@ -40,22 +31,18 @@ class Place(Messenger):
     """
 
     def __init__(self, values: Values, observed: Values, line: bool = False) -> None:
-        super().__init__()
-        self.values, self.observed, self.line = values, observed, line
+        super().__init__(values, observed)
+        self.line = line
         self.log_det: Values = {}
 
-    def _pyro_sample(self, msg: dict) -> None:
-        name = msg["name"]
-        if msg["is_observed"]:
-            msg["value"] = self.observed.get(name, msg["value"])
-        elif name in self.values:
-            msg["value"] = self._on_support(msg) if self.line else self.values[name]
-
-    def _on_support(self, msg: dict) -> Tensor:
-        point, transform = self.values[msg["name"]], to_support(msg["name"], msg["fn"])
-        value = transform(point)
-        self.log_det[msg["name"]] = transform.log_abs_det_jacobian(point, value)
-        return value
+    def latent(self, msg: Any, value: Tensor) -> Tensor:
+        """The value, or the image of a point of the real line."""
+        if not self.line:
+            return value
+        transform = to_support(msg["name"], msg["fn"])
+        image = transform(value)
+        self.log_det[msg["name"]] = transform.log_abs_det_jacobian(value, image)
+        return image
 
 
 class Scored(NamedTuple):
@@ -88,32 +75,24 @@ class Joint:
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
         """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
-        trace = self.trace(self.pair.run_guide, rows, particles, Place({}, {}))
-        return self._latents(trace), self._scores(trace, rows, particles)
+        return self.pair.draw(self.args(rows), particles)
 
     def draw_prior(self, rows: tuple, particles: int) -> Values:
         """Draw K latents of each datum from the model's prior."""
-        place = Place({}, self._observed(rows))
-        return self._latents(self.trace(self.pair.run_model, rows, particles, place))
+        return self.pair.draw_prior(self.args(rows), particles, self._observed(rows))
 
     def guide(self, rows: tuple, particles: int, values: Values) -> Values:
         """The guide's scores ``[K, N]`` by site, at given latents."""
-        trace = self.trace(self.pair.run_guide, rows, particles, Place(values, {}))
-        return self._scores(trace, rows, particles)
+        return self.pair.score_guide(self.args(rows), particles, values)
 
     def model(self, rows: tuple, particles: int, values: Values, line: bool = False) -> Scored:
         """The model's scores at given latents, or with ``line`` at points on the real line."""
-        place, summed = Place(values, self._observed(rows), line), self.layout.enumerated
-        program = self.pair.run_model
-        if summed:
-            program = in_parallel(program, left_of=self.layout.particle_dim)
-        trace = self.trace(program, rows, particles, place)
-        if summed:
-            trace = sum_out(trace, summed)
+        place = Place(values, self._observed(rows), line)
+        found, latents = self.pair.score_model(self.args(rows), particles, place, fused=self.fused)
         log_det = add_up(
             reduce_to(each, self.layout, particles, len(rows[0])) for each in place.log_det.values()
         )
-        return Scored(self._scores(trace, rows, particles), self._latents(trace), log_det)
+        return Scored(found, latents, log_det)
 
     def split(self, scored: Scored) -> tuple[Tensor, Tensor]:
         """ln p(z), as a density where the values were given, and ln p(x | z), ``[K, N]``."""
@@ -145,28 +124,14 @@ class Joint:
         points = [name for name, site in sites.items() if _is_delta(site["fn"])]
         return [name for name in sites if name not in self.layout.latents], points
 
-    def trace(self, program: Callable, rows: tuple, particles: int, place: Place) -> Trace:
+    def trace(self, program: Callable, rows: tuple, particles: int, place: Given) -> Trace:
         """Trace a program with K particles, its sites set as ``place`` says."""
-        with ExitStack() as stack:
-            stack.enter_context(place)
-            stack.enter_context(pyro.plate("particles", particles, dim=self.layout.particle_dim))
-            return poutine.trace(program).get_trace(*self.args(rows))
+        return self.pair.trace_given(program, self.args(rows), particles, place)
 
     def _observed(self, rows: tuple) -> Values:
         values = rows[len(rows) - len(self.replaced) :]
         places = zip(self.replaced.items(), values, strict=True)
         return {name: value.movedim(0, axis) for (name, axis), value in places}
-
-    def _latents(self, trace: Trace) -> Values:
-        return {name: trace.nodes[name]["value"] for name in self.layout.latents}
-
-    def _scores(self, trace: Trace, rows: tuple, particles: int) -> Values:
-        scores = {}
-        for name, site in samples(trace).items():
-            score = log_prob(site, fused=self.fused)
-            masked = scale_and_mask(score, mask=site["mask"])
-            scores[name] = reduce_to(masked, self.layout, particles, len(rows[0]))
-        return scores
 
 
 def refuse_nan(guide: Values, model: Values, first_row: int) -> None:

@@ -27,7 +27,7 @@ from pyrovae.evidence.tiles import (
 )
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import common_scale, trace_pair
+from pyrovae.pairs.traces import common_scale
 
 __all__ = ["Evaluation", "particle_tile", "power_of_two", "row_limit"]
 
@@ -92,7 +92,7 @@ class Evaluation:
             if not joint.layout.scaled:
                 return found
             with seeded(0, self.device):
-                traces = trace_pair(joint.pair, *joint.args(rows), layout=joint.layout)
+                traces = joint.pair.trace(*joint.args(rows), sums=True)
             return _scaled(found, common_scale(traces, joint.layout))
 
         checkpoint = None if self.file is None else Checkpoint(self.file, self._about(joint))

@@ -77,6 +77,7 @@ class Objective:
         with seeded(0, pair.device), pair.mode(training=False):
             if layout is None:
                 layout = inspect_pair(pair, *args)
+            pair.layout = layout
             self._pairs[pair] = layout, self.examine(pair, layout, args)
 
     def known(self, pair: Pair, args: tuple) -> tuple[Layout, Any]:
@@ -111,14 +112,6 @@ class Objective:
     def __call__(self, model: Callable, guide: Callable, *args: Any) -> Tensor:
         """The loss of a batch with the estimator's gradient, as Pyro's SVI takes it."""
         if self._called is None or self._called[:2] != (model, guide):
-            self._called = model, guide, _AsTheyAre(model, guide)
+            self._called = model, guide, Pair(model, guide, store=True)
         found = self.estimate(self._called[2], *args)
         return found.loss + (found.surrogate - found.surrogate.detach())
-
-
-class _AsTheyAre(Pair):
-    """A pair whose parameter statements reach Pyro's store."""
-
-    def __init__(self, model: Callable, guide: Callable) -> None:
-        super().__init__(model, guide)
-        self.run_model, self.run_guide = model, guide

@@ -15,7 +15,7 @@ from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
+from pyrovae.pairs.traces import Layout, reduce_to, unscaled
 
 __all__ = ["SCHEDULES", "BetaELBO"]
 
@@ -151,11 +151,7 @@ class BetaELBO(Objective):
         allowed = self._allowed(traces[1], layout, free)
         analytic = self.analytic and in_one_order(*traces)
         scaled = site_terms(*traces, analytic)
-        for trace in traces:
-            unscale(trace, layout)
-            for site in trace.nodes.values():
-                site.pop("log_prob", None)
-            trace.compute_log_prob()
+        unscaled(layout, *traces)
         total = 0.0
         for name, term in site_terms(*traces, analytic).items():
             each = reduce_to(term, layout, self.particles, len(args[0])).mean(0)
@@ -167,7 +163,7 @@ class BetaELBO(Objective):
 
     def _traces(self, pair: Pair, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
         particles = self.particles if self.particles > 1 else None
-        model_trace, guide_trace = trace_pair(pair, *args, particles=particles, layout=layout)
+        model_trace, guide_trace = pair.trace(*args, particles=particles, sums=True)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return model_trace, guide_trace

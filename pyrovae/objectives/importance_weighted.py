@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.log_weights import Cells, cells, check_scales, site_log_probs
+from pyrovae.objectives.log_weights import Cells, cells, check_scales
 from pyrovae.objectives.pathwise import (
     Through,
     check_density,
@@ -20,7 +20,7 @@ from pyrovae.objectives.pathwise import (
     scored_latents,
 )
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, replay_model, trace_guide, trace_pair
+from pyrovae.pairs.traces import Layout, log_probs
 
 __all__ = ["Facts", "ImportanceWeighted", "Scores", "score"]
 
@@ -72,8 +72,8 @@ def score(
         log_q: The guide's log-probabilities, if they have been computed.
     """
     where = cells((model_trace, guide_trace), layout)
-    log_q = site_log_probs(guide_trace) if log_q is None else log_q
-    log_p = site_log_probs(model_trace)
+    log_q = log_probs(guide_trace) if log_q is None else log_q
+    log_p = log_probs(model_trace)
     model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
     return Scores(where, model, guide)
 
@@ -134,7 +134,7 @@ class ImportanceWeighted(Objective):
 
     def examine(self, pair: Pair, layout: Layout, args: tuple) -> Facts:
         """Check the scales, and what the estimator asks of the guide."""
-        traces = trace_pair(pair, *args)
+        traces = pair.trace(*args)
         cells(traces, layout)
         check_scales(traces, layout)
         scored = scored_latents(pair, args)
@@ -153,25 +153,31 @@ class ImportanceWeighted(Objective):
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum before any scale, ``[N]``, in nats."""
-        at, _ = self._known(pair, args)
-        guide_trace = trace_guide(pair, *args, **at)
-        found = score(guide_trace, replay_model(pair, guide_trace, *args, **at), at["layout"])
+        draws, _ = self._known(pair, args)
+        guide_trace = pair.trace_guide(*args, particles=draws)
+        found = score(
+            guide_trace,
+            pair.replay_model(guide_trace, *args, particles=draws, sums=True),
+            pair.known,
+        )
         return found.where.by_datum(self.bound(found.log_weights))
 
     def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        at, facts = self._known(pair, args)
-        guide_trace = trace_guide(pair, *args, **at)
-        log_q = site_log_probs(guide_trace)
+        draws, facts = self._known(pair, args)
+        guide_trace = pair.trace_guide(*args, particles=draws)
+        log_q = log_probs(guide_trace)
         through = Through(guide_trace) if self.gradient == "dreg" else None
         latents = through.trace if through else guide_trace
-        model_trace = replay_model(pair, latents, *args, **at)
-        found = score(guide_trace, model_trace, at["layout"], log_q)
+        model_trace = pair.replay_model(latents, *args, particles=draws, sums=True)
+        found = score(guide_trace, model_trace, pair.known, log_q)
         bound = self.bound(found.log_weights)
         if self.gradient == "plain":
             gain = bound + self._scored(guide_trace, found, facts.scored)
         else:
-            still = held_still(pair, guide_trace, args, hierarchical=facts.hierarchical, **at)
+            still = held_still(
+                pair, guide_trace, args, particles=draws, hierarchical=facts.hierarchical
+            )
             gain = self._paths(found, still, through)
         loss = found.where.loss(bound.detach())
         return Estimate(loss, found.where.loss(gain), found.terms)
@@ -253,7 +259,8 @@ class ImportanceWeighted(Objective):
             gains = bound.unsqueeze(1)
         return gains.flatten(0, 1) / groups
 
-    def _known(self, pair: Pair, args: tuple) -> tuple[dict[str, Any], Facts]:
-        layout, facts = self.known(pair, args)
+    def _known(self, pair: Pair, args: tuple) -> tuple[int | None, Facts]:
+        """The size of the plate of particles, none for a single one, and the facts."""
+        _, facts = self.known(pair, args)
         draws = self.groups * self.particles
-        return {"particles": draws if draws > 1 else None, "layout": layout}, facts
+        return draws if draws > 1 else None, facts

@@ -12,14 +12,13 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
 
-__all__ = ["Cells", "cells", "check_scales", "site_log_probs"]
+__all__ = ["Cells", "cells", "check_scales"]
 
 
 class Cells(NamedTuple):
@@ -111,12 +110,3 @@ def check_scales(traces: Iterable[Trace], layout: Layout) -> None:
                 f"bound is not defined: drop poutine.scale and subsampling within a datum, or "
                 f"train with an ELBO."
             )
-
-
-def site_log_probs(trace: Trace) -> dict[str, Tensor]:
-    """Each site's log-probability, masked but not scaled, by name, in nats."""
-    found = {}
-    for name, site in samples(trace).items():
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        found[name] = scale_and_mask(log_prob, mask=site["mask"])
-    return found

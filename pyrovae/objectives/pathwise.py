@@ -22,9 +22,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
-from pyrovae.objectives.log_weights import site_log_probs
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, samples, trace_guide
+from pyrovae.pairs.traces import log_probs, samples
 
 __all__ = ["Still", "Through", "check_density", "held_still", "is_hierarchical", "scored_latents"]
 
@@ -79,7 +78,6 @@ def held_still(
     guide_trace: Trace,
     args: tuple,
     particles: int | None,
-    layout: Layout,
     hierarchical: bool,
 ) -> dict[str, Tensor]:
     """The guide's log-probabilities at its own latents, which are held still, by site.
@@ -89,7 +87,6 @@ def held_still(
         guide_trace: The guide's trace, subsampling sites included.
         args: What it was run on.
         particles: The size of its plate of particles, or None.
-        layout: The pair's layout.
         hierarchical: Whether the guide's distributions depend on its latents.
     """
     still = guide_trace.copy()
@@ -98,15 +95,15 @@ def held_still(
             still.nodes[name] = site | {"value": site["value"].detach()}
     if hierarchical:
         with poutine.replay(trace=still):
-            still = trace_guide(pair, *args, particles=particles, layout=layout)
+            still = pair.trace_guide(*args, particles=particles)
     latents = {name for name, site in samples(still).items() if not site["is_observed"]}
-    return {n: log_prob for n, log_prob in site_log_probs(still).items() if n in latents}
+    return {n: log_prob for n, log_prob in log_probs(still).items() if n in latents}
 
 
 def is_hierarchical(pair: Pair, args: tuple) -> bool:
     """Whether some site of the guide has a distribution that depends on another's latent."""
     with torch.enable_grad(), Still(leaves=True):
-        trace = prune_subsample_sites(trace_guide(pair, *args))
+        trace = prune_subsample_sites(pair.trace_guide(*args))
     sites = {n: s for n, s in samples(trace).items() if not s["is_observed"]}
     leaves = [s["value"] for s in sites.values() if s["value"].requires_grad]
     with torch.enable_grad():
@@ -126,13 +123,13 @@ def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
         ValueError: If a flow has no inverse or an inexact one, or noise of the guide's networks
             would be drawn anew in a second run.
     """
-    noisy = (m for r in pair.roots.values() for m in r.modules() if _is_noise(m))
+    noisy = (module for module in pair.modules if _is_noise(module))
     if hierarchical and next(noisy, None) is not None:
         raise InputError(
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
             "other noise each time: set p=0, or train with an objective that takes plain gradients."
         )
-    trace = prune_subsample_sites(trace_guide(pair, *args))
+    trace = prune_subsample_sites(pair.trace_guide(*args))
     for name, site in samples(trace).items():
         if site["is_observed"]:
             continue
@@ -162,7 +159,7 @@ def _is_noise(module: nn.Module) -> bool:
 
 def scored_latents(pair: Pair, args: tuple) -> dict[str, str]:
     """The guide's latents that need a score-function term, with the names of their families."""
-    trace = prune_subsample_sites(trace_guide(pair, *args))
+    trace = prune_subsample_sites(pair.trace_guide(*args))
     return {
         name: type(site["fn"]).__name__
         for name, site in samples(trace).items()

@@ -21,7 +21,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.elbo import in_one_order, site_terms
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, trace_pair, unscale
+from pyrovae.pairs.traces import Layout, reduce_to, unscaled
 
 __all__ = ["ESTIMATORS", "ElboResult", "elbo", "score_elbo"]
 
@@ -112,10 +112,8 @@ def score_elbo(
         analytic: Estimator B instead of A.
         particles: The number of samples L.
     """
-    model_trace, guide_trace = trace_pair(pair, *rows, particles=particles, layout=layout)
-    for trace in (model_trace, guide_trace):
-        unscale(trace, layout)
-        trace.compute_log_prob()
+    model_trace, guide_trace = pair.trace(*rows, particles=particles)
+    unscaled(layout, model_trace, guide_trace)
     analytic = analytic and in_one_order(model_trace, guide_trace)
     observed, latent = 0.0, 0.0
     for name, term in site_terms(model_trace, guide_trace, analytic).items():

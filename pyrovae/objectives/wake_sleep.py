@@ -16,14 +16,7 @@ from pyrovae.objectives.importance_weighted import Scores, score
 from pyrovae.objectives.log_weights import cells, check_scales
 from pyrovae.objectives.pathwise import Still, check_density
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import (
-    Layout,
-    is_bookkeeping,
-    replay_model,
-    samples,
-    trace_guide,
-    trace_pair,
-)
+from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
 
 __all__ = ["WakeSleep"]
 
@@ -69,7 +62,7 @@ class WakeSleep(Objective):
 
     def examine(self, pair: Pair, layout: Layout, args: tuple) -> dict[int, str]:
         """Check the scales and the guide's density, and find the sites to dream of."""
-        traces = trace_pair(pair, *args)
+        traces = pair.trace(*args)
         cells(traces, layout)
         check_scales(traces, layout)
         check_density(pair, args, hierarchical=False)
@@ -110,10 +103,10 @@ class WakeSleep(Objective):
 
     def _awake(self, pair: Pair, args: tuple) -> tuple[Scores, list[str]]:
         layout, _ = self.known(pair, args)
-        at = {"particles": self.particles if self.particles > 1 else None, "layout": layout}
+        particles = self.particles if self.particles > 1 else None
         with Still():
-            guide_trace = trace_guide(pair, *args, **at)
-        model_trace = replay_model(pair, guide_trace, *args, **at)
+            guide_trace = pair.trace_guide(*args, particles=particles)
+        model_trace = pair.replay_model(guide_trace, *args, particles=particles, sums=True)
         return score(guide_trace, model_trace, layout), _latents(guide_trace)
 
     def _asleep(self, pair: Pair, args: tuple) -> Tensor:
@@ -127,7 +120,7 @@ class WakeSleep(Objective):
             for i, arg in enumerate(args)
         )
         with Still(), poutine.replay(trace=dream):
-            guide_trace = trace_guide(pair, *dreamt)
+            guide_trace = pair.trace_guide(*dreamt)
         guide_trace.compute_log_prob()
         return sum(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
 

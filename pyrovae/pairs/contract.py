@@ -16,21 +16,14 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import (
-    Layout,
-    is_bookkeeping,
-    replay_model,
-    samples,
-    site_scale,
-    trace_guide,
-    trace_pair,
-)
+from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, site_scale
 
 __all__ = [
     "batch_frame",
     "batch_plates",
     "check_event",
     "check_objective",
+    "check_reach",
     "check_sites",
     "check_support",
     "inspect_pair",
@@ -46,14 +39,14 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
 
     Returns:
-        The pair's layout.
+        The pair's layout, which the pair remembers.
 
     Raises:
         ValueError: If a latent is in one program only, no plate holds the batch, a site lies
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
     with torch.no_grad(), _blames_data(x):
-        guide_trace = trace_guide(pair, x, *context)
+        guide_trace = pair.trace_guide(x, *context)
         model_trace = _try_replay(pair, guide_trace, x, *context)
     model_sites, guide_sites = samples(model_trace), samples(guide_trace)
     observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
@@ -75,7 +68,9 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     scales = [site_scale(s, layout) for _, s in every if not is_bookkeeping(s)]
     scaled = any(isinstance(s, Tensor) or s != 1.0 for s in scales)
     plate_scale = (frame.full_size or frame.size) / frame.size
-    return layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
+    layout = layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
+    pair.layout = layout
+    return layout
 
 
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
@@ -91,7 +86,7 @@ def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -
     """
     with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
-            model_trace, _ = trace_pair(pair, *rows)
+            model_trace, _ = pair.trace(*rows)
             for name, site in samples(model_trace).items():
                 if site["is_observed"]:
                     _check_observed(name, site)
@@ -116,9 +111,38 @@ def check_objective(layout: Layout, objective: Any) -> None:
         )
 
 
+def check_reach(pair: Pair, surrogate: Tensor, args: tuple = ()) -> None:
+    """Refuse a loss that depends on parameters which belong to no module and no statement.
+
+    Raises:
+        ValueError: With the shapes of those parameters and the mend.
+    """
+    known = {id(leaf) for leaf in (*pair.named().values(), *args)}
+    lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
+    if lost:
+        raise InputError(
+            f"The loss depends on parameters of shapes {lost} that neither the model nor the "
+            f"guide owns, so they would not be trained: make their module an attribute, call "
+            f"pyro.module('name', module) in the program, or freeze it with requires_grad_()."
+        )
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    found, seen, stack = [], set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
 def _try_replay(pair: Pair, guide_trace: Trace, x: Tensor, *context: Any) -> Trace:
     try:
-        return replay_model(pair, guide_trace, x, *context)
+        return pair.replay_model(guide_trace, x, *context)
     except (ValueError, RuntimeError):
         guide_sites = samples(guide_trace)
         free = samples(poutine.trace(pair.run_model).get_trace(x, *context))
@@ -169,7 +193,7 @@ def mended(text: str, x: Tensor) -> str:
     return text
 
 
-def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
+def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
     """Check that the guide samples the model's latents, and no others.
 
     Raises:
@@ -197,7 +221,7 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, dict]) -> None:
         )
 
 
-def check_event(name: str, model_site: dict, guide_site: dict) -> None:
+def check_event(name: str, model_site: Site, guide_site: Site) -> None:
     """Check that a latent is of one shape in both programs.
 
     Raises:
@@ -216,7 +240,7 @@ def check_event(name: str, model_site: dict, guide_site: dict) -> None:
         )
 
 
-def batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
+def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
     """The plates that may hold the batch: those of its size, around every site if there is one.
 
     Raises:
@@ -234,7 +258,7 @@ def batch_plates(sites: list[tuple[str, dict]], num_data: int) -> list[str]:
     return ["data"] if "data" in (common or fitting) else (common or fitting)
 
 
-def batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
+def batch_frame(sites: list[tuple[str, Site]], plate: str) -> Any:
     """The frame of the plate that holds the batch.
 
     Raises:
@@ -249,11 +273,11 @@ def batch_frame(sites: list[tuple[str, dict]], plate: str) -> Any:
     return next(frames[plate] for _, site in sites if plate in (frames := _plates(site)))
 
 
-def _plates(site: dict) -> dict[str, Any]:
+def _plates(site: Site) -> dict[str, Any]:
     return {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
 
 
-def _check_observed(name: str, site: dict) -> None:
+def _check_observed(name: str, site: Site) -> None:
     if is_bookkeeping(site):
         return
     fn, value = site["fn"], site["value"]

@@ -1,219 +1,238 @@
-"""Parameters of a pair, kept on the modules that own them.
+"""A pair: a model and its guide as one object that runs, draws, scores, and owns parameters.
 
-Pyro files every parameter under its name in one global store, where a second module with the same
-attribute names meets the first one's values. Here a module's parameters are its own: the store
-holds only what a program asks of it by name, with ``pyro.param("name", initial_value)``.
+Everything else in the package takes a :class:`Pair` and looks at the traces that it returns.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import infer_discrete
 from pyro.nn import PyroModule
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
+from pyrovae.pairs.enumeration import in_parallel, sum_out
+from pyrovae.pairs.modules import owners, roots
+from pyrovae.pairs.traces import Layout, Values, site_scores
 
-__all__ = ["OwnParameters", "Pair", "owners"]
-
-
-def owners(program: Callable) -> list[nn.Module]:
-    """The modules that a program is made of, each once.
-
-    A module itself, the ``self`` of a bound method, what a partial or a handler wraps, and the
-    modules that a function or a plain object refers to by name.
-    """
-    return _owners(program, set())
-
-
-def _owners(thing: Any, seen: set[int]) -> list[nn.Module]:
-    thing = poutine.unwrap(thing)
-    if id(thing) in seen:
-        return []
-    seen.add(id(thing))
-    if isinstance(thing, nn.Module):
-        return [thing]
-    return [module for inner in _inside(thing) for module in _owners(inner, seen)]
-
-
-def _inside(thing: Any) -> list[Any]:
-    if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if inspect.ismethod(thing):
-        return [thing.__self__]
-    if inspect.isfunction(thing):
-        held = [_cell(cell) for cell in thing.__closure__ or ()]
-        held += [thing.__globals__.get(name) for name in thing.__code__.co_names]
-        return [v for v in held if isinstance(v, nn.Module) or _is_near(v, thing)]
-    if isinstance(thing, type) or not callable(thing):
-        return []
-    return [v for v in getattr(thing, "__dict__", {}).values() if isinstance(v, nn.Module)]
-
-
-def _cell(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def _is_near(thing: Any, function: Callable) -> bool:
-    """Whether a function's module also defines another function or method that it refers to."""
-    is_code = inspect.isfunction(thing) or inspect.ismethod(thing)
-    return is_code and thing.__module__ == function.__module__
-
-
-class OwnParameters(Messenger):
-    """Runs a program with its modules' parameters served by the modules, not by the store.
-
-    ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
-    Entries of the store that a :class:`~pyro.nn.PyroModule` would read in place of its own
-    parameters are set aside while the program runs.
-
-    Raises:
-        ValueError: If the store holds another shape under the name of a ``pyro.param``.
-    """
-
-    def __init__(self, program: Callable) -> None:
-        super().__init__()
-        self._owners = owners(program)
-        self.found: dict[str, Tensor] = {}
-
-    def __enter__(self) -> OwnParameters:
-        store = pyro.get_param_store()
-        self._own_names = _pyro_param_names(self._owners)
-        foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
-        aside = dict.fromkeys([*self._own_names, *foreign])
-        self._aside = {n: _take(store, n) for n in aside if n in store}
-        self._local = pyro.settings.get("module_local_params")
-        if self._local:
-            pyro.settings.set(module_local_params=False)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self._local:
-            pyro.settings.set(module_local_params=True)
-        store = pyro.get_param_store()
-        for name, value in list(store._params.items()):
-            if name in self._own_names or isinstance(value, nn.Parameter):
-                _take(store, name)
-        for name, (value, constraint) in self._aside.items():
-            store.set_state({"params": {name: value}, "constraints": {name: constraint}})
-
-    def _pyro_param(self, msg: dict) -> None:
-        store = pyro.get_param_store()
-        if msg["fn"] != store.get_param or len(msg["args"]) < 2:
-            return
-        name, initial = msg["args"][0], msg["args"][1]
-        if isinstance(initial, nn.Parameter):
-            msg["value"] = initial
-        elif isinstance(initial, Tensor) and name in store and initial.shape != store[name].shape:
-            raise InputError(
-                f"pyro.param({name!r}) asks for shape {list(initial.shape)}, but Pyro's store "
-                f"holds {list(store[name].shape)} under that name, from another program: call "
-                f"pyro.clear_param_store() first, or give the parameter another name."
-            )
-
-    def _pyro_post_param(self, msg: dict) -> None:
-        value = msg["value"]
-        leaf = value if isinstance(value, nn.Parameter) else value.unconstrained()
-        if leaf is not None:
-            self.found[msg["name"]] = leaf
-
-
-def _pyro_param_names(modules: list[nn.Module]) -> list[str]:
-    return [
-        f"{child._pyro_name}.{name}" if child._pyro_name else name
-        for module in modules
-        for child in module.modules()
-        if isinstance(child, PyroModule)
-        for name in child._pyro_params
-    ]
-
-
-def _take(store: Any, name: str) -> tuple[Tensor, Any]:
-    taken = store._params[name], store._constraints[name]
-    del store[name]
-    return taken
+__all__ = ["Given", "OwnParameters", "Pair"]
 
 
 class Pair:
-    """The parameters and buffers of a model and its guide, with one name each.
+    """A model and its guide: two programs, their parameters, and the layout of their sites.
 
     Args:
-        model: The model program.
-        guide: The guide program.
+        model: The model program, or None for a guide alone.
+        guide: The guide program, or None for a model alone.
+        store: Let parameter statements reach Pyro's global store, as :class:`pyro.infer.SVI` does.
 
-    A module's entries are called ``model.…`` and ``guide.…`` (``pair.…`` when one module owns
-    both programs, ``model.0.…`` and so on when several own one); those in Pyro's store,
-    ``param.…``.
+    ``layout`` is what :func:`pyrovae.pairs.contract.inspect_pair` found; particles, scores and
+    sums over the model's own latents need it. A module's parameters and buffers are named
+    ``model.…`` and ``guide.…`` (see :func:`pyrovae.pairs.modules.roots`), those in Pyro's store
+    ``param.…``. ``rows`` is everywhere a batch with the programs' further arguments, ``[N, ...]``
+    each, and values of latents are ``[K, ..., N, ...]`` by site.
     """
 
-    def __init__(self, model: Callable, guide: Callable) -> None:
-        self.roots = _roots(owners(model), owners(guide))
-        self.model, self.guide = OwnParameters(model), OwnParameters(guide)
-        self.run_model, self.run_guide = self.model(model), self.guide(guide)
+    def __init__(
+        self, model: Callable | None, guide: Callable | None, *, store: bool = False
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.layout: Layout | None = None
+        self.roots = roots(model, guide)
+        serve = Messenger if store else OwnParameters
+        self._serve_model, self._serve_guide = serve(), serve()
+        for serving, program in ((self._serve_model, model), (self._serve_guide, guide)):
+            if isinstance(serving, OwnParameters) and program is not None:
+                serving.modules = owners(program)
+
+    # Running the programs
+
+    def run_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with its modules' own parameters."""
+        with self._serve_model:
+            return self.model(*args, **kwargs)  # type: ignore[misc]  # None only for a lone guide
+
+    def run_guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the guide with its modules' own parameters."""
+        with self._serve_guide:
+            return self.guide(*args, **kwargs)  # type: ignore[misc]  # None only for a lone model
+
+    def trace(
+        self, *rows: Any, particles: int | None = None, sums: bool | None = None
+    ) -> tuple[Trace, Trace]:
+        """Trace the model replayed against its guide.
+
+        Args:
+            rows: A batch.
+            particles: The size K of a plate opened to the left of all others; None opens none.
+            sums: Sum over the latents that the model enumerates, which are drawn from the model
+                otherwise; by default where there is a plate of particles.
+
+        Returns:
+            The model's trace and the guide's, without the sites of subsampling plates.
+        """
+        guide_trace = self.trace_guide(*rows, particles=particles)
+        model_trace = self.replay_model(guide_trace, *rows, particles=particles, sums=sums)
+        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+
+    def trace_guide(self, *rows: Any, particles: int | None = None) -> Trace:
+        """Trace the guide alone; arguments as in :meth:`trace`."""
+        with self._plate(particles):
+            return poutine.trace(self.run_guide).get_trace(*rows)
+
+    def replay_model(
+        self,
+        guide_trace: Trace,
+        *rows: Any,
+        particles: int | None = None,
+        sums: bool | None = None,
+    ) -> Trace:
+        """Trace the model with the latents of a guide's trace; arguments as in :meth:`trace`."""
+        summed = self.known.enumerated if (particles is not None if sums is None else sums) else ()
+        program = poutine.replay(self._summing(summed), trace=guide_trace)
+        with self._plate(particles):
+            trace = poutine.trace(program).get_trace(*rows)
+        return sum_out(trace, summed) if summed else trace
+
+    def replay_guide(self, trace: Trace, *rows: Any, particles: int | None = None) -> Trace:
+        """Trace the guide with the latents of another trace; arguments as in :meth:`trace`."""
+        with self._plate(particles):
+            return poutine.trace(poutine.replay(self.run_guide, trace=trace)).get_trace(*rows)
+
+    def trace_posterior(self, *rows: Any) -> Trace:
+        """Trace the model at one draw of every latent given the batch.
+
+        The guide draws what it samples; what the model sums over is drawn from its exact
+        posterior given the guide's draw.
+        """
+        guide_trace, layout = self.trace_guide(*rows), self.known
+        if not layout.enumerated:
+            return self.replay_model(guide_trace, *rows, sums=False)
+        drawn = {name: guide_trace.nodes[name]["value"] for name in layout.latents}
+        given = poutine.condition(self.run_model, data=drawn)
+        given = infer_discrete(given, first_available_dim=layout.particle_dim)
+        return poutine.trace(given).get_trace(*rows)
+
+    def trace_given(
+        self, program: Callable, rows: tuple, particles: int, given: Messenger
+    ) -> Trace:
+        """Trace one of the programs with K particles, its sites set as ``given`` says."""
+        with given, self._plate(particles):
+            return poutine.trace(program).get_trace(*rows)
+
+    def _summing(self, summed: tuple[str, ...]) -> Callable:
+        if not summed:
+            return self.run_model
+        return in_parallel(self.run_model, left_of=self.known.particle_dim)
+
+    def _plate(self, particles: int | None) -> AbstractContextManager:
+        if particles is None:
+            return nullcontext()
+        return pyro.plate("particles", particles, dim=self.known.particle_dim)
+
+    @property
+    def known(self) -> Layout:
+        """The layout, which has to have been looked for.
+
+        Raises:
+            RuntimeError: If it has not.
+        """
+        if self.layout is None:
+            raise RuntimeError("The pair has not been inspected: call inspect_pair first.")
+        return self.layout
+
+    # Drawing and scoring K particles of each of N data
+
+    def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
+        """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
+        trace = self.trace_given(self.run_guide, rows, particles, Given({}))
+        return self._latents(trace), site_scores(trace, self.known, particles, len(rows[0]))
+
+    def draw_prior(self, rows: tuple, particles: int, observed: Values | None = None) -> Values:
+        """Draw K latents of each datum from the model's prior."""
+        given = Given({}, observed)
+        return self._latents(self.trace_given(self.run_model, rows, particles, given))
+
+    def score_guide(self, rows: tuple, particles: int, values: Values) -> Values:
+        """The guide's scores ``[K, N]`` by site, at given latents."""
+        trace = self.trace_given(self.run_guide, rows, particles, Given(values))
+        return site_scores(trace, self.known, particles, len(rows[0]))
+
+    def score_model(
+        self, rows: tuple, particles: int, given: Given, *, fused: bool = False
+    ) -> tuple[Values, Values]:
+        """The model's scores ``[K, N]`` by site at given latents, and those latents.
+
+        Args:
+            rows: The batch.
+            particles: K.
+            given: The latents, and what is to be observed in place of the batch.
+            fused: Whether a compiler is going to fuse what is asked for here.
+        """
+        layout = self.known
+        trace = self.trace_given(self._summing(layout.enumerated), rows, particles, given)
+        if layout.enumerated:
+            trace = sum_out(trace, layout.enumerated)
+        found = site_scores(trace, layout, particles, len(rows[0]), fused=fused)
+        return found, self._latents(trace)
+
+    def _latents(self, trace: Trace) -> Values:
+        return {name: trace.nodes[name]["value"] for name in self.known.latents}
+
+    # Parameters and buffers
+
+    @property
+    def statements(self) -> list[tuple[str, Tensor]]:
+        """The leaf of every parameter statement that was met, with Pyro's name for it."""
+        found: list[tuple[str, Tensor]] = []
+        for serving in (self._serve_model, self._serve_guide):
+            found += getattr(serving, "found", {}).items()
+        return found
 
     def named(self) -> dict[str, Tensor]:
         """Every trainable leaf by name, each once."""
         named: dict[str, Tensor] = {}
         known: set[int] = set()
-        for prefix, root in self.roots.items():
-            for name, parameter in root.named_parameters():
-                if parameter.requires_grad and id(parameter) not in known:
-                    known.add(id(parameter))
-                    named[f"{prefix}.{name}"] = parameter
-        for name, leaf in self._loose().items():
+        owned = (
+            (f"{prefix}.{name}", leaf)
+            for prefix, root in self.roots.items()
+            for name, leaf in root.named_parameters()
+        )
+        loose = ((f"param.{name}", leaf) for name, leaf in self._loose().items())
+        for name, leaf in (*owned, *loose):
             if leaf.requires_grad and id(leaf) not in known:
                 known.add(id(leaf))
-                named[f"param.{name}"] = leaf
+                named[name] = leaf
         return named
 
     def leaves(self) -> Iterator[Tensor]:
         """Every parameter, frozen or not; one may come twice."""
         for root in self.roots.values():
             yield from root.parameters()
-        yield from self.model.found.values()
-        yield from self.guide.found.values()
+        yield from (leaf for _, leaf in self.statements)
 
     def _loose(self) -> dict[str, Tensor]:
+        """The leaves that only Pyro's store holds."""
         owned = {id(p) for root in self.roots.values() for p in root.parameters()}
-        found = self.model.found | self.guide.found
-        return {name: leaf for name, leaf in found.items() if id(leaf) not in owned}
+        return {name: leaf for name, leaf in self.statements if id(leaf) not in owned}
 
-    def check_reach(self, surrogate: Tensor, args: tuple = ()) -> None:
-        """Refuse a loss that depends on parameters which belong to no module and no statement.
-
-        Raises:
-            ValueError: With the shapes of those parameters and the mend.
-        """
-        known = {id(leaf) for leaf in (*self.named().values(), *args)}
-        lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
-        if lost:
-            raise InputError(
-                f"The loss depends on parameters of shapes {lost} that neither the model nor the "
-                f"guide owns, so they would not be trained: make their module an attribute, call "
-                f"pyro.module('name', module) in the program, or freeze it with requires_grad_()."
-            )
+    def _state(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer, as it is."""
+        state = {f"{p}.{n}": v for p, r in self.roots.items() for n, v in r.state_dict().items()}
+        return state | {f"param.{name}": leaf for name, leaf in self._loose().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of every parameter and persistent buffer."""
-        state = {
-            f"{prefix}.{name}": value.detach().clone()
-            for prefix, root in self.roots.items()
-            for name, value in root.state_dict().items()
-        }
-        state |= {f"param.{name}": leaf.detach().clone() for name, leaf in self._loose().items()}
-        return state
+        return {name: value.detach().clone() for name, value in self._state().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy a state into the pair, in place.
@@ -221,8 +240,7 @@ class Pair:
         Raises:
             ValueError: If names or shapes differ from the pair's.
         """
-        own = {f"{p}.{n}": v for p, r in self.roots.items() for n, v in r.state_dict().items()}
-        own |= {f"param.{name}": leaf for name, leaf in self._loose().items()}
+        own = self._state()
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise InputError(f"The weights do not match: missing {missing}, unexpected {extra}.")
@@ -249,11 +267,16 @@ class Pair:
         for root in self.roots.values():
             root.to(device)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module of both programs; one that both share comes once."""
+        return [module for root in self.roots.values() for module in root.modules()]
+
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
         """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""
-        modules = [m for root in self.roots.values() for m in root.modules()]
-        before = [m.training for m in modules]
+        modules = self.modules
+        before = [module.training for module in modules]
         try:
             for root in self.roots.values():
                 root.train(training)
@@ -263,25 +286,107 @@ class Pair:
                 module.training = flag
 
 
-def _roots(model: list[nn.Module], guide: list[nn.Module]) -> dict[str, nn.Module]:
-    shared = [m for m in guide if any(m is other for other in model)]
-    if len(model) == len(shared) == 1:
-        return {"pair": model[0]}
-    roots = {}
-    for prefix, found in (("model", model), ("guide", [m for m in guide if m not in shared])):
-        for index, module in enumerate(found):
-            roots[prefix if len(found) == 1 else f"{prefix}.{index}"] = module
-    return roots
+class Given(Messenger):
+    """Sets latent sites to given values, and observed ones to other data.
+
+    Args:
+        values: Values of latents by site; the others are drawn.
+        observed: Values of observed sites; the others keep theirs.
+    """
+
+    def __init__(self, values: Values, observed: Values | None = None) -> None:
+        super().__init__()
+        self.values, self.observed = values, observed or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["is_observed"]:
+            msg["value"] = self.observed.get(name, msg["value"])
+        elif name in self.values:
+            msg["value"] = self.latent(msg, self.values[name])
+
+    def latent(self, msg: Any, value: Tensor) -> Tensor:
+        """What a latent site is set to."""
+        return value
 
 
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    found, seen, stack = [], set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return found
+class OwnParameters(Messenger):
+    """Runs a program with its modules' parameters served by the modules, not by Pyro's store.
+
+    Pyro files every parameter under its name in one global store, where a second module with the
+    same attribute names meets the first one's values, and a PyroModule then trains those instead
+    of its own (seen in Pyro 1.9.2, ``PyroModule.__getattr__``). So entries that a module of the
+    program would meet are set aside while it runs; the store keeps what a program asks of it by
+    name with ``pyro.param("name", initial_value)``. Pyro has no public way to move an entry with
+    its constraint, hence ``_params`` and ``_constraints``.
+
+    ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
+
+    Raises:
+        ValueError: If the store holds another shape under the name of a ``pyro.param``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: list[nn.Module] = []
+        self.found: dict[str, Tensor] = {}
+
+    def __enter__(self) -> OwnParameters:
+        store = pyro.get_param_store()
+        self._own_names = _pyro_param_names(self.modules)
+        foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
+        aside = dict.fromkeys([*self._own_names, *foreign])
+        self._aside = {n: _take(store, n) for n in aside if n in store}
+        # With module-local parameters a PyroModule swaps in a store of its own while it runs.
+        self._local = pyro.settings.get("module_local_params")
+        if self._local:
+            pyro.settings.set(module_local_params=False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._local:
+            pyro.settings.set(module_local_params=True)
+        store = pyro.get_param_store()
+        for name, value in list(store._params.items()):
+            if name in self._own_names or isinstance(value, nn.Parameter):
+                _take(store, name)
+        for name, (value, constraint) in self._aside.items():
+            store.set_state({"params": {name: value}, "constraints": {name: constraint}})
+
+    def _pyro_param(self, msg: Any) -> None:
+        store = pyro.get_param_store()
+        if msg["fn"] != store.get_param or len(msg["args"]) < 2:
+            return
+        name, initial = msg["args"][0], msg["args"][1]
+        if isinstance(initial, nn.Parameter):
+            msg["value"] = initial
+        elif isinstance(initial, Tensor) and name in store and initial.shape != store[name].shape:
+            raise InputError(
+                f"pyro.param({name!r}) asks for shape {list(initial.shape)}, but Pyro's store "
+                f"holds {list(store[name].shape)} under that name, from another program: call "
+                f"pyro.clear_param_store() first, or give the parameter another name."
+            )
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = msg["value"]
+        leaf = value if isinstance(value, nn.Parameter) else value.unconstrained()
+        if leaf is not None:
+            self.found[msg["name"]] = leaf
+
+
+def _pyro_param_names(modules: list[nn.Module]) -> list[str]:
+    return [
+        f"{child._pyro_name}.{name}" if child._pyro_name else name
+        for module in modules
+        for child in module.modules()
+        if isinstance(child, PyroModule)
+        for name in child._pyro_params
+    ]
+
+
+def _take(store: Any, name: str) -> tuple[Tensor, Any]:
+    taken = store._params[name], store._constraints[name]
+    del store[name]
+    return taken

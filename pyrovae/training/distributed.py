@@ -26,7 +26,7 @@ from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.compiling.graph import undone
 from pyrovae.objectives import Estimate
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import samples, trace_pair
+from pyrovae.pairs.traces import samples
 from pyrovae.training.svi import SVI
 
 __all__ = ["Diverged", "ProcessLost", "World", "join"]
@@ -347,7 +347,7 @@ def _averages(pair: Pair, args: tuple) -> bool:
 
 
 def _scales(pair: Pair, args: tuple) -> dict[str, Tensor]:
-    traces = zip(("model", "guide"), trace_pair(pair, *args), strict=True)
+    traces = zip(("model", "guide"), pair.trace(*args), strict=True)
     return {
         f"{program}'s {name}": torch.as_tensor(site["scale"]).double()
         for program, trace in traces

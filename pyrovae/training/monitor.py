@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae.objectives import Estimate
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import samples, trace_pair
+from pyrovae.pairs.traces import samples
 from pyrovae.training.svi import SVI
 
 __all__ = ["Monitor", "NonFiniteLoss"]
@@ -79,7 +79,7 @@ class Monitor:
 def _non_finite_site(pair: Pair, rows: Iterable[Tensor]) -> str | None:
     """The first site whose log-probability is not finite on a batch, if there is one."""
     with pyro.validation_enabled(False):
-        for trace in reversed(trace_pair(pair, *rows)):
+        for trace in reversed(pair.trace(*rows)):
             trace.compute_log_prob()
             for name, site in samples(trace).items():
                 if not bool(site["log_prob"].isfinite().all()):

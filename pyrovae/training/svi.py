@@ -19,6 +19,7 @@ from pyrovae.compiling.step import Capture, CaptureError, Step, undone
 from pyrovae.compiling.update import Descent, UpdateError
 from pyrovae.compiling.watch import watch_optimizer, watch_pair
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
+from pyrovae.pairs.contract import check_reach
 from pyrovae.pairs.pair import Pair
 from pyrovae.training.optimizer import (
     clip_gradients,
@@ -189,7 +190,7 @@ class SVI:
         else:
             result = estimate(self.objective, self.pair, *args, **kwargs)
         if not self._reached and result.surrogate is not None:
-            self.pair.check_reach(result.surrogate, args)
+            check_reach(self.pair, result.surrogate, args)
             self._reached = True
         if result.surrogate is not None and result.surrogate.requires_grad:
             result.surrogate.backward()
@@ -282,12 +283,12 @@ class SVI:
         if self.loss_and_grads is None and is_differentiable(self.objective):
             with undone(self.pair, args):
                 surrogate = estimate(self.objective, self.pair, *args).surrogate
-            self.pair.check_reach(surrogate, args)
+            check_reach(self.pair, surrogate, args)
         self._collect()
         self._reached = True
 
     def _collect(self) -> None:
-        found = len(self.pair.model.found) + len(self.pair.guide.found)
+        found = len(self.pair.statements)
         if self.optimizer is not None and found == self._found:
             return
         self._found = found
@@ -307,8 +308,7 @@ class SVI:
 
     def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by the names that Pyro has for them, where it has one."""
-        found = self.pair.model.found | self.pair.guide.found
-        spelled = {id(leaf): name for name, leaf in found.items()}
+        spelled = {id(leaf): name for name, leaf in dict(self.pair.statements).items()}
         return {spelled.get(id(p), name): p for name, p in named.items()}
 
     def _clip(self) -> None:

@@ -17,7 +17,7 @@ from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.weights import Sums, Tail, curve_points, pareto_smooth, tail_length
-from pyrovae.pairs.scoring import log_prob
+from pyrovae.pairs.traces import log_prob
 
 X = binary()
 each_oracle = pytest.mark.parametrize("make", ORACLES.values(), ids=ORACLES)

@@ -17,7 +17,7 @@ from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
+from pyrovae.pairs.traces import site_scores
 
 X = binary()
 
@@ -102,8 +102,8 @@ def test_errors_and_effective_sizes_are_those_of_the_weights():
     layout = inspect_pair(parameters, X)
     with torch.no_grad():
         with seeded(subseed(subseed(2, 0), 0)):
-            guide_trace = trace_guide(parameters, X, particles=100, layout=layout)
-        model_trace = replay_model(parameters, guide_trace, X, particles=100, layout=layout)
+            guide_trace = parameters.trace_guide(X, particles=100)
+        model_trace = parameters.replay_model(guide_trace, X, particles=100)
         scores = site_scores(model_trace, layout, 100, len(X))
         q = site_scores(guide_trace, layout, 100, len(X))
         log_weight = (scores["z"] + scores["x"] - q["z"]).double()

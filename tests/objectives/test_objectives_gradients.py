@@ -18,7 +18,7 @@ from pyrovae.nn import MLP
 from pyrovae.objectives import estimate, make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import replay_model, samples, trace_guide
+from pyrovae.pairs.traces import samples
 
 X = binary()
 
@@ -109,17 +109,18 @@ def by_a_frozen_copy(pair, x, weigh, particles):
     parameters = Pair(*pair)
     frozen = copy.deepcopy(pair[1]).requires_grad_(False).eval()
     layout = inspect_pair(parameters, x)
-    at = {"particles": particles, "layout": layout}
+    at = {"particles": particles}
     pyro.set_rng_seed(3)
-    drawn = trace_guide(parameters, x, **at)
+    drawn = parameters.trace_guide(x, **at)
     leaves, moved = drawn.copy(), {}
     for name, site in samples(drawn).items():
         moved[name] = site["value"]
         leaf = site["value"].detach().requires_grad_()
         leaves.nodes[name] = site | {"value": leaf}
     held = Pair(pair[0], poutine.replay(frozen, trace=leaves))
-    model_trace = replay_model(parameters, leaves, x, **at)
-    guide_trace = trace_guide(held, x, **at)
+    held.layout = layout
+    model_trace = parameters.replay_model(leaves, x, **at)
+    guide_trace = held.trace_guide(x, **at)
     for trace in (model_trace, guide_trace):
         trace.compute_log_prob()
     log_p = sum(s["log_prob"] for s in samples(model_trace).values())

@@ -14,7 +14,7 @@ import pyrovae
 from pairs import LATENT, PAIRS, binary
 from pyrovae.objectives import Estimate, Objective, elbo, estimate, make_objective
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import site_scores, trace_pair
+from pyrovae.pairs.traces import site_scores
 
 X = binary()
 SETTINGS = {
@@ -232,7 +232,7 @@ class Own(Objective):
     def bounds(self, parameters, *args):
         layout, _ = self.known(parameters, args)
         total = 0.0
-        for trace, sign in zip(trace_pair(parameters, *args, layout=layout), (1, -1), strict=True):
+        for trace, sign in zip(parameters.trace(*args, sums=True), (1, -1), strict=True):
             scores = site_scores(trace, layout, 1, len(args[0]))
             total = total + sign * sum(scores.values())[0]
         return total

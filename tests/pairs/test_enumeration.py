@@ -19,7 +19,7 @@ from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import check_objective, inspect_pair
 from pyrovae.pairs.enumeration import exact_terms
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
+from pyrovae.pairs.traces import site_scores
 
 X = binary()
 PARALLEL = {"enumerate": "parallel"}
@@ -90,10 +90,10 @@ def test_scores_are_marginal_site_by_site():
     x = X.double()
     parameters = Pair(model, guide)
     layout = inspect_pair(parameters, x)
-    at = {"particles": 5, "layout": layout}
+    at = {"particles": 5}
     with torch.no_grad():
-        guide_trace = trace_guide(parameters, x, **at)
-        found = site_scores(replay_model(parameters, guide_trace, x, **at), layout, 5, 12)
+        guide_trace = parameters.trace_guide(x, **at)
+        found = site_scores(parameters.replay_model(guide_trace, x, **at), layout, 5, 12)
         z = guide_trace.nodes["z"]["value"]
         prior = Normal(model.loc[:, None, None], 1.0).log_prob(z).sum(-1)
         prior = prior + model.logits.log_softmax(0)[:, None, None]

@@ -26,7 +26,7 @@ from one_layer import (
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import replay_model, site_scores, trace_guide
+from pyrovae.pairs.traces import site_scores
 
 
 def last_bias(program):
@@ -47,8 +47,8 @@ def test_any_model_goes_with_any_guide(model):
         layout = inspect_pair(parameters, x)
         assert (layout.latents, layout.observed) == (("z",), ("x",))
         with torch.no_grad():
-            trace = trace_guide(parameters, x, particles=2, layout=layout)
-            model_trace = replay_model(parameters, trace, x, particles=2, layout=layout)
+            trace = parameters.trace_guide(x, particles=2)
+            model_trace = parameters.replay_model(trace, x, particles=2)
             scores = [site_scores(t, layout, 2, N) for t in (trace, model_trace)]
         for score in (scores[0]["z"], scores[1]["z"], scores[1]["x"]):
             assert score.shape == (2, N)

@@ -27,11 +27,13 @@ FLOORS = [
     {"diagnostics", "inference_data", "_predictive"},
     {"runs"},
     {"report"},
-    {"__init__", "cli", "__main__"},
+    {"__init__", "cli", "_parser", "_train_command", "_evaluate_command", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDE_BY_SIDE = {
-    ("__main__", "cli"), ("inference_data", "_predictive"), ("sampling", "_forward"),
+    ("_train_command", "_parser"), ("cli", "_parser"), ("cli", "_train_command"),
+    ("cli", "_evaluate_command"), ("__main__", "cli"), ("inference_data", "_predictive"),
+    ("sampling", "_forward"),
 }  # fmt: skip
 OFFERING = [
     name for name in FILES
