@@ -1,4 +1,4 @@
-"""A pair and its data as ArviZ knows them: draws, weights, predictions, and where they came from.
+"""A pair and its data for ArviZ: draws, importance weights, predictions, and their provenance.
 
 The groups are xarray data sets with the datum as a coordinate. With ArviZ 0.x they come as an
 :class:`arviz.InferenceData`, with ArviZ 1.x as an :class:`xarray.DataTree`.
@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer import infer_discrete
 from torch import Tensor
 
-from pyrovae._predictive import Draws
 from pyrovae._tools import InputError
 from pyrovae._tools.files import write_atomic
-from pyrovae._tools.seeding import seeded
-from pyrovae.evidence.estimation import Evaluation
+from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.evidence.density import Joint, Place, Values, add_up, refuse_nan
+from pyrovae.evidence.estimation import Evaluation, particle_tile
 from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import require_density
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Found, digest, run_tiles
+from pyrovae.evidence.tiles import DATA_TILE, Found, digest, run_tiles
+from pyrovae.pairs.traces import is_bookkeeping, samples
 
 if TYPE_CHECKING:
     import arviz
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 
     InferenceData = arviz.InferenceData | xarray.DataTree
 
-__all__ = ["load", "loo", "save", "to_inference_data"]
+__all__ = ["load", "loo", "save", "systematic", "to_inference_data"]
 
 GROUPS = {
     "posterior": "Latents of each datum: {draws}.",
@@ -49,9 +56,18 @@ GROUPS = {
 }
 PROPOSED = "drawn from the guide q(z|x), to be weighted by sample_stats.log_weight"
 RESAMPLED = "drawn from the guide and resampled by weight, so that they stand for p(z|x)"
-EVIDENCE = ("log_prob", "standard_error", "ess", "khat", "smoothed", "acceptance")
+PER_DATUM = ("log_prob", "standard_error", "ess", "khat", "smoothed", "acceptance")
 UNITLESS = {"ess", "khat", "acceptance"}
+# What xarray would take for a coordinate of ours.
 RESERVED = {"chain", "draw", "datum", "label"}
+# Random streams beside those of log_likelihood, whose draws of latents are the same.
+SUMMED_STREAM, RESAMPLED_STREAM, POSTERIOR_STREAM, PRIOR_STREAM = 11, 12, 13, 14
+BITS = (type(constraints.boolean), type(constraints.one_hot))
+COUNTS = (
+    constraints.integer_interval,
+    constraints.multinomial,
+    type(constraints.nonnegative_integer),
+)
 
 
 def to_inference_data(
@@ -68,7 +84,7 @@ def to_inference_data(
     attrs: Mapping[str, Any] | None = None,
     resample: bool = False,
 ) -> InferenceData:
-    r"""Draw all that ArviZ looks at: posterior, prior, predictions, weights and likelihoods.
+    r"""Draw posterior, prior and predictions, with weights and likelihoods, for ArviZ.
 
     .. math:: z_k \sim q(z \mid x), \qquad \ln w_k = \ln p(x, z_k) - \ln q(z_k \mid x), \qquad
               \tilde x_k \sim p(x \mid z_k)
@@ -82,7 +98,7 @@ def to_inference_data(
         guide: The guide program, with a density.
         x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
         num_samples: The number of draws K of each datum's latents.
-        labels: What is known of the data, ``[N]``, for a coordinate ``label``.
+        labels: Labels ``[N]`` of the data, for a coordinate ``label``.
         log_likelihood: An estimate of log p(x) of these data, or of all data of which these
             follow ``first`` others, from more draws; by default the K draws give it.
         num_prior: The number of draws from the prior for each datum; 0 leaves its groups out.
@@ -104,24 +120,25 @@ def to_inference_data(
     _check(len(x), num_samples, num_prior, first, labels)
     task = Evaluation(model, guide, (x, *context), {"seed": seed})
     if log_likelihood is None:
-        options = {"num_samples": num_samples, "seed": task.seed, "compile": False}
-        log_likelihood, start = estimate(model, guide, x, *context, **options), 0
+        draw = partial(estimate, num_samples=num_samples, seed=task.seed, compile=False)
+        log_likelihood, start = draw(model, guide, x, *context), 0
     else:
         start = _place(log_likelihood, digest(*task.rows), len(x), first)
+    counts = {"num_samples": num_samples, "num_prior": num_prior}
     with task.opened() as joint:
         with seeded(task.seed, task.device):
             require_density(joint, task.first)
-        counts = {"num_samples": num_samples, "num_prior": num_prior}
-        draws = Draws(joint, task.first, task.seed, **counts, resample=resample)
+        tile = particle_tile(task.first)
+        draws = _Draws(joint, task.seed, tile, **counts, resample=resample)
         found = run_tiles(draws, task.rows)
-    for name in EVIDENCE:
+    for name in PER_DATUM:
         if (each := getattr(log_likelihood, name)) is not None:
             found[f"sample_stats/{name}"] = each[start : start + len(x)]
     names = _arguments(model, len(context))
     found |= {f"constant_data/{n}": c for n, c in zip(names, context, strict=True)}
+    programs = {"model": model, "guide": guide}
     about = {
-        "model": _title(model),
-        "guide": _title(guide),
+        **{n: getattr(p, "__qualname__", type(p).__name__) for n, p in programs.items()},
         "seed": task.seed,
         "data": task.data,
         **counts,
@@ -130,14 +147,14 @@ def to_inference_data(
         "log_prob_method": log_likelihood.method,
         "log_prob_num_samples": log_likelihood.num_samples,
     }
-    coords = {"datum": np.arange(first, first + len(x))}
+    coords: dict[str, Any] = {"datum": np.arange(first, first + len(x))}
     if labels is not None:
         coords["label"] = ("datum", _labels(labels))
     return _tree(found, coords, about | dict(attrs or {}))
 
 
 def save(idata: InferenceData, path: str | Path) -> None:
-    """Write a netCDF file, compressed: all of it, or nothing.
+    """Write a compressed netCDF file: all of it, or nothing.
 
     Args:
         idata: What :func:`to_inference_data` returned.
@@ -146,13 +163,12 @@ def save(idata: InferenceData, path: str | Path) -> None:
     Raises:
         OSError: If the file cannot be written; one that was there stays.
     """
-    tree = idata if hasattr(idata, "children") else idata.to_datatree()
+    tree: Any = idata if hasattr(idata, "children") else idata.to_datatree()
     encoding = {
         f"/{group}": {n: {"zlib": True} for n, v in data.variables.items() if v.dtype.kind in "if"}
         for group, data in tree.children.items()
     }
-    content = tree.to_netcdf(engine="h5netcdf", encoding=encoding)
-    write_atomic(Path(path), content)
+    write_atomic(Path(path), tree.to_netcdf(engine="h5netcdf", encoding=encoding))
 
 
 def load(path: str | Path) -> InferenceData:
@@ -171,7 +187,7 @@ def load(path: str | Path) -> InferenceData:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a netCDF file at {path}, found none there.")
     try:
-        return _wrapped(xarray.load_datatree(path, engine="h5netcdf"))
+        return _container(xarray.load_datatree(path, engine="h5netcdf"))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged, or no netCDF file ({error}).") from error
 
@@ -191,22 +207,53 @@ def loo(idata: InferenceData) -> Any:
     Returns:
         ArviZ's ``ELPDData`` with pointwise values, on the log scale, in nats.
     """
-    import arviz
-    from scipy.special import logsumexp
-
-    stats, terms = idata["sample_stats"], idata["log_likelihood"]
+    stats: Any = idata["sample_stats"]
+    terms: Any = idata["log_likelihood"]
     likelihood = sum(terms[name].values for name in terms.data_vars)
     weight, each, khat = stats.log_weight.values, stats.log_prob, stats.khat
-    lppd = logsumexp(weight + likelihood, (0, 1)) - logsumexp(weight, (0, 1))
+    lppd = _log_sum(weight + likelihood) - _log_sum(weight)
     k, n = int(idata.attrs["log_prob_num_samples"]), each.size
     good = min(1 - 1 / np.log10(k), 0.7) if k > 1 else 0.0
-    total, error = float(each.sum()), float(np.sqrt(n * each.values.var()))
-    extra, warning = float(lppd.sum() - total), bool((khat > good).any())
-    about = {"n_samples": k, "n_data_points": n, "warning": warning, "pareto_k": khat}
-    about |= {"scale": "log", "good_k": good}
-    if not _is_first(arviz):
+    return _elpd(
+        float(each.sum()),
+        float(np.sqrt(n * each.values.var())),
+        float(lppd.sum() - each.sum()),
+        each,
+        n_samples=k,
+        n_data_points=n,
+        warning=bool((khat > good).any()),
+        pareto_k=khat,
+        scale="log",
+        good_k=good,
+    )
+
+
+def _log_sum(terms: np.ndarray) -> np.ndarray:
+    return torch.as_tensor(terms).logsumexp((0, 1)).numpy()
+
+
+# The versions of ArviZ differ here in two things alone, which the next three functions hold. 0.x
+# (0.23 is the last for Python 3.11) has a container of its own and a pandas Series for what loo
+# finds; 1.x (Python 3.12 and later) takes xarray's DataTree and has a dataclass, with other names.
+
+
+def _arviz() -> tuple[Any, bool]:
+    """ArviZ, and whether it is 0.x."""
+    import arviz
+
+    return arviz, arviz.__version__.startswith("0.")
+
+
+def _container(tree: xarray.DataTree) -> InferenceData:
+    arviz, old = _arviz()
+    return arviz.InferenceData.from_datatree(tree) if old else tree
+
+
+def _elpd(total: float, error: float, extra: float, each: Any, **about: Any) -> Any:
+    arviz, old = _arviz()
+    if not old:
         return arviz.ELPDDataLOO(elpd=total, se=error, p=extra, elpd_i=each, **about)
-    about = {"elpd_loo": total, "se": error, "p_loo": extra} | about | {"loo_i": each}
+    about = {"elpd_loo": total, "se": error, "p_loo": extra, **about, "loo_i": each}
     return arviz.ELPDData(list(about.values()), list(about))
 
 
@@ -228,7 +275,7 @@ def _tree(found: Found, coords: dict, about: dict[str, Any]) -> InferenceData:
         if inside:
             text = {"description": description.format(draws=about["draws"])}
             groups[group] = _dataset(group, inside, coords, text | stamp)
-    return _wrapped(xarray.DataTree.from_dict(groups))
+    return _container(xarray.DataTree.from_dict(groups))
 
 
 def _dataset(group: str, inside: Found, coords: dict, attrs: dict) -> xarray.Dataset:
@@ -236,27 +283,19 @@ def _dataset(group: str, inside: Found, coords: dict, attrs: dict) -> xarray.Dat
 
     variables, coords = {}, dict(coords)
     for site, tensor in inside.items():
-        name, value = _variable(site), _array(tensor)
-        per_datum = group.endswith("_data") or (group == "sample_stats" and site in EVIDENCE)
+        # A slash would be a path in the file, and a coordinate's name is taken.
+        name, value = site.replace("/", ".") + "_" * (site in RESERVED), _array(tensor)
+        per_datum = group.endswith("_data") or (group == "sample_stats" and site in PER_DATUM)
         leading = ["datum"] if per_datum else ["chain", "draw", "datum"]
         if not per_datum:
             value = np.moveaxis(value, 1, 0)[None]
         dims = leading + [f"{name}_dim_{i}" for i in range(value.ndim - len(leading))]
-        variables[name] = (dims, np.ascontiguousarray(value), _units(group, site))
+        nats = group == "log_likelihood" or (group == "sample_stats" and site not in UNITLESS)
+        units = {"units": "nats"} if nats else {}
+        variables[name] = (dims, np.ascontiguousarray(value), units)
         sizes = zip(dims, value.shape, strict=True)
         coords = {dim: np.arange(size) for dim, size in sizes} | coords
     return xarray.Dataset(variables, coords, attrs)
-
-
-def _wrapped(tree: xarray.DataTree) -> InferenceData:
-    import arviz
-
-    return arviz.InferenceData.from_datatree(tree) if _is_first(arviz) else tree
-
-
-def _is_first(arviz: Any) -> bool:
-    """Whether this is ArviZ 0.x."""
-    return arviz.__version__.startswith("0.")
 
 
 def _check(
@@ -268,7 +307,7 @@ def _check(
             f"{num_prior} and {first}."
         )
     if labels is not None and len(labels) != n:
-        raise InputError(f"Expected a label for each of {n} data, got {len(labels)}.")
+        raise InputError(f"Expected a label for each of {n} data points, got {len(labels)}.")
 
 
 def _place(found: LogLikelihood, data: str, n: int, first: int) -> int:
@@ -293,20 +332,6 @@ def _arguments(model: Callable, count: int) -> list[str]:
     return named + [f"context_{i}" for i in range(len(named), count)]
 
 
-def _title(program: Callable) -> str:
-    return getattr(program, "__qualname__", type(program).__name__)
-
-
-def _variable(site: str) -> str:
-    """A site's name as that of a variable: no path in the file, and no coordinate."""
-    return site.replace("/", ".") + "_" * (site in RESERVED)
-
-
-def _units(group: str, site: str) -> dict[str, str]:
-    in_nats = group == "log_likelihood" or (group == "sample_stats" and site not in UNITLESS)
-    return {"units": "nats"} if in_nats else {}
-
-
 def _labels(labels: Tensor | Sequence) -> np.ndarray:
     found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     return found if found.dtype.kind in "iufU" else found.astype(str)
@@ -324,3 +349,160 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _attribute(value: Any) -> str | int | float:
     plain = isinstance(value, str | int | float) and not isinstance(value, bool)
     return value if plain else json.dumps(value, default=str)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Draw K latents of each datum of a tile, weight them, and predict new data from them.
+
+    Called with a tile's number and its rows, it returns ``group/site`` by name: ``[N, K, ...]``,
+    and ``[N, ...]`` of what is observed. The guide draws ``tile`` particles at once, as for
+    :func:`pyrovae.log_likelihood`, so that both have the same draws for a seed.
+    """
+
+    joint: Joint
+    seed: int
+    tile: int
+    num_samples: int
+    num_prior: int
+    resample: bool
+
+    def __call__(self, index: int, rows: tuple) -> Found:
+        joint, seed = self.joint, subseed(self.seed, index)
+        with seeded(seed, rows[0].device):
+            given = samples(joint.trace(joint.pair.run_model, rows, 1, Place({}, {})))
+        deterministic = {n for n, site in given.items() if site["infer"].get("_deterministic")}
+        seen = [name for name in joint.layout.observed if name not in deterministic]
+        data = [name for name in seen if not is_bookkeeping(given[name])]
+        values, scores, log_weight = self._posterior(rows, seed, index * DATA_TILE)
+        if self.resample:
+            values, scores, log_weight = self._resampled(given, values, scores, log_weight, seed)
+        found = {"sample_stats/log_weight": log_weight.T}
+        found |= {f"log_likelihood/{name}": scores[name].double().T for name in seen}
+        found |= {f"posterior/{n}": self._plain(v, given[n]) for n, v in values.items()}
+        predicted = self._forward(rows, self.num_samples, values, subseed(seed, POSTERIOR_STREAM))
+        found |= self._values("posterior_predictive", predicted, data, given)
+        if self.num_prior:
+            imagined = self._forward(rows, self.num_prior, {}, subseed(seed, PRIOR_STREAM))
+            found |= self._values("prior", imagined, values, given)
+            found |= self._values("prior_predictive", imagined, data, given)
+        return found | self._values("observed_data", given, data, given)
+
+    def _posterior(self, rows: tuple, seed: int, first: int) -> tuple[Values, Values, Tensor]:
+        """Latents, the model's scores ``[K, N]`` by site, and the log-weights ``[K, N]``."""
+        joint, parts = self.joint, []
+        for number, start in enumerate(range(0, self.num_samples, self.tile)):
+            with seeded(subseed(seed, number), rows[0].device):
+                drawn = joint.draw(rows, self.tile)
+            stop = min(self.tile, self.num_samples - start)
+            parts.append([{n: v[:stop] for n, v in each.items()} for each in drawn])
+        values, guide = (
+            {n: torch.cat([p[n] for p in ps]) for n in ps[0]} for ps in zip(*parts, strict=True)
+        )
+        scored = joint.model(rows, self.num_samples, values)
+        prior, likelihood = joint.split(scored)
+        log_weight = prior + likelihood - add_up(guide.values())
+        if bool(log_weight.isnan().any()):
+            refuse_nan(guide, scored.scores, first)
+        if joint.layout.enumerated:
+            with seeded(subseed(seed, SUMMED_STREAM), rows[0].device):
+                values = values | self._summed_out(rows, values)
+        return values, scored.scores, log_weight
+
+    def _summed_out(self, rows: tuple, values: Values) -> Values:
+        """Draws of what the model sums over, from its exact posterior given the other latents."""
+        joint, layout = self.joint, self.joint.layout
+        model = poutine.condition(joint.pair.run_model, data=values)
+
+        def with_particles(*args: Tensor) -> None:
+            with pyro.plate("particles", self.num_samples, dim=layout.particle_dim):
+                model(*args)
+
+        program = infer_discrete(with_particles, first_available_dim=layout.particle_dim - 1)
+        trace = poutine.trace(program).get_trace(*joint.args(rows))
+        return {name: trace.nodes[name]["value"] for name in layout.enumerated}
+
+    def _resampled(
+        self, given: dict, values: Values, scores: Values, log_weight: Tensor, seed: int
+    ) -> tuple[Values, Values, Tensor]:
+        """The draws that systematic resampling keeps; each then weighs as much as the average."""
+        with seeded(subseed(seed, RESAMPLED_STREAM), log_weight.device):
+            index = systematic(log_weight)
+        values = {n: _take(v, index, self._axis(given[n])) for n, v in values.items()}
+        scores = {name: _take(score, index, -1) for name, score in scores.items()}
+        average = log_weight.logsumexp(0) - torch.tensor(len(log_weight)).log()
+        return values, scores, average.expand_as(log_weight)
+
+    def _forward(self, rows: tuple, particles: int, values: Values, seed: int) -> dict:
+        with seeded(seed, rows[0].device):
+            forward = poutine.uncondition(self.joint.pair.run_model)
+            return samples(self.joint.trace(forward, rows, particles, Place(values, {})))
+
+    def _values(self, group: str, nodes: dict, names: Iterable[str], given: dict) -> Found:
+        masked = not group.endswith("predictive")
+        return {
+            f"{group}/{name}": self._plain(nodes[name]["value"], given[name], masked=masked)
+            for name in names
+        }
+
+    def _plain(self, value: Tensor, site: dict, *, masked: bool = True) -> Tensor:
+        """A site's value with the datum first and its particles second, without idle plates."""
+        event_dim, mask = site["fn"].event_dim, site["mask"]
+        value = _typed(value, site["fn"])
+        if masked and isinstance(mask, Tensor) and not bool(mask.all()):
+            here = mask.reshape(*mask.shape, *[1] * event_dim)
+            value = torch.where(
+                here, value if value.is_floating_point() else value.float(), torch.nan
+            )
+        used = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        idle = [d - event_dim for d in range(event_dim - value.dim(), 0) if d not in used]
+        axis = self._axis(site)
+        kept = [axis, *(d for d in range(-value.dim(), 0) if d != axis and d not in idle)]
+        return value.permute(*kept, *idle).reshape([value.shape[d] for d in kept])
+
+    def _axis(self, site: dict) -> int:
+        """Where the batch lies in a site's value, counted from the right."""
+        return self.joint.layout.dim - site["fn"].event_dim
+
+
+def systematic(log_weight: Tensor) -> Tensor:
+    """Resample by weight, with one uniform number for each datum, in random order.
+
+    Draw k is kept K w_k times, rounded up or down, and K w_k times on average.
+
+    Args:
+        log_weight: Log-weights ``[K, N]`` in nats; where all are zero weights, all count alike.
+
+    Returns:
+        The indices of the draws to keep, ``[K, N]``.
+
+    References:
+        Douc, Cappé and Moulines, Comparison of Resampling Schemes for Particle Filtering
+        (arXiv cs/0507025).
+    """
+    k, n = log_weight.shape
+    impossible = (log_weight == -torch.inf).all(0)
+    weight = torch.where(impossible, 0.0, log_weight.double()).softmax(0)
+    ladder = weight.cumsum(0) / weight.sum(0)
+    steps = torch.arange(k, device=weight.device)[:, None] + torch.rand_like(weight[:1])
+    kept = torch.searchsorted(ladder.T.contiguous(), (steps / k).T.contiguous(), right=True).T
+    order = torch.rand(k, n, device=weight.device).argsort(0)
+    return kept.clamp(max=k - 1).gather(0, order)
+
+
+def _take(value: Tensor, index: Tensor, axis: int) -> Tensor:
+    shape = [1] * value.dim()
+    shape[0], shape[axis] = index.shape
+    return value.gather(0, index.reshape(shape).expand_as(value))
+
+
+def _typed(value: Tensor, fn: Any) -> Tensor:
+    """Integers where a site's values count something."""
+    support = fn.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if isinstance(support, BITS):
+        return value.to(torch.int8)
+    if isinstance(support, COUNTS):
+        return value.to(torch.int64)
+    return value

@@ -15,9 +15,8 @@ from torch import nn
 
 import pyrovae
 from pairs import PAIRS, binary, discrete, shipped_bernoulli, two_latents
-from pyrovae._predictive import systematic
 from pyrovae.guides.linear_gaussian import LinearGaussian as FullGuide
-from pyrovae.inference_data import load, loo, save, to_inference_data
+from pyrovae.inference_data import load, loo, save, systematic, to_inference_data
 from pyrovae.models.linear_gaussian import LinearGaussian
 
 X = binary()
@@ -426,7 +425,7 @@ class Broken(nn.Module):
         ({"num_samples": 0}, "num_samples >= 1"),
         ({"num_prior": -1}, "num_prior >= 0"),
         ({"first": -1}, "first >= 0"),
-        ({"labels": [1, 2]}, "Expected a label for each of 12 data, got 2"),
+        ({"labels": [1, 2]}, "Expected a label for each of 12 data points, got 2"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):

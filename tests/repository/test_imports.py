@@ -24,7 +24,7 @@ FLOORS = [
     {"evidence", "sampling", "_forward", "_classify"},
     {"checking"},
     {"training"},
-    {"diagnostics", "inference_data", "_predictive"},
+    {"diagnostics", "inference_data"},
     {"runs"},
     {"report"},
     {"__init__", "cli", "_parser", "_train_command", "_evaluate_command", "__main__"},
@@ -32,7 +32,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDE_BY_SIDE = {
     ("_train_command", "_parser"), ("cli", "_parser"), ("cli", "_train_command"),
-    ("cli", "_evaluate_command"), ("__main__", "cli"), ("inference_data", "_predictive"),
+    ("cli", "_evaluate_command"), ("__main__", "cli"), ("inference_data"),
     ("sampling", "_forward"),
 }  # fmt: skip
 OFFERING = [
