@@ -4,6 +4,7 @@
 # make lint            the first part of it; `make format` fixes what can be fixed by itself
 # make coverage        run the tests and say which lines and branches none of them reaches
 # make browser         look at the report in Chromium, which has to be installed
+# make options         write docs/options.md from the options of the commands
 # make docs            build the documentation into site/, with every link checked
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest
 # One test a core, and a core that has run out of tests takes those of the slower one.
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test lint format coverage browser docs clean
+.PHONY: demo test lint format coverage browser options docs clean
 
 demo: .venv/.installed
 	$(BIN)/pyrovae train --model bernoulli --guide mean_field --data $(DATA) --binarize dynamic \
@@ -40,6 +41,10 @@ coverage: .venv/.installed-dev
 
 browser: .venv/.installed-dev
 	$(PYTEST) -m browser
+
+options: .venv/.installed
+	$(BIN)/python -c "from pyrovae import cli; from pyrovae._tools.options import options_page; \
+		print(options_page({n: o for n, (o, _) in cli.COMMANDS.items()}), end='')" > docs/options.md
 
 docs: .venv/.installed-docs
 	$(BIN)/python -m mkdocs build --strict

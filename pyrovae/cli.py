@@ -1,26 +1,38 @@
-"""The command line: train, check, evaluate, compare, sample, report, list."""
+"""pyrovae: variational autoencoders as Pyro programs, from the command line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyrovae._evaluate_command import evaluate_command
-from pyrovae._parser import make_parser
 from pyrovae._tools import InputError
+from pyrovae._tools.options import Options, option
 from pyrovae._tools.source_lines import error_place
-from pyrovae._train_command import train_command, with_defaults
 from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.runs import Run
-from pyrovae.runs.programs import shipped
+from pyrovae.runs import Run, write_atomic
+from pyrovae.runs.config import (
+    SPLITS,
+    EvaluationConfig,
+    PairConfig,
+    RunConfig,
+)
+from pyrovae.runs.programs import is_refusal, shipped
+from pyrovae.runs.results import number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
-from pyrovae.training.loop import NonFiniteLoss
+from pyrovae.training.loop import Fit, NonFiniteLoss
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from pyrovae.runs.experiment import Experiment
+
+__all__ = ["COMMANDS", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,90 +40,220 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 1 if training or a check failed, or another process did; 2 for bad input, 130 after
-        Ctrl-C.
+        Ctrl-C. Any other error is a defect, and raised.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    world = World()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    world, traced = World(), "--traceback" in given
     try:
         world = join()
         with world.as_one():
-            return _run(arguments, world)
-    except (NonFiniteLoss, Diverged) as error:
-        return _fail(str(error), 1, world)
+            return _run([each for each in given if each != "--traceback"], world)
     except (KeyboardInterrupt, ProcessLost) as error:
         world.say(f"pyrovae: {error or 'stopped.'}")
         return 1 if isinstance(error, ProcessLost) else 130
     except Exception as error:
-        where = error_place(error, shipped=False)
-        if where or isinstance(error, ValueError | TypeError | OSError | NotImplementedError):
-            text = f"{where}: {type(error).__name__}: {error}" if where else str(error)
-            return _fail(text, 2, world)
+        if traced:
+            world.say(traceback.format_exc())
+        place = error_place(error, shipped=False)
+        if isinstance(error, NonFiniteLoss | Diverged):
+            return _fail(str(error), 1, world)
+        if place:
+            return _fail(f"{place}: {type(error).__name__}: {error}", 2, world)
+        if isinstance(error, InputError | OSError) or is_refusal(error):
+            return _fail(str(error), 2, world)
         raise
 
 
 def _run(arguments: list[str], world: World) -> int:
-    options = make_parser(COMMANDS).parse_args(arguments)
-    if world.size > 1 and options.run_command not in SHARED:
+    given = vars(_make_parser().parse_args(arguments))
+    _, command = COMMANDS[given.pop("command")]
+    if world.size > 1 and command not in (_train, _evaluate):
         raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
-    options.command_line = shlex.join([*world.command, *arguments])
-    options.world = world
-    return options.run_command(options) or 0
+    return command(given, _Job(shlex.join([*world.command, *arguments]), world)) or 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pyrovae", description=__doc__)
+    # main() takes it away before this parser sees it: it may stand anywhere.
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error came from, always"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, (options, _) in COMMANDS.items():
+        text = options.__doc__
+        options.add_to(commands.add_parser(name, help=text, description=text))
+    return parser
 
 
 def _fail(message: str, code: int, world: World) -> int:
+    # Pyro lists the shapes of all sites after what went wrong: too much for a sentence.
     sentence, _, _ = message.partition("Trace Shapes:")
     world.say(f"pyrovae: error: {' '.join(sentence.split())}")
     return code
 
 
-def _check(options: argparse.Namespace) -> int:
+class _Job(NamedTuple):
+    """What a command knows beside its options: how it was asked for, and by which processes."""
+
+    line: str
+    world: World
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Train(RunConfig):
+    """Train a model and its guide into a run directory."""
+
+    out: str = option("the run directory", "", metavar="DIR", said="required")
+    resume: bool = option("go on with the run in DIR", False)
+    tensorboard: bool = option("also write DIR/tensorboard", False)
+
+
+def _train(given: dict[str, Any], job: _Job) -> None:
+    from pyrovae.report import draw_run
+    from pyrovae.runs import experiment
+
+    run, world = Run(given["out"]), job.world
+    resumed = bool(given.get("resume")) and run.exists()
+    options = _Train.of(given, run.config if resumed else None)
+    if not resumed:
+        run.require_new()
+    try:
+        with world.in_turn():
+            made = experiment.resolve(options, job.line, run if resumed else None)
+        log = _Log(run, options.tensorboard, options.epochs)
+        result = experiment.train(run, made, resume=options.resume, on_epoch=log)
+    except (KeyboardInterrupt, ProcessLost) as error:
+        raise type(error)(_stopped(run, world)) from None
+    except NonFiniteLoss as error:
+        kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
+        raise NonFiniteLoss(f"{error}{kept}") from error
+    if not world.first:
+        return
+    draw_run(run, made)
+    last = result.history[-1]
+    print(
+        f"{len(result.history)} epochs: ELBO {number(last['train_elbo'])} (train), "
+        f"{number(last['valid_elbo'])} (validation; best in epoch {result.best_epoch}), "
+        f"nats per datum."
+    )
+    print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
+
+
+def _stopped(run: Run, world: World) -> str:
+    if not run.history():
+        return "stopped before the end of the first epoch; nothing was written."
+    again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
+    return f"stopped after epoch {len(run.history())}; go on with: {again}"
+
+
+class _Log:
+    """Tells of each epoch: a line where output is no terminal, and TensorBoard if asked."""
+
+    def __init__(self, run: Run, tensorboard: bool, epochs: int) -> None:
+        self.run, self.epochs = run, epochs
+        # Found now, so that a missing package stops the command before it trains.
+        self.writer_class = _writer_class() if tensorboard else None
+        self.writer: Any = None
+
+    def __call__(self, result: Fit) -> None:
+        row = result.history[-1]
+        if not sys.stderr.isatty():
+            print(
+                f"epoch {row['epoch']}/{self.epochs}  ELBO {number(row['train_elbo'])} (train)  "
+                f"{number(row['valid_elbo'])} (validation)  {row['seconds']:.1f} s",
+                flush=True,
+            )
+        if self.writer_class is not None:
+            self.writer = self.writer or self.writer_class(self.run.path / "tensorboard")
+            for name, value in row.items():
+                if value is not None and name != "epoch":
+                    self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            self.writer.flush()
+
+
+def _writer_class() -> Callable:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs: pip install tensorboard") from error
+    return SummaryWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Check(PairConfig):
+    """Look for mistakes in a model and its guide, on some data."""
+
+    particles: int = option("draws of each test", 64, metavar="K")
+
+
+def _check(given: dict[str, Any], job: _Job) -> int:
     from pyrovae.checking import check
     from pyrovae.runs import experiment
 
-    given = {k: v for k, v in vars(options).items() if v is not None}
-    particles = given.pop("particles")
-    made = experiment.resolve(with_defaults(given, None), options.command_line)
+    options = _Check.of(given)
+    made = experiment.build(options)
     rows = made.data.split("train")
-    report = check(made.model, made.guide, *rows, seed=made.config["seed"], particles=particles)
+    report = check(made.model, made.guide, *rows, seed=options.seed, particles=options.particles)
     print(report)
     return 0 if report.passed else 1
 
 
-def _sample(options: argparse.Namespace) -> None:
-    from pyrovae.report import sample_picture
-    from pyrovae.report.figures import png
-    from pyrovae.runs import experiment
+@dataclass(frozen=True, kw_only=True)
+class _OnRun(Options):
+    """A command on a run that is there."""
 
-    run = Run.open(options.run)
-    if options.n < 1:
-        raise InputError(f"Expected -n >= 1, got {options.n}.")
-    made = experiment.load_experiment(run, options.device, options.data_root)
-    figure = sample_picture(made.model, *made.data.split("test"), n=options.n, seed=options.seed)
-    print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
+    run: str = option("the run directory", metavar="DIR")
+    device: str = option("auto, cpu or cuda", "auto")
+    data_root: str | None = option("where the torchvision data are", None, said="as in training")
 
+    def load(self) -> tuple[Run, Experiment]:
+        """The run, and what it was made of."""
+        from pyrovae.runs import experiment
 
-def _report(options: argparse.Namespace) -> None:
-    from pyrovae.report import draw_run, render_report
-    from pyrovae.runs import experiment, write_atomic
-
-    run = Run.open(options.run)
-    if not run.results:
-        raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
-    made = experiment.load_experiment(run, options.device, options.data_root)
-    draw_run(run, made)
-    weights = run.weights_checksum()
-    page = render_report(run.config, run.results, run.history(), run.figures(), weights=weights)
-    write_atomic(run.path / "report.html", page.encode())
-    print(f"The report is {run.path / 'report.html'}")
+        run = Run.open(self.run)
+        return run, experiment.load_experiment(run, self.device, self.data_root)
 
 
-def _compare(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Evaluate(EvaluationConfig, _OnRun):
+    """The ELBO, log p(x) and diagnostics, in nats per datum."""
+
+    json: bool = option("print the results as JSON", False)
+
+
+def _evaluate(given: dict[str, Any], job: _Job) -> None:
+    from pyrovae.report.text import summarize
+    from pyrovae.runs.evaluate import evaluate
+
+    options = _Evaluate.of(given)
+    try:
+        with job.world.in_turn():
+            run, made = options.load()
+        found = evaluate(run, made, options)
+    except (KeyboardInterrupt, ProcessLost, ConnectionError) as error:
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
+        again = f"what is finished is kept; go on with: {job.line}"
+        raise kind(f"stopped; {again}") from None
+    if found is not None:
+        print(json.dumps(found, indent=2) if options.json else summarize(found, options.split))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compare(Options):
+    """Compare runs datum by datum, each with the first."""
+
+    runs: tuple[str, ...] = option("the run directories", metavar="DIR")
+    split: str = option("which data", "test", choices=SPLITS)
+    out: str = option("also write a page", "", metavar="FILE.html", said="none")
+
+
+def _compare(given: dict[str, Any], job: _Job) -> None:
     from pyrovae.report import render_comparison
-    from pyrovae.runs import write_atomic
     from pyrovae.runs.compare import compare_runs
 
+    options = _Compare.of(given)
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:
@@ -119,7 +261,55 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"The comparison is {options.out}")
 
 
-def _list(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Sample(_OnRun):
+    """Draw samples into DIR/figures/samples.png."""
+
+    n: int = option("how many", 64, metavar="N", flag="-n")
+    seed: int | None = option("seeds the draws", None, said="another each time")
+
+    def check(self) -> None:
+        """Refuse numbers that are out of range."""
+        if self.n < 1:
+            raise InputError(f"Expected -n >= 1, got {self.n}.")
+
+
+def _sample(given: dict[str, Any], job: _Job) -> None:
+    from pyrovae.report import sample_picture
+    from pyrovae.report.figures import png
+
+    options = _Sample.of(given)
+    run, made = options.load()
+    figure = sample_picture(made.model, *made.data.split("test"), n=options.n, seed=options.seed)
+    print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report(_OnRun):
+    """Write DIR/report.html and its figures."""
+
+
+def _report(given: dict[str, Any], job: _Job) -> None:
+    from pyrovae.report import draw_run, render_report
+
+    options = _Report.of(given)
+    run = Run.open(options.run)
+    if not run.results:
+        raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
+    run, made = options.load()
+    draw_run(run, made)
+    weights = run.weights_checksum()
+    page = render_report(run.config, run.results, run.history(), run.figures(), weights=weights)
+    write_atomic(run.path / "report.html", page.encode())
+    print(f"The report is {run.path / 'report.html'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _List(Options):
+    """List every shipped model, guide, objective and data set."""
+
+
+def _list(given: dict[str, Any], job: _Job) -> None:
     kinds = {
         "models": shipped("model"),
         "guides": shipped("guide"),
@@ -132,13 +322,12 @@ def _list(options: argparse.Namespace) -> None:
             print(f"  {name:<24}{line}")
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "train": train_command,
-    "check": _check,
-    "evaluate": evaluate_command,
-    "compare": _compare,
-    "sample": _sample,
-    "report": _report,
-    "list": _list,
+COMMANDS: dict[str, tuple[type[Options], Callable[[dict[str, Any], _Job], int | None]]] = {
+    "train": (_Train, _train),
+    "check": (_Check, _check),
+    "evaluate": (_Evaluate, _evaluate),
+    "compare": (_Compare, _compare),
+    "sample": (_Sample, _sample),
+    "report": (_Report, _report),
+    "list": (_List, _list),
 }
-SHARED = (train_command, evaluate_command)

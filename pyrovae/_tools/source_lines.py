@@ -123,7 +123,7 @@ def _steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
     """The frames that led to one, up to those of the check itself."""
-    while frame is not None and frame.f_globals.get("__name__", "") != "pyrovae.check_case":
+    while frame is not None and frame.f_globals.get("__name__", "") != "pyrovae.checking.case":
         yield frame
         frame = frame.f_back
 

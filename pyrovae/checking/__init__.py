@@ -1,9 +1,8 @@
-"""check(): the mistakes that people make in a model and a guide, looked for one by one."""
+"""``check``: look for common mistakes in a model and a guide, one row of a table each."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,21 +20,19 @@ from pyrovae.checking.bounds import (
     reparameterized,
     samples_are_data,
 )
-from pyrovae.checking.case import Case, Finding, failed, sentence, untouched
+from pyrovae.checking.case import Case, Row, failed, sentence, skipped, untouched
 from pyrovae.checking.scores import gradients, independent_data, particles_broadcast
 from pyrovae.checking.structure import plates_and_events, programs_run, sites_match
 from pyrovae.checking.values import data_support, finite, latent_support
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
 
-WIDTH, NEEDS = 100, "needs "
-
 
 class Check(NamedTuple):
-    """A row of the table: its name, what fills it, and the rows that have to pass before."""
+    """One check: its row's name, its function, and the rows that have to pass before."""
 
     name: str
-    function: Callable[[Case], Finding]
+    function: Callable[[Case], Row]
     needs: tuple[str, ...]
 
 
@@ -67,23 +64,6 @@ QUICK = (
 )
 
 
-class Row(NamedTuple):
-    """What one check found.
-
-    ``status`` is ``"passed"``, ``"warned"`` (the pair works, within limits), ``"failed"`` or
-    ``"skipped"``; ``where`` holds the lines of source to look at, as ``file:line: source``.
-    """
-
-    name: str
-    status: str
-    message: str
-    where: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        mark = "FAILED" if self.status == "failed" else self.status
-        return _lines(mark, self.name, self.message, self.where)
-
-
 @dataclass(frozen=True)
 class Report:
     """The table of a check; ``report["sites"]`` is one of its rows."""
@@ -100,37 +80,27 @@ class Report:
 
     def __str__(self) -> str:
         """The table, with the rows that wait for another one to pass on a line of their own."""
-        shown, waiting = [], {}
-        for row in self.rows:
-            if row.status == "skipped" and row.message.startswith(NEEDS):
-                waiting.setdefault(row.message, []).append(row.name)
-            else:
-                shown.append(str(row))
-        for why, names in waiting.items():
-            shown.append(_lines("skipped", "the rest", f"{why}: {', '.join(names)}"))
+        shown = [str(row) for row in self.rows if not row.needs]
+        for needed in dict.fromkeys(row.needs for row in self.rows if row.needs):
+            names = ", ".join(row.name for row in self.rows if row.needs == needed)
+            shown.append(str(Row("the rest", "skipped", f"needs {needed}: {names}")))
         statuses = [row.status for row in self.rows]
         kinds = [k for k in ("passed", "warned", "failed", "skipped") if k in statuses]
         return "\n".join([*shown, ", ".join(f"{statuses.count(k)} {k}" for k in kinds)])
 
 
-def _lines(mark: str, name: str, message: str, where: tuple[str, ...] = ()) -> str:
-    lead = f"{mark:<8} {name:<19} "
-    lines = textwrap.wrap(message, WIDTH - len(lead), break_on_hyphens=False) or [""]
-    return f"\n{' ' * len(lead)}".join([lead + lines[0], *lines[1:], *where]).rstrip()
-
-
 def check(
     model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0, particles: int = 64
 ) -> Report:
-    """Look for the mistakes that people make in a pair, on some data, and say how to mend them.
+    """Look for common mistakes in a pair, on some data, and say how to fix them.
 
     Args:
         model: The model program.
         guide: The guide program.
         x: Data ``[N, ...]``, as they are trained on; ``context`` are further arguments of both
-            programs, ``[N, ...]``. All are held against the supports, up to 61 are used beside.
+            programs, ``[N, ...]``. The supports are checked on all of them, the rest on up to 61.
         seed: Seeds every draw.
-        particles: The number of samples K behind averages over draws.
+        particles: The number of samples K of averages over draws.
 
     Returns:
         A table with a row for each of :data:`CHECKS`; print it. The pair, Pyro's store and the
@@ -162,10 +132,10 @@ def check(
 
 
 def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0) -> None:
-    """Look for mistakes that make training meaningless, on its first batch; leave no trace.
+    """Refuse a pair that cannot be trained to anything, judged by its first batch.
 
-    It costs a few evaluations of the programs. What only limits a pair, or shows in training
-    itself, is left to :func:`check`.
+    Costs a few evaluations of the programs and leaves everything as it was. What only limits a
+    pair, or shows in training itself, is left to :func:`check`.
 
     Args:
         model: The model program.
@@ -174,7 +144,7 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
         seed: Seeds every draw.
 
     Raises:
-        ValueError: With the mend and the line of source.
+        ValueError: Saying how to fix it, with the line of source.
     """
     _require_data(x)
     rows: dict[str, Row] = {}
@@ -201,20 +171,20 @@ def _row(each: Check, case: Case, done: dict[str, Row]) -> Row:
     unmet = [name for name in each.needs if done[name].status not in ("passed", "warned")]
     if unmet:
         first = done[unmet[0]]
-        waits = first.status == "skipped" and first.message.startswith(NEEDS)
-        return Row(each.name, "skipped", first.message if waits else NEEDS + first.name)
-    try:
-        found = each.function(case)
-    except Exception as error:
-        found = _broken(error, case)
-    return Row(
-        each.name, found.status, " ".join(found.message.split()), tuple(filter(None, found.where))
-    )
+        found = skipped(needs=first.needs or first.name)
+    else:
+        try:
+            found = each.function(case)
+        except Exception as error:
+            found = _raised(error, case)
+    message, where = " ".join(found.message.split()), tuple(filter(None, found.where))
+    return found._replace(name=each.name, message=message, where=where)
 
 
-def _broken(error: Exception, case: Case) -> Finding:
-    text = sentence(error)
-    named = case.where(*re.findall(r"(?<!\w)'([^']+)'", text))
-    place = error_place(error)
+def _raised(error: Exception, case: Case) -> Row:
+    """A check that raises has failed: the contract refuses the pair, or the pair's own code."""
+    text, place = sentence(error), error_place(error)
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return failed(f"{kind}{text}", *([place] if place else named))
+    # The contract's errors put the names of sites in quotes.
+    where = [place] if place else case.where(*re.findall(r"(?<!\w)'([^']+)'", text))
+    return failed(f"{kind}{text}", *where)

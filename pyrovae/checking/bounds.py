@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple
 
 import torch
 from pyro import poutine
@@ -12,11 +11,10 @@ from torch.distributions import kl_divergence
 
 from pyrovae._tools import standard_error
 from pyrovae._tools.source_lines import error_place, failed_message
-from pyrovae.checking.case import Case, Finding, failed, passed, skipped, warned
-from pyrovae.checking.scores import suspects
+from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.objectives import estimate, site_terms
+from pyrovae.objectives import site_terms
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import reduce_to, samples, unscaled
 
@@ -29,10 +27,15 @@ __all__ = [
     "samples_are_data",
 ]
 
-ERRORS, ROUNDING, TRIES = 5.0, 1e-3, 8
+# Two averages over the same draws differ by five standard errors about once in two million checks.
+ERRORS = 5.0
+# What rounding in float32 may add to a difference of ELBOs, in nats.
+ROUNDING = 1e-3
+# How often a step is repeated: a branch taken by a coin of Python shows within eight with 99%.
+TRIES = 8
 
 
-def reparameterized(case: Case) -> Finding:
+def reparameterized(case: Case) -> Row:
     """Every latent's draw carries a gradient to the guide's parameters."""
     sites = {name: guide_site for name, (_, guide_site) in case.latents().items()}
     if not sites:
@@ -41,8 +44,8 @@ def reparameterized(case: Case) -> Finding:
     kinds = ", ".join(f"{name} ({type(sites[name]['fn']).__name__})" for name in scored)
     if any(not enumerates(sites[name]) for name in scored):
         return warned(
-            f"{kinds} has no rsample: trace_elbo takes the score-function gradient, of larger "
-            f"variance, and trace_mean_field_elbo refuses. Take more particles, or mark it with "
+            f"{kinds} has no rsample: trace_elbo uses the score-function gradient, of larger "
+            f"variance, and trace_mean_field_elbo refuses. Use more particles, or mark it with "
             f"infer={{'enumerate': 'parallel'}} and train with TraceEnum_ELBO.",
             *case.where(*scored),
         )
@@ -51,7 +54,7 @@ def reparameterized(case: Case) -> Finding:
     return passed(f"{', '.join(sites)}: pathwise gradients")
 
 
-def analytic_kl(case: Case) -> Finding:
+def analytic_kl(case: Case) -> Row:
     """What TraceMeanField_ELBO needs: the same order of latents, and closed forms."""
     model, guide = list(case.latents()), _guide_order(case)
     if case.enumerated():
@@ -84,43 +87,38 @@ def _closed(case: Case) -> list[str]:
     return closed
 
 
-class _Terms(NamedTuple):
-    """Both estimators of the ELBO for the same draws, ``[K, N]`` each, in nats."""
-
-    generic: Tensor
-    analytic: Tensor
-
-
-def _terms(case: Case) -> _Terms:
+def _estimators(case: Case) -> tuple[Tensor, Tensor]:
+    """Estimators A and B of the ELBO for the same draws, ``[K, N]`` each, in nats."""
     k, n = case.particles, len(case.few[0])
     with case.quietly():
         case.pair.layout = case.layout
         traces = case.pair.trace(*case.few, particles=k)
         unscaled(case.layout, *traces)
-        totals = [
-            sum(reduce_to(t, case.layout, k, n).double() for t in site_terms(*traces, b).values())
-            for b in (False, True)
-        ]
-    return _Terms(*totals)
+
+        def total(analytic: bool) -> Tensor:
+            terms = site_terms(*traces, analytic).values()
+            return torch.stack([reduce_to(t, case.layout, k, n).double() for t in terms]).sum(0)
+
+        return total(False), total(True)
 
 
-def estimators_agree(case: Case) -> Finding:
+def estimators_agree(case: Case) -> Row:
     """The two estimators of the ELBO have one mean: draws, densities and divergences fit."""
     if not _is_analytic(case):
         return skipped("no analytic KL to compare with")
-    a, b = _terms(case)
+    a, b = _estimators(case)
     gap, error = _mean_and_error((a - b).mean(1))
     text = f"A - B = {gap:.3g} ± {error:.2g} nats per datum"
     if abs(gap) > ERRORS * error + ROUNDING + 1e-5 * a.abs().mean().item():
         return failed(
             f"{text}: the draws of a latent, its log_prob and its kl_divergence do not belong to "
-            f"one distribution. Look at the distributions that are your own.",
+            f"one distribution. Look at the distributions that you wrote.",
             *case.where(*case.latents()),
         )
     return passed(text)
 
 
-def bounds_are_ordered(case: Case) -> Finding:
+def bounds_are_ordered(case: Case) -> Row:
     """The ELBO, by either estimator, is below the importance-weighted bound."""
     if not case.latents():
         return skipped("the guide samples nothing")
@@ -129,8 +127,8 @@ def bounds_are_ordered(case: Case) -> Finding:
         found = log_likelihood(
             case.model, case.guide, *case.few, num_samples=k, seed=seed, compile=False
         )
-    terms = _terms(case)
-    for name, bound in zip("AB"[: 1 + _is_analytic(case)], terms, strict=False):
+    generic, analytic = _estimators(case)
+    for name, bound in {"A": generic, **({"B": analytic} if _is_analytic(case) else {})}.items():
         elbo, error = _mean_and_error(bound.mean(1))
         slack = ERRORS * (error**2 + found.mean_standard_error**2) ** 0.5 + ROUNDING
         if elbo > found.mean + slack:
@@ -138,8 +136,7 @@ def bounds_are_ordered(case: Case) -> Finding:
                 f"The ELBO by estimator {name}, {elbo:.3f} ± {error:.2g}, is above the bound of "
                 f"{k} samples, {found.mean:.3f} ± {found.mean_standard_error:.2g} nats per datum."
             )
-    elbo = terms.generic.mean().item()
-    return passed(f"ELBO {elbo:.2f}, IWAE-{k} {found.mean:.2f} nats per datum")
+    return passed(f"ELBO {generic.mean().item():.2f}, IWAE-{k} {found.mean:.2f} nats per datum")
 
 
 def _is_analytic(case: Case) -> bool:
@@ -151,11 +148,11 @@ def _mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), standard_error(values).item()
 
 
-def samples_are_data(case: Case) -> Finding:
-    """Without its observations the model draws data: of their shape, in the support, unaided."""
+def samples_are_data(case: Case) -> Row:
+    """Without its observations the model draws data of their shape, in the support."""
     observed = case.observed()
     if not observed:
-        return skipped("the likelihood is a factor, from which nothing is drawn")
+        return skipped("the likelihood is a factor, from which nothing can be drawn")
     program = poutine.uncondition(case.pair.run_model)
     other = (case.rows[0].flip(0), *case.rows[1:])
     with case.quietly():
@@ -166,14 +163,14 @@ def samples_are_data(case: Case) -> Finding:
         fn, value = drawn[name]["fn"], drawn[name]["value"]
         if not bool(fn.support.check(value).all()):
             return failed(
-                f"Site {name!r} draws what lies outside its own support: its sample and its "
-                f"support do not belong to one distribution.",
+                f"Site {name!r} draws values outside its own support: its sample and its support "
+                f"do not belong to one distribution.",
                 *case.where(name),
             )
         if not torch.equal(value, again[name]["value"]):
             return warned(
-                f"What site {name!r} draws depends on the data: the model reads x beside observing "
-                f"it, so new data cannot be drawn without old ones.",
+                f"The draws of site {name!r} depend on the data: the model reads x beside "
+                f"observing it, so new data cannot be drawn without old data.",
                 *case.where(name),
             )
     sizes = {name: site["value"][0].numel() for name, site in observed.items()}
@@ -188,20 +185,20 @@ def samples_are_data(case: Case) -> Finding:
     return passed(f"{', '.join(shapes)}, in the support")
 
 
-def capture_is_possible(case: Case) -> Finding:
+def capture_is_possible(case: Case) -> Row:
     """One record of a training step holds for the next, so that it can be compiled."""
     if not all(isinstance(row, Tensor) for row in case.rows):
-        return skipped("the programs take arguments that are no tensors")
+        return skipped("the programs take arguments that are not tensors")
     losses = set()
     for number in range(TRIES):
         with case.quietly(training=True, gradients=True, python_seed=case.seed + number):
             losses.add(_step(case, case.rows)[0].item())
     if len(losses) > 1:
         return failed(
-            "With the same draws of torch, a step comes out otherwise at the next call: random "
-            "numbers of Python or NumPy, or a count that the program keeps, would be frozen in a "
+            "A training step repeated with the same seed of torch gives another loss: random "
+            "numbers of Python or NumPy, or a counter in the program, would be frozen in a "
             "compiled step. Draw with torch or pyro.sample.",
-            *suspects(case, ("random.", "shuffle(", "+= 1")),
+            *case.suspects(("random.", "shuffle(", "+= 1")),
         )
     try:
         with case.quietly(training=True, gradients=True):
@@ -220,7 +217,7 @@ def capture_is_possible(case: Case) -> Finding:
 
 def _step(case: Case, rows: tuple) -> list[Tensor]:
     """The loss and its gradients."""
-    found = estimate(case.objective(), case.pair, *rows)
+    loss, surrogate = case.estimate(*rows)
     leaves = list(case.pair.named().values())
-    gradients = torch.autograd.grad(found.surrogate, leaves, allow_unused=True)
-    return [found.loss, *(g for g in gradients if g is not None)]
+    gradients = torch.autograd.grad(surrogate, leaves, allow_unused=True)
+    return [loss, *(g for g in gradients if g is not None)]

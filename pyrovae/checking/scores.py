@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.poutine import Trace
@@ -11,31 +11,32 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae._tools.source_lines import error_place, lines_with
-from pyrovae.checking.case import Case, Finding, failed, passed, sentence, skipped, take
-from pyrovae.objectives import estimate
+from pyrovae.checking.case import (
+    Case,
+    Row,
+    Scores,
+    failed,
+    passed,
+    sentence,
+    skipped,
+    take,
+)
 from pyrovae.pairs.contract import check_reach
 from pyrovae.pairs.traces import is_bookkeeping, samples, take_particles
 
-__all__ = ["gradients", "independent_data", "particles_broadcast", "suspects"]
+__all__ = ["gradients", "independent_data", "particles_broadcast"]
 
 PARTICLES = 3
-LOOSE, NUDGE = 1e-5, 1e-6
+# Two batches may round a float32 score differently by 1e-5 of it. A score that is steep in its
+# latents may differ by more, as much as ten times what moving these by 1e-6 changes.
+ROUNDING, NUDGE, STEEP = 1e-5, 1e-6, 10
+# Words of source lines that may be to blame, shown beside the finding.
 REDUCTIONS = (".mean()", ".mean(0)", ".sum()", ".sum(0)", ".std(", ".var(", "dim=0", "BatchNorm")
 STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode")
-Scores = dict[tuple[str, str], Tensor]
 
 
-class _Batch(NamedTuple):
-    """Another batch that shares rows with the first: which, and where they lie in either."""
-
-    rows: tuple
-    latents: Trace
-    here: slice
-    there: slice
-
-
-def independent_data(case: Case, training: bool = True, sizes: bool = True) -> Finding:
-    """A datum's log-probabilities stay when the data beside it change, or are left out.
+def independent_data(case: Case, training: bool = True, sizes: bool = True) -> Row:
+    """The log-probabilities of a data point do not depend on the rest of its batch.
 
     Args:
         case: The pair.
@@ -43,44 +44,37 @@ def independent_data(case: Case, training: bool = True, sizes: bool = True) -> F
         sizes: Look at batches of other sizes as well.
     """
     if len(case.rows[0]) < 2:
-        return skipped("one datum only")
+        return skipped("only one data point was given")
     for mode in (False, True)[: 1 + training]:
-        with case.quietly(training=mode):
-            latents = case.guide_trace(case.rows)
-        whole = _scores(case, latents, case.rows, mode)
-        slack = _slack(whole, _scores(case, _nudged(latents), case.rows, mode))
-        for batch in _other_batches(case, latents, sizes and not mode):
+        latents = case.guide_trace(case.rows, training=mode)
+        whole = case.scores(latents, case.rows, training=mode)
+        slack = _slack(whole, case.scores(_nudged(latents), case.rows, training=mode))
+        for rows, others, here, there in _other_batches(case, latents, sizes and not mode):
             try:
-                found = _scores(case, batch.latents, batch.rows, mode)
+                found = case.scores(others, rows, training=mode)
             except Exception as error:
                 return failed(
-                    f"The pair fails on a batch of {len(batch.rows[0])}, {sentence(error)}: take "
-                    f"the size from len(x), and give squeeze() a dimension. Batches are of any "
-                    f"size.",
+                    f"The pair fails on a batch of {len(rows[0])}, {sentence(error)}: take the "
+                    f"size from len(x), and give squeeze() a dimension. Batches are of any size.",
                     error_place(error),
                 )
             for key, score in whole.items():
-                there = batch.there
-                change = _change(found[key][:, batch.here], score[:, there], slack[key][:, there])
+                change = _change(found[key][:, here], score[:, there], slack[key][:, there])
                 if change:
                     return _depends(case, *key, change, mode)
     return passed("beside other data, and alone")
 
 
-def _other_batches(case: Case, latents: Trace, sizes: bool) -> Iterator[_Batch]:
+def _other_batches(
+    case: Case, latents: Trace, sizes: bool
+) -> Iterator[tuple[tuple, Trace, slice, slice]]:
+    """Batches that share rows with the first: rows, latents, and where those lie in either."""
     n = len(case.rows[0])
     half = n // 2
     mixed = torch.cat([torch.arange(half), torch.arange(n - half) % half])
-    yield _Batch(take(case.rows, mixed), latents, slice(half), slice(half))
-    if sizes:
-        for part in (slice(1), slice(half, n)):
-            some = _latents_of(case, latents, part)
-            yield _Batch(take(case.rows, part), some, slice(None), part)
-
-
-def _scores(case: Case, latents: Trace, rows: tuple, training: bool) -> Scores:
-    with case.quietly(training=training):
-        return case.scores(latents, rows)
+    yield take(case.rows, mixed), latents, slice(half), slice(half)
+    for part in (slice(1), slice(half, n)) if sizes else ():
+        yield take(case.rows, part), _latents_of(case, latents, part), slice(None), part
 
 
 def _latents_of(case: Case, trace: Trace, part: slice) -> Trace:
@@ -91,7 +85,7 @@ def _latents_of(case: Case, trace: Trace, part: slice) -> Trace:
         dim = value.dim() - getattr(site["fn"], "event_dim", 0) + case.layout.dim
         if not site["is_observed"] and dim >= 0 and value.shape[dim] == len(case.rows[0]):
             index = torch.arange(value.shape[dim], device=value.device)[part]
-            taken.nodes[name] = site | {"value": value.index_select(dim, index)}
+            _set_value(taken, name, value.index_select(dim, index))
     return taken
 
 
@@ -100,14 +94,20 @@ def _nudged(trace: Trace) -> Trace:
     nudged = trace.copy()
     for name, site in samples(trace).items():
         if not site["is_observed"] and site["value"].is_floating_point():
-            nudged.nodes[name] = site | {"value": site["value"] * (1 + NUDGE)}
+            _set_value(nudged, name, site["value"] * (1 + NUDGE))
     return nudged
 
 
+def _set_value(trace: Trace, name: str, value: Tensor) -> None:
+    """Exchange a site's value in a copied trace, whose sites are those of the original."""
+    site: Any = dict(trace.nodes[name])
+    trace.nodes[name] = site | {"value": value}
+
+
 def _slack(scores: Scores, nudged: Scores) -> Scores:
-    """What rounding may change in scores: more, where they are steep in the latents."""
+    """What rounding may change in scores."""
     steep = {key: (nudged[key] - score).abs().nan_to_num(0.0) for key, score in scores.items()}
-    return {key: LOOSE * (1 + score.abs()) + 10 * steep[key] for key, score in scores.items()}
+    return {key: ROUNDING * (1 + s.abs()) + STEEP * steep[key] for key, s in scores.items()}
 
 
 def _change(found: Tensor, expected: Tensor, slack: Tensor) -> float:
@@ -117,26 +117,26 @@ def _change(found: Tensor, expected: Tensor, slack: Tensor) -> float:
     return difference.max().item() if bool((difference > slack[known]).any()) else 0.0
 
 
-def _depends(case: Case, kind: str, name: str, change: float, training: bool) -> Finding:
+def _depends(case: Case, kind: str, name: str, change: float, training: bool) -> Row:
     norms = [n for n, m in _modules(case) if isinstance(m, _BatchNorm)]
-    mode = " in train mode" if training else ""
-    text = (
-        f"The log-probability of a datum at site {name!r} of the {kind} changes by {change:.3g} "
-        f"nats with the other data of its batch{mode}: "
-    )
-    mend = "take no mean, sum or norm over the batch, and count every log-probability per datum."
+    fix = "take no mean, sum or norm over the batch, and count every log-probability per datum."
     if training and norms:
-        mend = f"{_list(norms)} normalizes over the batch, take LayerNorm or GroupNorm instead."
-    return failed(text + mend, *case.where(name), *suspects(case, REDUCTIONS))
+        fix = f"{_list(norms)} normalizes over the batch, use LayerNorm or GroupNorm instead."
+    return failed(
+        f"The log-probability of a data point at site {name!r} of the {kind} changes by "
+        f"{change:.3g} nats with the rest of its batch{' in train mode' if training else ''}: "
+        f"{fix}",
+        *case.where(name),
+        *case.suspects(REDUCTIONS),
+    )
 
 
-def particles_broadcast(case: Case) -> Finding:
+def particles_broadcast(case: Case) -> Row:
     """Scores of K particles at once are those of a loop over them."""
     try:
-        with case.quietly():
-            together = case.guide_trace(case.rows, PARTICLES)
-            whole = case.scores(together, case.rows, PARTICLES)
-            slack = _slack(whole, case.scores(_nudged(together), case.rows, PARTICLES))
+        together = case.guide_trace(case.rows, PARTICLES)
+        whole = case.scores(together, case.rows, PARTICLES)
+        slack = _slack(whole, case.scores(_nudged(together), case.rows, PARTICLES))
     except Exception as error:
         return failed(
             f"With a plate of {PARTICLES} particles to the left of the batch the pair fails, "
@@ -145,22 +145,20 @@ def particles_broadcast(case: Case) -> Finding:
             error_place(error),
         )
     for k in range(PARTICLES):
-        one = take_particles(together, slice(k, k + 1))
-        with case.quietly():
-            alone = case.scores(one, case.rows, 1)
+        alone = case.scores(take_particles(together, slice(k, k + 1)), case.rows, 1)
         for (kind, name), score in whole.items():
             change = _change(alone[kind, name][0], score[k], slack[kind, name][k])
             if change:
                 return failed(
-                    f"Site {name!r} of the {kind} scores {change:.3g} nats otherwise among "
-                    f"{PARTICLES} particles than alone: keep the particles' dimension, leftmost, "
-                    f"apart from the others.",
+                    f"The log-probability at site {name!r} of the {kind} differs by {change:.3g} "
+                    f"nats between {PARTICLES} particles at once and each alone: keep the "
+                    f"particles' dimension, leftmost, apart from the others.",
                     *case.where(name),
                 )
     return passed(f"[K, N] = [{PARTICLES}, {len(case.rows[0])}] as a loop")
 
 
-def gradients(case: Case) -> Finding:
+def gradients(case: Case) -> Row:
     """The objective reaches every parameter, with a number, and every latent reaches a score."""
     loose = list(_unregistered(case))
     if loose:
@@ -171,37 +169,39 @@ def gradients(case: Case) -> Finding:
             *(line for found in lines for line in found),
         )
     with case.quietly(training=True, gradients=True):
-        objective = case.objective(PARTICLES)
-        surrogate = estimate(objective, case.pair, *case.rows).surrogate
+        _, surrogate = case.estimate(*case.rows, particles=PARTICLES)
         check_reach(case.pair, surrogate, case.rows)
         named = case.pair.named()
         if not named:
             return skipped("the pair has no parameters")
-        found = [None] * len(named)
-        if surrogate.requires_grad:
-            found = torch.autograd.grad(surrogate, list(named.values()), allow_unused=True)
-    missing = [name for name, g in zip(named, found, strict=True) if g is None]
-    if missing:
+        found = _slopes(surrogate, list(named.values()))
+    if missing := [name for name, g in zip(named, found, strict=True) if g is None]:
         return failed(
             f"No gradient reaches {_list(missing)}: use it in the program, take it out, or freeze "
             f"it with requires_grad_(False).",
-            *suspects(case, STOPS),
+            *case.suspects(STOPS),
         )
-    broken = [n for n, g in zip(named, found, strict=True) if not bool(g.isfinite().all())]
-    if broken:
+    known = zip(named, found, strict=True)
+    if broken := [n for n, g in known if g is not None and not bool(g.isfinite().all())]:
         return failed(
             f"The gradient is NaN or infinite for {_list(broken)}: look for a root, a norm or a "
             f"where() at a point without a slope."
         )
-    unused = _unused_latents(case)
-    if unused:
+    if unused := _unused_latents(case):
         return failed(
-            f"No other site of the model depends on latent {_list(unused)}: hand it on, without "
+            f"No other site of the model depends on latent {_list(unused)}: use it there, without "
             f"detach.",
             *case.where(*unused),
-            *suspects(case, STOPS),
+            *case.suspects(STOPS),
         )
     return passed(f"parameters: {len(named)}, latents: {len(case.latents())}")
+
+
+def _slopes(value: Any, leaves: list[Tensor]) -> list[Tensor | None]:
+    """The gradient of a scalar for each leaf; None for those that it does not depend on."""
+    if not getattr(value, "requires_grad", False):
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
 
 
 def _unused_latents(case: Case) -> list[str]:
@@ -211,20 +211,16 @@ def _unused_latents(case: Case) -> list[str]:
         latents = {}
         for name, (site, guide_site) in case.latents().items():
             if guide_site["fn"].has_rsample and not is_bookkeeping(site):
-                node = guide_trace.nodes[name]
+                node: Any = guide_trace.nodes[name]
                 latents[name] = node["value"] = node["value"].detach().requires_grad_()
         trace = case.pair.replay_model(guide_trace, *case.rows)
         trace.compute_log_prob()
-        unused = []
-        for name, value in latents.items():
-            others = sum(s["log_prob"].sum() for n, s in samples(trace).items() if n != name)
-            reached = (
-                getattr(others, "requires_grad", False)
-                and torch.autograd.grad(others, value, retain_graph=True, allow_unused=True)[0]
-            )
-            if reached is None or reached is False:
-                unused.append(name)
-    return unused
+        scores = {name: site["log_prob"].sum() for name, site in samples(trace).items()}
+        return [
+            name
+            for name, value in latents.items()
+            if _slopes(sum(s for n, s in scores.items() if n != name), [value]) == [None]
+        ]
 
 
 def _unregistered(case: Case) -> Iterator[tuple[str, list[str]]]:
@@ -242,11 +238,8 @@ def _held(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, nn.Module):
         yield from (p for p in value.parameters() if p.requires_grad)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _held(item)
-    elif isinstance(value, dict) and type(value) is dict:
-        for item in value.values():
+    elif isinstance(value, list | tuple) or type(value) is dict:
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _held(item)
 
 
@@ -254,11 +247,6 @@ def _modules(case: Case) -> Iterator[tuple[str, nn.Module]]:
     for prefix, root in case.pair.roots.items():
         for name, module in root.named_modules():
             yield f"{prefix}.{name}".rstrip("."), module
-
-
-def suspects(case: Case, words: Iterable[str]) -> list[str]:
-    """The lines of both programs, and of their modules' classes, with one of some words."""
-    return lines_with([case.model, case.guide, *case.pair.roots.values()], *words)
 
 
 def _list(names: Iterable[str], most: int = 4) -> str:

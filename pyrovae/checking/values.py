@@ -13,37 +13,35 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions.constraints import is_dependent
 
+from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
-from pyrovae.checking.case import Case, Finding, failed, passed, take
+from pyrovae.checking.case import Case, Row, failed, passed, take
 from pyrovae.pairs.contract import check_support
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = ["data_support", "finite", "latent_support"]
 
-DRAWS, FAR = 16, 3.0
+DRAWS = 16
+# How many of their ranges beyond the data's edges are tried.
+FAR = 3.0
 SEARCH = "look for a log of 0, a division by 0 or an overflow in what makes it"
+# Values beside draws at which two supports are compared: of either sign, near zero and far from
+# it, and off every grid, so that bounded, positive, unit-interval and real supports all differ.
 REALS, INTEGERS = (-987.6, -1.37, 0.41, 1.63, 987.6), (-1.0, 0.0, 1.0, 2.0, 3.0, 9.0, 999.0)
 
 
-def data_support(case: Case) -> Finding:
-    """Every datum lies in the support of the distributions that observe it."""
-    x = case.every[0]
+def data_support(case: Case) -> Row:
+    """Every data point lies in the support of the distributions that observe it."""
     try:
         with case.quietly():
             check_support(case.pair, *case.every)
-    except ValueError as error:
-        bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
-        if not len(bad):
-            return failed(str(error), *case.where(*case.observed()))
-        return failed(
-            f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row {bad[0].item()}: "
-            f"clean them, or let the programs mask them."
-        )
+    except InputError as error:
+        return failed(str(error), *case.where(*case.observed()))
     kinds = [f"{name}: {_support(site['fn'])}" for name, site in case.observed().items()]
-    return passed(f"{len(x)} data; {', '.join(kinds) or 'no site but factors'}")
+    return passed(f"{len(case.every[0])} data points; {', '.join(kinds) or 'no site but factors'}")
 
 
-def latent_support(case: Case, covering: bool = True) -> Finding:
+def latent_support(case: Case, covering: bool = True) -> Row:
     """The guide proposes every value that the prior allows (if asked), and no other."""
     for name, (model_site, guide_site) in case.latents().items():
         if is_bookkeeping(model_site):
@@ -75,8 +73,8 @@ def _only_in(here: Any, there: Any) -> float | None:
     try:
         like = many.rsample() if many.has_rsample else many.sample()
         discrete = here.support.is_discrete or there.support.is_discrete
-        values = [torch.full_like(like[0], c) for c in (INTEGERS if discrete else REALS)]
-        values = torch.cat([like, torch.stack(values)])
+        others = [torch.full_like(like[0], c) for c in (INTEGERS if discrete else REALS)]
+        values = torch.cat([like, torch.stack(others)])
         found = here.support.check(values) & ~there.support.check(values)
     except NotImplementedError:
         return None
@@ -87,7 +85,7 @@ def _only_in(here: Any, there: Any) -> float | None:
     return (value[outside] if outside.shape == value.shape and outside.any() else value)[0].item()
 
 
-def finite(case: Case) -> Finding:
+def finite(case: Case) -> Row:
     """No parameter of a distribution, and no log-probability, is NaN or infinite.
 
     On the batch as it is, and on data at and beyond the edges of what was given.
@@ -146,10 +144,10 @@ def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> tuple[str
             for parameter, value, inside, asked in _parameters(site["fn"]):
                 if not bool(inside.all()):
                     row, shown = _named(value, inside, names)
-                    mend = SEARCH if shown == "nan" else "bound it, as softplus(s) + 1e-3 does"
+                    fix = SEARCH if shown == "nan" else "bound it, as softplus(s) + 1e-3 does"
                     return name, (
                         f"{row}{parameter} at site {name!r} of the {kind} is {shown}, not {asked}: "
-                        f"{mend}."
+                        f"{fix}."
                     )
             log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             if not bool(log_prob.isfinite().all()):

@@ -46,21 +46,7 @@ CAPTIONS = {
     "interpolations": "From one datum to another along a line between their latents.",
     "manifold": "What the model decodes across the latent plane.",
 }
-PICTURES = {
-    "Training": ("learning_curves",),
-    "How far log p(x) can be trusted": ("bound_curve", "khat"),
-    "What the posterior does": (
-        "rate_distortion",
-        "kl_by_dimension",
-        "calibration",
-        "latent_space",
-    ),
-    "Pictures": ("samples", "reconstructions", "interpolations", "manifold"),
-    "Further pictures": ("",),
-}
-SIDE_BY_SIDE = ("samples", "reconstructions", "interpolations", "manifold", "latent_space")
 SPLITS = {"train": "training", "valid": "validation"}
-SAME = ("command", "versions")
 
 
 def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
@@ -146,10 +132,10 @@ def render_report(
     return _render(
         "report.html.j2",
         title=f"{model} with guide {guide}, trained on {data}",
-        summary=[*_about(config), *_training(config, history)],
-        splits=splits,
-        figures={title: _pictures(figures, kinds) for title, kinds in PICTURES.items()},
         config=config,
+        history=history,
+        splits=splits,
+        figures=[_picture(name, png) for name, png in figures.items()],
     )
 
 
@@ -164,7 +150,6 @@ def render_comparison(found: RunComparison) -> str:
     """
     names = [run.name for run in found.runs]
     curves = draw_findings({run.name: run.finding for run in found.runs}, joined=found.joined)
-    pictures = {run.name: run.run.figures() for run in found.runs}
     return _render(
         "comparison.html.j2",
         title=f"{', '.join(names[:-1])} and {names[-1]}, compared on {found.split} data",
@@ -180,8 +165,9 @@ def render_comparison(found: RunComparison) -> str:
         ],
         curves=[_picture(name, plots.png(figure)) for name, figure in curves.items()],
         figures=[
-            [each for name in names for each in _pictures(pictures[name], [kind], of=name)]
-            for kind in SIDE_BY_SIDE
+            _picture(name, png, of=run.name)
+            for run in found.runs
+            for name, png in run.run.figures().items()
         ],
         settings=_differing([run.config for run in found.runs]),
         commands=[_plain(run.config["command"]) for run in found.runs],
@@ -244,62 +230,27 @@ def _name_of(part: Any) -> str:
     return _plain((part.get("name") if isinstance(part, Mapping) else part) or "unnamed")
 
 
-def _pictures(
-    figures: Mapping[str, bytes], kinds: Sequence[str], of: str = ""
-) -> list[dict[str, Any]]:
-    """Pictures of some kinds in their order: ``latent_space_u`` is of the kind ``latent_space``."""
-    named = [name for kind in kinds for name in figures if _kind(name) == kind]
-    return [_picture(name, figures[name], of) for name in named]
-
-
 def _picture(name: str, png: bytes, of: str = "") -> dict[str, Any]:
-    """What a page says of a picture, half as large as its dots, for sharp screens."""
+    """What a page needs of a picture: half as large as its dots, for sharp screens.
+
+    ``latent_space_u`` is of the kind ``latent_space``, the latent space of the site u.
+    """
     if png[:8] != b"\x89PNG\r\n\x1a\n":
         raise InputError(f"Expected the figure {name!r} to be a PNG, got a file of {png[:8]!r}.")
-    kind = _kind(name)
+    kind = next((kind for kind in CAPTIONS if f"{name}_".startswith(f"{kind}_")), "")
     caption = " ".join(filter(None, [CAPTIONS.get(kind), name[len(kind) :].strip("_")]))
     width, height = (int.from_bytes(png[at : at + 4], "big") // 2 for at in (16, 20))
-    data = b64encode(png).decode()
-    return {"of": of, "caption": caption, "data": data, "width": width, "height": height}
+    return {
+        "of": of,
+        "kind": kind,
+        "caption": caption,
+        "data": b64encode(png).decode(),
+        "width": width,
+        "height": height,
+    }
 
 
-def _kind(name: str) -> str:
-    return next((kind for kind in CAPTIONS if f"{name}_".startswith(f"{kind}_")), "")
-
-
-def _about(config: Mapping[str, Any]) -> Iterator[str]:
-    """What was trained on what, in a line."""
-    data = config.get("data")
-    if not isinstance(data, Mapping):
-        return
-    said = []
-    if config.get("objective"):
-        said.append(f"objective {_plain(config['objective'])}")
-    if data.get("shape"):
-        said.append(f"data of shape {_plain(data['shape'])}")
-    if data.get("binarize"):
-        said.append(f"binarization {_plain(data['binarize'])}")
-    if isinstance(data.get("sizes"), Mapping):
-        sizes = [f"{_plain(n)} {SPLITS.get(s, s)}" for s, n in data["sizes"].items()]
-        said.append(" + ".join(sizes) + " data")
-    if said:
-        text = "; ".join(said)
-        yield f"{text[:1].upper()}{text[1:]}."
-
-
-def _training(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    if not history:
-        return
-    seconds = sum(row.get("seconds") or 0.0 for row in history)
-    text = f"{len(history)} epoch{'s' * (len(history) > 1)}"
-    text += f" in {seconds:.1f} s" if seconds else ""
-    text += f" on {config['device']}" if "device" in config else ""
-    bounds = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
-    best = f"; best validation ELBO {max(bounds):.3f} nats per datum" if bounds else ""
-    yield f"{text}{best}."
-
-
-def _numbers(found: RunComparison) -> list[Sequence[str]]:
+def _numbers(found: RunComparison) -> list[tuple[str, ...]]:
     """The table of a comparison, a run a column."""
     columns = [[*HEAD, "log p(x) less the first's", "ELBO less the first's"]]
     columns.append([*found.runs[0].cells, "", ""])
@@ -312,7 +263,7 @@ def _numbers(found: RunComparison) -> list[Sequence[str]]:
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The settings in which runs differ, a run a column."""
     flat = [
-        {path: _plain(value) for path, value in _leaves(config, *SAME) if value is not None}
+        {path: _plain(value) for path, value in _leaves(config, "command", "versions")}
         for config in configs
     ]
     paths = dict.fromkeys(path for each in flat for path in each)
@@ -328,9 +279,7 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
     found = {} if not history else {"learning_curves": plots.learning_curves(history)}
     found["samples"] = sample_picture(model, every, *others, n=64, seed=seed)
     xhat = _first(reconstruct(model, guide, x, *context, seed=seed))
-    found["reconstructions"] = plots.reconstructions(
-        x, xhat.reshape(x.shape), title="Test data and reconstructions E[x | z], z ~ q(z | x)"
-    )
+    found["reconstructions"] = plots.reconstructions(x, xhat.reshape(x.shape))
     means = encode(guide, every, *others)
     codes = {n: z for n, z in means.items() if z.is_floating_point()}
     labels = data.labels.test if data.labels else None
@@ -341,12 +290,9 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
     if len(codes) == len(means):
         half = [tensor[:5] for tensor in context]
         rows = _first(interpolate(model, guide, x[:5], every[10:15], *half))
-        found["interpolations"] = plots.interpolations(
-            rows.reshape(*rows.shape[:2], *data.shape),
-            title="Between the encodings of two test data, E[x | z]",
-        )
+        found["interpolations"] = plots.interpolations(rows.reshape(*rows.shape[:2], *data.shape))
     if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
-        found["manifold"] = _manifold(model, next(iter(codes)), data.test)
+        found["manifold"] = _manifold(model, next(iter(codes)), every)
     return found
 
 

@@ -8,11 +8,11 @@ has the same style, whatever matplotlib's own settings are.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from math import ceil
 from textwrap import fill
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def learning_curves(history: Sequence[dict]) -> Figure:
     if not terms:
         raise InputError("Expected a history with an ELBO or one of its terms, got neither.")
     first, *others = terms
-    layout = [[first] * len(others), others] if others else [[first]]
+    layout: list[Any] = [[first] * len(others), others] if others else [[first]]
     figure = Figure((5.4, 2.4 * len(layout)), dpi=DPI, layout="constrained")
     for name, axes in figure.subplot_mosaic(layout).items():
         for split, (epoch, value) in terms[name].items():
@@ -126,19 +126,20 @@ def image_grid(images: Tensor, *, title: str, columns: int | None = None) -> Fig
 
 
 @styled
-def reconstructions(x: Tensor, xhat: Tensor, *, title: str = "Data and reconstructions") -> Figure:
+def reconstructions(x: Tensor, xhat: Tensor) -> Figure:
     """Draw data ``[n, *shape]`` above their reconstructions ``[n, *shape]``, ten in a row.
 
     Both share the data's range, and a profile is drawn over the one it reconstructs.
     """
-    x, xhat = _events(x, 1), _events(xhat, 1)
-    if x.shape != xhat.shape:
+    data, found = _events(x, 1), _events(xhat, 1)
+    if data.shape != found.shape:
         raise InputError(f"Expected reconstructions {list(x.shape)}, got {list(xhat.shape)}.")
+    title = "Test data and reconstructions E[x | z], z ~ q(z | x)"
     names = ("data", "reconstruction")
-    if x[0].size == 2:
-        pairs, labels = np.stack([x, xhat], 1), np.tile(names, len(x))
+    if data[0].size == 2:
+        pairs, labels = np.stack([data, found], 1), np.tile(names, len(data))
         return _points(pairs, PLANE, title, labels, paths=pairs)
-    data, found = _rows(x, 10), _rows(xhat, 10)
+    data, found = _rows(data, 10), _rows(found, 10)
     cells = np.stack([data, found], 1).reshape(-1, *data.shape[1:])
     return _mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
 
@@ -151,17 +152,17 @@ def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure
     principal components, whose shares of the variance the axes state. Integer labels of at most
     20 classes have a legend, all others a colour bar.
     """
-    z = _events(z, 1).reshape(len(z), -1)
-    labels = None if labels is None else torch.as_tensor(labels).detach().cpu().numpy()
-    if not np.isfinite(z).all():
+    points = _events(z, 1).reshape(len(z), -1)
+    classes = None if labels is None else torch.as_tensor(labels).detach().cpu().numpy()
+    if not np.isfinite(points).all():
         raise InputError("Expected finite posterior means, got NaN or infinity.")
-    if labels is not None and labels.shape != z.shape[:1]:
-        raise InputError(f"Expected labels of shape [{len(z)}], got {list(labels.shape)}.")
-    names = [f"{site}[{i}], posterior mean" for i in range(z.shape[1])]
-    if z.shape[1] > 2:
-        z, share = _principal(z)
+    if classes is not None and classes.shape != points.shape[:1]:
+        raise InputError(f"Expected labels of shape [{len(z)}], got {list(classes.shape)}.")
+    names = [f"{site}[{i}], posterior mean" for i in range(points.shape[1])]
+    if len(names) > 2:
+        points, share = _principal(points)
         names = [f"principal component {i + 1} ({share[i]:.1%} of variance)" for i in range(2)]
-    return _points(z, names, f"Posterior means of {site}", labels, "label", equal=True)
+    return _points(points, names, f"Posterior means of {site}", classes, "label", equal=True)
 
 
 @styled
@@ -179,9 +180,10 @@ def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
 
 
 @styled
-def interpolations(rows: Tensor, *, title: str = "Interpolations in latent space") -> Figure:
+def interpolations(rows: Tensor) -> Figure:
     """Draw paths ``[r, s, *shape]``, each a row from weight 0 (one datum) to 1 (another)."""
-    x, name = _events(rows, 2), "mixing weight"
+    title, name = "Between the encodings of two test data, E[x | z]", "mixing weight"
+    x = _events(rows, 2)
     if x[0, 0].size == 2:
         return _points(x, PLANE, title, np.tile(np.linspace(0, 1, x.shape[1]), len(x)), name, x)
     return _mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
@@ -196,10 +198,10 @@ def _curves(history: Sequence[dict], name: str) -> dict[str, np.ndarray]:
 
 
 def _events(x: Tensor, batch: int) -> np.ndarray:
-    x = torch.as_tensor(x).detach().cpu().double().numpy()
-    if x.ndim <= batch or x.size == 0:
-        raise InputError(f"Expected events of some shape, got a tensor {list(x.shape)}.")
-    return x
+    events = torch.as_tensor(x).detach().cpu().double().numpy()
+    if events.ndim <= batch or events.size == 0:
+        raise InputError(f"Expected events of some shape, got a tensor {list(events.shape)}.")
+    return events
 
 
 def _rows(x: np.ndarray, columns: int) -> np.ndarray:
@@ -230,27 +232,33 @@ def _edges(ends: Sequence[float], n: int, margin: float) -> tuple[float, float]:
     return first - margin * step, last + margin * step
 
 
-def _points(points, names, title, labels=None, label="", paths=(), equal=False) -> Figure:
+def _points(
+    points: np.ndarray,
+    names: Sequence[str],
+    title: str,
+    labels: np.ndarray | None = None,
+    label: str = "",
+    paths: Iterable[np.ndarray] = (),
+    equal: bool = False,
+) -> Figure:
     """Draw points ``[..., 1 or 2]``, coloured by class or scale, over the lines joining them."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     points, (xlabel, ylabel) = points.reshape(-1, len(names)), [*names, "count"][:2]
     figure = Figure((5.4, 4.2), dpi=DPI, layout="constrained")
     axes = figure.add_subplot(title=fill(title, 70), xlabel=xlabel, ylabel=ylabel)
     axes.grid(True)
-    classes = [] if labels is None or labels.dtype.kind == "f" else np.unique(labels).tolist()
-    palette = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
-    classes = dict(zip(classes, palette, strict=False)) if len(classes) <= 20 else {}
+    classes = _classes(labels)
     if len(names) == 1:
-        edges = np.histogram_bin_edges(points, min(60, ceil(len(points) ** 0.5)))
+        edges = np.histogram_bin_edges(points, min(60, ceil(len(points) ** 0.5))).tolist()
         parts = [points[labels == each, 0] for each in classes] or [points[:, 0]]
         axes.hist(parts, edges, stacked=True, color=[*classes.values()] or [BLUE])
     else:
         for path in paths:
             axes.plot(*path.reshape(-1, 2).T, color=GREY, lw=0.7, zorder=1)
         colours = BLUE if labels is None else [classes.get(each, each) for each in labels.tolist()]
-        drawn = axes.scatter(*points.T, np.clip(12000 / len(points), 2, 18), colours, linewidths=0)
+        area = np.clip(12000 / len(points), 2, 18)
+        drawn = axes.scatter(points[:, 0], points[:, 1], area, colours, linewidths=0)
         axes.set_aspect("equal" if equal else "auto", adjustable="datalim")
         if labels is not None and not classes:
             figure.colorbar(drawn, label=label)
@@ -261,7 +269,25 @@ def _points(points, names, title, labels=None, label="", paths=(), equal=False) 
     return figure
 
 
-def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), behind=None) -> Figure:
+def _classes(labels: np.ndarray | None) -> dict[Any, Any]:
+    """Colours of at most 20 classes; none for real values, or more than there are colours."""
+    from matplotlib import color_sequences
+
+    names = [] if labels is None or labels.dtype.kind == "f" else np.unique(labels).tolist()
+    palette = color_sequences["tab10" if len(names) <= 10 else "tab20"]
+    return dict(zip(names, palette, strict=False)) if len(names) <= 20 else {}
+
+
+def _mosaic(
+    cells: np.ndarray,
+    title: str,
+    *,
+    x: Sequence[float] = (),
+    y: Sequence[float] = (),
+    names: Sequence[str] = ("", ""),
+    rows: Sequence[str] = (),
+    behind: np.ndarray | None = None,
+) -> Figure:
     """Draw cells ``[r, c, *shape]``, the centres of the first and last column being at ``x``."""
     from matplotlib.figure import Figure
 
@@ -269,41 +295,46 @@ def _mosaic(cells, title, *, x=(), y=(), names=("", ""), rows=(), behind=None) -
     picture = dims == 1 or (len(shape) == 3 and shape[0] in (1, 3))
     behind = cells if behind is None else behind
     low, high = _limits(behind if picture else cells, 0.005 * picture)
-    gap = int(picture and dims > 1)
+    gap, size = int(picture and dims > 1), (r, c)
     if picture:
         cells = cells.reshape(r, c, *(shape if len(shape) == 3 else (1, 1, 1)))
         canvas = _tile((cells - low) / (high - low) if shape[0] == 3 else cells, gap)
-        size = np.array(canvas.shape[:2])
-        dots = int(min(1200 / size.max(), 240 / (size / (r, c)).max()))
-        height, width = np.round(size * (dots or min(1, 4000 / size.max())))
+        size = canvas.shape[:2]
+        dots = int(min(1200 / max(size), 240 * r / size[0], 240 * c / size[1]))
+        scale = dots or min(1, 4000 / max(size))
+        height, width = (round(n * scale) for n in size)
     else:
-        size, width, height = (r, c), min(480 * c, 1200), min(336 * r, 840 * r / c, 4000)
+        width, height = min(480 * c, 1200), round(min(336 * r, 840 * r / c, 4000))
     bar = picture and shape[0] != 3 and ((low, high) != (0, 1) or dims == 1)
     note = "" if picture else f"each panel: dimension 0 to {dims - 1}, "
     note += "" if picture and (bar or (low, high) == (0, 1)) else f"x from {low:.3g} to {high:.3g}"
     xlabel = "\n".join(filter(None, [names[0], note]))
+    # What the labels need around the cells, in dots: figures are laid out by hand, since a pixel
+    # of the data has to be a whole number of dots.
     left, right = 30 + 110 * bool(names[1]) + 230 * bool(rows), 30 + 170 * bar
     bottom = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
     full = max(left + width + right, 900)
-    title = fill(title, int(full - left) // 18)
+    title = fill(title, (full - left) // 18)
     tall = bottom + height + 76 + 36 * title.count("\n")
     figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
-    box = [left / full, bottom / tall, width / full, height / tall]
+    box = left / full, bottom / tall, width / full, height / tall
     axes = figure.add_axes(box, title=title, xlabel=xlabel, ylabel=names[1])
-    left, right = _edges(x, c, 0.5 + 0.5 * gap * c / (size[1] - gap))
-    top, bottom = _edges(y, r, 0.5 + 0.5 * gap * r / (size[0] - gap))
+    across = _edges(x, c, 0.5 + 0.5 * gap * c / (size[1] - gap))
+    down = _edges(y, r, 0.5 + 0.5 * gap * r / (size[0] - gap))
     if picture:
         drawn = axes.imshow(canvas, "gray", vmin=low, vmax=high, interpolation="nearest")
-        drawn.set_extent((left, right, bottom, top))
+        drawn.set_extent((*across, *down[::-1]))
     else:
         _profiles(axes, cells, behind, low, high)
-    ticks = {} if x else {"xticks": []}
-    ticks |= {} if y else {"yticks": range(len(rows)), "yticklabels": rows}
-    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="auto", **ticks)
+    axes.set(xlim=across, ylim=down[::-1], aspect="auto")
+    if not x:
+        axes.set_xticks([])
+    if not y:
+        axes.set_yticks(range(len(rows)), rows)
     axes.spines[:].set_visible(False)
     if bar:
-        box[::2] = box[0] + box[2] + 30 / full, 30 / full
-        figure.colorbar(drawn, cax=figure.add_axes(box), label="x")
+        beside = box[0] + box[2] + 30 / full, box[1], 30 / full, box[3]
+        figure.colorbar(drawn, cax=figure.add_axes(beside), label="x")
     return figure
 
 
@@ -321,15 +352,15 @@ def _tile(cells: np.ndarray, gap: int) -> np.ndarray:
     return grid.permute(1, 2, 0).nan_to_num(nan=1.0).clamp(0, 1).numpy()
 
 
-def _profiles(axes, cells, behind, low, high) -> None:
+def _profiles(axes: Axes, cells: np.ndarray, behind: np.ndarray, low: float, high: float) -> None:
     r, c = cells.shape[:2]
     across = (np.arange(c)[:, None] + np.linspace(0.08, 0.92, cells[0, 0].size)) / c
     for part, colour in ((behind, GREY), (cells, BLUE)):
         up = 0.1 + 0.8 * (part.reshape(r, c, -1) - low) / (high - low)
-        lines = np.broadcast_arrays(across, (np.arange(r)[::-1, None, None] + up) / r)
-        lines = [each.reshape(r * c, -1).T for each in lines]
+        pairs = np.broadcast_arrays(across, (np.arange(r)[::-1, None, None] + up) / r)
+        lines = [each.reshape(r * c, -1).T for each in pairs]
         axes.plot(*lines, color=colour, lw=0.8, transform=axes.transAxes)
     axes.set_facecolor("#f4f4f4")
-    frame = {"transform": axes.transAxes, "color": "white", "lw": 3, "zorder": 1}
-    axes.vlines(np.arange(c + 1) / c, 0, 1, **frame)
-    axes.hlines(np.arange(r + 1) / r, 0, 1, **frame)
+    for rule, n in ((axes.vlines, c), (axes.hlines, r)):
+        at = np.arange(n + 1) / n
+        rule(at, 0, 1, transform=axes.transAxes, color="white", lw=3, zorder=1)

@@ -15,6 +15,7 @@ from pyrovae.report.figures import BLUE, DPI, GREY, INK, ORANGE, PALETTE, panel,
 from pyrovae.runs.results import Finding
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -46,20 +47,19 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
     paths = {name: f.history for name, f in findings.items()}
     seen = {name: f.results.get("diagnostics") or {} for name, f in findings.items()}
     covered = {name: each["calibration"] for name, each in seen.items() if each.get("calibration")}
-    drawn = {
-        "bound_curve": lambda: bound_curves(estimates, _level(findings)),
-        "khat": lambda: khat_curves(estimates),
-        "rate_distortion": lambda: rate_distortion(points, paths, joined=joined),
-        "calibration": lambda: calibration_curves(covered),
-    }
-    there = {"rate_distortion": points, "calibration": covered}
-    if len(seen) == 1:
-        sites = next(iter(seen.values())).get("sites") or {}
-        drawn["kl_by_dimension"] = lambda: kl_by_dimension(sites)
-        there["kl_by_dimension"] = {n: s for n, s in sites.items() if s.get("kl")}
-    there["bound_curve"] = {n: e for n, e in estimates.items() if e.curve is not None}
-    there["khat"] = {n: e for n, e in estimates.items() if bool(e.khat.isfinite().any())}
-    return {name: draw() for name, draw in drawn.items() if there[name]}
+    drawn = {}
+    if any(ll.curve is not None for ll in estimates.values()):
+        drawn["bound_curve"] = bound_curves(estimates, _level(findings))
+    if any(bool(ll.khat.isfinite().any()) for ll in estimates.values()):
+        drawn["khat"] = khat_curves(estimates)
+    if points:
+        drawn["rate_distortion"] = rate_distortion(points, paths, joined=joined)
+    if covered:
+        drawn["calibration"] = calibration_curves(covered)
+    sites = next(iter(seen.values())).get("sites") or {} if len(seen) == 1 else {}
+    if any(site.get("kl") for site in sites.values()):
+        drawn["kl_by_dimension"] = kl_by_dimension(sites)
+    return drawn
 
 
 def end_point(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]] | None:
@@ -100,17 +100,17 @@ def bound_curves(
     Raises:
         ValueError: If no estimate has a curve.
     """
-    drawn = {name: ll for name, ll in estimates.items() if ll.curve is not None}
-    if not drawn:
+    curves = {name: ll.curve.mean for name, ll in estimates.items() if ll.curve is not None}
+    if not curves:
         raise InputError("Expected an estimate with a curve, got none.")
     figure, axes = panel("The bound by number of samples", "samples K", "nats per datum")
-    for (name, ll), colour in zip(drawn.items(), cycle(PALETTE), strict=False):
-        k, bound = zip(*ll.curve.mean.items(), strict=True)
-        axes.plot(k, bound, ".-", color=colour, label=name if len(drawn) > 1 else None)
+    for (name, curve), colour in zip(curves.items(), cycle(PALETTE), strict=False):
+        ll, k, bound = estimates[name], list(curve), list(curve.values())
+        axes.plot(k, bound, ".-", color=colour, label=name if len(curves) > 1 else None)
         if k[-1] == ll.num_samples and np.isfinite(ll.mean_standard_error):
             axes.errorbar(k[-1], ll.mean, 2 * ll.mean_standard_error, color=colour, capsize=3)
-        if len(drawn) == 1:
-            _label(axes, k, bound)
+        if len(curves) == 1:
+            _label_rises(axes, k, bound)
     if annealed is not None:
         low, high = (annealed.mean + s * annealed.mean_standard_error for s in (-2, 2))
         axes.axhspan(low, high, color=ORANGE, alpha=0.25, lw=0)
@@ -118,7 +118,7 @@ def bound_curves(
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda k, _: f"{k:,.0f}")
     axes.margins(0.1, 0.16)
-    if len(drawn) > 1 or annealed is not None:
+    if len(curves) > 1 or annealed is not None:
         figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
@@ -140,7 +140,8 @@ def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
     figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
     for level, text in THRESHOLDS.items():
         axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)
-        axes.text(0.01, level + 0.015, text, fontsize=7.5, color=INK)
+        where: dict[str, Any] = {"xytext": (3, 2), "textcoords": "offset points"}
+        axes.annotate(text, (0, level), fontsize=7.5, color=INK, **where)
     for (name, k), colour in zip(shapes.items(), cycle(PALETTE), strict=False):
         share = (np.arange(k.size) + 0.5) / k.size
         label = f"{name + ': ' if len(shapes) > 1 else ''}{np.mean(k > 0.7):.1%} above 0.7"
@@ -179,7 +180,7 @@ def rate_distortion(
     for (name, point), colour in zip(points.items(), cycle(PALETTE), strict=False):
         if (path := _path(paths.get(name, ()))) is not None:
             axes.plot(*path.T, "-", color=colour, alpha=0.45, lw=1)
-            axes.scatter(*path.T, 5, colour, alpha=0.45, linewidths=0)
+            axes.scatter(path[:, 0], path[:, 1], 5, colour, alpha=0.45, linewidths=0)
             ends.append(_late(path))
         (x, dx), (y, dy) = (_interval(point[key]) for key in ("rate", "distortion"))
         axes.errorbar(x, y, dy, dx, "o", color=colour, capsize=2, ms=5, label=name, zorder=4)
@@ -254,7 +255,7 @@ def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _interval(estimate: Mapping[str, float | None]) -> tuple[float, float]:
+def _interval(estimate: Mapping[str, Any]) -> tuple[float, float]:
     return estimate["mean"], 2 * (estimate.get("standard_error") or 0.0)
 
 
@@ -281,29 +282,31 @@ def _late(path: np.ndarray) -> np.ndarray:
     return path[total <= total[-1] + 4 * max(total[-1] - total.min(), 0.05 * abs(total[-1]), 1.0)]
 
 
-def _levels(axes, points: np.ndarray) -> None:
+def _levels(axes: Axes, points: np.ndarray) -> None:
     """Lines of constant ELBO, five or so in the window around some points."""
     from matplotlib.ticker import MaxNLocator
 
-    (left, low), (right, high) = points.min(0), points.max(0)
-    pad = 0.12 * np.maximum([right - left, high - low], [1e-6, 1e-6]) + 0.4
-    left, right, low, high = left - pad[0], right + pad[0], low - pad[1], high + pad[1]
-    axes.set(xlim=(left, right), ylim=(low, high))
-    for total in MaxNLocator(6).tick_values(left + low, right + high):
-        ends = [max(left, total - high), min(right, total - low)]
-        if ends[1] - ends[0] < 0.08 * (right - left):
-            continue
-        axes.plot(ends, [total - x for x in ends], color=GREY, lw=0.7, zorder=0)
-        x = ends[0] + 0.1 * (right - left)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        text = {"ha": "center", "va": "center", "fontsize": 7, "color": "#666666", "bbox": box}
-        if x < min(ends[1], right - 0.08 * (right - left)):
-            axes.text(x, total - x, f"ELBO {-total:g}", zorder=0.5, clip_on=True, **text)
+    low, high = points.min(0), points.max(0)
+    pad = 0.12 * np.maximum(high - low, 1e-6) + 0.4
+    (left, right), (bottom, top) = zip(low - pad, high + pad, strict=True)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    rate, distortion = np.meshgrid(np.linspace(left, right), np.linspace(bottom, top))
+    levels = MaxNLocator(6).tick_values(-right - top, -left - bottom)
+    grey: dict[str, Any] = {"colors": GREY, "linestyles": "solid", "linewidths": 0.7}
+    drawn = axes.contour(rate, distortion, -rate - distortion, levels, zorder=0, **grey)
+    axes.clabel(drawn, fmt="ELBO %g", fontsize=7, colors="#666666", zorder=0.5)
 
 
-def _label(axes, k, bound) -> None:
-    """Write above each point what it has over the one before."""
+def _label_rises(axes: Axes, k: Sequence[float], bound: Sequence[float]) -> None:
+    """Write at each point what it has over the one before, below the curve where points crowd."""
     for i in range(1, len(k)):
-        rise = f"{bound[i] - bound[i - 1]:+.2g}"
-        where = {"xytext": (-3, 6), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(rise, (k[i], bound[i]), fontsize=8, color=INK, **where)
+        crowded = k[i] < 5 * k[i - 1] and i > 1
+        axes.annotate(
+            f"{bound[i] - bound[i - 1]:+.2g}",
+            (k[i], bound[i]),
+            xytext=(3, -14) if crowded else (-3, 6),
+            textcoords="offset points",
+            ha="center" if crowded else "right",
+            fontsize=8,
+            color=INK,
+        )

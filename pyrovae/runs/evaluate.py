@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,10 +18,11 @@ from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.sandwich import bidirectional
-from pyrovae.evidence.tiles import digest
+from pyrovae.evidence.tiles import digest, read_about
 from pyrovae.inference_data import save, to_inference_data
 from pyrovae.objectives import ESTIMATORS, ElboResult, elbo
 from pyrovae.runs import Run
+from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.experiment import Experiment
 from pyrovae.runs.results import (
     annealing_found,
@@ -25,8 +31,7 @@ from pyrovae.runs.results import (
     known,
     to_tensors,
 )
-from pyrovae.runs.unfinished import Unfinished
-from pyrovae.training.distributed import join
+from pyrovae.training.distributed import World, join
 
 __all__ = ["evaluate"]
 
@@ -57,18 +62,10 @@ class _Subject(NamedTuple):
 def evaluate(
     run: Run,
     experiment: Experiment,
+    options: EvaluationConfig | None = None,
     *,
-    split: str = "test",
-    num_samples: int = 1000,
-    images: int | None = None,
-    refine_steps: int = 0,
-    defensive: float = 0.0,
-    num_chains: int = 0,
-    num_temperatures: int = 500,
-    diagnostics: bool = True,
-    fresh: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Measure a run on a split, and write what is found into the run directory.
 
     ``results.json`` has the means with their errors, ``evaluation/<split>.safetensors`` what was
@@ -79,58 +76,106 @@ def evaluate(
     Args:
         run: The run directory.
         experiment: The run's pair and data.
-        split: ``"train"``, ``"valid"`` or ``"test"``.
-        num_samples: The number of samples K for log p(x).
-        images: Measure the first so many data alone; None takes all of them.
-        refine_steps: As in :func:`pyrovae.log_likelihood`, as is ``defensive``.
-        num_chains: Also anneal so many chains for each of the first ``images`` data, 100 if that
-            is None, and as many, 100 at most, that are simulated from the model.
-        num_temperatures: Of annealing.
-        diagnostics: Also say what the posterior does, and keep draws of it.
-        fresh: Begin anew, whatever an evaluation that was stopped has left.
+        options: What to measure; all defaults if it is None.
         progress: Show a bar if standard error is a terminal.
 
     Returns:
-        The split's results, ready for JSON, in nats per datum, None where K is too small to tell;
-        nothing on processes other than the first.
+        What is found on the split; None on processes other than the first.
 
     Raises:
-        ValueError: If there are no such data, or as :func:`pyrovae.log_likelihood` raises it.
+        InputError: If there are no such data, or as :func:`pyrovae.log_likelihood` raises it.
     """
-    world, every = join(), _subject(experiment, split)
-    subject, weights = every.first(images or len(every.rows[0])), run.weights_checksum()
-    if diagnostics and len(subject.rows[0]) < 2:
+    options, world = options or EvaluationConfig(), join()
+    every, weights = _subject(experiment, options.split), run.weights_checksum()
+    subject = every.first(options.images or len(every.rows[0]))
+    if not options.no_diagnostics and len(subject.rows[0]) < 2:
         raise InputError("Diagnostics need two data at least: ask for more, or leave them out.")
-    sampled = {
-        "num_samples": num_samples,
-        "refine_steps": refine_steps,
-        "defensive": defensive,
-    }
-    chains = {"num_chains": num_chains, "num_temperatures": num_temperatures}
-    part = subject.first(images or ANNEALED)
-    shared = {"seed": SEED, "processes": world.size > 1, "progress": progress and world.first}
-    about = {"weights": weights, **_fingerprint(subject)}
-    with Unfinished(run, split, world, about, fresh=fresh) as unfinished:
+    part = subject.first(options.images or ANNEALED)
+    files = _Unfinished(run, options, world, _fingerprint(subject, weights))
+    shared, shown = world.size > 1, progress and world.first
+    with files:
         annealed = None
-        if num_chains:
-            shared["checkpoint"] = unfinished.file(**chains)
-            annealed = annealed_log_likelihood(*part.args, **chains, **shared)
-        shared["checkpoint"] = unfinished.file(**sampled)
-        ll = log_likelihood(*subject.args, **sampled, **shared)
+        if options.annealed:
+            annealed = annealed_log_likelihood(
+                *part.args,
+                num_chains=options.annealed,
+                num_temperatures=options.temperatures,
+                checkpoint=files.of("annealed", "temperatures"),
+                processes=shared,
+                seed=SEED,
+                progress=shown,
+            )
+        ll = log_likelihood(
+            *subject.args,
+            num_samples=options.samples,
+            refine_steps=options.refine,
+            defensive=options.defensive,
+            checkpoint=files.of("samples", "refine", "defensive"),
+            processes=shared,
+            seed=SEED,
+            progress=shown,
+        )
         if not world.first:
-            return {}
+            return None
         bounds = {name: _bound(subject, name) for name in ESTIMATORS}
         found = estimates_found(ll, bounds) | {"binarize": experiment.data.binarize}
         found |= {"num_data_of_split": len(every.rows[0]), "weights": weights}
         if annealed is not None:
             found["annealed"] = annealing_found(annealed, ll)
-            found["bidirectional"] = _sandwich(part, chains, progress)
-        if diagnostics:
-            found["diagnostics"] = _diagnose(subject, progress)
-            _keep_draws(run, experiment, split, subject, ll, weights)
-        _write(run, split, found, ll, annealed, bounds["trace_mean_field_elbo"], weights)
-        unfinished.remove()
+            found["bidirectional"] = _sandwich(part, options, progress)
+        if not options.no_diagnostics:
+            found["diagnostics"] = _diagnose(subject, bounds["trace_mean_field_elbo"], progress)
+            _keep_draws(run, experiment, options.split, subject, ll, weights)
+        _write(run, options.split, found, ll, annealed, bounds["trace_mean_field_elbo"], weights)
+        files.remove()
     return found
+
+
+class _Unfinished:
+    """The files in which an evaluation keeps its finished data, until its results are written.
+
+    Their names tell one evaluation from another, so that those of other settings, of other
+    weights or of other numbers of processes stay where they are. Used as a context, it leaves no
+    empty folder.
+    """
+
+    def __init__(
+        self, run: Run, options: EvaluationConfig, world: World, about: dict[str, Any]
+    ) -> None:
+        self.run, self.options, self.world = run, options, world
+        self.about = about | {"processes": world.size}
+        self.files: list[Path] = []
+
+    def __enter__(self) -> _Unfinished:
+        self.run.folder("evaluation")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            (self.run.path / "evaluation").rmdir()
+
+    def of(self, *names: str) -> Path:
+        """The file of an estimate with these options; one that cannot be read is put aside."""
+        settings = {name: getattr(self.options, name) for name in names}
+        key = json.dumps(self.about | settings, sort_keys=True).encode()
+        name = f"{self.options.split}-{hashlib.sha256(key).hexdigest()[:12]}.checkpoint"
+        path = self.run.path / "evaluation" / name
+        self.files.append(path)
+        own = path if self.world.size == 1 else path.with_name(f"{name}.{self.world.rank}")
+        if self.options.fresh:
+            own.unlink(missing_ok=True)
+        elif own.exists():
+            try:
+                read_about(own)
+            except InputError:
+                own.replace(own.with_name(f"{own.name}.damaged"))
+        return path
+
+    def remove(self) -> None:
+        """Remove the files of the estimates that were asked for: all results are written."""
+        for path in self.files:
+            for each in (path, *path.parent.glob(f"{path.name}.[0-9]*")):
+                each.unlink(missing_ok=True)
 
 
 def _subject(experiment: Experiment, split: str) -> _Subject:
@@ -141,13 +186,13 @@ def _subject(experiment: Experiment, split: str) -> _Subject:
     return _Subject(experiment.model, experiment.guide, rows, labels)
 
 
-def _fingerprint(subject: _Subject) -> dict[str, Any]:
-    """What tells one pair with its data from another."""
+def _fingerprint(subject: _Subject, weights: str) -> dict[str, Any]:
+    """What tells one pair with its data from another: its program is known by a number of it."""
     probe = elbo(*subject.first(8).args, seed=SEED)
-    x = subject.rows[0]
     return {
+        "weights": weights,
         "data": digest(*subject.rows),
-        "device": x.device.type,
+        "device": subject.rows[0].device.type,
         "a bound": f"{probe.mean:.3e}",
     }
 
@@ -156,21 +201,35 @@ def _bound(subject: _Subject, name: str) -> ElboResult:
     return elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
 
 
-def _sandwich(subject: _Subject, chains: dict[str, int], progress: bool) -> dict[str, Any]:
+def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> dict[str, Any]:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
-    pair, n = (subject.model, subject.guide), min(len(x), SIMULATED)
-    options = chains | {"n": n, "seed": SEED, "progress": progress}
+    n = min(len(x), SIMULATED)
     try:
-        both = bidirectional(*pair, *context, like=x, **options)
-    except ValueError as error:
+        both = bidirectional(
+            subject.model,
+            subject.guide,
+            *context,
+            like=x,
+            n=n,
+            num_chains=options.annealed,
+            num_temperatures=options.temperatures,
+            seed=SEED,
+            progress=progress,
+        )
+    except InputError as error:
         return {"verdict": f"There is no upper bound: {error}"}
     gap = {"mean": both.mean_gap, "standard_error": both.mean_gap_standard_error}
     return known({"verdict": both.verdict, "num_data": n, "gap": gap})
 
 
-def _diagnose(subject: _Subject, progress: bool) -> dict[str, Any]:
+def _diagnose(subject: _Subject, bound: ElboResult, progress: bool) -> dict[str, Any]:
+    """What the posterior does; its rate and distortion are those of the ELBO that is shown."""
     found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
+    bits = found.bits_per_dimension
+    if bits is not None:
+        bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
+    found = replace(found, rate=bound.kl, distortion=-bound.reconstruction, bits_per_dimension=bits)
     return known(found.summary())
 
 

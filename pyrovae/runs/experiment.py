@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
@@ -19,13 +17,14 @@ from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
-from pyrovae.runs.agreement import require_same_data, require_same_run
+from pyrovae.runs.config import PairConfig, RunConfig, require_same_data, require_same_run
 from pyrovae.runs.programs import KINDS, Program, find_program
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import Fit, fit
 
 __all__ = [
     "Experiment",
+    "build",
     "choose_device",
     "load_experiment",
     "resolve",
@@ -33,21 +32,6 @@ __all__ = [
 ]
 
 PROGRAM_STREAM = 1_000_001
-FIT = (
-    "objective",
-    "epochs",
-    "batch_size",
-    "particles",
-    "lr",
-    "schedule",
-    "clip_norm",
-    "patience",
-    "compile",
-    "precision",
-)
-BATCH_SIZE = 128
-SHOWN = {"binarize": "none", "context": "none", "labelled": None}
-COMPILE = {"auto": "auto", "on": True, "off": False}
 
 
 class Experiment(NamedTuple):
@@ -60,41 +44,53 @@ class Experiment(NamedTuple):
     files: dict[str, bytes]
 
 
-def resolve(options: dict[str, Any], command: str, run: Run | None = None) -> Experiment:
+def build(options: PairConfig, run: Run | None = None) -> Experiment:
+    """Build a pair and load its data, touching nothing on disk.
+
+    Args:
+        options: Which pair and which data.
+        run: An existing run, whose copies of the user's files are used.
+
+    Raises:
+        InputError: If anything asked for does not exist or does not fit together.
+    """
+    device = join().place(choose_device(options.device))
+    programs = _programs({k: getattr(options, k) for k in KINDS}, run, options.seed)
+    settings = {k: p.settings(options.settings.get(k, {})) for k, p in programs.items()}
+    load = options.data if options.data in DATASETS else _absolute(options.data)
+    root = options.data_root and _absolute(options.data_root)
+    data = load_data(options.data, root=root, **options.shown)
+    model, guide = _build(programs, settings, data, options.seed)
+    files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
+    config = {
+        **{k: _describe(programs[k], settings[k]) for k in KINDS},
+        "data": {"load": load, "root": root} | data.provenance,
+        "device": str(device),
+        "seed": options.seed,
+    }
+    return Experiment(config, model, guide, data.to(device), {} if run else files)
+
+
+def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experiment:
     """Build what a run needs, touching nothing on disk.
 
     Args:
-        options: ``model``, ``guide``, ``data``, ``settings`` (``{"model": {...}, "guide":
-            {...}}``), ``binarize``, ``data_root``, ``device``, ``seed`` and the arguments of
-            :func:`pyrovae.fit` that a configuration holds.
-        command: The command that asks for the run.
+        options: What is asked for.
+        command: The command that asks for it.
         run: An existing run to go on with, whose copies of the user's files are used.
 
     Raises:
-        ValueError: If anything asked for does not exist or does not fit together.
+        InputError: If anything asked for does not exist or does not fit together.
     """
-    device = join().place(choose_device(options["device"]))
-    programs = _programs({k: options[k] for k in KINDS}, run, options["seed"])
-    settings = {k: p.settings(options["settings"].get(k, {})) for k, p in programs.items()}
-    load = options["data"] if options["data"] in DATASETS else _absolute(options["data"])
-    root = options["data_root"] and _absolute(options["data_root"])
-    shown = {k: options[k] for k in SHOWN}
-    data = load_data(options["data"], root=root, **shown)
-    model, guide = _build(programs, settings, data, options["seed"])
-    files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
+    made = build(options, run)
     config = {
-        "command": _command(command, run, options["epochs"]),
-        **{k: _describe(programs[k], settings[k]) for k in KINDS},
-        "data": {"load": load, "root": root} | data.provenance,
-        **{k: options[k] for k in FIT},
-        "objective_settings": options["settings"].get("objective", {}),
-        "batch_size": _batch_size(options["batch_size"], len(data.train)),
-        "device": str(device),
-        "seed": options["seed"],
+        "command": _command(command, run, options.epochs),
+        **made.config,
+        **options.stored(len(made.data.train)),
         "versions": _versions(),
     }
     _objective(config)
-    return Experiment(config, model, guide, data.to(device), {} if run else files)
+    return made._replace(config=config)
 
 
 def train(
@@ -137,11 +133,7 @@ def train(
         experiment.guide,
         experiment.data,
         objective=_objective(config),
-        **{k: config[k] for k in FIT if k not in ("objective", "particles", "schedule", "compile")},
-        compile=COMPILE[config["compile"]],
-        scheduler=_scheduler(config),
-        device=config["device"],
-        seed=config["seed"],
+        **RunConfig.fit_arguments(config),
         state=state,
         on_epoch=after_epoch,
         progress=progress,
@@ -159,20 +151,15 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
         ValueError: If weights, programs or data are not those that the run was made with.
     """
     config = run.config
-    programs = _programs({kind: config[kind]["name"] for kind in KINDS}, run, config["seed"])
-    settings = {kind: config[kind]["settings"] for kind in KINDS}
-    stored = config["data"]
-    shown = {k: stored.get(k, default) for k, default in SHOWN.items()}
-    data = load_data(stored["load"], root=root or stored["root"], **shown)
-    require_same_data(stored, data.provenance)
-    model, guide = _build(programs, settings, data, config["seed"])
-    pair = Pair(model, guide)
+    given = {"device": device} | ({"data_root": root} if root else {})
+    made = build(PairConfig.of(given, config), run)
+    require_same_data(config["data"], made.data.provenance)
+    pair = Pair(made.model, made.guide)
     with seeded(0):
-        inspect_pair(pair, *(tensor[:2] for tensor in data.split("test")))
+        inspect_pair(pair, *(tensor[:2].cpu() for tensor in made.data.split("test")))
     _fill(pair, run)
-    place = join().place(choose_device(device))
-    pair.to(place)
-    return Experiment(config, model, guide, data.to(place), {})
+    pair.to(made.data.train.device)
+    return made._replace(config=config, files={})
 
 
 def _fill(pair: Pair, run: Run) -> None:
@@ -216,10 +203,6 @@ def _build(
         return model, programs["guide"].build(shape, settings["guide"])
 
 
-def _batch_size(asked: int | None, num_data: int) -> int:
-    return min(BATCH_SIZE, num_data) if asked is None else asked
-
-
 def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:
     stored = None if program.source is None else f"programs/{program.kind}.py"
     return {"name": program.name, "file": stored, "settings": settings}
@@ -244,8 +227,8 @@ def _programs(names: dict[str, str], run: Run | None, seed: int) -> dict[str, Pr
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:
-    stored = run.config[kind]["file"] if run else None
-    if stored is None:
+    stored = None if run is None else run.config[kind]["file"]
+    if run is None or stored is None:
         return find_program(name, kind)
     attribute = name.partition(":")[2]
     file = str(run.path / stored)
@@ -254,12 +237,6 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
 
 def _objective(config: dict[str, Any]) -> Any:
     return make_objective(config["objective"], config["particles"], **config["objective_settings"])
-
-
-def _scheduler(config: dict[str, Any]) -> Callable | None:
-    if config["schedule"] == "cosine":
-        return partial(CosineAnnealingLR, T_max=config["epochs"])
-    return None
 
 
 def _versions() -> dict[str, str]:

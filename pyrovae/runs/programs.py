@@ -22,7 +22,7 @@ from torch import nn
 from pyrovae._tools import InputError, did_you_mean
 from pyrovae._tools.source_lines import error_place
 
-__all__ = ["Program", "find_program", "plain", "shipped"]
+__all__ = ["Program", "find_program", "is_refusal", "plain", "shipped"]
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
 PREFIX = "pyrovae_program_"
@@ -34,7 +34,7 @@ class Program(NamedTuple):
     kind: str
     name: str
     source: bytes | None
-    make: Any
+    make: Callable
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The constructor's keyword arguments, the given ones over those defaults JSON can hold.
@@ -73,11 +73,13 @@ class Program(NamedTuple):
             return self.make
         positional = [shape] if self._takes_shape() else []
         try:
-            return self.make(*positional, **self.settings(settings) | parts)
+            built: Callable = self.make(*positional, **self.settings(settings) | parts)
         except Exception as error:
+            # Shipped programs say in a ValueError what is wrong; others may raise anything.
             known = isinstance(error, ValueError | TypeError)
             reason = f"{error}" if known else f"{type(error).__name__}: {error}"
             raise InputError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
+        return built
 
     def _takes_shape(self) -> bool:
         parameters = _parameters(self.make) if inspect.isclass(self.make) else []
@@ -124,9 +126,23 @@ def shipped(kind: str) -> dict[str, str]:
     package = importlib.import_module(KINDS[kind])
     lines = {}
     for info in pkgutil.iter_modules(package.__path__):
-        source = Path(info.module_finder.path, f"{info.name}.py").read_text(encoding="utf-8")
+        spec = importlib.util.find_spec(f"{package.__name__}.{info.name}")
+        source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
         lines[info.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     return lines
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a shipped program has raised a ValueError: they know no error class of this package.
+
+    Args:
+        error: Any exception that was caught.
+    """
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    module = step.tb_frame.f_globals.get("__name__", "") if step is not None else ""
+    return isinstance(error, ValueError) and module.startswith(tuple(KINDS.values()))
 
 
 def plain(value: Any) -> Any:
@@ -150,7 +166,8 @@ def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
         raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
     source = file.read_bytes()
     name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    module = ModuleType(name)
+    module.__file__ = str(file)
     sys.modules[name] = module
     try:
         exec(compile(source, file, "exec"), vars(module))

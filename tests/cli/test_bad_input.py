@@ -71,6 +71,7 @@ OPTIONS = {
     "--set latent=b'1'": ["model 'bernoulli' cannot be built"],
     "--set hidden={8,9}": ["model 'bernoulli' cannot be built"],
     "--set activation=Relu": ["activation of torch.nn", "'Relu'"],
+    "--model vamp_prior --guide flow": ["got a flow for 'z'"],
     "--model gone.py": ["No file 'gone.py'", "model"],
     "--model run/weights.safetensors": ["No model 'run/weights.safetensors'"],
 }

@@ -12,10 +12,9 @@ import pyrovae
 from pyrovae import inference_data
 from pyrovae.evidence import tiles
 from pyrovae.runs import Run, experiment
-from pyrovae.runs import evaluate as assessment
-from pyrovae.runs.evaluate import SEED
+from pyrovae.runs.config import EvaluationConfig
+from pyrovae.runs.evaluate import SEED, _Unfinished, evaluate
 from pyrovae.runs.results import first_data, from_tensors
-from pyrovae.runs.unfinished import Unfinished
 from pyrovae.training.distributed import World
 
 LINEAR = ["train", "--model", "linear_gaussian", "--guide", "mean_field", "--data", "digits"]
@@ -75,8 +74,13 @@ def test_what_is_written_is_what_the_library_finds():
     assert found["log_likelihood"]["curve"] == {str(k): v for k, v in ll.curve.mean.items()}
     assert (found["num_data"], found["num_data_of_split"]) == (120, 359)
     diagnosis = pyrovae.diagnose(*pair, x, labels=labels, seed=SEED)
-    assert found["diagnostics"]["rate"] == diagnosis.summary()["rate"]
-    assert found["diagnostics"]["verdict"] == diagnosis.verdict
+    seen, bound = found["diagnostics"], found["elbo"]["trace_mean_field_elbo"]
+    assert seen["sites"] == diagnosis.summary()["sites"]
+    assert seen["rate"]["mean"] == pytest.approx(diagnosis.rate.mean().item(), rel=0.05)
+    whole = seen["rate"]["mean"] + seen["distortion"]["mean"]
+    assert -whole == pytest.approx(bound["mean"], abs=1e-4)
+    assert found["reconstruction"] - found["kl"] == pytest.approx(bound["mean"], abs=1e-4)
+    assert f"the rate of {seen['rate']['mean']:.4g} nats" in seen["verdict"]
     draws = inference_data.load("run/inference_test.nc")
     assert draws["posterior"]["z"].shape == (1, 100, 100, 2)
     np.testing.assert_allclose(draws["sample_stats"]["log_prob"], ll.log_prob[:100])
@@ -187,10 +191,11 @@ def test_processes_keep_files_of_their_own_and_one_clears_up(tmp_path):
     names = set()
     for size in (1, 2):
         for rank in range(size):
-            names.add(Unfinished(made, "test", World(rank, size), {}).file(k=1).name)
+            files = _Unfinished(made, EvaluationConfig(), World(rank, size), {})
+            names.add(files.of("samples").name)
     assert len(names) == 2
-    with Unfinished(made, "test", World(0, 2), {}) as unfinished:
-        file = unfinished.file(k=1)
+    with _Unfinished(made, EvaluationConfig(), World(0, 2), {}) as unfinished:
+        file = unfinished.of("samples")
         for rank in range(2):
             file.with_name(f"{file.name}.{rank}").touch()
         unfinished.remove()
@@ -242,4 +247,4 @@ def test_no_data_of_a_split_are_refused(monkeypatch):
     made = experiment.load_experiment(Run("run"))
     monkeypatch.setattr(type(made.data), "split", lambda *_: ())
     with pytest.raises(ValueError, match="no valid split"):
-        assessment.evaluate(Run("run"), made, split="valid")
+        evaluate(Run("run"), made, EvaluationConfig(split="valid"))

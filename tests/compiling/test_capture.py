@@ -49,14 +49,17 @@ def _both(make, loss, weights=True, **options):
     return svi
 
 
-@pytest.mark.inductor
+def _inductor(*values):
+    return pytest.param(*values, marks=pytest.mark.inductor)
+
+
 @pytest.mark.parametrize(
     ("make", "loss"),
     [
-        (published_example, Trace_ELBO(3, max_plate_nesting=1, vectorize_particles=True)),
+        _inductor(published_example, Trace_ELBO(3, max_plate_nesting=1, vectorize_particles=True)),
         (same_names, TraceMeanField_ELBO()),
         (functions, Trace_ELBO()),
-        (two_latents, TraceMeanField_ELBO()),
+        _inductor(two_latents, TraceMeanField_ELBO()),
     ],
     ids=["published", "same-names", "functions", "two-latents"],
 )

@@ -1,15 +1,22 @@
 """The report holds the numbers and the pictures it was given, and nothing from elsewhere."""
 
 import json
+import re
 from base64 import b64decode
 from copy import deepcopy
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyrovae.report import CAPTIONS, render_report
+from pyrovae import report
+from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
+from pyrovae.report import CAPTIONS, render_comparison, render_report
 from pyrovae.report.figures import image_grid, png
+from pyrovae.runs.compare import Compared, RunComparison
+from pyrovae.runs.results import Finding
 
 CONFIG = {
     "command": "pyrovae train --model bernoulli --out runs/one",
@@ -133,6 +140,7 @@ DIAGNOSTICS = {
     "sites": {"z": {"kl": [4.0, 0.25], "kl_total": 4.25, "active_units": 1, "units": 2}},
     "mutual_information": {"mean": 3.5, "standard_error": 0.0625},
     "marginal_kl": 0.75,
+    "remainder": 0.0,
     "calibration": {"levels": [0.5], "coverage": [0.55], "standard_error": [0.01]},
     "probe": {"z": {"linear": 0.76, "knn": 0.74, "chance": 0.1, "classes": 10, "num_test": 180}},
     "bits_per_dimension": None,
@@ -158,6 +166,7 @@ def test_the_posterior_is_told_in_words_and_numbers():
     assert page.row("rate, KL(q(z|x) ‖ p(z))") == ["4.250", "", "0.050"]
     assert page.row("distortion, −E_q[ln p(x|z)]") == ["19.500", "", "0.200"]
     assert page.row("KL(q(z) ‖ p(z)) of the aggregate posterior") == ["0.750", "", ""]
+    assert page.row("what these two leave of the rate, by Monte Carlo error") == ["0.000", "", ""]
     assert page.row("z") == ["4.250", "1", "2"]
     assert page.row("accuracy of labels from z, linear probe") == ["76.0%"]
     assert marked(page, "1 of 2 units is active.") == "✓"
@@ -291,6 +300,42 @@ def test_hostile_text_stays_text(picture):
     assert page.all("img")[0]["alt"] == evil
     assert page.row("binarize") == [evil]
     assert page.row("ELBO, " + evil) == ["-1.000", "", ""]
+
+
+def test_hostile_text_stays_text_in_a_comparison(picture):
+    evil = "<img src=x onerror=alert('&\"')>"
+    ll = LogLikelihood(*torch.rand(4, 30), num_samples=10)
+    results = deepcopy(RESULTS["test"]) | {"kl": 3.0, "verdict": evil}
+    results["log_likelihood"]["khat_over_0.7"] = 0.5
+    runs = [
+        Compared(
+            name=f"{evil}{i}",
+            run=SimpleNamespace(figures=lambda: {"samples": picture}),
+            config={
+                "command": evil, "objective": evil, evil: f"{evil}{i}",
+                "model": {"name": evil}, "guide": {"name": evil},
+            },
+            finding=Finding(results, ll, None, []),
+            elbo=torch.zeros(30),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    found = RunComparison(evil, tuple(runs), (compare_log_likelihood(ll, ll),), ((0.0, 0.0),))
+    page = Page(render_comparison(found))
+    images = page.all("img")
+    assert all(image["src"].startswith("data:image/png;base64,") for image in images)
+    assert not any("onerror" in attrs for _, attrs in page.elements)
+    assert page.row("model") == [evil, evil]
+    assert page.row(evil) == [f"{evil}0", f"{evil}1"]
+    assert [image["alt"][: len(evil) + 1] for image in images[-2:]] == [f"{evil}0", f"{evil}1"]
+    assert page.text.count(evil) >= 16
+
+
+def test_no_template_switches_escaping_off():
+    templates = list((Path(report.__file__).parent / "templates").iterdir())
+    assert len(templates) == 4
+    for path in templates:
+        assert not re.search(r"\|\s*safe|autoescape", path.read_text(encoding="utf-8"))
 
 
 def test_a_figure_that_is_no_png_is_refused():

@@ -27,13 +27,11 @@ FLOORS = [
     {"diagnostics", "inference_data"},
     {"runs"},
     {"report"},
-    {"__init__", "cli", "_parser", "_train_command", "_evaluate_command", "__main__"},
+    {"__init__", "cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDE_BY_SIDE = {
-    ("_train_command", "_parser"), ("cli", "_parser"), ("cli", "_train_command"),
-    ("cli", "_evaluate_command"), ("__main__", "cli"), ("inference_data"),
-    ("sampling", "_forward"),
+    ("__main__", "cli"), ("sampling", "_forward"),
 }  # fmt: skip
 OFFERING = [
     name for name in FILES
