@@ -24,7 +24,7 @@ from tables import machine, show, write
 from torch import Tensor
 
 import pyrovae
-from pyrovae._forward import tile_size
+from pyrovae.sampling import tile_size
 
 HOME = Path(__file__).resolve().parent
 NETWORKS = ("784-400-20", CONVOLUTIONAL)

@@ -4,7 +4,6 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
-from pyrovae._classify import classify
 from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
@@ -16,7 +15,7 @@ from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_lo
 from pyrovae.evidence.sandwich import Bidirectional, bidirectional
 from pyrovae.inference_data import to_inference_data
 from pyrovae.objectives import ElboResult, elbo, make_objective
-from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample, traverse
+from pyrovae.sampling import classify, decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.training.loop import Fit, NonFiniteLoss, fit
 from pyrovae.training.svi import SVI
 

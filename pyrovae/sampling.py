@@ -1,23 +1,43 @@
-"""Draw from a pair: samples, reconstructions, encodings, and what lies between two data."""
+"""Draw from a model, encode and decode data, and classify them by a discrete latent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae._forward import Forward
 from pyrovae._tools import InputError
+from pyrovae._tools.seeding import draw_seed, seeded, subseed
+from pyrovae.compiling.graph import CaptureError, Graph
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.traces import is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, is_bookkeeping, samples
 
-__all__ = ["decode", "encode", "interpolate", "reconstruct", "sample", "traverse"]
+__all__ = [
+    "classify",
+    "decode",
+    "encode",
+    "interpolate",
+    "reconstruct",
+    "sample",
+    "tile_size",
+    "traverse",
+]
+
+# Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
+PAYS_AFTER = 500_000
+# How far float32 results of another order of operations may be from the eager ones.
+ROUNDING = 1e-3
+# The share of draws that may differ by more, as where a uniform number falls next to a probability.
+FLIPPED = 1e-4
 
 Sites = Tensor | dict[str, Tensor]
+Rows = tuple[Tensor, ...]
+Run = Callable[..., list[Tensor]]
 
 
 def sample(
@@ -120,15 +140,14 @@ def reconstruct(
     """
     pair = Pair(model, guide)
 
+    def read(*rows: Tensor) -> dict[str, Site]:
+        trace = pair.trace_posterior(*rows)
+        return {name: trace.nodes[name] for name in pair.known.observed}
+
     def inspect(*rows: Tensor) -> None:
         inspect_pair(pair, *rows)
 
-    def read(*rows: Tensor) -> dict[str, dict]:
-        trace = pair.trace_posterior(*rows)
-        return _data({name: trace.nodes[name] for name in pair.known.observed})
-
-    forward = Forward(read, pair, mean, inspect)
-    return _as_given(forward((x, *context), seed, compile))
+    return _one_or_all(_Forward(pair, read, mean, inspect)((x, *context), seed, compile))
 
 
 def encode(
@@ -152,11 +171,11 @@ def encode(
     """
     pair = Pair(None, guide)
 
-    def read(*rows: Tensor) -> dict[str, dict]:
+    def read(*rows: Tensor) -> dict[str, Site]:
         sites = samples(pair.trace_guide(*rows))
-        return _data({n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")})
+        return {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
 
-    return Forward(read, pair, mean=True)((x, *context), seed, compile)
+    return _Forward(pair, read, mean=True)((x, *context), seed, compile)
 
 
 def interpolate(
@@ -189,16 +208,16 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    options = {"seed": seed, "compile": compile}
-    start, end = (encode(guide, data, *context, **options) for data in (x, y))
+    start, end = (encode(guide, xs, *context, seed=seed, compile=compile) for xs in (x, y))
     for name, value in start.items():
         if not value.is_floating_point():
             raise InputError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
-    path = {name: _mix(start[name], end[name], t) for name in start}
-    along = (c.repeat_interleave(steps, 0) for c in context)
-    found = decode(model, path, *along, like=x, **options)
-    return _map(found, lambda value: value.reshape(len(x), steps, *value.shape[1:]))
+    path = {
+        name: torch.lerp(z[:, None], end[name][:, None], t.reshape(-1, *[1] * (z.dim() - 1)))
+        for name, z in start.items()
+    }
+    return _decode_paths(model, path, context, x, seed, compile)
 
 
 def traverse(
@@ -231,18 +250,61 @@ def traverse(
     Raises:
         ValueError: If the guide has no such site, or the site no such dimension.
     """
-    options = {"seed": seed, "compile": compile}
-    latents = encode(guide, x, *context, **options)
+    latents = encode(guide, x, *context, seed=seed, compile=compile)
     if site not in latents:
         raise InputError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
     size = latents[site].shape[-1]
     if not -size <= dim < size:
         raise InputError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
-    repeated = {n: z.repeat_interleave(len(values), 0) for n, z in latents.items()}
-    repeated[site][..., dim] = values.to(x).repeat(len(x))
-    along = (c.repeat_interleave(len(values), 0) for c in context)
-    found = decode(model, repeated, *along, like=x, **options)
-    return _map(found, lambda value: value.reshape(len(x), len(values), *value.shape[1:]))
+    path = {n: torch.stack([z] * len(values), 1) for n, z in latents.items()}
+    path[site][..., dim] = values.to(x).reshape(-1, *[1] * (latents[site].dim() - 2))
+    return _decode_paths(model, path, context, x, seed, compile)
+
+
+@torch.no_grad()
+def classify(
+    guide: Callable, x: Tensor, *context: Tensor, site: str | None = None, seed: int | None = None
+) -> Tensor:
+    """The posterior probabilities q(y|x) of a discrete latent, as the guide has them.
+
+    Args:
+        guide: The guide program.
+        x: Data ``[N, ...]``; ``context`` are further arguments of the guide, ``[N, ...]``.
+        site: The latent; it may be left out where the guide has one that is discrete.
+        seed: Seeds the draws of latents that it depends on; None continues torch's global stream.
+
+    Returns:
+        ``[N, C]``, in the order of the distribution's ``enumerate_support()``.
+
+    Raises:
+        ValueError: If the guide has no such latent, or several and none is named.
+
+    Example:
+        >>> from pyrovae.guides.semi_supervised import SemiSupervised
+        >>> data = pyrovae.load_data("digits", binarize="dynamic", context="labels")
+        >>> q = pyrovae.classify(SemiSupervised(data.shape), *data.split("test"))
+        >>> q.shape
+        torch.Size([359, 10])
+        >>> accuracy = (q.argmax(-1) == data.labels.test).float().mean()
+    """
+    pair = Pair(None, guide)
+    rows = [tensor.to(pair.device) for tensor in (x, *context)]
+    with pair.mode(training=False), seeded(seed, rows[0].device):
+        trace = pair.trace_guide(*rows)
+    found = {
+        name: node["fn"]
+        for name, node in samples(trace).items()
+        if not node["is_observed"] and node["fn"].has_enumerate_support
+    }
+    if site is None and len(found) == 1:
+        (site,) = found
+    if site not in found:
+        raise InputError(
+            f"Expected the name of one discrete latent of the guide, got {site!r}; it has "
+            f"{sorted(found) or 'none'}."
+        )
+    log_prob = found[site].log_prob(found[site].enumerate_support())
+    return log_prob.exp().movedim(0, -1).to(x.device)
 
 
 def _generate(
@@ -262,7 +324,7 @@ def _generate(
         )
     pair = Pair(model, None)
 
-    def read(*rows: Tensor) -> dict[str, dict]:
+    def read(*rows: Tensor) -> dict[str, Site]:
         values = dict(zip(latents, rows[1 + len(context) :], strict=True))
         program = poutine.uncondition(Given(values)(pair.run_model))
         sites = samples(poutine.trace(program).get_trace(*rows[: 1 + len(context)]))
@@ -270,25 +332,168 @@ def _generate(
         hidden = sites.keys() - observed.keys()
         if unknown := sorted(values.keys() - hidden):
             raise InputError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
-        return _data(observed)
+        return observed
 
-    return _as_given(Forward(read, pair, mean)((template, *given), seed, compile))
-
-
-def _data(sites: dict[str, dict]) -> dict[str, dict]:
-    return {name: site for name, site in sites.items() if not is_bookkeeping(site)}
+    return _one_or_all(_Forward(pair, read, mean)((template, *given), seed, compile))
 
 
-def _as_given(found: dict[str, Tensor]) -> Sites:
+def _decode_paths(
+    model: Callable,
+    path: dict[str, Tensor],
+    context: tuple,
+    like: Tensor,
+    seed: int | None,
+    compile: bool | str,
+) -> Sites:
+    """Decode S latents of each datum, ``[N, S, ...]`` by site."""
+    n, steps = next(iter(path.values())).shape[:2]
+    latents = {name: z.flatten(0, 1) for name, z in path.items()}
+    along = (c.repeat_interleave(steps, 0) for c in context)
+    found = decode(model, latents, *along, like=like, seed=seed, compile=compile)
+    if isinstance(found, Tensor):
+        return found.unflatten(0, (n, steps))
+    return {name: value.unflatten(0, (n, steps)) for name, value in found.items()}
+
+
+def _one_or_all(found: dict[str, Tensor]) -> Sites:
     return next(iter(found.values())) if len(found) == 1 else found
 
 
-def _mix(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
-    t = t.reshape(-1, *[1] * (start.dim() - 1))
-    return torch.lerp(start[:, None], end[:, None], t).flatten(0, 1)
+def tile_size(device: torch.device) -> int:
+    """How many rows run at once: on a CPU, as many as its cache holds the activations of."""
+    return 512 if device.type == "cpu" else 16_384
 
 
-def _map(found: Sites, function: Callable[[Tensor], Any]) -> Sites:
-    if isinstance(found, Tensor):
-        return function(found)
-    return {name: function(value) for name, value in found.items()}
+class _Forward:
+    """Values ``[N, ...]`` of sites of a program, which runs on one tile of rows after another.
+
+    The first tile draws under the seed itself, every other under a seed of its own. All but the
+    first and a smaller last one may run as one compiled graph, which is checked against an eager
+    run with the same noise; a tile in which a NaN or data outside their support come up runs
+    eagerly again. A program that cannot be run on a part of the rows is run on all at once.
+
+    Args:
+        pair: The pair, or one program of it.
+        read: Runs the program on a tile's rows and returns the sites to take values of.
+        mean: Take a site's mean where its distribution knows it, or else its draw.
+        inspect: Looks at the rows that are going to run eagerly.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        read: Callable[..., dict[str, Site]],
+        mean: bool,
+        inspect: Callable[..., object] = lambda *rows: None,
+    ) -> None:
+        self.pair, self.read, self.mean, self.inspect = pair, read, mean, inspect
+
+    @torch.no_grad()
+    def __call__(self, rows: Rows, seed: int | None, compile: bool | str) -> dict[str, Tensor]:
+        if compile not in ("auto", True, False):
+            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
+        pays = compile is True or (compile == "auto" and len(rows[0]) >= PAYS_AFTER)
+        with self.pair.mode(training=False):
+            found = self._tiled(rows, seed, pays) or self._eager(rows, seed)[0]
+        return {name: value.to(rows[0].device) for name, value in found.items()}
+
+    def _eager(self, rows: Rows, seed: int | None) -> tuple[dict[str, Tensor], set[str]]:
+        """The sites' values, and the names of those whose mean that is."""
+        rows = self._placed(rows)
+        with seeded(seed, rows[0].device):
+            self.inspect(*rows)
+            sites = self._sites(*rows)
+        means = {name for name, site in sites.items() if self.mean and _has_mean(site)}
+        return _values(sites, means), means
+
+    def _tiled(self, rows: Rows, seed: int | None, pays: bool) -> dict[str, Tensor]:
+        """All rows' values; none where the program fails on a part of them, or one tile does."""
+        size, home = tile_size(self.pair.device), rows[0].device
+        tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))
+        if len(tiles) == 1:
+            return {}
+        try:
+            first, means = self._eager(tiles[0], seed)
+            if any(value.shape[:1] != (size,) for value in first.values()):
+                return {}
+            seed, run = draw_seed(seed), partial(self._flat, means)
+            graph = self._compiled(run, tiles[0], first, means) if pays else run
+            found = {
+                name: value.new_empty((len(rows[0]), *value.shape[1:]), device=home)
+                for name, value in first.items()
+            }
+            for index, tile in enumerate(tiles):
+                fast = graph if len(tile[0]) == size else run
+                values = self._tile(tile, fast, first, subseed(seed, index)) if index else first
+                for name, value in values.items():
+                    found[name][index * size : (index + 1) * size] = value
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError):
+            return {}
+        return found
+
+    def _tile(self, tile: Rows, run: Run, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+        rows = self._placed(tile)
+        with seeded(seed, rows[0].device):
+            *values, sound = run(*rows)
+        if not bool(sound):
+            return self._eager(tile, seed)[0]
+        return dict(zip(names, values, strict=True))
+
+    def _flat(self, means: set[str], *rows: Tensor) -> list[Tensor]:
+        """A tile's values, and whether they and the data are sound."""
+        sites = self._sites(*rows)
+        values = [*_values(sites, means).values()]
+        sound = [~value.isnan().any() for value in values]
+        observed = [site for site in sites.values() if site["is_observed"]]
+        sound += [site["fn"].support.check(site["value"]).all() for site in observed]
+        return [*values, torch.stack(sound).all()]
+
+    def _compiled(self, run: Run, tile: Rows, names: Iterable[str], means: set[str]) -> Run:
+        """The run of a tile as one graph; as it is, and a warning, where that fails."""
+        rows = self._placed(tile)
+        try:
+            graph, values = Graph(run, rows, self.pair), []
+            for each in (graph, run):
+                with seeded(0, rows[0].device):
+                    values.append(each(*rows)[:-1])
+            for name, one, other in zip(names, *values, strict=True):
+                _require_close(name, one, other, 0.0 if name in means else FLIPPED)
+        except CaptureError as error:
+            warnings.warn(f"The program runs eagerly, not compiled: {error}.", stacklevel=6)
+            return run
+        return graph
+
+    def _sites(self, *rows: Tensor) -> dict[str, Site]:
+        return {n: site for n, site in self.read(*rows).items() if not is_bookkeeping(site)}
+
+    def _placed(self, tile: Rows) -> Rows:
+        return tuple(tensor.to(self.pair.device) for tensor in tile)
+
+
+def _values(sites: dict[str, Site], means: set[str]) -> dict[str, Tensor]:
+    return {n: s["fn"].mean if n in means else s["value"] for n, s in sites.items()}
+
+
+def _has_mean(site: Site) -> bool:
+    try:
+        return not bool(site["fn"].mean.isnan().any())
+    except NotImplementedError:
+        return False
+
+
+def _require_close(name: str, found: Tensor, expected: Tensor, share: float) -> None:
+    """Compare values with the eager ones, all but a small share of them.
+
+    Raises:
+        CaptureError: If more differ.
+    """
+    found, expected = found.double(), expected.double()
+    slack = ROUNDING * expected.abs().nan_to_num().max() + 1e-6
+    other = ((found - expected).abs() > slack) | (found.isnan() != expected.isnan())
+    if bool(other.double().mean() > share):
+        raise CaptureError(
+            f"site {name!r} came out otherwise than through the handlers: the program may depend "
+            f"on something that changes between calls and is no tensor"
+        )

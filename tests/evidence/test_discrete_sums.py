@@ -12,11 +12,11 @@ from torch.distributions import Bernoulli, Normal
 from torch.nn.functional import log_softmax
 
 import pyrovae
-from pyrovae._classify import classify
 from pyrovae.guides.semi_supervised import SemiSupervised as SemiSupervisedGuide
 from pyrovae.models.semi_supervised import SemiSupervised
 from pyrovae.objectives import estimate
 from pyrovae.pairs.pair import Pair
+from pyrovae.sampling import classify
 
 ENUM = TraceEnum_ELBO(max_plate_nesting=1)
 

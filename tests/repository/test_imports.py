@@ -21,7 +21,7 @@ FLOORS = [
     {"pairs", "data"},
     {"objectives"},
     {"compiling"},
-    {"evidence", "sampling", "_forward", "_classify"},
+    {"evidence", "sampling"},
     {"checking"},
     {"training"},
     {"diagnostics", "inference_data"},
@@ -31,7 +31,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SIDE_BY_SIDE = {
-    ("__main__", "cli"), ("sampling", "_forward"),
+    ("__main__", "cli"),
 }  # fmt: skip
 OFFERING = [
     name for name in FILES

@@ -160,7 +160,7 @@ SIZE = 5
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr("pyrovae._forward.tile_size", lambda device: SIZE)
+    monkeypatch.setattr("pyrovae.sampling.tile_size", lambda device: SIZE)
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_no_more_than_a_tile_is_run_at_once():
 def test_tiles_change_what_is_drawn_and_nothing_else(make, monkeypatch):
     model, guide = make()
     whole = {name: call(seed=1) for name, call in calls(model, guide, X).items()}
-    monkeypatch.setattr("pyrovae._forward.tile_size", lambda device: SIZE)
+    monkeypatch.setattr("pyrovae.sampling.tile_size", lambda device: SIZE)
     tiled = {name: call(seed=1) for name, call in calls(model, guide, X).items()}
     if make is not two_latents:
         for name in ("decode", "encode"):
@@ -277,7 +277,7 @@ def test_auto_compiles_many_rows_alone(runs, monkeypatch):
     model, _ = shipped_bernoulli()
     pyrovae.sample(model, like=X, n=12, seed=0)
     assert not runs
-    monkeypatch.setattr("pyrovae._forward.PAYS_AFTER", 12)
+    monkeypatch.setattr("pyrovae.sampling.PAYS_AFTER", 12)
     pyrovae.sample(model, like=X, n=11, seed=0)
     assert not runs
     pyrovae.sample(model, like=X, n=12, seed=0)
