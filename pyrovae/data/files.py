@@ -87,7 +87,7 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             first = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
-            header = 0 if _is_header(first.dropna().str.strip().tolist()) else None
+            header = 0 if _is_header(first.dropna().str.strip()) else None
             frame = pd.read_csv(path, header=header, index_col=False, low_memory=False)
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise _unreadable(path, error) from error
@@ -105,19 +105,14 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _is_header(fields: list[str]) -> bool:
+def _is_header(fields: pd.Series) -> bool:
     """Whether a first row names its columns: by words, or by 0, 1, 2, … as pandas does."""
-    numbers = [field for field in fields if _is_number(field)]
+    from pandas import to_numeric
+
+    numbers = fields[to_numeric(fields, errors="coerce").notna()].tolist()
     counts = any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1))
+    # One or two counting numbers, as in "0,1", are more likely to be a first datum.
     return counts and (len(numbers) < len(fields) or len(numbers) > 2)
-
-
-def _is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
 
 
 def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
