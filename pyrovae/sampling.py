@@ -360,7 +360,11 @@ def _one_or_all(found: dict[str, Tensor]) -> Sites:
 
 
 def tile_size(device: torch.device) -> int:
-    """How many rows run at once: on a CPU, as many as its cache holds the activations of."""
+    """How many rows run at once.
+
+    On a CPU as many as its second-level cache holds the activations of, some hundred floats a row
+    and layer; on an accelerator enough to keep it busy in a few MB of memory a layer.
+    """
     return 512 if device.type == "cpu" else 16_384
 
 
@@ -429,7 +433,7 @@ class _Forward:
                     found[name][index * size : (index + 1) * size] = value
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError):  # All rows at once may run, or else name what is wrong.
             return {}
         return found
 
@@ -461,7 +465,8 @@ class _Forward:
             for name, one, other in zip(names, *values, strict=True):
                 _require_close(name, one, other, 0.0 if name in means else FLIPPED)
         except CaptureError as error:
-            warnings.warn(f"The program runs eagerly, not compiled: {error}.", stacklevel=6)
+            text = f"The program runs eagerly, not compiled: {error}."
+            warnings.warn(text, stacklevel=6)  # The line that called a function of this module.
             return run
         return graph
 
