@@ -158,7 +158,7 @@ def render_comparison(found: RunComparison) -> str:
         names=names,
         numbers=_numbers(found),
         doubts=[
-            (run.name, said.text)
+            (run.name, said)
             for run in found.runs
             for said in statements(run.finding.results)
             if said.kind == "doubtful"

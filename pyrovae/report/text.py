@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives import ESTIMATORS
 from pyrovae.runs.results import number
 
-__all__ = ["Statement", "shown", "statements", "summarize"]
+__all__ = ["shown", "statements", "summarize"]
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
-# One heavy-tailed datum hardly moves a mean, one in twenty does; a tenth of a nat is what papers
-# print; a posterior that leaves half of its dimensions unused is worth a look.
-HEAVY_SHARE, STEEP, ACTIVE_SHARE = 0.05, 0.1, 0.5
+# A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
+# worth a look.
+STEEP, ACTIVE_SHARE = 0.1, 0.5
 MORE = "pyrovae evaluate with --samples 10000, --refine 200 or --annealed 16"
-
-
-class Statement(NamedTuple):
-    """A sentence or two, and whether they are good news, doubtful, or neither."""
-
-    kind: Literal["good", "fair", "doubtful"]
-    text: str
 
 
 def shown(value: float) -> str:
@@ -66,7 +60,7 @@ def statements(
     *,
     history: Sequence[Mapping[str, Any]] = (),
     weights: str | None = None,
-) -> list[Statement]:
+) -> list[Verdict]:
     """What a reader should know of a split's numbers, doubts first.
 
     Args:
@@ -81,11 +75,11 @@ def statements(
             "These numbers are of earlier weights: the run was trained further since. Evaluate "
             "it again."
         )
-        said.append(Statement("doubtful", text))
+        said.append(Verdict("doubtful", text))
     return sorted(said, key=lambda each: each.kind != "doubtful")
 
 
-def _evidence(found: Mapping[str, Any]) -> Iterator[Statement]:
+def _evidence(found: Mapping[str, Any]) -> Iterator[Verdict]:
     ll = found.get("log_likelihood") or {}
     if not ll:
         return
@@ -95,9 +89,9 @@ def _evidence(found: Mapping[str, Any]) -> Iterator[Statement]:
     doubtful = heavy or missed > 0 or -bias > error or ll.get("mean") is None
     if text := found.get("verdict"):
         advice = f" From the command line: {MORE}." if heavy else ""
-        yield Statement("doubtful" if doubtful else "fair" if share != 0 else "good", text + advice)
+        yield Verdict("doubtful" if doubtful else "fair" if share != 0 else "good", text + advice)
     if heavy:
-        yield Statement(
+        yield Verdict(
             "doubtful",
             f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above 0.7: "
             f"log p(x) of these data is a lower bound in expectation; raise --samples.",
@@ -106,7 +100,7 @@ def _evidence(found: Mapping[str, Any]) -> Iterator[Statement]:
     if len(curve) > 2:
         (few, low), (many, high) = curve[-2:]
         steep = high - low > STEEP
-        yield Statement(
+        yield Verdict(
             "doubtful" if steep else "good",
             f"From {few:,} to {many:,} samples the bound rises by {shown(high - low)} nats: more "
             f"samples will {'raise log p(x) further' if steep else 'hardly change log p(x)'}.",
@@ -114,7 +108,7 @@ def _evidence(found: Mapping[str, Any]) -> Iterator[Statement]:
     yield from _gap(found, ll.get("mean"))
 
 
-def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Statement]:
+def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Verdict]:
     """The comparison of log p(x) with the ELBO of the smaller variance."""
     bounds = found.get("elbo") or {}
     which = "trace_mean_field_elbo" if bounds.get("trace_mean_field_elbo") else "trace_elbo"
@@ -122,7 +116,7 @@ def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Statement]:
     if bound is None or mean is None:
         return
     sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
-    yield Statement(
+    yield Verdict(
         "fair",
         f"The gap log p(x) − ELBO ({NAMES[which][0]}) is {shown(mean - bound)} nats: the looseness "
         f"of the bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where k-hat is "
@@ -130,28 +124,28 @@ def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Statement]:
     )
     if won := found.get("amortization_gap"):
         text = f"Refining the guide for each datum won {_pm(won)} nats of ELBO: the amortization"
-        yield Statement("fair", f"{text} gap.")
+        yield Verdict("fair", f"{text} gap.")
 
 
-def _annealed(found: Mapping[str, Any]) -> Iterator[Statement]:
+def _annealed(found: Mapping[str, Any]) -> Iterator[Verdict]:
     ais = found.get("annealed") or {}
     if over := ais.get("over_importance_sampling"):
         more, error = over.get("mean") or 0.0, over.get("standard_error") or 0.0
         # Below 0.05 nats a difference hides in what papers print, however sure it is.
         short = more > max(2 * error, 0.05)
         end = "by which log p(x) above is too low there" if short else "so that the two agree"
-        yield Statement(
+        yield Verdict(
             "doubtful" if short else "good",
             f"Annealed importance sampling of {ais['num_data']} data, less importance sampling of "
             f"the same: {_pm(over)} nats, {end}.",
         )
     elif ais.get("verdict"):
-        yield Statement("fair", ais["verdict"])
+        yield Verdict("fair", ais["verdict"])
     if text := (found.get("bidirectional") or {}).get("verdict"):
-        yield Statement("fair", text)
+        yield Verdict("fair", text)
 
 
-def _posterior(found: Mapping[str, Any]) -> Iterator[Statement]:
+def _posterior(found: Mapping[str, Any]) -> Iterator[Verdict]:
     seen = found.get("diagnostics") or {}
     if text := seen.get("verdict"):
         counts = [
@@ -161,13 +155,13 @@ def _posterior(found: Mapping[str, Any]) -> Iterator[Statement]:
         active, units = (sum(part) for part in zip(*counts, strict=True)) if counts else (0, 0)
         dead = any(of and not used for used, of in counts)
         doubtful = dead or active < ACTIVE_SHARE * units
-        yield Statement("doubtful" if doubtful else "good", text)
+        yield Verdict("doubtful" if doubtful else "good", text)
 
 
-def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Statement]:
+def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
     bounds = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
     if len(history) > 1 and bounds and history[-1].get("valid_elbo") == max(bounds):
-        yield Statement(
+        yield Verdict(
             "fair",
             "The validation ELBO was best in the last epoch: longer training (pyrovae train "
             "--resume --epochs) may raise it.",
