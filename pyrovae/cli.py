@@ -25,7 +25,7 @@ from pyrovae.runs.config import (
     RunConfig,
 )
 from pyrovae.runs.programs import is_refusal, shipped
-from pyrovae.runs.results import number
+from pyrovae.runs.results import load_results, number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.loop import Fit, NonFiniteLoss
 
@@ -237,7 +237,8 @@ def _evaluate(given: dict[str, Any], job: _Job) -> None:
         again = f"what is finished is kept; go on with: {job.line}"
         raise kind(f"stopped; {again}") from None
     if found is not None:
-        print(json.dumps(found, indent=2) if options.json else summarize(found, options.split))
+        text = json.dumps(found.write(), indent=2) if options.json else None
+        print(text or summarize(found, options.split))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,12 +295,12 @@ def _report(given: dict[str, Any], job: _Job) -> None:
 
     options = _Report.of(given)
     run = Run.open(options.run)
-    if not run.results:
+    if not (results := load_results(run)):
         raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
     run, made = options.load()
     draw_run(run, made)
     weights = run.weights_checksum()
-    page = render_report(run.config, run.results, run.history(), run.figures(), weights=weights)
+    page = render_report(run.config, results, run.history(), run.figures(), weights=weights)
     write_atomic(run.path / "report.html", page.encode())
     print(f"The report is {run.path / 'report.html'}")
 

@@ -18,7 +18,7 @@ from pyrovae.report.text import shown, statements
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.results import load_finding
+from pyrovae.runs.results import Record, Results, load_finding
 from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def sample_picture(
 
 def render_report(
     config: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, Results],
     history: Sequence[Mapping[str, Any]],
     figures: Mapping[str, bytes],
     *,
@@ -105,8 +105,8 @@ def render_report(
 
     Args:
         config: The run's configuration, nested as it comes.
-        results: By split, ``num_data``, ``elbo`` by estimator and ``log_likelihood``, in nats per
-            datum. What is missing is left out; what is unknown is listed.
+        results: What evaluations found, by split. What is missing is left out; what no field of
+            the record is for is listed.
         history: The rows of the training, one an epoch.
         figures: PNG pictures by name.
         weights: The digest of the run's weights, by which results of others are told.
@@ -212,6 +212,8 @@ def _leaves(value: Any, *without: str) -> list[tuple[str, Any]]:
     """The leaves of nested mappings by their paths, ``a.b.c``, but for some keys of the first."""
     if not value:
         return []
+    if isinstance(value, Record):
+        value = value.write()
     if isinstance(value, Mapping):
         value = {key: part for key, part in value.items() if key not in without}
     return list(_walk(value, ""))

@@ -12,7 +12,7 @@ from pyrovae._tools import InputError
 from pyrovae.diagnostics.result import ACTIVE
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.figures import BLUE, DPI, GREY, INK, ORANGE, PALETTE, panel, styled
-from pyrovae.runs.results import Finding
+from pyrovae.runs.results import Finding, Mean, Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ __all__ = [
     "bound_curves",
     "calibration_curves",
     "draw_findings",
-    "end_point",
     "khat_curves",
     "kl_by_dimension",
     "rate_distortion",
@@ -43,10 +42,11 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
         joined: The runs lie on one curve over β.
     """
     estimates = {n: f.log_likelihood for n, f in findings.items() if f.log_likelihood is not None}
-    points = {name: end for name, f in findings.items() if (end := end_point(f.results))}
+    points = {n: (f.results.rate, f.results.distortion) for n, f in findings.items()}
+    points = {n: point for n, point in points.items() if None not in (each.mean for each in point)}
     paths = {name: f.history for name, f in findings.items()}
-    seen = {name: f.results.get("diagnostics") or {} for name, f in findings.items()}
-    covered = {name: each["calibration"] for name, each in seen.items() if each.get("calibration")}
+    seen = {name: each for name, f in findings.items() if (each := f.results.diagnostics)}
+    covered = {name: each.calibration for name, each in seen.items() if each.calibration}
     drawn = {}
     if any(ll.curve is not None for ll in estimates.values()):
         drawn["bound_curve"] = bound_curves(estimates, _level(findings))
@@ -56,24 +56,10 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
         drawn["rate_distortion"] = rate_distortion(points, paths, joined=joined)
     if covered:
         drawn["calibration"] = calibration_curves(covered)
-    sites = next(iter(seen.values())).get("sites") or {} if len(seen) == 1 else {}
-    if any(site.get("kl") for site in sites.values()):
+    sites = next(iter(seen.values())).sites if len(findings) == len(seen) == 1 else {}
+    if any(site.kl for site in sites.values()):
         drawn["kl_by_dimension"] = kl_by_dimension(sites)
     return drawn
-
-
-def end_point(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]] | None:
-    """Rate and distortion of an evaluation with their errors over data, if they are known."""
-    seen = results.get("diagnostics") or {}
-    if "rate" in seen and "distortion" in seen:
-        found = {key: seen[key] for key in ("rate", "distortion")}
-    else:
-        lost = results.get("reconstruction")
-        found = {
-            "rate": {"mean": results.get("kl")},
-            "distortion": {"mean": None if lost is None else -lost},
-        }
-    return None if None in (each["mean"] for each in found.values()) else found
 
 
 def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
@@ -156,7 +142,7 @@ def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
 
 @styled
 def rate_distortion(
-    points: Mapping[str, Mapping[str, Any]],
+    points: Mapping[str, tuple[Mean, Mean]],
     paths: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     joined: bool = False,
@@ -166,8 +152,7 @@ def rate_distortion(
     .. math:: \mathrm{ELBO} = -(\text{rate} + \text{distortion})
 
     Args:
-        points: Where each run ended: ``rate`` and ``distortion``, each a mean with a standard
-            error, by what the run is called.
+        points: Where each run ended, its rate and its distortion, by what the run is called.
         paths: The rows of its training by the same names: ``valid_kl`` and
             ``valid_reconstruction``, or else ``train_kl`` and ``train_reconstruction``.
         joined: Join the points of all runs: they lie on one curve over β.
@@ -182,11 +167,12 @@ def rate_distortion(
             axes.plot(*path.T, "-", color=colour, alpha=0.45, lw=1)
             axes.scatter(path[:, 0], path[:, 1], 5, colour, alpha=0.45, linewidths=0)
             ends.append(_late(path))
-        (x, dx), (y, dy) = (_interval(point[key]) for key in ("rate", "distortion"))
+        x, y = (each.mean or 0.0 for each in point)
+        dx, dy = (2 * (each.standard_error or 0.0) for each in point)
         axes.errorbar(x, y, dy, dx, "o", color=colour, capsize=2, ms=5, label=name, zorder=4)
         ends.append(np.array([[x, y]]))
     if joined:
-        ordered = sorted((p["rate"]["mean"], p["distortion"]["mean"]) for p in points.values())
+        ordered = sorted((rate.mean, distortion.mean) for rate, distortion in points.values())
         axes.plot(*zip(*ordered, strict=True), "--", color=INK, lw=0.8, zorder=3)
     _levels(axes, np.concatenate(ends))
     if len(points) > 1:
@@ -195,12 +181,12 @@ def rate_distortion(
 
 
 @styled
-def kl_by_dimension(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
+def kl_by_dimension(sites: Mapping[str, Site]) -> Figure:
     """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue.
 
     Args:
-        sites: By latent site ``kl`` and ``posterior_mean_variance``, each a list over dimensions;
-            a KL of one number is the site's, where it is no sum over dimensions.
+        sites: The latent sites by name; a KL of one number is the site's, where it is no sum
+            over dimensions.
 
     Raises:
         ValueError: If no site has a KL.
@@ -209,21 +195,20 @@ def kl_by_dimension(sites: Mapping[str, Mapping[str, Any]]) -> Figure:
     from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    drawn = {name: site for name, site in sites.items() if site.get("kl")}
+    drawn = {name: site for name, site in sites.items() if site.kl}
     if not drawn:
         raise InputError("Expected a latent site with a KL, got none.")
     figure = Figure((4.8, 0.6 + 2.4 * len(drawn)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     for axes, (name, site) in zip(panels, drawn.items(), strict=True):
-        kl = np.array([np.nan if each is None else each for each in site["kl"]], float)
+        kl = np.array([np.nan if each is None else each for each in site.kl], float)
         order = np.argsort(-np.nan_to_num(kl))
         active = _active(site, len(kl))[order]
         colours = np.where(active, BLUE, GREY)
         axes.bar(np.arange(1, len(kl) + 1), np.nan_to_num(kl[order]), 0.8, color=colours)
         axes.set(ylabel="KL, nats per datum", xlabel="dimension, by its KL")
-        count = site.get("active_units", int(active.sum())), site.get("units", len(kl))
-        note = "" if site.get("factorized", True) else "; its KL has no parts"
-        axes.set_title(f"{name}: {count[0]} of {count[1]} dimensions active{note}")
+        note = "" if site.factorized else "; its KL has no parts"
+        axes.set_title(f"{name}: {site.active_units} of {site.units} dimensions active{note}")
         axes.set_xlim(0.3, max(len(kl), 5) + 0.7)
         few = range(1, len(kl) + 1) if len(kl) <= 10 else None
         axes.xaxis.set_major_locator(FixedLocator(few) if few else MaxNLocator(integer=True))
@@ -255,12 +240,8 @@ def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _interval(estimate: Mapping[str, Any]) -> tuple[float, float]:
-    return estimate["mean"], 2 * (estimate.get("standard_error") or 0.0)
-
-
-def _active(site: Mapping[str, Any], count: int) -> np.ndarray:
-    variance = site.get("posterior_mean_variance") or [0.0] * count
+def _active(site: Site, count: int) -> np.ndarray:
+    variance = site.posterior_mean_variance or [0.0] * count
     active = np.array([each or 0.0 for each in variance], float) > ACTIVE
     return active if len(active) == count else np.full(count, active.any())
 

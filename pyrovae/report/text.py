@@ -8,7 +8,7 @@ from typing import Any
 
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives import ESTIMATORS
-from pyrovae.runs.results import number
+from pyrovae.runs.results import BOUND, Annealed, Evidence, Mean, Results, number
 
 __all__ = ["shown", "statements", "summarize"]
 
@@ -24,39 +24,36 @@ def shown(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def summarize(found: dict[str, Any], split: str) -> str:
+def summarize(found: Results, split: str) -> str:
     """The lines that ``pyrovae evaluate`` prints of a split's results."""
-    ll, n, of = found["log_likelihood"], found["num_data"], found["num_data_of_split"]
+    n, of = found.num_data, found.num_data_of_split
     some = "" if n == of else f"the first {n} of "
-    bounds = [
-        _row(f"ELBO, estimator {NAMES[name]}", found["elbo"][name]) + " over data"
+    lines = [f"{split}, {some}{of} data, nats per datum (higher is better)"]
+    lines += [
+        _row(f"ELBO, estimator {NAMES[name]}", found.elbo[name]) + " over data"
         for name in ESTIMATORS
     ]
-    lines = [
-        f"{split}, {some}{of} data, nats per datum (higher is better)",
-        *bounds,
-        _estimate(f"log p(x), K = {ll['num_samples']}", ll),
-        f"  {_khat(ll['khat_over_0.7'])}; median effective sample size "
-        f"{ll['ess_median'] or 0:.0f} of {ll['num_samples']}",
-        _wrapped(found["verdict"]),
-    ]
-    if gap := found.get("amortization_gap"):
-        lines.append(_row("amortization gap", gap) + " over data")
-    if ais := found.get("annealed"):
-        title = f"log p(x), {ais['num_chains']} chains, {ais['num_data']} data"
-        lines.append(_estimate(title, ais))
-        if over := ais.get("over_importance_sampling"):
+    if ll := found.log_likelihood:
+        lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll))
+        size = f"median effective sample size {ll.ess_median or 0:.0f} of {ll.num_samples}"
+        lines += [f"  {_khat(ll.heavy)}; {size}", _wrapped(found.verdict)]
+    if found.amortization_gap:
+        lines.append(_row("amortization gap", found.amortization_gap) + " over data")
+    if ais := found.annealed:
+        lines.append(_estimate(f"log p(x), {ais.num_chains} chains, {ais.num_data} data", ais))
+        if over := ais.over_importance_sampling:
             lines.append(_row("  over importance sampling on these", over) + " Monte Carlo")
-        lines.append(_wrapped(f"{ais['verdict']} {found['bidirectional']['verdict']}"))
-    if seen := found.get("diagnostics"):
-        lines.append(_row("rate, KL(q(z|x) ‖ p(z))", seen["rate"]) + " over data")
-        lines.append(_row("distortion", seen["distortion"]) + " over data")
-        lines.append(_wrapped(seen["verdict"]))
+        tight = found.bidirectional.verdict if found.bidirectional else ""
+        lines.append(_wrapped(f"{ais.verdict} {tight}"))
+    if seen := found.diagnostics:
+        lines.append(_row("rate, KL(q(z|x) ‖ p(z))", found.rate) + " over data")
+        lines.append(_row("distortion", found.distortion) + " over data")
+        lines.append(_wrapped(seen.verdict))
     return "\n".join(lines)
 
 
 def statements(
-    found: Mapping[str, Any],
+    found: Results,
     *,
     history: Sequence[Mapping[str, Any]] = (),
     weights: str | None = None,
@@ -70,7 +67,7 @@ def statements(
     """
     parts = (_evidence(found), _annealed(found), _posterior(found), _training(history))
     said = [each for part in parts for each in part]
-    if weights is not None and found.get("weights") not in (None, weights):
+    if weights is not None and found.weights not in (None, weights):
         text = (
             "These numbers are of earlier weights: the run was trained further since. Evaluate "
             "it again."
@@ -79,24 +76,21 @@ def statements(
     return sorted(said, key=lambda each: each.kind != "doubtful")
 
 
-def _evidence(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    ll = found.get("log_likelihood") or {}
-    if not ll:
+def _evidence(found: Results) -> Iterator[Verdict]:
+    ll = found.log_likelihood
+    if ll is None:
         return
-    share, missed = ll.get("khat_over_0.7"), ll.get("uncovered") or 0.0
-    bias, error = ll.get("mean_bias") or 0.0, ll.get("standard_error") or 0.0
-    heavy = share is not None and share > HEAVY_SHARE
-    doubtful = heavy or missed > 0 or -bias > error or ll.get("mean") is None
-    if text := found.get("verdict"):
+    heavy = ll.heavy is not None and ll.heavy > HEAVY_SHARE
+    if found.verdict:
         advice = f" From the command line: {MORE}." if heavy else ""
-        yield Verdict("doubtful" if doubtful else "fair" if share != 0 else "good", text + advice)
+        yield Verdict(found.verdict.kind, found.verdict + advice)
     if heavy:
         yield Verdict(
             "doubtful",
-            f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above 0.7: "
-            f"log p(x) of these data is a lower bound in expectation; raise --samples.",
+            f"For {ll.heavy:.1%} of the data the Pareto k-hat of the importance weights is above "
+            f"0.7: log p(x) of these data is a lower bound in expectation; raise --samples.",
         )
-    curve = sorted((int(k), b) for k, b in (ll.get("curve") or {}).items() if b is not None)
+    curve = sorted((k, bound) for k, bound in ll.curve.items() if bound is not None)
     if len(curve) > 2:
         (few, low), (many, high) = curve[-2:]
         steep = high - low > STEEP
@@ -105,14 +99,13 @@ def _evidence(found: Mapping[str, Any]) -> Iterator[Verdict]:
             f"From {few:,} to {many:,} samples the bound rises by {shown(high - low)} nats: more "
             f"samples will {'raise log p(x) further' if steep else 'hardly change log p(x)'}.",
         )
-    yield from _gap(found, ll.get("mean"))
+    yield from _gap(found, ll.mean)
 
 
-def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Verdict]:
+def _gap(found: Results, mean: float | None) -> Iterator[Verdict]:
     """The comparison of log p(x) with the ELBO of the smaller variance."""
-    bounds = found.get("elbo") or {}
-    which = "trace_mean_field_elbo" if bounds.get("trace_mean_field_elbo") else "trace_elbo"
-    bound = (bounds.get(which) or {}).get("mean")
+    which = BOUND if BOUND in found.elbo else "trace_elbo"
+    bound = None if found.bound is None else found.bound.mean
     if bound is None or mean is None:
         return
     sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
@@ -122,40 +115,36 @@ def _gap(found: Mapping[str, Any], mean: float | None) -> Iterator[Verdict]:
         f"of the bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where k-hat is "
         f"above 0.7{sign}",
     )
-    if won := found.get("amortization_gap"):
-        text = f"Refining the guide for each datum won {_pm(won)} nats of ELBO: the amortization"
-        yield Verdict("fair", f"{text} gap.")
+    if won := found.amortization_gap:
+        text = f"Refining the guide for each datum won {won} nats of ELBO: the amortization gap."
+        yield Verdict("fair", text)
 
 
-def _annealed(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    ais = found.get("annealed") or {}
-    if over := ais.get("over_importance_sampling"):
-        more, error = over.get("mean") or 0.0, over.get("standard_error") or 0.0
+def _annealed(found: Results) -> Iterator[Verdict]:
+    ais = found.annealed
+    if ais is not None and (over := ais.over_importance_sampling):
+        more, error = over.mean or 0.0, over.standard_error or 0.0
         # Below 0.05 nats a difference hides in what papers print, however sure it is.
         short = more > max(2 * error, 0.05)
         end = "by which log p(x) above is too low there" if short else "so that the two agree"
         yield Verdict(
             "doubtful" if short else "good",
-            f"Annealed importance sampling of {ais['num_data']} data, less importance sampling of "
-            f"the same: {_pm(over)} nats, {end}.",
+            f"Annealed importance sampling of {ais.num_data} data, less importance sampling of "
+            f"the same: {over} nats, {end}.",
         )
-    elif ais.get("verdict"):
-        yield Verdict("fair", ais["verdict"])
-    if text := (found.get("bidirectional") or {}).get("verdict"):
-        yield Verdict("fair", text)
+    elif ais is not None and ais.verdict:
+        yield Verdict("fair", ais.verdict)
+    if found.bidirectional is not None:
+        yield Verdict("fair", found.bidirectional.verdict)
 
 
-def _posterior(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    seen = found.get("diagnostics") or {}
-    if text := seen.get("verdict"):
-        counts = [
-            (site.get("active_units") or 0, site.get("units") or 0)
-            for site in (seen.get("sites") or {}).values()
-        ]
-        active, units = (sum(part) for part in zip(*counts, strict=True)) if counts else (0, 0)
-        dead = any(of and not used for used, of in counts)
+def _posterior(found: Results) -> Iterator[Verdict]:
+    seen = found.diagnostics
+    if seen is not None and seen.verdict:
+        active, units = seen.units
+        dead = any(site.units and not site.active_units for site in seen.sites.values())
         doubtful = dead or active < ACTIVE_SHARE * units
-        yield Verdict("doubtful" if doubtful else "good", text)
+        yield Verdict("doubtful" if doubtful else "good", seen.verdict)
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
@@ -168,12 +157,12 @@ def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
         )
 
 
-def _row(name: str, found: Mapping[str, Any]) -> str:
-    return f"  {name:<39}  {number(found['mean'])} ± {number(found['standard_error'])}"
+def _row(name: str, found: Mean) -> str:
+    return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
 
 
-def _estimate(name: str, found: Mapping[str, Any]) -> str:
-    error = number(found["data_standard_error"])
+def _estimate(name: str, found: Evidence | Annealed) -> str:
+    error = number(found.data_standard_error)
     return f"{_row(name, found)} Monte Carlo, ± {error} over data"
 
 
@@ -181,11 +170,6 @@ def _khat(share: float | None) -> str:
     if share is None:
         return "k-hat needs more samples"
     return f"k-hat > 0.7 for {share:.1%} of the data"
-
-
-def _pm(found: Mapping[str, float | None]) -> str:
-    mean, error = found["mean"], found.get("standard_error")
-    return number(mean) if error is None else f"{number(mean)} ± {number(error)}"
 
 
 def _wrapped(text: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae.evidence.result import Comparison, LogLikelihood, compare_log_likelihood
+from pyrovae.evidence.result import Comparison, LogLikelihood, Verdict, compare_log_likelihood
 from pyrovae.runs import Run
-from pyrovae.runs.results import Finding, load_finding, number
+from pyrovae.runs.results import Evidence, Finding, load_finding, number
 
 __all__ = ["Compared", "RunComparison", "compare_runs"]
 
@@ -29,27 +29,24 @@ class Compared:
     run: Run
     config: Mapping[str, Any]
     finding: Finding
+    log_likelihood: LogLikelihood
     elbo: Tensor
-
-    @property
-    def log_likelihood(self) -> LogLikelihood:
-        """log p(x) of each datum."""
-        return self.finding.log_likelihood
 
     @property
     def cells(self) -> list[str]:
         """Its row of the table."""
         found, ll = self.finding.results, self.log_likelihood
-        share = found["log_likelihood"]["khat_over_0.7"]
+        share = None if found.log_likelihood is None else found.log_likelihood.heavy
+        seen = found.diagnostics
         return [
             self.name,
             *(self.config[kind]["name"] for kind in ("model", "guide")),
             _objective(self.config),
-            number(found["elbo"]["trace_mean_field_elbo"]["mean"]),
+            number(None if found.bound is None else found.bound.mean),
             f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
             "unknown" if share is None else f"{share:.1%}",
-            number(found["kl"]),
-            _active(found),
+            number(found.rate.mean),
+            "unknown" if seen is None or not seen.sites else "{} of {}".format(*seen.units),
         ]
 
 
@@ -82,18 +79,20 @@ class RunComparison:
         return len(pairs) == 1 and None not in betas and len(set(betas)) == len(betas)
 
     @property
-    def verdicts(self) -> list[str]:
-        """What each run but the first has over the first, in words."""
-        (first, *others), found = (
-            self.runs,
-            zip(self.differences, self.elbo_differences, strict=True),
-        )
-        return [
-            f"{c.of(run.name, first.name, f'{run.name} and {first.name}')} (log p(x) of {run.name} "
-            f"less that of {first.name}: {c.difference:+.3f} ± {c.standard_error:.3f}; "
-            f"ELBO {elbo:+.3f} ± {error:.3f}.)"
-            for run, (c, (elbo, error)) in zip(others, found, strict=True)
-        ]
+    def verdicts(self) -> list[Verdict]:
+        """What each run but the first has over the first."""
+        first, *others = self.runs
+        verdicts = []
+        for run, c, (elbo, error) in zip(
+            others, self.differences, self.elbo_differences, strict=True
+        ):
+            verdict = c.of(run.name, first.name, f"{run.name} and {first.name}")
+            text = (
+                f"{verdict} (log p(x) of {run.name} less that of {first.name}: "
+                f"{c.difference:+.3f} ± {c.standard_error:.3f}; ELBO {elbo:+.3f} ± {error:.3f}.)"
+            )
+            verdicts.append(Verdict(verdict.kind, text))
+        return verdicts
 
     def __str__(self) -> str:
         """The table, and the paired differences below it."""
@@ -136,16 +135,16 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
 def _load(path: str | Path, name: str, split: str) -> Compared:
     run = Run.open(path)
     again = f"pyrovae evaluate {quote(str(run.path))} --split {split}"
-    finding, values = load_finding(run, split), run.load_values(split)
-    if finding is None or values is None or finding.log_likelihood is None:
+    found = load_finding(run, split)
+    if found is None or found.log_likelihood is None:
         raise InputError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
-    tensors, about = values
-    if about.get("weights") != run.weights_checksum():
+    if found.weights != run.weights_checksum():
         raise InputError(f"{run.path} was trained further since it was evaluated; first: {again}")
-    asked = finding.results["log_likelihood"].get("num_samples"), finding.results.get("data")
-    if asked != (finding.log_likelihood.num_samples, about.get("data")) or "elbo" not in tensors:
+    ll, told = found.log_likelihood, found.results.log_likelihood or Evidence()
+    whole = (told.num_samples, found.results.data) == (ll.num_samples, ll.data)
+    if not whole or found.elbo is None:
         raise InputError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
-    return Compared(name, run, run.config, finding, tensors["elbo"].double())
+    return Compared(name, run, run.config, found, ll, found.elbo.double())
 
 
 def _require_same_data(first: Compared, other: Compared, split: str) -> None:
@@ -200,14 +199,6 @@ def _beta(config: Mapping[str, Any]) -> float | None:
     if name == "beta_elbo":
         return settings.get("beta", 4.0)
     return 1.0 if name in ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo") else None
-
-
-def _active(found: Mapping[str, Any]) -> str:
-    sites = ((found.get("diagnostics") or {}).get("sites") or {}).values()
-    if not sites:
-        return "unknown"
-    active, units = (sum(site[key] for site in sites) for key in ("active_units", "units"))
-    return f"{active} of {units}"
 
 
 def _paired(each: Tensor) -> tuple[float, float]:

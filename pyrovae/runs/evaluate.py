@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +24,14 @@ from pyrovae.runs import Run
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.experiment import Experiment
 from pyrovae.runs.results import (
-    annealing_found,
-    estimates_found,
+    BOUND,
+    Annealed,
+    Finding,
+    Gap,
+    Posterior,
+    Results,
     first_data,
-    known,
-    to_tensors,
+    save_finding,
 )
 from pyrovae.training.distributed import World, join
 
@@ -65,7 +67,7 @@ def evaluate(
     options: EvaluationConfig | None = None,
     *,
     progress: bool = True,
-) -> dict[str, Any] | None:
+) -> Results | None:
     """Measure a run on a split, and write what is found into the run directory.
 
     ``results.json`` has the means with their errors, ``evaluation/<split>.safetensors`` what was
@@ -118,17 +120,26 @@ def evaluate(
         if not world.first:
             return None
         bounds = {name: _bound(subject, name) for name in ESTIMATORS}
-        found = estimates_found(ll, bounds) | {"binarize": experiment.data.binarize}
-        found |= {"num_data_of_split": len(every.rows[0]), "weights": weights}
+        more: dict[str, Any] = {}
         if annealed is not None:
-            found["annealed"] = annealing_found(annealed, ll)
-            found["bidirectional"] = _sandwich(part, options, progress)
+            more["annealed"] = Annealed.of(annealed, ll)
+            more["bidirectional"] = _sandwich(part, options, progress)
         if not options.no_diagnostics:
-            found["diagnostics"] = _diagnose(subject, bounds["trace_mean_field_elbo"], progress)
+            found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
+            more["diagnostics"] = Posterior.of(found, bounds[BOUND])
             _keep_draws(run, experiment, options.split, subject, ll, weights)
-        _write(run, options.split, found, ll, annealed, bounds["trace_mean_field_elbo"], weights)
+        results = Results.of(
+            ll,
+            bounds,
+            binarize=experiment.data.binarize,
+            num_data_of_split=len(every.rows[0]),
+            weights=weights,
+            **more,
+        )
+        values = ll, annealed, bounds[BOUND].elbo, weights
+        save_finding(run, options.split, Finding(results, (), *values))
         files.remove()
-    return found
+    return results
 
 
 class _Unfinished:
@@ -201,7 +212,7 @@ def _bound(subject: _Subject, name: str) -> ElboResult:
     return elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
 
 
-def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> dict[str, Any]:
+def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> Gap:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
     n = min(len(x), SIMULATED)
@@ -218,19 +229,8 @@ def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> d
             progress=progress,
         )
     except InputError as error:
-        return {"verdict": f"There is no upper bound: {error}"}
-    gap = {"mean": both.mean_gap, "standard_error": both.mean_gap_standard_error}
-    return known({"verdict": both.verdict, "num_data": n, "gap": gap})
-
-
-def _diagnose(subject: _Subject, bound: ElboResult, progress: bool) -> dict[str, Any]:
-    """What the posterior does; its rate and distortion are those of the ELBO that is shown."""
-    found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
-    bits = found.bits_per_dimension
-    if bits is not None:
-        bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
-    found = replace(found, rate=bound.kl, distortion=-bound.reconstruction, bits_per_dimension=bits)
-    return known(found.summary())
+        return Gap(verdict=f"There is no upper bound: {error}")
+    return Gap.of(both)
 
 
 def _keep_draws(
@@ -251,20 +251,3 @@ def _keep_draws(
         attrs={"split": split, "weights": weights, "command": experiment.config["command"]},
     )
     save(found, run.path / f"inference_{split}.nc")
-
-
-def _write(
-    run: Run,
-    split: str,
-    found: dict[str, Any],
-    ll: LogLikelihood,
-    annealed: LogLikelihood | None,
-    bound: ElboResult,
-    weights: str,
-) -> None:
-    values, about = to_tensors(ll)
-    if annealed is not None:
-        more = to_tensors(annealed, "annealed.")
-        values, about = values | more[0], about | more[1]
-    run.save_values(split, values | {"elbo": bound.elbo}, about | {"weights": weights})
-    run.write_json("results.json", run.results | {split: found})

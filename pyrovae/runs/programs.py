@@ -73,7 +73,8 @@ class Program(NamedTuple):
             return self.make
         positional = [shape] if self._takes_shape() else []
         try:
-            built: Callable = self.make(*positional, **self.settings(settings) | parts)
+            make: Callable = self.make
+            built: Callable = make(*positional, **self.settings(settings) | parts)
         except Exception as error:
             # Shipped programs say in a ValueError what is wrong; others may raise anything.
             known = isinstance(error, ValueError | TypeError)

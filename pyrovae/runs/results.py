@@ -1,44 +1,372 @@
-"""What an evaluation of a run found: means ready for JSON, and values of each datum."""
+"""The record of results: what an evaluation of a run found on a split.
+
+:class:`Results` are the means that ``results.json`` holds, :class:`Finding` has the values of each
+datum as well. They are written here, and read here: nothing else knows the files' keys.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae.evidence.result import Curve, LogLikelihood, compare_log_likelihood
+from pyrovae.diagnostics import Diagnosis
+from pyrovae.evidence.result import (
+    HEAVY,
+    HEAVY_SHARE,
+    Curve,
+    Kind,
+    LogLikelihood,
+    Verdict,
+    compare_log_likelihood,
+)
+from pyrovae.evidence.sandwich import Bidirectional
 from pyrovae.objectives import ElboResult
 from pyrovae.runs import Run
 
 __all__ = [
+    "Annealed",
+    "Evidence",
     "Finding",
-    "annealing_found",
-    "estimates_found",
+    "Gap",
+    "Mean",
+    "Posterior",
+    "Record",
+    "Results",
+    "Site",
     "first_data",
     "from_tensors",
-    "known",
     "load_finding",
+    "load_results",
     "number",
+    "save_finding",
     "to_tensors",
 ]
 
 ALWAYS = ("log_prob", "standard_error", "ess", "khat")
 SOMETIMES = ("smoothed", "guide_elbo", "acceptance")
+# The estimator whose two parts are rate and distortion: its KL is exact where it can be.
+BOUND = "trace_mean_field_elbo"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or what stands for a number that is not known."""
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Numbers under names, as JSON holds them; one that is not known is None.
+
+    ``more`` are entries of a file that no field is for, from an earlier or a later version.
+    """
+
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """NaN and infinity, which JSON does not know, become None."""
+        for each in fields(self):
+            object.__setattr__(self, each.name, _known(getattr(self, each.name)))
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Self:
+        """The record that :meth:`write` made a dictionary of, by the types of its fields."""
+        names, hints = {_key(each): each.name for each in fields(cls)}, get_type_hints(cls)
+        values = {
+            names[key]: _read(hints[names[key]], value)
+            for key, value in found.items()
+            if key in names and value is not None
+        }
+        more = {key: value for key, value in found.items() if key not in names}
+        return cls(**values | {"more": more})
+
+    def write(self) -> dict[str, Any]:
+        """A dictionary ready for JSON, without the parts that are None."""
+        found, hints = {}, get_type_hints(type(self))
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name != "more" and (value is not None or not _record_in(hints[each.name])):
+                found[_key(each)] = _plain(value)
+        return found | dict(self.more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Record):
+    """A mean over data, in nats per datum, and its standard error."""
+
+    mean: float | None = None
+    standard_error: float | None = None
+
+    @classmethod
+    def over(cls, each: Tensor) -> Mean:
+        """The mean of values ``[N]`` with its error over data."""
+        each = each.double()
+        return cls(mean=each.mean().item(), standard_error=standard_error(each).item())
+
+    def __str__(self) -> str:
+        """The mean, and its error if it is known."""
+        error = self.standard_error
+        return number(self.mean) + ("" if error is None else f" ± {number(error)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LogP(Mean):
+    """An estimate of log p(x); the standard error is the Monte Carlo error."""
+
+    data_standard_error: float | None = None
+    method: str | None = None
+    seed: int | None = None
+    ess_median: float | None = None
+
+    @staticmethod
+    def _numbers(ll: LogLikelihood) -> dict[str, Any]:
+        return {
+            "mean": ll.mean,
+            "standard_error": ll.mean_standard_error,
+            "data_standard_error": ll.data_standard_error,
+            "method": ll.method,
+            "seed": ll.seed,
+            "ess_median": ll.ess.median().item(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(_LogP):
+    """What importance sampling found of log p(x), and how far it can be trusted."""
+
+    num_samples: int | None = None
+    khat_median: float | None = None
+    heavy: float | None = field(default=None, metadata={"key": "khat_over_0.7"})
+    smoothed_mean: float | None = None
+    mean_bias: float | None = None
+    uncovered: float | None = None
+    curve: Mapping[int, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ll: LogLikelihood) -> Evidence:
+        """The means over data of an estimate."""
+        unknown = ll.khat.isnan()
+        heavy = (ll.khat > HEAVY).double().where(~unknown, torch.nan).mean().item()
+        return cls(
+            **cls._numbers(ll),
+            num_samples=ll.num_samples,
+            khat_median=ll.khat.median().item(),
+            heavy=heavy,
+            smoothed_mean=ll.smoothed_mean,
+            mean_bias=ll.mean_bias,
+            uncovered=ll.uncovered,
+            curve={} if ll.curve is None else ll.curve.mean,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealed(_LogP):
+    """What annealing found, and by how much that is more than importance sampling found."""
+
+    verdict: str = ""
+    num_data: int | None = None
+    num_chains: int | None = None
+    acceptance: float | None = None
+    over_importance_sampling: Mean | None = None
+
+    @classmethod
+    def of(cls, ais: LogLikelihood, ll: LogLikelihood) -> Annealed:
+        """The means over data of an annealed estimate, and what it has over another."""
+        n, over = len(ais.log_prob), None
+        if n > 1:
+            both = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
+            error = both.monte_carlo_standard_error
+            over = Mean(mean=both.difference, standard_error=error)
+        return cls(
+            **cls._numbers(ais),
+            verdict=ais.verdict,
+            num_data=n,
+            num_chains=ais.num_samples,
+            acceptance=None if ais.acceptance is None else ais.acceptance.mean().item(),
+            over_importance_sampling=over,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap(Record):
+    """How far annealing can be below log p(x), on data of the model's own."""
+
+    verdict: str = ""
+    num_data: int | None = None
+    gap: Mean | None = None
+
+    @classmethod
+    def of(cls, both: Bidirectional) -> Gap:
+        """The mean gap between the two bounds."""
+        gap = Mean(mean=both.mean_gap, standard_error=both.mean_gap_standard_error)
+        return cls(verdict=both.verdict, num_data=len(both.gap), gap=gap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Record):
+    """What becomes of a latent site: its KL, and how many of its units depend on the data."""
+
+    kl: Sequence[float | None] = ()
+    kl_total: float | None = None
+    active_units: int = 0
+    units: int = 0
+    posterior_mean_variance: Sequence[float | None] = ()
+    factorized: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior(Record):
+    """What the posterior does, as :func:`pyrovae.diagnose` found it."""
+
+    num_data: int | None = None
+    elbo: Mean | None = None
+    rate: Mean | None = None
+    distortion: Mean | None = None
+    sites: Mapping[str, Site] = field(default_factory=dict)
+    mutual_information: Mean | None = None
+    marginal_kl: float | None = None
+    remainder: float | None = None
+    calibration: Mapping[str, Any] | None = None
+    probe: Mapping[str, Mapping[str, Any]] | None = None
+    bits_per_dimension: float | None = None
+    verdict: str = ""
+
+    @classmethod
+    def of(cls, found: Diagnosis, bound: ElboResult) -> Posterior:
+        """A diagnosis, whose rate and distortion are the two parts of the ELBO beside it."""
+        bits = found.bits_per_dimension
+        if bits is not None:
+            bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
+        rate, distortion = bound.kl, -bound.reconstruction
+        found = replace(found, rate=rate, distortion=distortion, bits_per_dimension=bits)
+        return cls.read(found.summary())
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """How many units depend on the data, of how many."""
+        sites = self.sites.values()
+        return sum(site.active_units for site in sites), sum(site.units for site in sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results(Record):
+    """What an evaluation found on a split, in nats per datum.
+
+    ``elbo`` has both estimators; ``kl`` and ``reconstruction`` are the parts of estimator B, the
+    rate and the negative distortion. ``weights`` are those of the run when it was evaluated.
+    """
+
+    text: str = field(default="", metadata={"key": "verdict"})
+    kind: Kind | None = field(default=None, metadata={"key": "verdict_kind"})
+    num_data: int | None = None
+    num_data_of_split: int | None = None
+    units: str = "nats per datum"
+    data: str | None = None
+    binarize: str | None = None
+    weights: str | None = None
+    elbo: Mapping[str, Mean] = field(default_factory=dict)
+    reconstruction: float | None = None
+    kl: float | None = None
+    log_likelihood: Evidence | None = None
+    amortization_gap: Mean | None = None
+    annealed: Annealed | None = None
+    bidirectional: Gap | None = None
+    diagnostics: Posterior | None = None
+
+    @classmethod
+    def of(cls, ll: LogLikelihood, bounds: Mapping[str, ElboResult], **more: Any) -> Results:
+        """An estimate of log p(x), and the bounds by both estimators, of the same data.
+
+        Args:
+            ll: The estimate.
+            bounds: The ELBO by the estimators' names.
+            more: Further fields.
+        """
+        gap, closed = ll.amortization_gap, bounds[BOUND]
+        return cls(
+            text=ll.verdict,
+            kind=ll.verdict.kind,
+            num_data=len(ll.log_prob),
+            data=ll.data,
+            elbo={
+                name: Mean(mean=bound.mean, standard_error=bound.standard_error)
+                for name, bound in bounds.items()
+            },
+            reconstruction=closed.reconstruction.double().mean().item(),
+            kl=closed.kl.double().mean().item(),
+            log_likelihood=Evidence.of(ll),
+            amortization_gap=None if gap is None else Mean.over(gap),
+            **more,
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether log p(x) can be trusted; files of earlier versions hold the text alone."""
+        return Verdict(self.kind or self._kind(), self.text)
+
+    def _kind(self) -> Kind:
+        ll = self.log_likelihood or Evidence()
+        biased = -(ll.mean_bias or 0.0) > (ll.standard_error or 0.0)
+        if ll.mean is None or (ll.heavy or 0.0) > HEAVY_SHARE or ll.uncovered or biased:
+            return "doubtful"
+        return "good" if ll.heavy == 0 else "fair"
+
+    @property
+    def bound(self) -> Mean | None:
+        """The ELBO by estimator B, or else by A."""
+        return self.elbo.get(BOUND) or self.elbo.get("trace_elbo")
+
+    @property
+    def rate(self) -> Mean:
+        """The rate, with its error if it is known."""
+        seen = self.diagnostics
+        return seen.rate if seen is not None and seen.rate is not None else Mean(mean=self.kl)
+
+    @property
+    def distortion(self) -> Mean:
+        """The distortion, with its error if it is known."""
+        seen, lost = self.diagnostics, self.reconstruction
+        if seen is not None and seen.distortion is not None:
+            return seen.distortion
+        return Mean(mean=None if lost is None else -lost)
 
 
 class Finding(NamedTuple):
-    """A run's evaluation: its results, what it found of each datum, and the training before."""
+    """A run's evaluation: its results, the training before, and what was found of each datum.
 
-    results: Mapping[str, Any]
-    log_likelihood: LogLikelihood | None
-    annealed: LogLikelihood | None
-    history: Sequence[Mapping[str, Any]]
+    Attributes:
+        results: The means.
+        history: The rows of the training, one an epoch.
+        log_likelihood: log p(x) of each datum, if it was kept.
+        annealed: The same by annealing, if that was asked for.
+        elbo: The ELBO by estimator B of each datum, ``[N]``.
+        weights: The digest of the weights that these values are of.
+    """
+
+    results: Results
+    history: Sequence[Mapping[str, Any]] = ()
+    log_likelihood: LogLikelihood | None = None
+    annealed: LogLikelihood | None = None
+    elbo: Tensor | None = None
+    weights: str | None = None
+
+
+def load_results(run: Run) -> dict[str, Results]:
+    """What evaluations of a run have found, by split.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    try:
+        return {split: Results.read(found) for split, found in run.results.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{run.path / 'results.json'} is damaged: {error}.") from error
 
 
 def load_finding(run: Run, split: str | None = None) -> Finding | None:
@@ -48,18 +376,31 @@ def load_finding(run: Run, split: str | None = None) -> Finding | None:
         run: The run.
         split: The split; None is the test data, or else the first there is of the others.
     """
-    results = run.results
+    results = load_results(run)
     split = split or next((s for s in ("test", "valid", "train") if s in results), None)
-    if split not in results:
+    if split is None or split not in results:
         return None
-    values = run.load_values(split)
-    estimates = [values and from_tensors(*values, prefix) for prefix in ("", "annealed.")]
-    return Finding(results[split], *estimates, run.history())
+    tensors, about = run.load_values(split) or ({}, {})
+    return Finding(
+        results[split],
+        run.history(),
+        from_tensors(tensors, about),
+        from_tensors(tensors, about, "annealed."),
+        tensors.get("elbo"),
+        about.get("weights"),
+    )
 
 
-def number(value: float | None) -> str:
-    """Three decimals, or what stands for a number that is not known."""
-    return "unknown" if value is None else f"{value:.3f}"
+def save_finding(run: Run, split: str, found: Finding) -> None:
+    """Write what an evaluation found: the values of each datum, and then the means."""
+    tensors: dict[str, Tensor] = {} if found.elbo is None else {"elbo": found.elbo}
+    about = {} if found.weights is None else {"weights": found.weights}
+    for prefix, ll in (("", found.log_likelihood), ("annealed.", found.annealed)):
+        if ll is not None:
+            more = to_tensors(ll, prefix)
+            tensors, about = tensors | more[0], about | more[1]
+    run.save_values(split, tensors, about)
+    run.write_json("results.json", run.results | {split: found.results.write()})
 
 
 def to_tensors(ll: LogLikelihood, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,15 +432,16 @@ def from_tensors(
     """The estimate that :func:`to_tensors` took apart; None if there is none of that prefix.
 
     Raises:
-        ValueError: If a part of it is missing.
+        InputError: If a part of it is missing.
     """
     if prefix + "log_prob" not in tensors:
         return None
     try:
         points = tuple(json.loads(about[prefix + "curve"]))
+        parts: dict[str, Any] = {name: tensors[prefix + name] for name in ALWAYS}
+        parts |= {name: tensors.get(prefix + name) for name in SOMETIMES}
         return LogLikelihood(
-            **{name: tensors[prefix + name] for name in ALWAYS},
-            **{name: tensors.get(prefix + name) for name in SOMETIMES},
+            **parts,
             num_samples=int(about[prefix + "num_samples"]),
             curve=Curve(points, tensors[prefix + "curve"]) if points else None,
             method=about[prefix + "method"],
@@ -118,72 +460,38 @@ def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:
     return replace(ll, **parts, curve=curve, data="")
 
 
-def estimates_found(ll: LogLikelihood, bounds: dict[str, ElboResult]) -> dict[str, Any]:
-    """An estimate of log p(x), and the bounds by both estimators, of the same data."""
-    closed = bounds["trace_mean_field_elbo"]
-    found = {
-        "verdict": ll.verdict,
-        "num_data": len(ll.log_prob),
-        "units": "nats per datum",
-        "data": ll.data,
-        "elbo": {
-            name: {"mean": bound.mean, "standard_error": bound.standard_error}
-            for name, bound in bounds.items()
-        },
-        "reconstruction": closed.reconstruction.double().mean().item(),
-        "kl": closed.kl.double().mean().item(),
-        "log_likelihood": _numbers(ll)
-        | {
-            "num_samples": ll.num_samples,
-            "khat_median": ll.khat.median().item(),
-            "khat_over_0.7": _share(ll.khat, 0.7),
-            "smoothed_mean": ll.smoothed_mean,
-            "mean_bias": ll.mean_bias,
-            "uncovered": ll.uncovered,
-            "curve": {str(k): mean for k, mean in ll.curve.mean.items()},
-        },
-    }
-    if ll.amortization_gap is not None:
-        gap = ll.amortization_gap.double()
-        found["amortization_gap"] = {
-            "mean": gap.mean().item(),
-            "standard_error": standard_error(gap).item(),
-        }
-    return known(found)
+def _key(each: Field) -> str:
+    return each.metadata.get("key", each.name)
 
 
-def _numbers(ll: LogLikelihood) -> dict[str, Any]:
-    return {
-        "mean": ll.mean,
-        "standard_error": ll.mean_standard_error,
-        "data_standard_error": ll.data_standard_error,
-        "method": ll.method,
-        "seed": ll.seed,
-        "ess_median": ll.ess.median().item(),
-    }
+def _record_in(hint: Any) -> type[Record] | None:
+    """The kind of record that a field holds, if it holds one: ``Mean | None``."""
+    parts = get_args(hint) or (hint,)
+    return next((p for p in parts if isinstance(p, type) and issubclass(p, Record)), None)
 
 
-def annealing_found(ais: LogLikelihood, ll: LogLikelihood) -> dict[str, Any]:
-    """The annealed estimate, and what it has over importance sampling on the same data."""
-    n = len(ais.log_prob)
-    found = _numbers(ais) | {"verdict": ais.verdict, "num_data": n, "num_chains": ais.num_samples}
-    found["acceptance"] = ais.acceptance.mean().item()
-    if n > 1:
-        over = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
-        error = over.monte_carlo_standard_error
-        found["over_importance_sampling"] = {"mean": over.difference, "standard_error": error}
-    return known(found)
+def _read(hint: Any, value: Any) -> Any:
+    record = _record_in(hint)
+    if get_origin(hint) is Mapping and record is not None:
+        return {name: record.read(each) for name, each in value.items()}
+    if get_origin(hint) is Mapping and get_args(hint)[0] is int:
+        return {int(name): each for name, each in value.items()}
+    return value if record is None else record.read(value)
 
 
-def known(value: Any) -> Any:
-    """A value as JSON knows it: no NaN and no infinity, but None."""
-    if isinstance(value, dict):
-        return {name: known(part) for name, part in value.items()}
+def _known(value: Any) -> Any:
+    """A value without NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {name: _known(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [known(part) for part in value]
+        return [_known(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _share(khat: Tensor, bound: float) -> float:
-    nan = torch.tensor(math.nan, dtype=torch.float64, device=khat.device)
-    return khat.gt(bound).double().where(~khat.isnan(), nan).mean().item()
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Record):
+        return value.write()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return str(value) if isinstance(value, str) else value

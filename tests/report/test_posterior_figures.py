@@ -14,14 +14,18 @@ from pyrovae.report.posterior_figures import (
     bound_curves,
     calibration_curves,
     draw_findings,
-    end_point,
     khat_curves,
     kl_by_dimension,
     rate_distortion,
 )
-from pyrovae.runs.results import Finding
+from pyrovae.runs.results import Finding, Mean, Results, Site
 
-SITE = {"kl": [0.5, 2.0, 0.1, None], "posterior_mean_variance": [0.0, 0.9, 0.02, 0.0]}
+SITE = Site(
+    kl=[0.5, 2.0, 0.1, None],
+    posterior_mean_variance=[0.0, 0.9, 0.02, 0.0],
+    active_units=2,
+    units=4,
+)
 COVERED = {"levels": [0.5, 0.9], "coverage": [0.55, 0.8], "standard_error": [0.01, 0.02]}
 
 
@@ -34,8 +38,13 @@ def estimate(shift=0.0, n=40):
     )  # fmt: skip
 
 
-def results(rate=4.0, lost=20.0):
-    return {"kl": rate, "reconstruction": -lost, "log_likelihood": {}}
+def results(rate=4.0, lost=20.0, **more):
+    return Results.read({"kl": rate, "reconstruction": -lost, "log_likelihood": {}, **more})
+
+
+def point(rate, distortion, *errors):
+    means = zip((rate, distortion), errors or (None, None), strict=True)
+    return tuple(Mean(mean=mean, standard_error=error) for mean, error in means)
 
 
 def test_the_curve_is_the_bound_and_says_what_each_tenfold_adds():
@@ -70,9 +79,7 @@ def test_khat_is_sorted_with_its_two_thresholds_and_the_share_above():
 
 def test_constant_elbo_is_a_line_of_slope_minus_one_and_the_end_has_its_errors():
     path = [{"epoch": e, "valid_kl": 5.0 - e, "valid_reconstruction": -20.0 - e} for e in (2, 1)]
-    end = {"rate": {"mean": 4.0, "standard_error": 0.1}}
-    end["distortion"] = {"mean": 21.0, "standard_error": 0.3}
-    figure = rate_distortion({"a": end}, {"a": path})
+    figure = rate_distortion({"a": point(4.0, 21.0, 0.1, 0.3)}, {"a": path})
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[3, 22], [4, 21]])
     spans = [np.ptp(s, 0) for c in axes.collections for s in getattr(c, "get_segments", list)()]
@@ -88,10 +95,7 @@ def test_constant_elbo_is_a_line_of_slope_minus_one_and_the_end_has_its_errors()
 
 
 def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
-    def at(x, y):
-        return {"rate": {"mean": x}, "distortion": {"mean": y}}
-
-    points = {"a": at(5.0, 20.0), "b": at(1.0, 26.0), "c": at(3.0, 22.0)}
+    points = {"a": point(5.0, 20.0), "b": point(1.0, 26.0), "c": point(3.0, 22.0)}
     figure = rate_distortion(points, {}, joined=True)
     joined = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     np.testing.assert_allclose(joined[0].get_xydata(), [[1, 26], [3, 22], [5, 20]])
@@ -100,13 +104,13 @@ def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
 
 
 def test_bars_are_sorted_and_active_dimensions_are_blue():
-    figure = kl_by_dimension({"z": SITE, "u": {"kl": [1.5], "posterior_mean_variance": [0.0]}})
+    figure = kl_by_dimension({"z": SITE, "u": Site(kl=[1.5], posterior_mean_variance=[0.0])})
     bars = [[(b.get_height(), to_hex(b.get_facecolor())) for b in a.patches] for a in figure.axes]
     assert bars[0] == [(2.0, BLUE), (0.5, GREY), (0.1, BLUE), (0.0, GREY)]
     assert bars[1] == [(1.5, GREY)]
     assert "z: 2 of 4 dimensions active" in text(figure)
     whole = {"kl": [3.0], "posterior_mean_variance": [0.5, 0.0], "active_units": 1, "units": 2}
-    figure = kl_by_dimension({"z": whole | {"factorized": False}})
+    figure = kl_by_dimension({"z": Site.read(whole | {"factorized": False})})
     assert "z: 1 of 2 dimensions active; its KL has no parts" in text(figure)
 
 
@@ -117,25 +121,25 @@ def test_coverage_lies_beside_the_diagonal():
 
 
 def test_what_is_known_is_drawn_and_nothing_else():
-    seen = {"sites": {"z": SITE}, "calibration": COVERED}
+    seen = {"sites": {"z": SITE.write()}, "calibration": COVERED}
     seen |= {key: {"mean": 3.0, "standard_error": 0.1} for key in ("rate", "distortion")}
-    whole = Finding(results() | {"diagnostics": seen}, estimate(), estimate(), [])
+    whole = Finding(results(diagnostics=seen), [], estimate(), estimate())
     assert set(draw_findings({"": whole})) == set(FINDING_PICTURES)
-    bare = Finding(results(), None, None, [])
+    bare = Finding(results())
     assert set(draw_findings({"": bare})) == {"rate_distortion"}
     assert set(draw_findings({"a": whole, "b": bare})) == set(FINDING_PICTURES) - {
         "kl_by_dimension"
     }
-    assert draw_findings({"": Finding({}, None, None, [])}) == {}
-    assert end_point(results(4.0, 20.0))["distortion"]["mean"] == 20.0
-    assert end_point(whole.results)["rate"]["mean"] == 3.0
+    assert draw_findings({"": Finding(Results())}) == {}
+    assert results(4.0, 20.0).distortion.mean == 20.0
+    assert whole.results.rate.mean == 3.0
 
 
 def test_every_text_lies_inside_the_figure():
     figures = [
         bound_curves({"a": estimate(), "a rather long name": estimate(-1.0)}),
         khat_curves({"a": estimate()}),
-        rate_distortion({"a": end_point(results())}, {}),
+        rate_distortion({"a": point(4.0, 20.0)}, {}),
         kl_by_dimension({"z": SITE}),
         calibration_curves({"test": COVERED}),
     ]
@@ -151,7 +155,7 @@ def test_every_text_lies_inside_the_figure():
     [
         (lambda: bound_curves({}), "estimate with a curve"),
         (lambda: khat_curves({}), "estimate with a k-hat"),
-        (lambda: kl_by_dimension({"z": {"kl": []}}), "latent site with a KL"),
+        (lambda: kl_by_dimension({"z": Site()}), "latent site with a KL"),
     ],
 )
 def test_nothing_to_draw_is_refused(draw, message):

@@ -16,7 +16,7 @@ from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.report import CAPTIONS, render_comparison, render_report
 from pyrovae.report.figures import image_grid, png
 from pyrovae.runs.compare import Compared, RunComparison
-from pyrovae.runs.results import Finding
+from pyrovae.runs.results import Finding, Results
 
 CONFIG = {
     "command": "pyrovae train --model bernoulli --out runs/one",
@@ -93,7 +93,11 @@ def picture():
 
 
 def render(config=CONFIG, results=RESULTS, history=HISTORY, figures=None):
-    return Page(render_report(config, results, history, figures or {}))
+    return Page(render_report(config, read(results), history, figures or {}))
+
+
+def read(results):
+    return {split: Results.read(found) for split, found in results.items()}
 
 
 def test_every_result_stands_in_its_row_and_exactly_in_the_markup():
@@ -200,10 +204,10 @@ def test_a_bound_that_still_rises_is_a_doubt():
 
 def test_numbers_of_earlier_weights_and_of_a_part_of_the_data_are_told():
     results = evaluated(weights="old", num_data_of_split=720)
-    text = render_report(CONFIG, results, HISTORY, {}, weights="new")
+    text = render_report(CONFIG, read(results), HISTORY, {}, weights="new")
     assert "numbers are of earlier weights" in text
     assert "Test data, N = 360 of 720" in text
-    assert "earlier weights" not in render_report(CONFIG, results, HISTORY, {}, weights="old")
+    assert "earlier weights" not in render_report(CONFIG, read(results), HISTORY, {}, weights="old")
 
 
 def test_what_is_missing_is_left_out_and_what_is_unknown_is_listed():
@@ -279,7 +283,7 @@ def test_the_page_refers_to_nothing_and_runs_nothing(picture):
         assert not attrs.get("href")
         assert attrs.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
         assert not any(name.startswith("on") for name in attrs)
-    html = render_report(config, RESULTS, HISTORY, {})
+    html = render_report(config, read(RESULTS), HISTORY, {})
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
@@ -315,7 +319,8 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
                 "command": evil, "objective": evil, evil: f"{evil}{i}",
                 "model": {"name": evil}, "guide": {"name": evil},
             },
-            finding=Finding(results, ll, None, []),
+            finding=Finding(Results.read(results)),
+            log_likelihood=ll,
             elbo=torch.zeros(30),
         )
         for i in range(2)
