@@ -1,21 +1,14 @@
-"""Data-parallel training by the processes that ``torchrun`` starts.
-
-Every process has the whole data, the whole pair and the whole optimizer, and runs its share of the
-rows of each batch with a random stream of its own. Gradients are summed in one all-reduce a step,
-before they are clipped. Rank 0 validates, writes and speaks. A process that is lost ends the job:
-torchrun stops the others, and training goes on from the last checkpoint.
-"""
+"""Data-parallel training by the processes that ``torchrun`` starts."""
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
-from datetime import timedelta
-from functools import reduce
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -31,11 +24,8 @@ from pyrovae.training.svi import SVI
 
 __all__ = ["Diverged", "ProcessLost", "World", "join"]
 
-# Rank 0 validates and writes while the others wait: longer than that takes for large data.
-PATIENCE = timedelta(minutes=30)
-# Relative to a tensor's norm. Ranks on equal devices agree to the last bit; the optimizer's
-# arithmetic on unequal ones may differ by rounding.
-CLOSE = 1e-4
+# How far the norm of a weight may be from rank 0's, relative: what unequal devices round apart.
+CLOSE = 1e-5
 
 
 class ProcessLost(RuntimeError):
@@ -47,56 +37,39 @@ class Diverged(RuntimeError):
 
 
 class World:
-    r"""The processes of a job; one process alone has nothing to share.
+    """The processes of a job; one process alone has nothing to share.
 
-    With the rows :math:`S_r` of rank r, which part a batch of N among R ranks,
-
-    .. math:: \sum_{n=1}^N \ell(x_n, \epsilon_n)
-              = \sum_{r=1}^R \sum_{n \in S_r} \ell(x_n, \epsilon_n),
-
-    so losses and gradients are summed. Where a pair's scores carry a number over ``len(x)``, as a
-    subsampled plate's do, a rank's sum is :math:`N / |S_r|` times too large, and is weighted by
-    :math:`|S_r| / N`.
-
-    What couples the data of a batch, such as batch normalization in training mode or the
-    threshold of free bits, sees the rows of its own rank. A loss of one's own has to be a sum over
-    data: a mean comes out as many times too large as there are ranks.
+    Every process has the whole data, the whole pair and the whole optimizer, and runs its rows of
+    each batch with noise of its own. Losses and gradients are summed over ranks once a step. Scores
+    that carry a number over ``len(x)``, as a subsampled plate's do, are N / n times too large on a
+    rank that has n of a batch's N rows, and are weighted by n / N. A loss of one's own has to be a
+    sum over data: means would be summed over ranks. Batch normalization in training mode and the
+    threshold of free bits see the rows of their own rank.
 
     Args:
-        rank: This process, from 0.
+        rank: This process, from 0; the ``first`` alone validates, writes and speaks.
         size: How many there are.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
-        self._share = 1.0
-        self._averages = False
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that validates, writes and speaks."""
-        return self.rank == 0
+        self.rank, self.size, self.first = rank, size, rank == 0
+        self._share, self._averages = 1.0, False
 
     def place(self, device: torch.device | str) -> torch.device:
-        """Where this process computes: on CUDA, each has the GPU of its rank on its machine.
-
-        That GPU becomes the current one.
+        """Where this process computes: on CUDA, on the GPU of its rank, which becomes the current.
 
         Raises:
             ValueError: If there are fewer GPUs than processes on this machine.
         """
         device = torch.device(device)
-        if self.size == 1 or device.type != "cuda":
-            return device
-        local, gpus = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
-        if local >= gpus:
-            processes = os.environ.get("LOCAL_WORLD_SIZE", self.size)
-            raise InputError(
-                f"Expected a GPU for each of the {processes} processes on this machine, found "
-                f"{gpus}: use --nproc-per-node {gpus}, or --device cpu."
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        if self.size > 1 and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+            if (gpus := torch.cuda.device_count()) <= device.index:
+                raise InputError(
+                    f"Expected {device.index + 1} GPUs or more on this machine, one a process, "
+                    f"found {gpus}: use --nproc-per-node {gpus}, or --device cpu."
+                )
+            torch.cuda.set_device(device)
         return device
 
     @property
@@ -110,37 +83,30 @@ class World:
         return ["torchrun", *more, "--nproc-per-node", local, "-m", "pyrovae"]
 
     def share(self, value: Any) -> Any:
-        """What rank 0 has, on every process: numbers, texts, lists and dicts of them."""
+        """What rank 0 has, on every process."""
         values = [value]
         if self.size > 1:
             with _together():
                 torch.distributed.broadcast_object_list(values, 0)
         return values[0]
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        self._gather(None)
-
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Rank 0 of each machine runs a block before its others do: what it downloads is there."""
         leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not leads:
-            self.wait()
+            self._gather(None)
         try:
             yield
         finally:
             if leads:
-                self.wait()
+                self._gather(None)
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Run a command: rank 0 alone writes to standard output and error, and SIGTERM, with which
-        torchrun ends the others when one process is lost, is answered as Ctrl-C is."""
-        if self.size == 1:
-            yield
-            return
-        signal.signal(signal.SIGTERM, _terminate)
+        """Run a command: rank 0 alone writes to the terminal; torchrun's SIGTERM is as Ctrl-C."""
+        if self.size > 1:
+            signal.signal(signal.SIGTERM, _terminate)
         if self.first:
             yield
             return
@@ -149,77 +115,53 @@ class World:
 
     def say(self, sentence: str) -> None:
         """Print a sentence on standard error, once for all processes that say the same."""
-        try:
-            # A private name (torch 2.11 to 2.15) for the store of torchrun's agent, which outlives
-            # every rank; add() counts those that came before.
-            store = torch.distributed.distributed_c10d._get_default_store
-            said = self.size > 1 and store().add(f"pyrovae/{sentence}", 1) > 1
-        except RuntimeError:
-            said = False
-        if not said:
+        times = 1
+        if self.size > 1:
+            with suppress(RuntimeError):
+                # The store of torchrun's agent, which outlives every rank; the name is private
+                # (seen in torch 2.11 and 2.15). add() counts those that came before.
+                store = torch.distributed.distributed_c10d._get_default_store()
+                times = store.add(f"pyrovae/{sentence}", 1)
+        if times == 1:
             print(sentence, file=sys.stderr, flush=True)
 
-    def agree(self, **facts: Any) -> None:
-        """Check that every process was asked for the same.
+    def prepare(self, svi: SVI, args: tuple, **facts: float) -> None:
+        """Give all processes rank 0's weights, and let ``svi``, built, sum their gradients.
 
         Raises:
-            ValueError: On every process, if something is other than on rank 0.
-        """
-        first, *others = self._gather(facts)
-        for rank, other in enumerate(others, start=1):
-            for name, value in first.items():
-                if other[name] != value:
-                    raise InputError(
-                        f"Rank {rank} has {name} = {other[name]}, rank 0 has {value}: every "
-                        f"machine needs the same files, and a run directory that all of them see."
-                    )
-
-    def prepare(self, svi: SVI, args: tuple) -> None:
-        """Give all processes the weights of rank 0, and let ``svi`` sum their gradients.
-
-        Args:
-            svi: What is going to be trained, built.
-            args: A batch with the programs' further arguments.
-
-        Raises:
-            ValueError: If the batch is too small to be shared, or the pair's scales depend on its
-                size in a way that cannot be.
+            ValueError: If ``facts`` are others than on rank 0, a batch such as ``args`` is too
+                small to be shared, or the pair's scales depend on its size as they must not.
         """
         if self.size == 1:
             return
+        if stray := self._stray(facts, 0.0):
+            raise InputError(
+                "Rank {} has {} = {}, rank 0 has {}: every machine needs the same files, and a "
+                "run directory that all of them see.".format(*stray)
+            )
         if len(args[0]) < 2 * self.size:
             raise InputError(
                 f"Expected a batch of at least two rows for each of the {self.size} processes, "
                 f"got {len(args[0])}: enlarge the batch, or start fewer processes."
             )
         self._averages = _averages(svi.pair, args)
-        for tensor in (*svi.pair.leaves(), *_buffers(svi.pair)):
-            self._broadcast(tensor)
-        self.check(svi.pair)
+        self._copy_first(svi.pair.leaves())
+        self.settle(svi.pair)
         svi.reduce = self.reduce
 
-    def stream(
-        self, seed: int, epoch: int, device: torch.device | str
-    ) -> AbstractContextManager[None]:
-        """Inside, this process draws what no other draws; rank 0 goes on with its stream.
-
-        Args:
-            seed: The seed of the training.
-            epoch: The number of the epoch.
-            device: Where the noise is drawn.
-        """
-        # Rank 0 needs no seed of its own, and must not have this one: numpy's SeedSequence pads
-        # with zeros, so that (seed, epoch, 0) is (seed, epoch), the stream that shuffled the data.
-        return seeded(subseed(seed, epoch, self.rank) if self.rank else None, device)
+    @contextmanager
+    def stream(self, seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+        """Inside, each process draws noise of its own for an epoch; rank 0 goes on as it was."""
+        # Not (seed, epoch, 0) on rank 0: numpy's SeedSequence pads with zeros, so that this is
+        # (seed, epoch), the stream that has just shuffled the data.
+        with seeded(subseed(seed, epoch, self.rank) if self.rank else None, device):
+            yield
 
     def rows(self, index: Tensor) -> Tensor:
         """This process's rows of a batch: contiguous, in the order of ranks, even to one row.
 
-        A batch of fewer than two rows a process is not split: every process runs all of it, and
-        rank 0's result counts.
-
-        Args:
-            index: The numbers of the batch's rows.
+        A batch of fewer than two rows a process, which batch normalization may need, is not split:
+        every process runs all of it, and rank 0's result counts.
         """
         total = len(index)
         if total < 2 * self.size:
@@ -235,22 +177,19 @@ class World:
         A parameter has a gradient afterwards if it had one on any process.
         """
         numbers = [found.loss, *found.terms.values(), *found.parts]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-        values = [*numbers, *gradients]
-        dtype = reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
-        flat = torch.cat([value.detach().reshape(-1).to(dtype) for value in values])
+        values = numbers + [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+        flat = torch.cat([value.detach().flatten() for value in values])
         # Not 0 * flat, which is NaN where a value is.
         flat = flat * self._share if self._share else torch.zeros_like(flat)
-        had = flat.new_tensor([p.grad is not None for p in leaves])
-        flat = torch.cat([flat, had])
+        flat = torch.cat([flat, flat.new_tensor([p.grad is not None for p in leaves])])
         with _together():
             torch.distributed.all_reduce(flat)
-        *sums, had = flat.split([*(value.numel() for value in values), len(leaves)])
-        sums = [t.view(v.shape).to(v.dtype) for t, v in zip(sums, values, strict=True)]
-        for at, leaf in enumerate(leaves):
-            # Asking `had` reads it back from the device: only where it can say anything new.
-            if leaf.grad is not None or had[at] > 0:
-                leaf.grad = sums[len(numbers) + at]
+        *parts, had = flat.split([*(value.numel() for value in values), len(leaves)])
+        sums = [t.view(v.shape).to(v.dtype) for t, v in zip(parts, values, strict=True)]
+        for leaf, gradient, count in zip(leaves, sums[len(numbers) :], had, strict=True):
+            # Asking the count waits for the device: only where it is not known already.
+            if leaf.grad is not None or count > 0:
+                leaf.grad = gradient
         loss, *rest = sums[: len(numbers)]
         terms = dict(zip(found.terms, rest, strict=False))
         return Estimate(loss, None, terms, tuple(rest[len(terms) :]))
@@ -259,30 +198,27 @@ class World:
         """End an epoch: buffers become those of rank 0, as in PyTorch's own data parallelism.
 
         Raises:
-            Diverged: If the weights are not those of rank 0.
+            Diverged: On every process, if the norm of a weight is not that of rank 0's.
         """
-        if self.size > 1:
-            for buffer in _buffers(pair):
-                self._broadcast(buffer)
-            self.check(pair)
+        if self.size == 1:
+            return
+        self._copy_first(buffer for root in pair.roots.values() for buffer in root.buffers())
+        norms = {name: leaf.detach().double().norm().item() for name, leaf in pair.named().items()}
+        if stray := self._stray(norms, CLOSE):
+            raise Diverged(
+                "Rank {} strayed from rank 0, seen in {}: programs must not change weights "
+                "themselves, nor choose them by the process or by draws.".format(*stray)
+            )
 
-    def check(self, pair: Pair) -> None:
-        """Compare the sum and the norm of every weight with those of rank 0.
-
-        Raises:
-            Diverged: On every process, if they differ by more than rounding on any.
-        """
-        named = {name: leaf.detach().double() for name, leaf in pair.named().items()}
-        mine = {name: torch.stack([w.sum(), w.norm()]).tolist() for name, w in named.items()}
+    def _stray(self, mine: dict[str, float], close: float) -> tuple[int, str, float, float] | None:
+        """A rank whose numbers are not rank 0's, the name of the first that is not, and both."""
         first, *others = self._gather(mine)
         for rank, other in enumerate(others, start=1):
-            for name, numbers in first.items():
-                far = zip(numbers, other[name], strict=True) if name in other else [(0, torch.inf)]
-                if any(abs(a - b) > CLOSE * numbers[1] for a, b in far):
-                    raise Diverged(
-                        f"Rank {rank} strayed from rank 0, seen in {name}: programs must not "
-                        f"change weights themselves, nor choose them by the process or by draws."
-                    )
+            for name, value in first.items():
+                theirs = other.get(name, math.inf)
+                if abs(theirs - value) > close * abs(value):
+                    return rank, name, theirs, value
+        return None
 
     def _gather(self, value: Any) -> list[Any]:
         values = [value] * self.size
@@ -291,13 +227,11 @@ class World:
                 torch.distributed.all_gather_object(values, value)
         return values
 
-    def _broadcast(self, tensor: Tensor) -> None:
-        whole = tensor.detach().contiguous()
-        with _together():
-            # As bytes: gloo and NCCL know fewer types than torch.
-            torch.distributed.broadcast(whole.view(-1).view(torch.uint8), 0)
-        if not tensor.is_contiguous():
-            tensor.detach().copy_(whole)
+    def _copy_first(self, tensors: Iterable[Tensor]) -> None:
+        mine = [tensor.detach() for tensor in tensors]
+        first = self.share([tensor.cpu() for tensor in mine])
+        for tensor, value in zip(mine, first, strict=True):
+            tensor.copy_(value)
 
 
 def join() -> World:
@@ -310,58 +244,39 @@ def join() -> World:
         return World()
     group = torch.distributed
     if not group.is_initialized():
-        missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-        if missing:
-            raise InputError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']} asks for several processes, but "
-                f"{', '.join(missing)} is not set: start them with torchrun."
-            )
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := ", ".join(name for name in needed if name not in os.environ):
+            raise InputError(f"WORLD_SIZE is set, {missing} is not set: start them with torchrun.")
         nccl = torch.cuda.is_available() and group.is_nccl_available()
-        group.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
+        group.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
         atexit.register(_leave)
     return World(group.get_rank(), group.get_world_size())
 
 
 def _averages(pair: Pair, args: tuple) -> bool:
-    """Whether a pair's scores carry a number over ``len(x)``, and not one that x leaves alone.
-
-    Raises:
-        ValueError: If its sites are scaled by the number of rows in any other way.
-    """
-    total = len(args[0])
-    part = tuple(arg[: total // 2] for arg in args)
+    """Whether the scale of every site is a number over ``len(x)``, and not a number alone."""
+    total, half = len(args[0]), len(args[0]) // 2
     with undone(pair, args), torch.no_grad(), pair.mode(training=True):
-        few, more = _scales(pair, part), _scales(pair, args)
-    fixed, over = [
-        {name: torch.allclose(few[name] * a, _like(more[name], few[name]) * b) for name in few}
-        for a, b in ((1, 1), (total // 2, total))
-    ]
-    if all(fixed.values()) or all(over.values()):
-        return not all(fixed.values())
-    name = next(name for name, constant in fixed.items() if not constant)
+        few, more = (_scales(pair, tuple(arg[:n] for arg in args)) for n in (half, total))
+    # The power of 1 / len(x) in each scale; three digits are more than float32 spoils.
+    powers = {n: round(math.log(few[n] / more[n], total / half), 3) for n in few if more[n]}
+    if set(powers.values()) <= {0.0} or set(powers.values()) == {1.0}:
+        return 1.0 in powers.values()
+    name = max(powers, key=lambda name: abs(powers[name]))
     raise InputError(
-        f"The {name} has scale {few[name].max():.4g} for {total // 2} rows and "
-        f"{more[name].max():.4g} for {total}: processes that share a batch need scales that do not "
-        f"depend on len(x), or that are a number over len(x) at every site of both programs."
+        f"The {name} has scale {few[name]:.4g} for {half} rows and {more[name]:.4g} for {total}: "
+        f"processes that share a batch need scales that do not depend on len(x), or that are a "
+        f"number over len(x) at every site of both programs."
     )
 
 
-def _scales(pair: Pair, args: tuple) -> dict[str, Tensor]:
-    traces = zip(("model", "guide"), pair.trace(*args), strict=True)
+def _scales(pair: Pair, args: tuple) -> dict[str, float]:
+    """The first datum's scale at every site."""
     return {
-        f"{program}'s {name}": torch.as_tensor(site["scale"]).double()
-        for program, trace in traces
+        f"{program}'s {name}": float(torch.as_tensor(site["scale"]).flatten()[0])
+        for program, trace in zip(("model", "guide"), pair.trace(*args), strict=True)
         for name, site in samples(trace).items()
     }
-
-
-def _like(more: Tensor, few: Tensor) -> Tensor:
-    """The scales of the first rows, where each datum has its own."""
-    return more[tuple(slice(size) for size in few.shape)]
-
-
-def _buffers(pair: Pair) -> list[Tensor]:
-    return [buffer for root in pair.roots.values() for buffer in root.buffers()]
 
 
 @contextmanager

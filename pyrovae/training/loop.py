@@ -184,8 +184,8 @@ def fit(
         result.load_state_dict(state)
     first = len(result.history) + 1
     svi.steps_taken = len(result.history) * epoch_steps
-    world.agree(epoch=first, epochs=epochs, batch_size=batch_size, data=len(data.train))
-    world.prepare(svi, tuple(tensor[:batch_size] for tensor in data.split("train")))
+    facts = {"epoch": first, "epochs": epochs, "batch_size": batch_size, "data": len(data.train)}
+    world.prepare(svi, tuple(tensor[:batch_size] for tensor in data.split("train")), **facts)
     shown = progress and world.first
     bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     svi.compiling = lambda: _compiling(bar)

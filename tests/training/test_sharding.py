@@ -40,7 +40,7 @@ def job(monkeypatch):
     job = Job()
     monkeypatch.setattr(torch.distributed, "all_reduce", job.all_reduce)
     monkeypatch.setattr(torch.distributed, "all_gather_object", job.all_gather_object)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda values, source: None)
     return job
 
 
@@ -162,6 +162,13 @@ def test_a_batch_of_too_few_rows_is_refused(job):
         World(0, 7).prepare(svi, (X,))
 
 
+def test_ranks_that_were_asked_for_different_things_are_refused(job):
+    svi = made(shipped_bernoulli(), Trace_ELBO())
+    job.others = [{"epochs": 3, "batch_size": 8}, {"epochs": 3, "batch_size": 9}]
+    with pytest.raises(ValueError, match="Rank 1 has batch_size = 9, rank 0 has 8: every machine"):
+        World(0, 2).prepare(svi, (X,), epochs=3, batch_size=8)
+
+
 def parameters(*gradients):
     leaves = [nn.Parameter(torch.zeros(1)) for _ in gradients]
     for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -202,12 +209,10 @@ def test_float64_is_summed_in_float64(job):
 
 def test_weights_that_differ_are_named_with_their_rank(job):
     pair = made(shipped_bernoulli(), Trace_ELBO()).pair
-    numbers = {
-        n: [p.double().sum().item(), p.double().norm().item()] for n, p in pair.named().items()
-    }
-    name = list(numbers)[2]
-    job.others = [numbers, numbers, numbers | {name: [numbers[name][0] + 1, numbers[name][1]]}]
+    norms = {name: weight.double().norm().item() for name, weight in pair.named().items()}
+    name = list(norms)[2]
+    job.others = [norms, norms, norms | {name: norms[name] * 1.0001}]
     with pytest.raises(Diverged, match=f"Rank 2 strayed from rank 0, seen in {name}:"):
-        World(1, 3).check(pair)
-    job.others = [numbers] * 3
-    World(1, 3).check(pair)
+        World(1, 3).settle(pair)
+    job.others = [norms] * 3
+    World(1, 3).settle(pair)
