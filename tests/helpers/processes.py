@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import pyro
@@ -185,6 +185,11 @@ def _command(found, folder):
     with redirect_stdout(words), redirect_stderr(words):
         found["code"] = main([*COMMAND, "--out", str(folder / "run")])
     found["written"], found["said"] = written, words.getvalue()
+    for name, wrong in (("usage", ["--lr", "fast"]), ("refusal", ["--lr", "-1"])):
+        words = io.StringIO()
+        with redirect_stdout(words), redirect_stderr(words), suppress(SystemExit):
+            main([*COMMAND, "--out", str(folder / name), *wrong])
+        found[name] = words.getvalue()
 
 
 def commands(arguments):
