@@ -289,8 +289,6 @@ def _mosaic(
     behind: np.ndarray | None = None,
 ) -> Figure:
     """Draw cells ``[r, c, *shape]``, the centres of the first and last column being at ``x``."""
-    from matplotlib.figure import Figure
-
     (r, c), shape, dims = cells.shape[:2], cells.shape[2:], cells[0, 0].size
     picture = dims == 1 or (len(shape) == 3 and shape[0] in (1, 3))
     behind = cells if behind is None else behind
@@ -309,16 +307,10 @@ def _mosaic(
     note = "" if picture else f"each panel: dimension 0 to {dims - 1}, "
     note += "" if picture and (bar or (low, high) == (0, 1)) else f"x from {low:.3g} to {high:.3g}"
     xlabel = "\n".join(filter(None, [names[0], note]))
-    # What the labels need around the cells, in dots: figures are laid out by hand, since a pixel
-    # of the data has to be a whole number of dots.
     left, right = 30 + 110 * bool(names[1]) + 230 * bool(rows), 30 + 170 * bar
-    bottom = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
-    full = max(left + width + right, 900)
-    title = fill(title, (full - left) // 18)
-    tall = bottom + height + 76 + 36 * title.count("\n")
-    figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
-    box = left / full, bottom / tall, width / full, height / tall
-    axes = figure.add_axes(box, title=title, xlabel=xlabel, ylabel=names[1])
+    below = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
+    figure, axes = _panel_of_size(width, height, title, around=(left, right, below))
+    axes.set(xlabel=xlabel, ylabel=names[1])
     across = _edges(x, c, 0.5 + 0.5 * gap * c / (size[1] - gap))
     down = _edges(y, r, 0.5 + 0.5 * gap * r / (size[0] - gap))
     if picture:
@@ -333,9 +325,30 @@ def _mosaic(
         axes.set_yticks(range(len(rows)), rows)
     axes.spines[:].set_visible(False)
     if bar:
-        beside = box[0] + box[2] + 30 / full, box[1], 30 / full, box[3]
-        figure.colorbar(drawn, cax=figure.add_axes(beside), label="x")
+        box = axes.get_position()
+        bar_width = 30 * box.width / width
+        beside = figure.add_axes((box.x1 + bar_width, box.y0, bar_width, box.height))
+        figure.colorbar(drawn, cax=beside, label="x")
     return figure
+
+
+def _panel_of_size(
+    width: int, height: int, title: str, *, around: tuple[int, int, int]
+) -> tuple[Figure, Axes]:
+    """A figure with axes of a whole number of dots, and some left, right and below for labels.
+
+    No layout of matplotlib's does that, and a pixel of the data has to be a whole number of dots.
+    """
+    from matplotlib.figure import Figure
+
+    left, right, below = around
+    full = max(left + width + right, 900)
+    title = fill(title, (full - left) // 18)
+    tall = below + height + 76 + 36 * title.count("\n")
+    # The hundredth of a dot keeps inches times dots per inch from being rounded down.
+    figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
+    box = left / full, below / tall, width / full, height / tall
+    return figure, figure.add_axes(box, title=title)
 
 
 def _tile(cells: np.ndarray, gap: int) -> np.ndarray:
