@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, Graph
 from pyrovae.pairs.contract import inspect_pair
@@ -394,9 +394,7 @@ class _Forward:
 
     @torch.no_grad()
     def __call__(self, rows: Rows, seed: int | None, compile: bool | str) -> dict[str, Tensor]:
-        if compile not in ("auto", True, False):
-            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
-        pays = compile is True or (compile == "auto" and len(rows[0]) >= PAYS_AFTER)
+        pays = should_compile(compile, len(rows[0]) >= PAYS_AFTER)
         with self.pair.mode(training=False):
             found = self._tiled(rows, seed, pays) or self._eager(rows, seed)[0]
         return {name: value.to(rows[0].device) for name, value in found.items()}

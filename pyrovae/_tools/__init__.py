@@ -20,6 +20,7 @@ __all__ = [
     "flat",
     "progress_bar",
     "require_same",
+    "should_compile",
     "standard_error",
 ]
 
@@ -77,6 +78,21 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
         found |= inner or {prefix + key: value}
     return found
+
+
+def should_compile(compile: bool | str, pays: bool) -> bool:
+    """Whether something is to be compiled.
+
+    Args:
+        compile: True, False, or ``"auto"`` for where it pays.
+        pays: Whether compiling takes less time than it saves.
+
+    Raises:
+        InputError: If ``compile`` is none of these.
+    """
+    if compile not in ("auto", True, False):
+        raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
+    return bool(compile is True or (compile == "auto" and pays))
 
 
 def standard_error(values: Tensor, dim: int = 0) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-__all__ = ["draw_seed", "seeded", "subseed"]
+__all__ = ["draw_seed", "seeded", "subseed", "undone"]
 
 
 @contextmanager
@@ -49,3 +50,33 @@ def subseed(seed: int, *path: int) -> int:
 def draw_seed(seed: int | None) -> int:
     """The seed itself, or one drawn from torch's global stream if it is None."""
     return int(torch.randint(2**31 - 1, ())) if seed is None else seed
+
+
+@contextmanager
+def undone(
+    modules: Iterable[nn.Module], device: torch.device, changed: Iterable[Tensor] = ()
+) -> Iterator[None]:
+    """Run a block, and give buffers, random streams and some tensors back as they were.
+
+    Args:
+        modules: Whose buffers, those of submodules apart.
+        device: Whose random stream, beside the CPU's.
+        changed: What else the block writes to, in place.
+    """
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    kept = [(tensor, tensor.detach().clone()) for tensor in changed]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer)
+                buffer.copy_(value)
+            for tensor, value in kept:
+                tensor.copy_(value)

@@ -20,9 +20,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pyrovae._tools.seeding import seeded
+from pyrovae._tools.seeding import seeded, undone
 from pyrovae._tools.source_lines import Places, lines_with
-from pyrovae.compiling.graph import undone
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.enumeration import enumerates
@@ -211,7 +210,7 @@ class Case:
         np.random.seed(other % 2**32)
         with (
             self.pair.mode(training),
-            undone(self.pair, self.rows),
+            undone(self.pair.modules, self.rows[0].device),
             seeded(self.seed, self.rows[0].device),
             torch.set_grad_enabled(gradients),
             warnings.catch_warnings(),

@@ -8,8 +8,7 @@ replayed as one CUDA graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -19,10 +18,10 @@ from torch.fx import GraphModule
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.compiling.kernels import choose_kernels
+from pyrovae._tools.seeding import undone
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["CaptureError", "Graph", "compare", "record", "undone"]
+__all__ = ["CaptureError", "Graph", "compare", "record"]
 
 WARM_UP = 3
 
@@ -62,8 +61,7 @@ class Graph:
         self._views: list[Tensor] = []
         self._places: list[int] = []
         self._fixed = False
-        with undone(pair, args, changed), torch.no_grad():
-            choose_kernels(graph, [*self._held(), *args])
+        with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(graph, [*self._held(), *args])
             self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
@@ -105,7 +103,7 @@ def record(
 
     graphs = []
     for _ in range(2):
-        with undone(pair, args, changed), pyro.validation_enabled(False):
+        with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
                 with _OneHot():
                     graphs.append(make_fx(function)(*args))
@@ -158,12 +156,18 @@ def _form(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _compile(graph: GraphModule, inputs: list[Tensor]) -> Callable:
+def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
+    # Private, and the same in torch 2.11 to 2.14: torch.compile would trace the programs again with
+    # Dynamo, which breaks the graph at Pyro's handlers, whereas compile_fx takes a record.
     from torch._inductor.compile_fx import compile_fx
 
     with warnings.catch_warnings():
+        # Of Inductor's warnings (too few cores for autotuning, unsupported complex kernels) none
+        # says anything that a person who trains could act on.
         warnings.simplefilter("ignore")
         try:
+            # torch's own random numbers instead of Inductor's: the streams of a seed are those of
+            # an eager run, and on a CPU its generator is three times as fast.
             return compile_fx(graph, inputs, config_patches={"fallback_random": True})
         except Exception as error:
             raise CaptureError(f"the compiler failed: {_reason(error)}") from error
@@ -221,29 +225,6 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
             f"{what} came out otherwise than through the handlers: the program may depend on "
             f"something that changes between calls and is no tensor"
         )
-
-
-@contextmanager
-def undone(pair: Pair, args: tuple, changed: tuple[Tensor, ...] = ()) -> Iterator[None]:
-    """Run a block and give buffers, random streams and some other tensors back as they were."""
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in pair.modules
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    kept = [tensor.detach().clone() for tensor in changed]
-    device = args[0].device
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices, device_type="cuda"):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in before:
-                setattr(module, name, buffer)
-                buffer.copy_(value)
-            for tensor, value in zip(changed, kept, strict=True):
-                tensor.copy_(value)
 
 
 def _reason(error: Exception) -> str:

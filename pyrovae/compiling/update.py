@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Descent", "UpdateError"]
+__all__ = ["Update", "UpdateError"]
 
+# Those that torch can step without reading a value back: they have the option ``capturable``, or
+# (Adagrad) need none. SGD has neither, nor a state to begin with.
 RECORDABLE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")
+# The fused kernels are one opaque operator, which the compiler cannot fuse with the gradients.
 WHILE_RECORDED = {"capturable": True, "foreach": True, "fused": False, "differentiable": False}
 
 
@@ -20,7 +23,7 @@ class UpdateError(RuntimeError):
     """An optimizer's step is no function of tensors alone."""
 
 
-class Descent:
+class Update:
     """Clips gradients and steps a torch optimizer, in a form that a tracer can record.
 
     The learning rate becomes a tensor, so that a schedule may change it between calls; the other
@@ -40,6 +43,8 @@ class Descent:
         device = leaves[0].device
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._values = [math.nan] * len(self._rates)
+        # torch wraps every step() for the profiler and for hooks, whose operators must not be
+        # recorded; functools.wraps leaves the step itself here (torch 2.11 to 2.14).
         step = type(optimizer).step
         self._step = getattr(step, "__wrapped__", step)
         self._groups = [
@@ -53,6 +58,7 @@ class Descent:
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
         """Whether an optimizer's step is a function of tensors alone."""
+        # A hook would run once, while recording. torch has no public way to ask for them.
         hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
         ours = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
         return ours and type(optimizer).__name__ in RECORDABLE and not hooks
@@ -76,23 +82,23 @@ class Descent:
                 self._rates[index].fill_(rate)
                 self._values[index] = rate
 
-    def __call__(self, gradients: list[Tensor | None]) -> None:
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Step on some gradients, which may be clipped in place."""
-        self._descend(gradients, lambda: self._step(self.optimizer))
+        self._apply(gradients, lambda: self._step(self.optimizer))
 
-    def record(self, gradients: list[Tensor | None]) -> None:
+    def record(self, gradients: Sequence[Tensor | None]) -> None:
         """Step in a form that a tracer can record.
 
         Raises:
             UpdateError: If the optimizer reads values back.
         """
         if self._own:
-            self._descend(gradients, self._adam)
+            self._apply(gradients, self._adam)
         else:
             with self._recording():
                 self(gradients)
 
-    def _descend(self, gradients: list[Tensor | None], step: Callable[[], None]) -> None:
+    def _apply(self, gradients: Sequence[Tensor | None], step: Callable[[], None]) -> None:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.grad = gradient
         try:
@@ -142,6 +148,10 @@ class Descent:
         """Have the optimizer step by functions of tensors, learning rate included."""
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]
+        # While torch.compiler.is_compiling(), optimizers leave their counts and rates as tensors
+        # (otherwise _get_value() in torch/optim/optimizer.py calls .item()) and take
+        # ``capturable`` on a CPU too. make_fx does not set this, and in torch 2.11 to 2.14 only the
+        # private flag does.
         compiling = torch.compiler._is_compiling_flag
         for group, rate in zip(groups, self._rates, strict=True):
             group.update({k: v for k, v in WHILE_RECORDED.items() if k in group}, lr=rate)

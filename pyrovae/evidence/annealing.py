@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.compiling.graph import CaptureError
 from pyrovae.evidence.density import Joint, refuse_nan
@@ -81,10 +81,8 @@ class Settings(NamedTuple):
         Raises:
             ValueError: If ``compile`` is none of its values.
         """
-        if compile not in ("auto", True, False):
-            raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")
         work = num_data * self.num_chains * self.num_temperatures * self.num_steps
-        compiled = compile is True or (compile == "auto" and work >= PAYS_AFTER)
+        compiled = should_compile(compile, work >= PAYS_AFTER)
         return self._asdict() | {"method": self.method, "compiled": compiled, "seed": seed}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence.density import Joint
 from pyrovae.evidence.estimation import Evaluation, particle_tile, power_of_two, row_limit
@@ -91,9 +91,9 @@ def log_likelihood(
         >>> print(f"{ll.mean:.1f} ± {ll.mean_standard_error:.3f} nats per datum. {ll.verdict}")
         -2... ± 0.00... nats per datum. k-hat is at most 0.7 for all 359 data...: ...
     """
-    _check(num_samples, defensive, refine_steps, max_rows, compile)
+    _check(num_samples, defensive, refine_steps, max_rows)
     points = curve_points(num_samples, curve)
-    compiled = compile is True or (compile == "auto" and len(x) * num_samples >= PAYS_AFTER)
+    compiled = should_compile(compile, len(x) * num_samples >= PAYS_AFTER)
     options = {
         "method": "importance sampling",
         "num_samples": num_samples,
@@ -172,7 +172,6 @@ def _check(
     defensive: float,
     refine_steps: int,
     max_rows: int | None,
-    compile: bool | str,
 ) -> None:
     if not isinstance(num_samples, int) or num_samples < 1:
         raise InputError(f"Expected an integer num_samples >= 1, got {num_samples}.")
@@ -182,5 +181,3 @@ def _check(
         raise InputError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
     if max_rows is not None and max_rows < 1:
         raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
-    if compile not in ("auto", True, False):
-        raise InputError(f"Expected compile='auto', True or False, got {compile!r}.")

@@ -21,7 +21,7 @@ from pyrovae._tools.options import Options, option
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import fit
-from pyrovae.training.precision import PRECISIONS
+from pyrovae.training.optimizer import PRECISIONS
 
 __all__ = [
     "SPLITS",

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.compiling.graph import undone
+from pyrovae._tools.seeding import seeded, subseed, undone
 from pyrovae.objectives import Estimate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
@@ -256,7 +255,7 @@ def join() -> World:
 def _averages(pair: Pair, args: tuple) -> bool:
     """Whether the scale of every site is a number over ``len(x)``, and not a number alone."""
     total, half = len(args[0]), len(args[0]) // 2
-    with undone(pair, args), torch.no_grad(), pair.mode(training=True):
+    with undone(pair.modules, args[0].device), torch.no_grad(), pair.mode(training=True):
         few, more = (_scales(pair, tuple(arg[:n] for arg in args)) for n in (half, total))
     # The power of 1 / len(x) in each scale; three digits are more than float32 spoils.
     powers = {n: round(math.log(few[n] / more[n], total / half), 3) for n in few if more[n]}

@@ -1,20 +1,110 @@
-"""The watch over training: a loss that is no number stops it, with the site that caused it."""
+"""What training has come to: its result and history, and the check that losses are finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae.objectives import Estimate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
+from pyrovae.training.distributed import World
 from pyrovae.training.svi import SVI
 
-__all__ = ["Monitor", "NonFiniteLoss"]
+__all__ = ["Fit", "Monitor", "NonFiniteLoss"]
+
+
+@dataclass
+class Fit:
+    """A pair being trained, or trained.
+
+    Attributes:
+        model: The model program.
+        guide: The guide program.
+        history: One row an epoch: ``epoch``; ``train_loss``, the objective; ``train_`` and
+            ``valid_`` ``elbo``, ``reconstruction`` and ``kl`` at β = 1 (None where the objective
+            is no ELBO or sites are scaled), all in nats per datum; ``lr``; ``seconds``.
+        seed: The seed that every draw of the training derives from.
+        best_epoch: The epoch of the highest validation ELBO so far, if there is one.
+        world: The processes that train it.
+    """
+
+    model: Callable
+    guide: Callable
+    svi: SVI
+    seed: int
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_state: dict[str, Tensor] | None = None
+    world: World = field(default_factory=World)
+
+    @property
+    def elbo(self) -> float:
+        """The last epoch's validation ELBO (without one, minus its loss), nats per datum."""
+        last = self.history[-1]
+        return -last["train_loss"] if last["valid_elbo"] is None else last["valid_elbo"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from: weights, optimizer, schedule, history, seed.
+
+        Random states need no place in it: every epoch draws from a stream of its own, derived
+        from the seed and the epoch's number.
+        """
+        return {
+            "weights": self.svi.pair.state_dict(),
+            "optimizer": self.svi.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "history": self.history,
+            "seed": self.seed,
+            "best_epoch": self.best_epoch,
+            "best_state": self.best_state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it belongs to another pair.
+        """
+        self.svi.pair.load_state_dict(state["weights"])
+        self.svi.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler and state["scheduler"]:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.history, self.seed = list(state["history"]), state["seed"]
+        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+
+    def record(self, row: dict[str, Any], keep_best: bool) -> None:
+        """End an epoch: add its row to the history, and step the schedule.
+
+        Args:
+            row: As ``history`` has it.
+            keep_best: Whether to keep the weights of the best epoch.
+        """
+        value = row["valid_elbo"]
+        best = None if self.best_epoch is None else self.history[self.best_epoch - 1]
+        self.history.append(row)
+        if value is not None and (best is None or value > best["valid_elbo"]):
+            self.best_epoch = row["epoch"]
+            if keep_best:
+                self.best_state = self.svi.pair.state_dict()
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(row["train_loss"] if value is None else -value)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def exhausted(self, patience: int | None) -> bool:
+        """Whether the validation ELBO has not risen for so many epochs."""
+        if patience is None or self.best_epoch is None:
+            return False
+        return len(self.history) - self.best_epoch >= patience
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -1,12 +1,13 @@
-"""One torch optimizer over all parameters, from whatever Pyro or torch has for an optimizer."""
+"""One torch optimizer over all parameters of a pair, and the precision of matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.params.param_store import (
     module_from_param_with_module_name,
     normalize_param_name,
@@ -16,41 +17,138 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae.pairs.pair import Pair
 
-__all__ = ["clip_gradients", "clips", "lend_to_pyro", "make_groups", "make_optimizer"]
+__all__ = ["PRECISIONS", "Trained", "check_precision", "make_optim", "matmul_precision"]
+
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
 
-def make_optimizer(optim: PyroOptim | Optimizer | Callable, named: dict[str, Tensor]) -> Optimizer:
-    """The optimizer of some parameters.
+class Trained:
+    """The parameters of a pair that are trained, and the torch optimizer that steps them.
 
     Args:
-        optim: A Pyro optimizer, whose options it takes; a torch optimizer, which it is; or a
-            function from parameters to one.
-        named: The parameters by Pyro's names.
+        optim: A Pyro optimizer, whose options and clipping it takes; a torch optimizer, which it
+            is; or a function from parameters to one.
+        pair: Owns the parameters.
+        clip_norm: The largest norm of the whole gradient; None clips nothing.
 
     Raises:
-        ValueError: If there is nothing to train, or a Pyro optimizer waits for a state by name.
-        TypeError: If the function returns something else.
+        TypeError: If ``optim`` is none of these.
+        ValueError: If ``clip_norm`` is not positive.
     """
+
+    def __init__(
+        self, optim: PyroOptim | Optimizer | Callable, pair: Pair, clip_norm: float | None = None
+    ) -> None:
+        if not (isinstance(optim, PyroOptim | Optimizer) or callable(optim)):
+            raise InputTypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
+        if clip_norm is not None and not 0 < clip_norm < float("inf"):
+            raise InputError(f"Expected clip_norm > 0, got {clip_norm}.")
+        self.optim, self.pair, self.clip_norm = optim, pair, clip_norm
+        self.named: dict[str, Tensor] = {}
+        self.optimizer: Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self.clips = clip_norm is not None or bool(getattr(optim, "pt_clip_args", None))
+        self._met = -1
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Those parameters that are not frozen."""
+        return [p for p in self.named.values() if p.requires_grad]
+
+    def collect(self) -> bool:
+        """Look for parameters that the programs have made since, and let the optimizer step them.
+
+        Returns:
+            Whether there are any, beside those that the optimizer was made with.
+
+        Raises:
+            ValueError: If there is nothing to train.
+        """
+        # A pyro.param statement makes its parameter at the first run that gets there: only their
+        # number has to be looked at from step to step.
+        met = len(self.pair.statements)
+        if self.optimizer is not None and met == self._met:
+            return False
+        self._met = met
+        fresh = {n: p for n, p in self.pair.named().items() if n not in self.named}
+        self.named |= fresh
+        spelled = self._pyro_names(fresh)
+        if self.optimizer is None:
+            self.optimizer = _make_optimizer(self.optim, spelled)
+            if isinstance(self.optim, PyroOptim):
+                self.scheduler = _lend_to_pyro(
+                    self.optim, self.optimizer, next(iter(fresh.values()))
+                )
+            return False
+        if fresh and not isinstance(self.optim, Optimizer):
+            for group in _groups(self.optim, spelled):
+                self.optimizer.add_param_group(group)
+        return bool(fresh)
+
+    def step(self) -> bool:
+        """Clip the gradients, step on them and clear them; returns what :meth:`collect` does."""
+        grown = self.collect()
+        if self.clips:
+            self.clip()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        for parameter in self.named.values():
+            parameter.grad = None
+        return grown
+
+    def clip(self) -> None:
+        """Clip gradients in place: each as a Pyro optimizer says, then their common norm."""
+        options = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
+        for name, parameter in self._pyro_names(self.named).items() if options else ():
+            if parameter.grad is not None:
+                own = options(*_split(name)) if callable(options) else options
+                # Pyro 1.9.2 clips inside its own step alone, which is not taken here.
+                PyroOptim._clip_grad(parameter, **own)
+        if self.clip_norm is not None and self.optimizer is not None:
+            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
+
+    def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters by the names that Pyro has for them, where it has one."""
+        spelled = {id(leaf): name for name, leaf in dict(self.pair.statements).items()}
+        return {spelled.get(id(p), name): p for name, p in named.items()}
+
+
+def make_optim(optimizer: Any, lr: float) -> Any:
+    """What :class:`Trained` takes for ``optim``: Adam at ``lr`` if there is none, a class at it."""
+    if optimizer is None:
+        # Fused is one kernel for all weights: unfused, the update is a fifth of an eager step.
+        return lambda params: torch.optim.Adam(params, lr=lr, fused=True)
+    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
+        make: Callable = optimizer
+        return lambda params: make(params, lr=lr)
+    return optimizer
+
+
+def _make_optimizer(optim: PyroOptim | Optimizer | Callable, named: dict[str, Tensor]) -> Optimizer:
     if not named:
         raise InputError("The pair has no parameters to train.")
     if isinstance(optim, Optimizer):
         return optim
     if isinstance(optim, PyroOptim):
+        # Pyro 1.9.2 keeps here what optim.load() was given, by names of parameters.
         if optim._state_waiting_to_be_consumed:
             raise InputError(
                 "One optimizer steps all parameters here: restore its state with "
                 "svi.build() and svi.optimizer.load_state_dict(state), not with optim.load()."
             )
-        return optim.pt_optim_constructor(make_groups(optim, named))
+        make: Any = optim.pt_optim_constructor
+        return make(_groups(optim, named))
     made = optim(list(named.values()))
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
 
 
-def make_groups(optim: Any, named: dict[str, Tensor]) -> list[dict]:
+def _groups(optim: Any, named: dict[str, Tensor]) -> list[dict]:
     """The parameter groups of some parameters, with a Pyro optimizer's options for each."""
     options = optim.pt_optim_args if isinstance(optim, PyroOptim) else {}
     if not callable(options):
@@ -62,32 +160,56 @@ def make_groups(optim: Any, named: dict[str, Tensor]) -> list[dict]:
     ]
 
 
-def lend_to_pyro(optim: PyroOptim, optimizer: Optimizer, key: Tensor) -> LRScheduler | None:
+def _lend_to_pyro(optim: PyroOptim, optimizer: Optimizer, key: Tensor) -> LRScheduler | None:
     """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer; the schedule, if any."""
-    make_scheduler = getattr(optim, "pt_scheduler_constructor", None)
-    scheduler = None if make_scheduler is None else make_scheduler(optimizer, **optim.kwargs)
+    scheduler = None
+    if isinstance(optim, PyroLRScheduler):
+        scheduler = optim.pt_scheduler_constructor(optimizer, **optim.kwargs)
+    # Pyro 1.9.2 has one optimizer for each parameter in this dict, and steps all its values.
     optim.optim_objs = {key: scheduler or optimizer}
     return scheduler
 
 
-def clips(optim: Any, clip_norm: float | None) -> bool:
-    """Whether :func:`clip_gradients` has anything to do."""
-    return clip_norm is not None or (isinstance(optim, PyroOptim) and bool(optim.pt_clip_args))
-
-
-def clip_gradients(
-    optim: Any, optimizer: Optimizer, named: dict[str, Tensor], clip_norm: float | None
-) -> None:
-    """Clip gradients in place: each as a Pyro optimizer says, then their common norm."""
-    options = optim.pt_clip_args if isinstance(optim, PyroOptim) else {}
-    for name, parameter in named.items() if options else ():
-        if parameter.grad is not None:
-            own = options(*_split(name)) if callable(options) else options
-            PyroOptim._clip_grad(parameter, **own)
-    if clip_norm is not None:
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(stepped, clip_norm)
-
-
 def _split(name: str) -> tuple[str, str]:
     return module_from_param_with_module_name(name), user_param_name(name)
+
+
+def check_precision(precision: str) -> str:
+    """The name itself, if it is one of :data:`PRECISIONS`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"Expected precision to be one of {list(PRECISIONS)}, got {precision!r}"
+            f"{did_you_mean(str(precision), PRECISIONS)}."
+        )
+    return precision
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices at some precision for a while.
+
+    Weights, sums and everything but matrix products and convolutions stay float32.
+
+    Args:
+        precision: ``"float32"``, exact; ``"tf32"``, factors rounded to 10 bits of mantissa where
+            the device has such units; ``"bf16"``, to 7 bits. Sums are in float32.
+
+    Raises:
+        ValueError: If ``precision`` is none of these.
+
+    References:
+        torch.set_float32_matmul_precision.
+    """
+    check_precision(precision)
+    before, convolves = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(PRECISIONS[precision])
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolves

@@ -41,7 +41,7 @@ def _both(make, loss, weights=True, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         captured, svi = _losses(make, loss, True, **options)
-    assert [c for c in svi._captures.values() if c is not None]
+    assert [c for c in svi.compiled.captures.values() if c is not None]
     assert captured == pytest.approx(eager, rel=1e-5)
     ours, theirs = svi.pair.state_dict(), plain.pair.state_dict()
     for name, value in ours.items() if weights else ():
@@ -65,7 +65,7 @@ def _inductor(*values):
 )
 def test_captured_training_is_eager_training(make, loss):
     svi = _both(make, loss)
-    assert next(iter(svi._captures.values())).calls == 8
+    assert next(iter(svi.compiled.captures.values())).calls == 8
 
 
 class Stateful(nn.Module):
@@ -97,7 +97,7 @@ def test_dropout_and_batch_statistics_are_those_of_the_eager_run():
 
 @pytest.fixture
 def _again_at_once(monkeypatch):
-    monkeypatch.setattr("pyrovae.training.svi.AGAIN_AFTER", 1)
+    monkeypatch.setattr("pyrovae.compiling.step.AGAIN_AFTER", 1)
 
 
 def _captured_gradients(make, calls=2):
@@ -112,15 +112,15 @@ def _captured_gradients(make, calls=2):
 def _assert_captured_anew(svi):
     """The pair as it is now runs captured, and as it does eagerly."""
     found = []
-    for compile in (True, False):
-        svi.compile = compile
+    compiled = svi.compiled
+    for svi.compiled in (compiled, None):
         pyro.set_rng_seed(5)
         loss = svi.gradients(X).loss
         found.append(
             [loss, *(p.grad.clone() for p in svi.model.parameters() if p.grad is not None)]
         )
         svi.optimizer.zero_grad()
-    assert len([c for c in svi._captures.values() if c is not None]) == 2
+    assert len([c for c in compiled.captures.values() if c is not None]) == 2
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -185,7 +185,7 @@ def test_an_attribute_that_changes_each_step_runs_eagerly():
     for step in range(5):
         svi.model.beta = 0.1 * (step + 1)
         svi.step(X)
-    assert len(svi._captures) == 1
+    assert len(svi.compiled.captures) == 1
 
 
 def _with_model(model):
@@ -218,7 +218,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(logits, words):
     with pytest.warns(UserWarning, match=words) as caught:
         losses, svi = _losses(_with_model(model), Trace_ELBO(), True, steps=6)
     assert len([w for w in caught if "runs eagerly" in str(w.message)]) == 1
-    assert list(svi._captures.values()) == [None]
+    assert list(svi.compiled.captures.values()) == [None]
     assert len(losses) == 6
 
 
@@ -232,7 +232,7 @@ def test_a_number_that_changes_unseen_is_found_by_the_audit():
         svi.step(X)
     pyro.set_rng_seed(3)
     found = svi.step(X)
-    svi.compile = False
+    svi.compiled = None
     assert found == pytest.approx(_repeat(svi), rel=0.05)
 
 
@@ -267,7 +267,7 @@ def test_a_weight_that_has_moved_is_the_one_that_is_trained(move, fixed, words):
     for compile in (False, True):
         _, svi = _losses(_square, Trace_ELBO(), compile, steps=5)
         svi.model.net.weight.data = move(svi.model.net.weight.data)
-        for capture in svi._captures.values():
+        for capture in svi.compiled.captures.values() if compile else ():
             capture.graph._fixed = fixed
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -315,8 +315,8 @@ def test_the_whole_step_is_the_eager_step(optimizer, inside):
             if inside:
                 svi.optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
         found.append(svi)
-    captured = [c for c in found[0]._captures.values() if c is not None]
-    assert [c.descent is not None for c in captured] == [inside]
+    captured = [c for c in found[0].compiled.captures.values() if c is not None]
+    assert [c.update is not None for c in captured] == [inside]
     ours, theirs = (svi.pair.state_dict() for svi in found)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
@@ -344,15 +344,15 @@ def test_a_wrong_update_is_found_by_the_audit(monkeypatch):
 
 def test_a_smaller_last_batch_is_not_worth_a_capture():
     svi = _both(published_example, Trace_ELBO(), batches=(X, X[:5]), steps=4)
-    assert len(svi._captures) == 1
+    assert len(svi.compiled.captures) == 1
 
 
 def test_auto_compiles_long_runs_alone():
     _, short = _losses(published_example, Trace_ELBO(), "auto", steps=3)
-    assert not short._captures
+    assert not short.compiled.captures
     svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=3_000)
     svi.step(X)
     svi.step(X)
-    assert len(svi._captures) == 1
+    assert len(svi.compiled.captures) == 1
     with pytest.raises(ValueError, match="compile='auto'"):
         pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), compile="yes")

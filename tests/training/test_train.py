@@ -17,6 +17,7 @@ from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.training.loop import NonFiniteLoss
+from pyrovae.training.optimizer import matmul_precision
 
 X = binary(40)
 
@@ -115,8 +116,8 @@ def test_a_compiled_run_resumes_bit_identical():
     whole = pyrovae.fit(*start(), _data(48), epochs=4, **options)
     half = pyrovae.fit(*start(), _data(48), epochs=2, **options).state_dict()
     resumed = pyrovae.fit(*start(), _data(48), epochs=4, state=half, **options)
-    assert [c.calls for c in whole.svi._captures.values()] == [11]
-    assert [c.calls for c in resumed.svi._captures.values()] == [6]
+    assert [c.calls for c in whole.svi.compiled.captures.values()] == [11]
+    assert [c.calls for c in resumed.svi.compiled.captures.values()] == [6]
     assert _same(_weights(whole), _weights(resumed))
 
 
@@ -382,3 +383,19 @@ def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
     elbos = [row["valid_elbo"] for row in history]
     assert elbos == sorted(elbos)
     assert [row["lr"] for row in history] == [1e-3] * 4
+
+
+def test_precision_is_given_back_and_named():
+    before = torch.get_float32_matmul_precision()
+    convolves = torch.backends.cudnn.allow_tf32
+    with matmul_precision("bf16"):
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+        with matmul_precision("float32"):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cudnn.allow_tf32 == convolves
+    with pytest.raises(ValueError, match="did you mean 'bf16'"), matmul_precision("bf61"):
+        pass
