@@ -26,14 +26,13 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae._tools.files import write_atomic
-from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.density import Joint, Place, Values, add_up, refuse_nan
-from pyrovae.evidence.estimation import Evaluation, particle_tile
+from pyrovae._tools.seeding import draw_seed, seeded, subseed
+from pyrovae.evidence.density import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.importance import log_likelihood as estimate
-from pyrovae.evidence.proposals import require_density
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Found, digest, run_tiles
-from pyrovae.pairs.traces import is_bookkeeping, samples
+from pyrovae.evidence.tiles import DATA_TILE, Found, digest, opened
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
 if TYPE_CHECKING:
     import arviz
@@ -118,19 +117,20 @@ def to_inference_data(
             NaN, or labels or estimate are not of these data.
     """
     _check(len(x), num_samples, num_prior, first, labels)
-    task = Evaluation(model, guide, (x, *context), {"seed": seed})
+    seed = draw_seed(seed)
     if log_likelihood is None:
-        draw = partial(estimate, num_samples=num_samples, seed=task.seed, compile=False)
+        draw = partial(estimate, num_samples=num_samples, seed=seed, compile=False)
         log_likelihood, start = draw(model, guide, x, *context), 0
     else:
-        start = _place(log_likelihood, digest(*task.rows), len(x), first)
+        start = _place(log_likelihood, digest(x, *context), len(x), first)
     counts = {"num_samples": num_samples, "num_prior": num_prior}
-    with task.opened() as joint:
-        with seeded(task.seed, task.device):
-            require_density(joint, task.first)
-        tile = particle_tile(task.first)
-        draws = _Draws(joint, task.seed, tile, **counts, resample=resample)
-        found = run_tiles(draws, task.rows)
+    with opened(model, guide, (x, *context), seed=seed) as task:
+        with seeded(seed, task.device):
+            require_density(task.pair, task.first)
+        draws = _Draws(task.pair, seed, task.tile, **counts, resample=resample)
+        for index, rows in task.tiles():
+            task.keep(index, draws(index, rows))
+        found = task.found()
     for name in PER_DATUM:
         if (each := getattr(log_likelihood, name)) is not None:
             found[f"sample_stats/{name}"] = each[start : start + len(x)]
@@ -139,7 +139,7 @@ def to_inference_data(
     programs = {"model": model, "guide": guide}
     about = {
         **{n: getattr(p, "__qualname__", type(p).__name__) for n, p in programs.items()},
-        "seed": task.seed,
+        "seed": seed,
         "data": task.data,
         **counts,
         "units": "nats",
@@ -360,7 +360,7 @@ class _Draws:
     :func:`pyrovae.log_likelihood`, so that both have the same draws for a seed.
     """
 
-    joint: Joint
+    pair: Pair
     seed: int
     tile: int
     num_samples: int
@@ -368,11 +368,11 @@ class _Draws:
     resample: bool
 
     def __call__(self, index: int, rows: tuple) -> Found:
-        joint, seed = self.joint, subseed(self.seed, index)
+        pair, seed = self.pair, subseed(self.seed, index)
         with seeded(seed, rows[0].device):
-            given = samples(joint.trace(joint.pair.run_model, rows, 1, Place({}, {})))
+            given = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
         deterministic = {n for n, site in given.items() if site["infer"].get("_deterministic")}
-        seen = [name for name in joint.layout.observed if name not in deterministic]
+        seen = [name for name in pair.known.observed if name not in deterministic]
         data = [name for name in seen if not is_bookkeeping(given[name])]
         values, scores, log_weight = self._posterior(rows, seed, index * DATA_TILE)
         if self.resample:
@@ -390,36 +390,36 @@ class _Draws:
 
     def _posterior(self, rows: tuple, seed: int, first: int) -> tuple[Values, Values, Tensor]:
         """Latents, the model's scores ``[K, N]`` by site, and the log-weights ``[K, N]``."""
-        joint, parts = self.joint, []
+        pair, parts = self.pair, []
         for number, start in enumerate(range(0, self.num_samples, self.tile)):
             with seeded(subseed(seed, number), rows[0].device):
-                drawn = joint.draw(rows, self.tile)
+                drawn = pair.draw(rows, self.tile)
             stop = min(self.tile, self.num_samples - start)
             parts.append([{n: v[:stop] for n, v in each.items()} for each in drawn])
         values, guide = (
             {n: torch.cat([p[n] for p in ps]) for n in ps[0]} for ps in zip(*parts, strict=True)
         )
-        scored = joint.model(rows, self.num_samples, values)
-        prior, likelihood = joint.split(scored)
-        log_weight = prior + likelihood - add_up(guide.values())
+        scored = joint_density(pair, rows, self.num_samples, values)
+        own = total(guide.values(), torch.zeros_like(scored.prior))
+        log_weight = scored.prior + scored.likelihood - own
         if bool(log_weight.isnan().any()):
-            refuse_nan(guide, scored.scores, first)
-        if joint.layout.enumerated:
+            refuse_nan(guide, scored.sites, first)
+        if pair.known.enumerated:
             with seeded(subseed(seed, SUMMED_STREAM), rows[0].device):
                 values = values | self._summed_out(rows, values)
-        return values, scored.scores, log_weight
+        return values, scored.sites, log_weight
 
     def _summed_out(self, rows: tuple, values: Values) -> Values:
         """Draws of what the model sums over, from its exact posterior given the other latents."""
-        joint, layout = self.joint, self.joint.layout
-        model = poutine.condition(joint.pair.run_model, data=values)
+        layout = self.pair.known
+        model = poutine.condition(self.pair.run_model, data=values)
 
         def with_particles(*args: Tensor) -> None:
             with pyro.plate("particles", self.num_samples, dim=layout.particle_dim):
                 model(*args)
 
         program = infer_discrete(with_particles, first_available_dim=layout.particle_dim - 1)
-        trace = poutine.trace(program).get_trace(*joint.args(rows))
+        trace = poutine.trace(program).get_trace(*rows)
         return {name: trace.nodes[name]["value"] for name in layout.enumerated}
 
     def _resampled(
@@ -435,8 +435,8 @@ class _Draws:
 
     def _forward(self, rows: tuple, particles: int, values: Values, seed: int) -> dict:
         with seeded(seed, rows[0].device):
-            forward = poutine.uncondition(self.joint.pair.run_model)
-            return samples(self.joint.trace(forward, rows, particles, Place(values, {})))
+            forward = poutine.uncondition(self.pair.run_model)
+            return samples(self.pair.trace_given(forward, rows, particles, Given(values)))
 
     def _values(self, group: str, nodes: dict, names: Iterable[str], given: dict) -> Found:
         masked = not group.endswith("predictive")
@@ -462,7 +462,7 @@ class _Draws:
 
     def _axis(self, site: dict) -> int:
         """Where the batch lies in a site's value, counted from the right."""
-        return self.joint.layout.dim - site["fn"].event_dim
+        return self.pair.known.dim - site["fn"].event_dim
 
 
 def systematic(log_weight: Tensor) -> Tensor:

@@ -113,11 +113,11 @@ def standard_error(values: Tensor, dim: int = 0) -> Tensor:
     return values.std(dim) / math.sqrt(n)
 
 
-def progress_bar(items: Iterable, *, enabled: bool = True, **options: Any) -> tqdm:
+def progress_bar(items: Iterable | None, *, enabled: bool = True, **options: Any) -> tqdm:
     """Iterate with a bar on standard error, if that is a terminal and a bar is wanted.
 
     Args:
-        items: What to iterate over.
+        items: What to iterate over; None for a bar that is moved with ``.update(n)``.
         enabled: Whether a bar is wanted.
         options: Passed to :class:`tqdm.tqdm`.
     """

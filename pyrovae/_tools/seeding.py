@@ -13,16 +13,18 @@ __all__ = ["draw_seed", "seeded", "subseed", "undone"]
 
 
 @contextmanager
-def seeded(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> Iterator[None]:
     """Run a block under a seed and give torch's global streams back as they were.
 
     Args:
         seed: The seed; None leaves the global stream to run on.
         device: Where the block draws; its stream is kept beside the CPU's.
+        path: The part of a computation, as :func:`subseed` has it, if it is one.
     """
     if seed is None:
         yield
         return
+    seed = subseed(seed, *path) if path else seed
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):

@@ -23,8 +23,8 @@ from pyrovae.diagnostics.calibration import (
 from pyrovae.diagnostics.gaps import Gaps, inference_gaps
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
-from pyrovae.evidence.density import Joint
-from pyrovae.evidence.estimation import Evaluation
+from pyrovae.evidence.tiles import Evaluation, opened
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = [
@@ -100,16 +100,16 @@ def diagnose(
         4 of 4 units are active. Of the rate of ... nats, ...
     """
     labels = _check(x, labels, num_samples)
-    task = Evaluation(model, guide, (x, *context), {"seed": seed})
     total = len(x) + _draws(len(x))
-    with task.opened() as joint, progress_bar(
-        (), enabled=progress, total=total, desc="diagnosis"
-    ) as bar:  # fmt: skip
-        rate, distortion, sites = _examine(joint, task, num_samples, bar.update)
-        aggregate, remarks = _aggregate(joint, task, bar.update)
+    with (
+        opened(model, guide, (x, *context), seed=seed) as task,
+        progress_bar((), enabled=progress, total=total, desc="diagnosis") as bar,
+    ):
+        rate, distortion, sites = _examine(task, num_samples, bar.update)
+        aggregate, remarks = _aggregate(task, bar.update)
         with seeded(subseed(task.seed, 0, INTERVAL_STREAM), task.device):
-            calibration = _calibrate(joint, task.rows) if intervals else None
-            dimensions = _eight_bit_dimensions(joint, task.first)
+            calibration = _calibrate(task.pair, task.rows) if intervals else None
+            dimensions = _eight_bit_dimensions(task.pair, task.first)
     probe = None
     if labels is not None and not is_probable(labels):
         remarks += (
@@ -146,7 +146,7 @@ def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
 
 
 def _examine(
-    joint: Joint, task: Evaluation, particles: int, tick: Callable[[int], Any]
+    task: Evaluation, particles: int, tick: Callable[[int], Any]
 ) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
     """:func:`pyrovae.diagnostics.units.examine` of all data, a tile at a time."""
     parts = []
@@ -154,7 +154,7 @@ def _examine(
     tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
     with seeded(subseed(task.seed, 0, DRAW_STREAM), task.device):
         for rows in tiles:
-            parts.append(examine(joint.pair, joint.layout, rows, particles))
+            parts.append(examine(task.pair, task.pair.known, rows, particles))
             tick(len(rows[0]))
     rate, distortion, sites = zip(*parts, strict=True)
     joined = {
@@ -164,7 +164,7 @@ def _examine(
                 for each in ("kl", "mean", "noise", "used")
             }
         )
-        for name in joint.layout.latents
+        for name in task.pair.known.latents
     }
     return torch.cat(rate), torch.cat(distortion), joined
 
@@ -183,12 +183,12 @@ def _site(site: SitePosterior, home: torch.device) -> SiteDiagnosis:
 
 
 def _aggregate(
-    joint: Joint, task: Evaluation, tick: Callable[[int], Any]
+    task: Evaluation, tick: Callable[[int], Any]
 ) -> tuple[Aggregate | None, tuple[str, ...]]:
-    if not joint.layout.latents:
+    if not task.pair.known.latents:
         return None, ()
     try:
-        return mix(joint, task.rows, _draws(len(task.rows[0])), task.seed, tick), ()
+        return mix(task.pair, task.rows, _draws(len(task.rows[0])), task.seed, tick), ()
     except InputError as error:
         return None, (str(error),)
 
@@ -199,14 +199,14 @@ def _draws(num_data: int) -> int:
     return draws // min(num_data, draws) * min(num_data, draws)
 
 
-def _calibrate(joint: Joint, rows: tuple) -> Calibration | None:
+def _calibrate(pair: Pair, rows: tuple) -> Calibration | None:
     chosen = torch.randperm(len(rows[0]))[:CALIBRATED].to(rows[0].device)
-    return calibrate(joint.pair, joint.layout, tuple(tensor[chosen] for tensor in rows))
+    return calibrate(pair, pair.known, tuple(tensor[chosen] for tensor in rows))
 
 
-def _eight_bit_dimensions(joint: Joint, rows: tuple) -> float:
+def _eight_bit_dimensions(pair: Pair, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
-    trace = joint.pair.trace_posterior(*rows)
+    trace = pair.trace_posterior(*rows)
     sites = samples(trace)
     seen = [s for s in sites.values() if s["is_observed"]]
     if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:

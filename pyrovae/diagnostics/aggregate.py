@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.density import Joint, Place, Values, add_up
-from pyrovae.evidence.estimation import Evaluation
-from pyrovae.evidence.proposals import require_scorable
-from pyrovae.pairs.traces import samples
+from pyrovae.evidence.density import guide_density, joint_density, require_scorable, total
+from pyrovae.evidence.tiles import opened
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import Values, samples
 
 __all__ = ["Aggregate", "aggregate_posterior", "mix"]
 
@@ -85,13 +85,12 @@ def aggregate_posterior(
         lower bound (NIPS 2016 workshop); Poole et al., On Variational Bounds of Mutual Information
         (arXiv 1905.06922), section 2, for the two bounds.
     """
-    task = Evaluation(model, guide, (x, *context), {"seed": seed})
-    with task.opened() as joint:
-        return mix(joint, task.rows, num_draws, task.seed)
+    with opened(model, guide, (x, *context), seed=seed) as task:
+        return mix(task.pair, task.rows, num_draws, task.seed)
 
 
 def mix(
-    joint: Joint,
+    pair: Pair,
     rows: tuple,
     num_draws: int,
     seed: int,
@@ -100,7 +99,7 @@ def mix(
     """What :func:`aggregate_posterior` computes, for a pair that has been opened.
 
     Args:
-        joint: The pair.
+        pair: The pair, inspected.
         rows: Data ``[N, ...]`` with further arguments of both programs.
         num_draws: How many draws are averaged.
         seed: Seeds the draws.
@@ -109,14 +108,14 @@ def mix(
     num_data, device = len(rows[0]), rows[0].device
     information, marginal, upper = [], [], []
     with seeded(subseed(seed, 0, STREAM), device):
-        require_scorable(joint, tuple(tensor[:DATA] for tensor in rows), UNKNOWN)
-        axes = _axes(joint, rows)
+        require_scorable(pair, tuple(tensor[:DATA] for tensor in rows), UNKNOWN)
+        axes = _axes(pair, rows)
     with seeded(subseed(seed, 1, STREAM), device):
         chosen = torch.randperm(num_data)[:num_draws].to(device)
         each = max(1, num_draws // num_data)
         together = max(1, (PAIRS if device.type == "cpu" else ON_DEVICE) // DATA // each)
         for index in chosen.split(together):
-            own, prior, others = _score(joint, rows, index, each, axes)
+            own, prior, others = _score(pair, rows, index, each, axes)
             mixture = torch.logaddexp(own, others) - math.log(num_data)
             information.append((own - mixture).mean(0))
             marginal.append((mixture - prior).mean(0))
@@ -127,21 +126,20 @@ def mix(
 
 
 def _score(
-    joint: Joint, rows: tuple, index: Tensor, each: int, axes: dict[str, int]
+    pair: Pair, rows: tuple, index: Tensor, each: int, axes: dict[str, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ln q of draws under their own datum, ln p(z), and ln Σ q over the other data, ``[K, n]``."""
     own_rows = tuple(tensor[index] for tensor in rows)
-    values, scores = joint.draw(own_rows, each)
+    values, scores = pair.draw(own_rows, each)
     zero = torch.zeros(each, len(index), dtype=torch.float64, device=index.device)
-    own = zero + add_up(scores.values())
-    prior, _ = joint.split(joint.model(own_rows, each, values))
+    own = total(scores.values(), zero)
+    prior = joint_density(pair, own_rows, each, values).prior
     others = torch.full_like(own, -math.inf).flatten()
     mine = index.repeat(each)
     for start in range(0, len(rows[0]), DATA):
         tile = tuple(tensor[start : start + DATA] for tensor in rows)
         spread = _spread(values, axes, len(tile[0]))
-        found = zero.new_zeros(len(mine), len(tile[0]))
-        found = found + add_up(joint.guide(tile, len(mine), spread).values())
+        found = guide_density(pair, tile, len(mine), spread)
         column = torch.arange(start, start + len(tile[0]), device=index.device)
         found = found.masked_fill(column == mine[:, None], -math.inf)
         others = torch.logaddexp(others, found.logsumexp(-1))
@@ -158,20 +156,20 @@ def _spread(values: Values, axes: dict[str, int], num_data: int) -> Values:
     return found
 
 
-def _axes(joint: Joint, rows: tuple) -> dict[str, int]:
+def _axes(pair: Pair, rows: tuple) -> dict[str, int]:
     """Where the batch lies in each latent's value, counted from the right.
 
     Raises:
         ValueError: If a latent is masked for some data and not for others.
     """
     axes: dict[str, int] = {}
-    seen: dict[str, set[bool]] = {name: set() for name in joint.layout.latents}
+    seen: dict[str, set[bool]] = {name: set() for name in pair.known.latents}
     for start in range(0, len(rows[0]), DATA):
         tile = tuple(tensor[start : start + DATA] for tensor in rows)
-        sites = samples(joint.trace(joint.pair.run_guide, tile, 1, Place({}, {})))
+        sites = samples(pair.trace_given(pair.run_guide, tile, 1, Given({})))
         for name, kinds in seen.items():
             site = sites[name]
-            axes[name] = joint.layout.dim - site["fn"].event_dim
+            axes[name] = pair.known.dim - site["fn"].event_dim
             mask = True if site["mask"] is None else site["mask"]
             kinds.update(torch.as_tensor(mask).unique().tolist())
     for name, kinds in seen.items():

@@ -8,25 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.compiling.graph import CaptureError
-from pyrovae.evidence.density import Joint, refuse_nan
-from pyrovae.evidence.estimation import Evaluation, particle_tile, row_limit
-from pyrovae.evidence.hmc import adapt, anneal
-from pyrovae.evidence.proposals import require_density, require_scorable
-from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Found
-from pyrovae.evidence.unconstrained import GeometricPath, Line, State
+from pyrovae.evidence.density import (
+    joint_density,
+    refuse_nan,
+    require_density,
+    require_scorable,
+    uncovered_share,
+)
+from pyrovae.evidence.result import Curve, LogLikelihood
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, opened
+from pyrovae.evidence.unconstrained import Coordinates, GeometricPath, State, adapt, anneal
 from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["Annealer", "Settings", "annealed_log_likelihood"]
 
-PILOT_STREAM, BACKWARD_STREAM = 5, 6
+PRIOR_STREAM, PILOT_STREAM, BACKWARD_STREAM = 1, 5, 6
+# Chains of the run that finds step sizes: enough for an acceptance rate, a quarter of the cost.
 PILOT_CHAINS = 4
+# Compiling takes some 20 seconds, in which a small pair takes so many steps.
 PAYS_AFTER = 2_000_000
+# Wu et al.'s sigmoid, from -4 to 4: a 27th of the way at the ends for each step in the middle.
 STEEPNESS = 4.0
 
 
@@ -75,7 +81,7 @@ class Settings(NamedTuple):
             f"temperatures of {self.num_steps} leapfrog steps"
         )
 
-    def options(self, num_data: int, compile: bool | str, seed: int | None) -> dict[str, Any]:
+    def options(self, num_data: int, compile: bool | str) -> dict[str, Any]:
         """What an estimate depends on beside the pair and its data.
 
         Raises:
@@ -83,7 +89,7 @@ class Settings(NamedTuple):
         """
         work = num_data * self.num_chains * self.num_temperatures * self.num_steps
         compiled = should_compile(compile, work >= PAYS_AFTER)
-        return self._asdict() | {"method": self.method, "compiled": compiled, "seed": seed}
+        return self._asdict() | {"method": self.method, "compiled": compiled}
 
 
 def annealed_log_likelihood(
@@ -158,73 +164,69 @@ def annealed_log_likelihood(
     """
     settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
     settings.check()
-    options = settings.options(len(x), compile, seed)
-    task = Evaluation(model, guide, (x, *context), options, checkpoint, processes)
-    with task.opened() as joint:
+    options = settings.options(len(x), compile)
+    with opened(
+        model,
+        guide,
+        (x, *context),
+        seed=seed,
+        max_rows=max_rows,
+        checkpoint=checkpoint,
+        processes=processes,
+    ) as task:
         with seeded(task.seed, task.device):
-            annealer = Annealer(joint, task.first, settings, task.seed, options["compiled"])
-        with task.bar(annealer.ticks, enabled=progress) as bar:
-            annealer.tick = bar.update
-            found = task.run(annealer.forward, joint)
-        covers, points = initial == "prior", curve_points(num_chains)
-        return task.result(found, joint, num_chains, points, settings.method, covers=covers)
+            annealer = Annealer(task, settings, options["compiled"])
+        for index, rows in task.tiles(options, work=annealer.ticks, progress=progress):
+            task.keep(index, annealer.run(index, rows, annealer.tune(index, rows)))
+        return annealer.result(task.found())
 
 
 class Annealer:
     """Anneals chains for a tile of data.
 
     Args:
-        joint: The pair.
-        rows: A few data.
+        task: The pair and the data.
         settings: How.
-        seed: What all draws derive from.
         compiled: Compile densities and gradients.
 
     Raises:
         ValueError: If a latent is discrete, or the guide cannot score what it did not draw.
     """
 
-    def __init__(
-        self, joint: Joint, rows: tuple, settings: Settings, seed: int, compiled: bool
-    ) -> None:
-        self.joint, self.settings, self.seed = joint, settings, seed
-        self.compiled = compiled
-        self.tick: Callable[[], object] = lambda: None
-        self.line = Line(joint, rows)
+    def __init__(self, task: Evaluation, settings: Settings, compiled: bool) -> None:
+        self.task, self.settings, self.compiled = task, settings, compiled
+        self.coordinates = Coordinates(task.pair, task.first)
         if settings.initial == "guide":
-            require_density(joint, rows)
-            require_scorable(joint, rows, "use initial='prior'")
-        limit = row_limit(rows, settings.max_rows)
-        self.path = GeometricPath(self.line, settings.initial, limit)
-        self.tile = min(particle_tile(rows), settings.num_chains)
+            require_density(task.pair, task.first)
+            require_scorable(task.pair, task.first, "use initial='prior'")
+        self.path = GeometricPath(self.coordinates, settings.initial, task.max_rows)
+        self.tile = min(task.tile, settings.num_chains)
         tiles = -(-settings.num_chains // self.tile)
         self.ticks = settings.num_temperatures * (1 + tiles)
-
-    def forward(self, index: int, rows: tuple) -> Found:
-        """Estimate log p(x) of a tile of data from below."""
-        return self.run(index, rows, self.tune(index, rows))
 
     def tune(self, index: int, rows: tuple) -> list[Tensor]:
         """Find the step sizes of the transitions, ``[N, D]`` each, by chains of their own."""
         if self.compiled:
             self._compile(rows)
-        seed, settings = subseed(self.seed, index), self.settings
+        seed, settings = subseed(self.task.seed, index), self.settings
         if not settings.betas:
             return []
-        with seeded(subseed(seed, 0, PILOT_STREAM), rows[0].device):
+        with seeded(seed, rows[0].device, 0, PILOT_STREAM):
             state = self._start(index, rows, PILOT_CHAINS)
-            return adapt(self.path, rows, state, settings.betas, settings.num_steps, self._ticked)
+            tick = self.task.bar.update
+            return adapt(self.path, rows, state, settings.betas, settings.num_steps, tick)
 
     def run(
         self, index: int, rows: tuple, strides: list[Tensor], end: Tensor | None = None
     ) -> Found:
         """Sum the weights of all chains: w forward, or 1/w backward from ``end`` ``[N, D]``."""
-        count, seed = self.settings.num_chains, subseed(self.seed, index)
-        sums, accepted = Sums(count, curve_points(count), rows[0]), 0.0
+        count, seed = self.settings.num_chains, subseed(self.task.seed, index)
+        sums = Sums(count, curve_points(count), rows[0])
+        accepted = rows[0].new_zeros(len(rows[0]), dtype=torch.float64)
         for number, first in enumerate(range(0, count, self.tile)):
             chains = min(self.tile, count - first)
             stream = (number,) if end is None else (number, BACKWARD_STREAM)
-            with seeded(subseed(seed, *stream), rows[0].device):
+            with seeded(seed, rows[0].device, *stream):
                 log_weight, rate = self._anneal(index, rows, strides, chains, end)
             sums.add(log_weight)
             accepted = accepted + rate * chains / count
@@ -233,7 +235,7 @@ class Annealer:
     def _anneal(
         self, index: int, rows: tuple, strides: list[Tensor], chains: int, end: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        how = self.settings.betas, strides, self.settings.num_steps, self._ticked
+        how = self.settings.betas, strides, self.settings.num_steps, self.task.bar.update
         if end is None:
             return anneal(self.path, rows, self._start(index, rows, chains), *how)
         state = self.path(rows, end.expand(chains, *end.shape))
@@ -242,21 +244,40 @@ class Annealer:
 
     def _start(self, index: int, rows: tuple, chains: int) -> State:
         """Where chains start: at the first draws that importance sampling would make."""
+        pair = self.task.pair
         if self.settings.initial == "guide":
-            drawn, _ = self.joint.draw(rows, max(particle_tile(rows), chains))
+            drawn, _ = pair.draw(rows, max(self.task.tile, chains))
             drawn = {name: value[:chains] for name, value in drawn.items()}
         else:
-            drawn = self.joint.draw_prior(rows, chains)
-        state = self.path(rows, self.path.place(rows, drawn))
+            drawn = pair.draw_prior(rows, chains)
+        state = self.path(rows, self.path.of(rows, drawn))
         if bool((state.target - state.start).isnan().any()):
-            model = self.joint.model(rows, chains, drawn).scores
-            guide = (
-                {} if self.settings.initial == "prior" else self.joint.guide(rows, chains, drawn)
-            )
-            refuse_nan(guide, model, index * len(rows[0]))
+            model = joint_density(pair, rows, chains, drawn).sites
+            start = self.settings.initial
+            guide = {} if start == "prior" else pair.score_guide(rows, chains, drawn)
+            refuse_nan(guide, model, index * DATA_TILE)
         return state
 
+    def result(self, found: Found) -> LogLikelihood:
+        """The estimate that all tiles' sums make up."""
+        task, chains = self.task, self.settings.num_chains
+        # Chains from the prior start everywhere where it has mass.
+        covers = self.settings.initial == "prior"
+        with seeded(task.seed, task.device, 0, PRIOR_STREAM):
+            uncovered = 0.0 if covers else uncovered_share(task.pair, task.first)
+        return LogLikelihood(
+            num_samples=chains,
+            curve=Curve(tuple(curve_points(chains)), found.pop("curve").T),
+            method=self.settings.method,
+            seed=task.seed,
+            data=task.data,
+            uncovered=uncovered,
+            **found,
+        )
+
     def _compile(self, rows: tuple) -> None:
+        from pyrovae.compiling.graph import CaptureError
+
         self.compiled = False
         try:
             for chains in {PILOT_CHAINS, self.tile}:
@@ -264,6 +285,3 @@ class Annealer:
         except CaptureError as error:
             self.path.graphs.clear()
             warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=2)
-
-    def _ticked(self) -> None:
-        self.tick()

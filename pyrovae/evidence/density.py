@@ -1,13 +1,13 @@
-"""ln p(x, z) and ln q(z | x) of drawn or given latents: what every estimate of log p(x) needs."""
+"""ln p(x, z) and ln q(z | x) of given latents, and whether a guide has such a density."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Delta
-from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
@@ -16,126 +16,136 @@ from pyrovae._tools import InputError
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Layout, Values, is_bookkeeping, reduce_to, samples
 
-__all__ = ["Joint", "Place", "Scored", "Values", "add_up", "refuse_nan", "to_support"]
+__all__ = [
+    "Placed",
+    "Scored",
+    "guide_density",
+    "joint_density",
+    "refuse_nan",
+    "require_density",
+    "require_scorable",
+    "to_support",
+    "total",
+    "uncovered_share",
+]
+
+# (Particle, datum) pairs from the prior that the guide is asked to score: enough to notice that a
+# hundredth of the prior is out of its reach.
+PRIOR_ROWS = 256
 
 
-class Place(Given):
-    r"""Sets latent sites to given values, and observed ones to other data.
+class Scored(NamedTuple):
+    r"""What the model says of K latents for each of N data; terms are ``[K, N]`` in float64.
 
-    Args:
-        values: Values of latents by site.
-        observed: Values of observed sites.
-        line: Take a latent's value as a point u of real coordinates, and set the site to T(u) of
-            its support, :func:`torch.distributions.biject_to`; ``log_det`` collects
-            :math:`\ln |\partial T / \partial u|` by site.
+    Attributes:
+        prior: ln p(z), or :math:`\ln p(u) = \ln p(z) + \ln |\partial T / \partial u|` where the
+            latents were given as coordinates.
+        likelihood: ln p(x | z).
+        log_det: :math:`\ln |\partial T / \partial u|`; zero where the latents were given as z.
+        latents: z by site.
+        sites: The scores by site.
     """
 
-    def __init__(self, values: Values, observed: Values, line: bool = False) -> None:
-        super().__init__(values, observed)
-        self.line = line
+    prior: Tensor
+    likelihood: Tensor
+    log_det: Tensor
+    latents: Values
+    sites: Values
+
+
+class Placed(Given):
+    r"""Sets latent sites to z = T(u) at given points u of real coordinates.
+
+    T is :func:`torch.distributions.biject_to` of the site's support, which may depend on other
+    latents; ``log_det`` collects :math:`\ln |\partial T / \partial u|` by site.
+    """
+
+    def __init__(self, points: Values) -> None:
+        super().__init__(points)
         self.log_det: Values = {}
 
     def latent(self, msg: Any, value: Tensor) -> Tensor:
-        """The value, or the image of a point of the real line."""
-        if not self.line:
-            return value
+        """The image of a point."""
         transform = to_support(msg["name"], msg["fn"])
         image = transform(value)
         self.log_det[msg["name"]] = transform.log_abs_det_jacobian(value, image)
         return image
 
 
-class Scored(NamedTuple):
-    """What a model gave latents: scores ``[K, N]`` by site, the latents, and ln|∂T/∂u| ``[K, N]``.
-
-    The last is zero where the latents were given as they are.
-    """
-
-    scores: Values
-    latents: Values
-    log_det: Tensor | float
-
-
-class Joint:
-    """A pair's densities at ``[K, N]`` points, K particles of each of N data.
+def joint_density(
+    pair: Pair,
+    rows: tuple,
+    particles: int,
+    values: Values,
+    *,
+    chunk: int | None = None,
+    unconstrained: bool = False,
+    fused: bool = False,
+) -> Scored:
+    """The model's density at K latents for each of N data.
 
     Args:
-        pair: The pair.
-        layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of it.
-        replaced: Observed sites whose values follow the programs' arguments in ``rows``, each with
-            the place of the batch in its value, counted from the right.
-
-    ``rows`` is everywhere a tuple of tensors ``[N, ...]``, ``values`` are latents ``[K, ..., N,
-    ...]`` by site. With ``fused``, scores are written for a compiler.
+        pair: The pair, inspected.
+        rows: Data ``[N, ...]`` with further arguments of the programs.
+        particles: K.
+        values: Latents ``[K, ..., N, ...]`` by site; of more than K, the first are taken.
+        chunk: How many particles the model runs with at once; None is all.
+        unconstrained: Take the values as points u of real coordinates (:class:`Placed`).
+        fused: Whether a compiler is going to fuse what is asked for here.
     """
+    layout, step = pair.known, chunk or particles
+    zero = rows[0].new_zeros(min(step, particles), len(rows[0]), dtype=torch.float64)
+    parts = []
+    for start in range(0, particles, step):
+        count = min(step, particles - start)
+        some = {name: value[start : start + count] for name, value in values.items()}
+        given = Placed(some) if unconstrained else Given(some)
+        sites, latents = pair.score_model(rows, count, given, fused=fused)
+        parts.append(_split(layout, given, sites, latents, zero[:count]))
+    if len(parts) == 1:
+        return parts[0]
+    return Scored(
+        torch.cat([part.prior for part in parts]),
+        torch.cat([part.likelihood for part in parts]),
+        torch.cat([part.log_det for part in parts]),
+        _join([part.latents for part in parts]),
+        _join([part.sites for part in parts]),
+    )
 
-    def __init__(self, pair: Pair, layout: Layout, replaced: dict[str, int] | None = None) -> None:
-        self.pair, self.layout, self.replaced = pair, layout, replaced or {}
-        self.fused = False
 
-    def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
-        """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
-        return self.pair.draw(self.args(rows), particles)
+def _split(layout: Layout, given: Given, sites: Values, latents: Values, zero: Tensor) -> Scored:
+    hidden = layout.latents + layout.enumerated
+    prior = total((score for name, score in sites.items() if name in hidden), zero)
+    likelihood = total((score for name, score in sites.items() if name not in hidden), zero)
+    if not isinstance(given, Placed):
+        return Scored(prior, likelihood, zero, latents, sites)
+    shape = layout, *zero.shape
+    log_det = total((reduce_to(each, *shape) for each in given.log_det.values()), zero)
+    return Scored(prior + log_det, likelihood, log_det, latents, sites)
 
-    def draw_prior(self, rows: tuple, particles: int) -> Values:
-        """Draw K latents of each datum from the model's prior."""
-        return self.pair.draw_prior(self.args(rows), particles, self._observed(rows))
 
-    def guide(self, rows: tuple, particles: int, values: Values) -> Values:
-        """The guide's scores ``[K, N]`` by site, at given latents."""
-        return self.pair.score_guide(self.args(rows), particles, values)
+def _join(parts: list[Values]) -> Values:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def model(self, rows: tuple, particles: int, values: Values, line: bool = False) -> Scored:
-        """The model's scores at given latents, or with ``line`` at points on the real line."""
-        place = Place(values, self._observed(rows), line)
-        found, latents = self.pair.score_model(self.args(rows), particles, place, fused=self.fused)
-        log_det = add_up(
-            reduce_to(each, self.layout, particles, len(rows[0])) for each in place.log_det.values()
-        )
-        return Scored(found, latents, log_det)
 
-    def split(self, scored: Scored) -> tuple[Tensor, Tensor]:
-        """ln p(z), as a density where the values were given, and ln p(x | z), ``[K, N]``."""
-        latents, scores = self.layout.latents + self.layout.enumerated, scored.scores
-        prior = add_up(score for name, score in scores.items() if name in latents)
-        likelihood = add_up(score for name, score in scores.items() if name not in latents)
-        return torch.zeros_like(likelihood) + prior + scored.log_det, likelihood
+def guide_density(pair: Pair, rows: tuple, particles: int, latents: Values) -> Tensor:
+    """ln q(z | x) of K latents for each of N data, ``[K, N]`` in float64."""
+    zero = rows[0].new_zeros(particles, len(rows[0]), dtype=torch.float64)
+    return total(pair.score_guide(rows, particles, latents).values(), zero)
 
-    def on_the_line(self, rows: tuple, particles: int, values: Values) -> Values:
-        """The points of the real line whose images latents are."""
-        place = Place(values, self._observed(rows))
-        trace = self.trace(self.pair.run_model, rows, particles, place)
-        return {n: to_support(n, trace.nodes[n]["fn"]).inv(v) for n, v in values.items()}
 
-    def args(self, rows: tuple) -> tuple:
-        """The arguments of the programs in ``rows``."""
-        return rows[: len(rows) - len(self.replaced)]
-
-    def axes(self, rows: tuple) -> dict[str, int]:
-        """Where the batch lies in each latent's value on the line, counted from the right."""
-        trace = self.trace(self.pair.run_model, rows, 1, Place({}, self._observed(rows)))
-        fns = {name: trace.nodes[name]["fn"] for name in self.layout.latents}
-        return {n: self.layout.dim - to_support(n, fn).domain.event_dim for n, fn in fns.items()}
-
-    def odd_sites(self, rows: tuple) -> tuple[list[str], list[str]]:
-        """The guide's auxiliary sites, and its latents that are points without a density."""
-        trace = self.trace(self.pair.run_guide, rows, 1, Place({}, {}))
-        sites = {n: s for n, s in samples(trace).items() if not is_bookkeeping(s)}
-        points = [name for name, site in sites.items() if _is_delta(site["fn"])]
-        return [name for name in sites if name not in self.layout.latents], points
-
-    def trace(self, program: Callable, rows: tuple, particles: int, place: Given) -> Trace:
-        """Trace a program with K particles, its sites set as ``place`` says."""
-        return self.pair.trace_given(program, self.args(rows), particles, place)
-
-    def _observed(self, rows: tuple) -> Values:
-        values = rows[len(rows) - len(self.replaced) :]
-        places = zip(self.replaced.items(), values, strict=True)
-        return {name: value.movedim(0, axis) for (name, axis), value in places}
+def total(scores: Iterable[Tensor], zero: Tensor) -> Tensor:
+    """The sum of scores ``[K, N]`` in float64, onto a zero of that shape."""
+    return sum((score.double() for score in scores), start=zero)
 
 
 def refuse_nan(guide: Values, model: Values, first_row: int) -> None:
     """Say which site's score ``[K, N]`` is NaN, and for which datum.
+
+    Args:
+        guide: The guide's scores by site.
+        model: The model's.
+        first_row: The number of the first datum among them.
 
     Raises:
         ValueError: In any case.
@@ -155,7 +165,11 @@ def refuse_nan(guide: Values, model: Values, first_row: int) -> None:
 
 
 def to_support(name: str, fn: Any) -> Transform:
-    """The bijection from the real line to a latent's support.
+    """The bijection from real coordinates to a latent's support.
+
+    Args:
+        name: The latent's site.
+        fn: Its distribution.
 
     Raises:
         ValueError: If the latent is discrete, or no bijection is known.
@@ -167,23 +181,109 @@ def to_support(name: str, fn: Any) -> Transform:
             f"infer={{'enumerate': 'parallel'}} in the model and leave it out of the guide."
         )
     support = fn.support
+    # A mixture's components share their support, for which torch registers no bijection itself.
     while isinstance(support, MixtureSameFamilyConstraint):
         support = support.base_constraint
     try:
         return biject_to(support)
     except NotImplementedError as error:
         raise InputError(
-            f"Latent {name!r} lives on {fn.support}, to which no bijection from the real line is "
+            f"Latent {name!r} lives on {fn.support}, to which no bijection from real numbers is "
             f"known: use pyrovae.log_likelihood, or register one with torch's biject_to."
         ) from error
+
+
+def require_density(pair: Pair, rows: tuple) -> None:
+    """Make sure that the guide's scores are a density of its latents.
+
+    Args:
+        pair: The pair, inspected.
+        rows: A few data.
+
+    Raises:
+        ValueError: If the guide has auxiliary latents of its own, or point masses.
+    """
+    _refuse_odd(*_odd_sites(pair, rows))
+
+
+def require_scorable(pair: Pair, rows: tuple, mend: str) -> Tensor:
+    """Make sure that the guide can score latents that it did not draw.
+
+    Args:
+        pair: The pair, inspected.
+        rows: A few data.
+        mend: What to do where it cannot.
+
+    Returns:
+        The guide's log-densities of a few draws from the prior, ``[k, N]``.
+
+    Raises:
+        ValueError: If the guide's latents are transformed from auxiliary ones, or have no inverse.
+    """
+    auxiliary, points = _odd_sites(pair, rows)
+    if auxiliary or points:
+        raise InputError(
+            f"The guide cannot score latents that it did not draw, because of its sites "
+            f"{sorted({*auxiliary, *points})}: {mend}."
+        )
+    try:
+        return _at_prior_draws(pair, rows)
+    except (NotImplementedError, KeyError) as error:
+        raise InputError(
+            f"The guide cannot score latents that it did not draw ({error}): {mend}."
+        ) from error
+
+
+def uncovered_share(pair: Pair, rows: tuple) -> float:
+    """The share of a few draws from the prior to which the guide gives no density.
+
+    Returns:
+        NaN where the guide can score nothing but its own draws.
+
+    Raises:
+        ValueError: If the guide has no density.
+    """
+    auxiliary, points = _odd_sites(pair, rows)
+    _refuse_odd(auxiliary, points)
+    if auxiliary or points:
+        return math.nan
+    try:
+        found = _at_prior_draws(pair, rows)
+    except (NotImplementedError, KeyError, ValueError):
+        return math.nan
+    return (found == -math.inf).double().mean().item()
+
+
+def _at_prior_draws(pair: Pair, rows: tuple) -> Tensor:
+    particles = max(1, PRIOR_ROWS // len(rows[0]))
+    return guide_density(pair, rows, particles, pair.draw_prior(rows, particles))
+
+
+def _refuse_odd(auxiliary: list[str], points: list[str]) -> None:
+    # Both together are how Pyro's AutoContinuous guides are written (1.9.2): auxiliary draws, and
+    # points that are functions of them and carry the Jacobian as their log-density.
+    if auxiliary and not points:
+        raise InputError(
+            f"The guide's auxiliary sites {auxiliary} are no latents of the model, so that p(x, z) "
+            f"over the guide's density does not average to p(x): sample them in the model too, "
+            f"from a distribution of your choice."
+        )
+    if points and not auxiliary:
+        raise InputError(
+            f"The guide puts all its mass on one point at {points} (a Delta), so there are no "
+            f"importance weights: give it a distribution with a density."
+        )
+
+
+def _odd_sites(pair: Pair, rows: tuple) -> tuple[list[str], list[str]]:
+    """The guide's auxiliary sites, and its latents that are points without a density."""
+    trace = pair.trace_guide(*rows, particles=1)
+    sites = {n: s for n, s in samples(trace).items() if not is_bookkeeping(s)}
+    points = [name for name, site in sites.items() if _is_delta(site["fn"])]
+    return [name for name in sites if name not in pair.known.latents], points
 
 
 def _is_delta(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
-
-
-def add_up(scores: Iterable[Tensor]) -> Tensor | float:
-    """The sum of scores, in float64; zero of none."""
-    return sum(score.double() for score in scores)

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.density import Joint
-from pyrovae.evidence.estimation import Evaluation, particle_tile, power_of_two, row_limit
-from pyrovae.evidence.proposals import Defensive, FromGuide, require_density, require_scorable
-from pyrovae.evidence.refined import Refined
-from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Found
-from pyrovae.evidence.weighing import Weights
+from pyrovae.evidence.density import joint_density, refuse_nan
+from pyrovae.evidence.proposals import Compiled, Proposal, propose
+from pyrovae.evidence.result import Curve, LogLikelihood
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, opened
 from pyrovae.evidence.weights import Sums, curve_points
 
-__all__ = ["LogLikelihood", "log_likelihood"]
+__all__ = ["log_likelihood"]
 
+PRIOR_STREAM = 1
+# Compiling takes some 20 seconds, in which a small pair is done with so many weights.
 PAYS_AFTER = 5_000_000
 
 
@@ -102,63 +101,60 @@ def log_likelihood(
         "refine_steps": refine_steps,
         "max_rows": max_rows,
         "compiled": compiled,
-        "seed": seed,
     }
-    task = Evaluation(model, guide, (x, *context), options, checkpoint, processes)
-    with task.opened() as joint:
-        with seeded(task.seed, task.device):
-            weights = _weights(joint, task.first, defensive, refine_steps, max_rows)
-        with task.bar(num_samples, enabled=progress) as bar:
-            sampler = _Sampler(weights, task.seed, num_samples, points, bar.update, compiled)
-            found = task.run(sampler, joint)
-        method, covers = _method(defensive, refine_steps), bool(defensive or refine_steps)
-        return task.result(found, joint, num_samples, points, method, covers=covers)
+    with opened(
+        model,
+        guide,
+        (x, *context),
+        seed=seed,
+        max_rows=max_rows,
+        checkpoint=checkpoint,
+        processes=processes,
+    ) as task:
+        tile, chunk = task.tile, task.chunk
+        with seeded(task.seed, task.device, 0, PRIOR_STREAM):
+            proposal = propose(task.pair, task.first, chunk, defensive, refine_steps)
+        if compiled:
+            proposal = Compiled(proposal, task.pair, tile, chunk)
+        for index, rows in task.tiles(options, work=num_samples, progress=progress):
+            # A stream for each tile of data and, below, of particles, drawn in full: so that
+            # neither max_rows nor the number of samples or data changes a draw.
+            stream = subseed(task.seed, index)
+            about = proposal.prepare(rows, stream)
+            sums = Sums(num_samples, points, rows[0])
+            for number, start in enumerate(range(0, num_samples, tile)):
+                particles = min(tile, num_samples - start)
+                with seeded(stream, task.device, number):
+                    latents, own = proposal.draw(rows, tile)
+                    prior, likelihood = proposal.score(rows, particles, latents)
+                log_weight = prior + likelihood - proposal.density(own[:particles], prior)
+                if bool(log_weight.isnan().any()):
+                    _refuse_nan(task, proposal, rows, tile, subseed(stream, number), index)
+                sums.add(log_weight)
+                task.bar.update(particles)
+            task.keep(index, sums.result() | about)
+        found = task.found()
+        return LogLikelihood(
+            num_samples=num_samples,
+            curve=Curve(tuple(points), found.pop("curve").T),
+            method=_method(defensive, refine_steps),
+            seed=task.seed,
+            data=task.data,
+            uncovered=proposal.uncovered,
+            **found,
+        )
 
 
-class _Sampler:
-    """Sums the weights of a tile of data, one tile of particles after another."""
-
-    def __init__(
-        self,
-        weights: Weights,
-        seed: int,
-        num_samples: int,
-        points: list[int],
-        tick: Callable[[int], object],
-        compiled: bool,
-    ) -> None:
-        self.weights, self.seed, self.tick = weights, seed, tick
-        self.num_samples, self.points, self.compiled = num_samples, points, compiled
-
-    def __call__(self, index: int, rows: tuple) -> Found:
-        seed, weights = subseed(self.seed, index), self.weights
-        about = weights.proposal.prepare(rows, seed)
-        if self.compiled:
-            weights.compile(rows)
-            self.compiled = False
-        sums = Sums(self.num_samples, self.points, rows[0])
-        for number, start in enumerate(range(0, self.num_samples, weights.tile)):
-            particles = min(weights.tile, self.num_samples - start)
-            with seeded(subseed(seed, number), rows[0].device):
-                log_weight = weights(rows, particles)
-            if bool(log_weight.isnan().any()):
-                weights.refuse_nan(rows, subseed(seed, number), index * len(rows[0]))
-            sums.add(log_weight)
-            self.tick(particles)
-        return sums.result() | about
-
-
-def _weights(
-    joint: Joint, rows: tuple, defensive: float, refine_steps: int, max_rows: int | None
-) -> Weights:
-    require_density(joint, rows)
-    chunk = power_of_two(row_limit(rows, max_rows) // len(rows[0]))
-    proposal = Refined(joint, rows, refine_steps, chunk) if refine_steps else FromGuide(joint)
-    if defensive:
-        if not refine_steps:
-            require_scorable(joint, rows, "leave out defensive")
-        proposal = Defensive(proposal, defensive)
-    return Weights(joint, proposal, particle_tile(rows), chunk)
+def _refuse_nan(
+    task: Evaluation, proposal: Proposal, rows: tuple, tile: int, seed: int, index: int
+) -> None:
+    """Say which site's log-probability is NaN in a tile's draws, and for which datum."""
+    with seeded(seed, task.device):
+        _, guide = task.pair.draw(rows, tile)
+    with seeded(seed, task.device):
+        values, _ = proposal.draw(rows, tile)
+    found = joint_density(task.pair, rows, tile, values, unconstrained=proposal.unconstrained)
+    refuse_nan(guide, found.sites, index * DATA_TILE)
 
 
 def _method(defensive: float, refine_steps: int) -> str:

@@ -10,14 +10,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae._tools.seeding import seeded, subseed
+from pyrovae._tools.seeding import seeded
 from pyrovae.evidence.annealing import Annealer, Settings
-from pyrovae.evidence.density import Joint, Place
-from pyrovae.evidence.estimation import Evaluation
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Found, tile_rows
-from pyrovae.evidence.weights import curve_points
-from pyrovae.pairs.traces import is_bookkeeping, samples
+from pyrovae.evidence.tiles import Evaluation, Found, opened, tile_rows
+from pyrovae.pairs.pair import Given
+from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
 __all__ = ["Bidirectional", "bidirectional"]
 
@@ -119,22 +117,19 @@ def bidirectional(
     settings.check()
     if not isinstance(n, int) or n < 1:
         raise InputError(f"Expected an integer n >= 1, got {n}.")
-    options = settings.options(2 * n, compile, seed)
+    options = settings.options(2 * n, compile)
     index = torch.arange(n) % max(len(like), 1)
     rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))
-    task = Evaluation(model, guide, rows, options)
-    with task.opened() as joint:
-        with seeded(subseed(task.seed, 0, SIMULATION_STREAM), task.device):
-            ends = _simulate(task, joint)
-            annealer = Annealer(joint, task.first, settings, task.seed, options["compiled"])
-            ends = tile_rows((annealer.line.place(task.rows, ends)[0],))
-        with task.bar(2 * annealer.ticks, enabled=progress) as bar:
-            annealer.tick = bar.update
-            found = task.run(lambda i, rows: _sandwich(annealer, i, rows, ends[i][0]), joint)
-        upper = found.pop("upper").to(task.home)
-        points, covers = curve_points(num_chains), initial == "prior"
-        lower = task.result(found, joint, num_chains, points, settings.method, covers=covers)
-    return Bidirectional(lower, upper, task.rows[0].to(task.home))
+    with opened(model, guide, rows, seed=seed, max_rows=max_rows) as task:
+        with seeded(task.seed, task.device, 0, SIMULATION_STREAM):
+            latents = _simulate(task, model, guide)
+            annealer = Annealer(task, settings, options["compiled"])
+            ends = tile_rows((annealer.coordinates.of(task.rows, latents)[0],))
+        for number, rows in task.tiles(work=2 * annealer.ticks, progress=progress):
+            task.keep(number, _sandwich(annealer, number, rows, ends[number][0]))
+        found = task.found()
+        upper = found.pop("upper")
+        return Bidirectional(annealer.result(found), upper, task.rows[0].to(task.home))
 
 
 def _sandwich(annealer: Annealer, index: int, rows: tuple, end: Tensor) -> Found:
@@ -144,13 +139,16 @@ def _sandwich(annealer: Annealer, index: int, rows: tuple, end: Tensor) -> Found
     return lower | {"upper": -upper["log_prob"]}
 
 
-def _simulate(task: Evaluation, joint: Joint) -> dict[str, Tensor]:
-    """Draw latents and data, evaluate on the data from now on, and return the latents."""
-    rows, layout = task.rows, joint.layout
-    place = Place({}, {})
-    before = samples(joint.trace(joint.pair.run_model, rows, 1, place))
-    free = poutine.uncondition(joint.pair.run_model)
-    drawn = samples(joint.trace(free, rows, 1, place))
+def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
+    """Draw latents and data, evaluate on the data from now on, and return the latents.
+
+    The data of sites that observe no argument follow the programs' arguments in the rows, so that
+    tiles take them along.
+    """
+    pair, rows, layout = task.pair, task.rows, task.pair.known
+    before = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
+    free = poutine.uncondition(pair.run_model)
+    drawn = samples(pair.trace_given(free, rows, 1, Given({})))
     names = [n for n in layout.observed if not is_bookkeeping(before[n])]
     axes = {n: layout.dim - before[n]["fn"].event_dim for n in names}
     data = {n: drawn[n]["value"][0].movedim(axes[n], 0) for n in names}
@@ -161,9 +159,29 @@ def _simulate(task: Evaluation, joint: Joint) -> dict[str, Tensor]:
             f"Expected a site of the model that observes x itself, got {sorted(names)}, so that "
             f"data drawn from the model cannot be shown to the guide."
         )
-    joint.replaced = axes
+    pair.model, pair.guide = _observing(model, len(rows), axes), _taking(guide, len(rows))
     task.set_rows((*args, *data.values()))
     return {name: drawn[name]["value"] for name in layout.latents}
+
+
+def _observing(model: Callable, count: int, axes: dict[str, int]) -> Callable:
+    """A model whose sites observe what follows its arguments, the batch's dimension at ``axes``."""
+
+    def program(*rows: Tensor) -> None:
+        places = zip(axes.items(), rows[count:], strict=True)
+        with Given({}, {name: value.movedim(0, axis) for (name, axis), value in places}):
+            model(*rows[:count])
+
+    return program
+
+
+def _taking(guide: Callable, count: int) -> Callable:
+    """A guide that leaves what follows its arguments alone."""
+
+    def program(*rows: Tensor) -> None:
+        guide(*rows[:count])
+
+    return program
 
 
 def _replaced(arg: Tensor, was: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:

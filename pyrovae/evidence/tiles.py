@@ -1,36 +1,244 @@
-"""Work on data a tile at a time: in bounded memory, and with a file to resume from."""
+"""A pair opened for evaluation, its data a tile at a time, and a file to go on from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, progress_bar, require_same
 from pyrovae._tools.files import write_atomic
+from pyrovae._tools.seeding import draw_seed, seeded
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import common_scale
 
 __all__ = [
     "DATA_TILE",
-    "Checkpoint",
+    "Evaluation",
+    "Found",
     "digest",
-    "finished_tiles",
+    "opened",
     "read_about",
-    "run_tiles",
     "tile_rows",
 ]
 
+# Data in a tile. Each tile has a random stream of its own, so this number is part of what a seed
+# means: with another one, the same seed gives other draws.
 DATA_TILE = 64
+# (Particle, datum) pairs that are drawn at once on a CPU, part of what a seed means as well.
+DRAWN = 8192
+# Pairs that are scored at once on a CPU, so that what a decoder makes of them stays in the cache
+# (2,048 images of 784 pixels are 6 MB), and on a device, where memory is the limit.
+SCORED, ON_DEVICE = 2048, 65536
+# Seconds between two savings of what is finished, each of which costs milliseconds.
 SAVE_AFTER = 2.0
+PROBE_STREAM = 2
+PER_DATUM = ("log_prob", "smoothed", "guide_elbo", "upper")
 
 Found = dict[str, Tensor]
+
+
+@contextmanager
+def opened(
+    model: Callable,
+    guide: Callable,
+    rows: tuple,
+    *,
+    seed: int | None = None,
+    max_rows: int | None = None,
+    checkpoint: str | Path | None = None,
+    processes: bool = False,
+) -> Iterator[Evaluation]:
+    """Run a block with a pair in eval mode, without gradients and validation, its sites inspected.
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        rows: Data ``[N, ...]`` with further arguments of both programs.
+        seed: What all draws derive from; None takes the checkpoint's, or draws one.
+        max_rows: The largest number of (particle, datum) pairs that are scored at once; None is
+            2,048 on a CPU and 65,536 elsewhere.
+        checkpoint: The file to keep finished data in.
+        processes: Share the data among the processes of :mod:`torch.distributed`.
+
+    Raises:
+        ValueError: If there are no data, the checkpoint has no folder or is damaged, no processes
+            are there, or the pair breaks the contract.
+    """
+    task = Evaluation(model, guide, rows, seed, max_rows, checkpoint, processes)
+    with torch.no_grad(), task.pair.mode(training=False):
+        with seeded(task.seed, task.device):
+            inspect_pair(task.pair, *task.first)
+        try:
+            with pyro.validation_enabled(False):
+                yield task
+        finally:
+            task.close()
+
+
+class Evaluation:
+    """A pair and the data to evaluate it on; :func:`opened` makes one.
+
+    Attributes:
+        pair: The pair, inspected.
+        rows: The data with further arguments of both programs, on the pair's device.
+        first: The first tile of them.
+        seed: What all draws derive from.
+        device: The pair's device.
+        home: The device that the data came from.
+        data: A digest of the data.
+        tile: How many particles of each datum are drawn at once, a power of two.
+        chunk: How many are scored at once, a power of two.
+        max_rows: The largest number of (particle, datum) pairs that are scored at once.
+        bar: Shows the time left, from :meth:`tiles` on.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        rows: tuple,
+        seed: int | None,
+        max_rows: int | None,
+        checkpoint: str | Path | None,
+        processes: bool,
+    ) -> None:
+        if len(rows[0]) == 0:
+            raise InputError("Expected at least one datum, got an empty tensor.")
+        self.part = _part(processes)
+        self.file = None if checkpoint is None else _file(checkpoint, self.part)
+        self.pair, self.home = Pair(model, guide), rows[0].device
+        device = self.pair.device
+        self.max_rows = max_rows or (SCORED if device.type == "cpu" else ON_DEVICE)
+        self.set_rows(tuple(tensor.to(device) for tensor in rows))
+        self.seed = self._agreed_seed(seed)
+        self.about: dict[str, Any] = {}
+        self._tiles: list[tuple] = []
+        self._found: list[Found] = []
+        self._saved, self._saved_at = 0, time.monotonic()
+        self.bar = progress_bar(None, enabled=False)
+
+    def set_rows(self, rows: tuple) -> None:
+        """Evaluate these data."""
+        self.rows, self.device = rows, rows[0].device
+        self.first = tuple(tensor[:DATA_TILE] for tensor in rows)
+        self.data, n = digest(*rows), len(self.first[0])
+        self.tile = _power_of_two((DRAWN if self.device.type == "cpu" else ON_DEVICE) // n)
+        self.chunk = min(_power_of_two(self.max_rows // n), self.tile)
+
+    def tiles(
+        self, options: dict[str, Any] | None = None, *, work: int = 1, progress: bool = False
+    ) -> list[tuple[int, tuple]]:
+        """This process's tiles of data that are not finished, each with its number.
+
+        Args:
+            options: What the estimate depends on beside pair, data and seed, by name.
+            work: How much ``bar`` is moved on for each tile.
+            progress: Show a bar with an estimate of the time left.
+
+        Raises:
+            ValueError: If the checkpoint is of another evaluation.
+        """
+        if self.file is not None:
+            self.about = {**(options or {}), **self._fingerprint()}
+            self._found = self._finished(self.file)
+            self._saved = len(self._found)
+        self._tiles = tile_rows(self.rows)
+        left = list(enumerate(self._tiles))[self.part[0] :: self.part[1]][len(self._found) :]
+        self.bar = progress_bar(None, enabled=progress, total=len(left) * work, desc="log p(x)")
+        return left
+
+    def keep(self, index: int, found: Found) -> None:
+        """Keep what was found for a tile, ``[64, ...]`` by name, times what programs scale by."""
+        if self.pair.known.scaled and "log_prob" in found:
+            found = self._scaled(self._tiles[index], found)
+        left = len(self.rows[0]) - index * DATA_TILE
+        self._found.append({name: value[:left] for name, value in found.items()})
+        if time.monotonic() - self._saved_at > SAVE_AFTER:
+            self._save()
+
+    def found(self) -> Found:
+        """What was found for all data, ``[N, ...]`` by name, where the data came from."""
+        self.close()
+        found = self._found if self.part[1] == 1 else _exchange(self._found, self.part[1])
+        return {name: value.to(self.home) for name, value in _join(found).items()}
+
+    def close(self) -> None:
+        """Write what is finished to the checkpoint, and take the bar away."""
+        self.bar.close()
+        self._save()
+
+    def _save(self) -> None:
+        """Replace the checkpoint, if there is one: all of it, or nothing."""
+        if self.file is None or self._saved == len(self._found):
+            return
+        from safetensors.torch import save
+
+        tensors = {name: v.contiguous().cpu() for name, v in _join(self._found).items()}
+        write_atomic(self.file, save(tensors, {"about": json.dumps(self.about)}))
+        self._saved, self._saved_at = len(self._found), time.monotonic()
+
+    def _finished(self, file: Path) -> list[Found]:
+        """The finished tiles of a checkpoint, which has to be of this evaluation."""
+        if not file.exists():
+            return []
+        from safetensors.torch import load_file
+
+        different = (
+            f"The checkpoint {file} was made with {{key}} = {{before}}, and this evaluation has "
+            f"{{now}}: choose another file, or remove it."
+        )
+        require_same(read_about(file), self.about, different)
+        done = load_file(file, device=str(self.device))
+        return [dict(zip(done, tile, strict=True)) for tile in _tiled(done.values())]
+
+    def _scaled(self, rows: tuple, found: Found) -> Found:
+        """Estimates times the programs' common scale, which is outside of every log-sum-exp."""
+        with seeded(0, self.device):
+            traces = self.pair.trace(*rows, sums=True)
+        scale = torch.as_tensor(common_scale(traces, self.pair.known))
+        factors = dict.fromkeys(PER_DATUM, scale)
+        factors |= {"standard_error": scale.abs(), "curve": scale[..., None]}
+        return {name: factors.get(name, 1.0) * value for name, value in found.items()}
+
+    def _agreed_seed(self, asked: int | None) -> int:
+        begun = read_about(self.file) if self.file and self.file.exists() else {}
+        seed = [draw_seed(begun.get("seed") if asked is None else asked)]
+        if self.part[1] > 1:
+            torch.distributed.broadcast_object_list(seed)
+        return seed[0]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What another evaluation that goes on with this one's checkpoint has to agree in.
+
+        A log-weight is among it, as programs may change where no weight or setting does.
+        """
+        state = self.pair.state_dict()
+        with seeded(self.seed, self.device, 0, PROBE_STREAM):
+            values, guide = self.pair.draw(self.first, 1)
+            model, _ = self.pair.score_model(self.first, 1, Given(values))
+        probe = sum(s[0, 0].item() for s in model.values()) - sum(
+            s[0, 0].item() for s in guide.values()
+        )
+        return {
+            "seed": self.seed,
+            "data": self.data,
+            "shape": [list(tensor.shape) for tensor in self.first],
+            "weights": digest(*(state[name] for name in sorted(state))),
+            "a log-weight": f"{probe:.3e}",
+            "device": self.device.type,
+            "process": list(self.part),
+        }
 
 
 def tile_rows(rows: tuple) -> list[tuple]:
@@ -38,94 +246,11 @@ def tile_rows(rows: tuple) -> list[tuple]:
 
     So all tiles have one shape, and what is drawn for a datum depends on its place and not on N.
     """
-    tiles = list(zip(*(tensor.split(DATA_TILE) for tensor in rows), strict=True))
+    tiles = _tiled(rows)
     missing = DATA_TILE - len(tiles[-1][0])
     if len(tiles) > 1 and missing:
         tiles[-1] = tuple(torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in tiles[-1])
     return tiles
-
-
-def run_tiles(
-    work: Callable[[int, tuple], Found],
-    rows: tuple,
-    checkpoint: Checkpoint | None = None,
-    part: tuple[int, int] = (0, 1),
-) -> Found:
-    """Work on each tile of data and put the results together.
-
-    Args:
-        work: Takes a tile's number and its rows, and returns tensors ``[n, ...]`` by name.
-        rows: Data ``[N, ...]``.
-        checkpoint: Where finished tiles are kept, and found again.
-        part: This process's number, and that of all of them; each takes every such tile, and
-            all get all results.
-
-    Returns:
-        Tensors ``[N, ...]`` by name.
-    """
-    tiles, num_data = tile_rows(rows), len(rows[0])
-    mine = range(part[0], len(tiles), part[1])
-    done = checkpoint.load(rows[0].device) if checkpoint else {}
-    first = finished_tiles(checkpoint.path) if checkpoint else 0
-    found = [{n: v.split(DATA_TILE)[i] for n, v in done.items()} for i in range(first)]
-    try:
-        for index in mine[first:]:
-            left = num_data - index * DATA_TILE
-            found.append({n: v[:left] for n, v in work(index, tiles[index]).items()})
-            if checkpoint:
-                checkpoint.offer(found)
-    finally:
-        if checkpoint and found:
-            checkpoint.save(found)
-    return _join(found if part[1] == 1 else _exchange(found, part[1]))
-
-
-class Checkpoint:
-    """A file of the finished data of one evaluation.
-
-    Args:
-        path: The file; its folder must exist.
-        about: What the evaluation is, for another one to be refused; tensors by their digests.
-
-    Raises:
-        ValueError: If the file is of another evaluation, or damaged.
-    """
-
-    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
-        self.path, self.about = Path(path), about
-        self.saved = time.monotonic()
-        if self.path.exists():
-            self._require_same(read_about(self.path))
-
-    def load(self, device: torch.device) -> Found:
-        """The finished data's results, if there are any."""
-        if not self.path.exists():
-            return {}
-        from safetensors.torch import load_file
-
-        return load_file(self.path, device=str(device))
-
-    def offer(self, found: list[Found]) -> None:
-        """Save, if the last time is more than two seconds ago."""
-        if time.monotonic() - self.saved > SAVE_AFTER:
-            self.save(found)
-
-    def save(self, found: list[Found]) -> None:
-        """Replace the file by one of these results: all of it, or nothing."""
-        from safetensors.torch import save
-
-        tensors = {name: value.contiguous().cpu() for name, value in _join(found).items()}
-        content = save(tensors, {"about": json.dumps(self.about)})
-        write_atomic(self.path, content)
-        self.saved = time.monotonic()
-
-    def _require_same(self, before: dict[str, Any]) -> None:
-        for key in sorted(before.keys() | self.about.keys()):
-            if before.get(key) != self.about.get(key):
-                raise InputError(
-                    f"The checkpoint {self.path} was made with {key} = {before.get(key)}, and "
-                    f"this evaluation has {self.about.get(key)}: choose another file, or remove it."
-                )
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -146,24 +271,39 @@ def read_about(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def finished_tiles(path: Path | None) -> int:
-    """How many tiles of data a checkpoint holds; none if there is no such file."""
-    if path is None or not path.exists():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return math.ceil(file.get_slice("log_prob").get_shape()[0] / DATA_TILE)
-
-
 def digest(*tensors: Tensor) -> str:
     """A short name for tensors: equal for equal numbers, types and shapes."""
-    total = hashlib.blake2b(digest_size=12)
+    name = hashlib.blake2b(digest_size=12)
     for tensor in tensors:
-        total.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        name.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        # NumPy knows no bfloat16, hence the view as bytes.
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        total.update(flat.numpy())
-    return total.hexdigest()
+        name.update(flat.numpy().data)
+    return name.hexdigest()
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is no larger than a number, and 1 at least."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def _part(processes: bool) -> tuple[int, int]:
+    """This process's number, and that of all of them; each takes every so manieth tile."""
+    if not processes:
+        return 0, 1
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise InputError(
+            "Expected torch.distributed to be initialized for processes=True: start the script "
+            "with torchrun and call torch.distributed.init_process_group() first."
+        )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _file(path: str | Path, part: tuple[int, int]) -> Path:
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"Expected a folder for the checkpoint at {path.parent}, found none.")
+    return path if part[1] == 1 else path.with_name(f"{path.name}.{part[0]}")
 
 
 def _exchange(found: list[Found], size: int) -> list[Found]:
@@ -174,6 +314,10 @@ def _exchange(found: list[Found], size: int) -> list[Found]:
     except RuntimeError as error:
         raise ConnectionError(f"another process is gone or does not answer ({error})") from error
     return [tile for tiles in zip_longest(*parts) for tile in tiles if tile is not None]
+
+
+def _tiled(tensors: Iterable[Tensor]) -> list[tuple]:
+    return list(zip(*(tensor.split(DATA_TILE) for tensor in tensors), strict=True))
 
 
 def _join(found: list[Found]) -> Found:

@@ -1,45 +1,64 @@
-"""A pair's continuous latents as one vector of real coordinates, and its densities there."""
+"""A pair's latents in real coordinates, the path from guide to posterior, and moves along it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrovae.compiling.graph import Graph
-from pyrovae.evidence.density import Joint, Values, add_up
+from pyrovae.evidence.density import guide_density, joint_density, to_support
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import Values
 
-__all__ = ["GeometricPath", "Line", "State"]
+__all__ = ["Coordinates", "GeometricPath", "State", "adapt", "anneal", "transition"]
+
+# 0.65 is optimal for Hamiltonian moves in many dimensions (Beskos et al., arXiv 1001.4460); a
+# little more costs little and is safer. The rate is that of a stochastic approximation, per move.
+TARGET, RATE = 0.7, 0.3
+# Step sizes that vary keep trajectories from closing on themselves (Neal 2011).
+JITTER = 0.2
+# Moves before the first temperature, as its step size starts from a guess; how much a new slope
+# counts in the running mean; and the least curvature, for a coordinate that the density ignores.
+WARM_UP, FORGET, FLAT = 12, 0.1, 1e-6
+# At most so many sets of step sizes are kept: thousands of temperatures of [64, D] add up.
+KEPT = 200
 
 
-class Line:
-    r"""The latents of a pair as vectors u ``[K, N, D]``, z = T(u).
+class Coordinates:
+    r"""The latents of a pair as vectors u ``[K, N, D]`` of real numbers, z = T(u).
 
     Args:
-        joint: The pair.
+        pair: The pair, inspected.
         rows: A few data.
 
     Raises:
-        ValueError: If a latent is discrete, or its support has no bijection from the real line.
+        ValueError: If a latent is discrete, or its support has no bijection from real numbers.
     """
 
-    def __init__(self, joint: Joint, rows: tuple) -> None:
-        self.joint = joint
-        self.axes = joint.axes(rows)
-        example = joint.on_the_line(rows, 1, joint.draw_prior(rows, 1))
+    def __init__(self, pair: Pair, rows: tuple) -> None:
+        self.pair = pair
+        sites = pair.trace_given(pair.run_model, rows, 1, Given({})).nodes
+        fns = {name: sites[name]["fn"] for name in pair.known.latents}
+        # Where the batch lies in each u, counted from the right: a simplex has an event of its own.
+        self.axes = {
+            n: pair.known.dim - to_support(n, fn).domain.event_dim for n, fn in fns.items()
+        }
+        example = self.points(rows, 1, pair.draw_prior(rows, 1))
         self.dtype = torch.cat([value.reshape(-1) for value in example.values()]).dtype
         moved = {n: v.movedim(self.axes[n], 1) for n, v in example.items()}
         self.shapes = {name: value.shape[2:] for name, value in moved.items()}
         self.sizes = [prod(shape) for shape in self.shapes.values()]
 
-    def join(self, values: Values) -> Tensor:
+    def join(self, points: Values) -> Tensor:
         """u of its parts by site."""
-        moved = (values[name].movedim(axis, 1) for name, axis in self.axes.items())
+        moved = (points[name].movedim(axis, 1) for name, axis in self.axes.items())
         return torch.cat([value.reshape(*value.shape[:2], -1) for value in moved], -1)
 
-    def part(self, u: Tensor) -> Values:
+    def split(self, u: Tensor) -> Values:
         """The parts of u by site."""
         parts = zip(self.shapes.items(), u.split(self.sizes, -1), strict=True)
         return {
@@ -47,10 +66,15 @@ class Line:
             for (name, shape), part in parts
         }
 
-    def place(self, rows: tuple, values: Values) -> Tensor:
+    def of(self, rows: tuple, latents: Values) -> Tensor:
         """u of latents z."""
-        particles = len(next(iter(values.values())))
-        return self.join(self.joint.on_the_line(rows, particles, values))
+        particles = len(next(iter(latents.values())))
+        return self.join(self.points(rows, particles, latents))
+
+    def points(self, rows: tuple, particles: int, latents: Values) -> Values:
+        """The parts of u by site, of K latents z for each datum."""
+        sites = self.pair.trace_given(self.pair.run_model, rows, particles, Given(latents)).nodes
+        return {n: to_support(n, sites[n]["fn"]).inv(v) for n, v in latents.items()}
 
 
 class State(NamedTuple):
@@ -87,44 +111,50 @@ class GeometricPath:
     .. math:: f_\beta(u) = q(u \mid x)^{1 - \beta}\, p(x, u)^\beta
 
     Args:
-        line: The coordinates.
+        coordinates: The coordinates u.
         initial: ``"guide"`` or ``"prior"``.
         max_rows: The largest number of (particle, datum) pairs to be scored at once.
     """
 
-    def __init__(self, line: Line, initial: str, max_rows: int) -> None:
-        self.line, self.joint = line, line.joint
+    def __init__(self, coordinates: Coordinates, initial: str, max_rows: int) -> None:
+        self.coordinates, self.pair = coordinates, coordinates.pair
         self.initial, self.max_rows = initial, max_rows
-        self.graphs: dict[torch.Size, Graph] = {}
+        self.graphs: dict[torch.Size, Callable[..., list[Tensor]]] = {}
 
     def __call__(self, rows: tuple, u: Tensor) -> State:
         """Both densities and their gradients at u."""
         parts = [self._at(rows, some) for some in u.split(self._step(rows))]
         return State(u, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def place(self, rows: tuple, values: Values) -> Tensor:
+    def of(self, rows: tuple, latents: Values) -> Tensor:
         """u of latents z."""
         step = self._step(rows)
-        count = len(next(iter(values.values())))
+        count = len(next(iter(latents.values())))
         return torch.cat(
             [
-                self.line.place(rows, {n: v[start : start + step] for n, v in values.items()})
+                self.coordinates.of(rows, {n: v[start : start + step] for n, v in latents.items()})
                 for start in range(0, count, step)
             ]
         )
 
     def compile(self, rows: tuple, particles: int) -> None:
-        """Compile densities and gradients for so many particles of data of these shapes."""
-        count = min(particles, self._step(rows))
-        u = rows[0].new_zeros(count, len(rows[0]), sum(self.line.sizes), dtype=self.line.dtype)
-        self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.joint.pair)
+        """Compile densities and gradients for so many particles of data of these shapes.
+
+        Raises:
+            CaptureError: If they cannot be compiled.
+        """
+        from pyrovae.compiling.graph import Graph
+
+        coordinates, count = self.coordinates, min(particles, self._step(rows))
+        size = count, len(rows[0]), sum(coordinates.sizes)
+        u = rows[0].new_zeros(size, dtype=coordinates.dtype)
+        self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.pair)
 
     def _step(self, rows: tuple) -> int:
         return max(1, self.max_rows // len(rows[0]))
 
     def _at(self, rows: tuple, u: Tensor) -> list[Tensor]:
-        graph = self.graphs.get(u.shape)
-        return self._eager(u, *rows) if graph is None else graph(u, *rows)
+        return self.graphs.get(u.shape, self._eager)(u, *rows)
 
     def _eager(self, u: Tensor, *rows: Tensor) -> list[Tensor]:
         with torch.enable_grad():
@@ -134,12 +164,13 @@ class GeometricPath:
         return [*(density.detach() for density in densities), *slopes]
 
     def _densities(self, rows: tuple, u: Tensor) -> tuple[Tensor, Tensor]:
-        scored = self.joint.model(rows, len(u), self.line.part(u), line=True)
-        prior, likelihood = self.joint.split(scored)
+        points = self.coordinates.split(u)
+        scored = joint_density(self.pair, rows, len(u), points, unconstrained=True)
+        target = scored.prior + scored.likelihood
         if self.initial == "prior":
-            return prior + likelihood, prior
-        guide = add_up(self.joint.guide(rows, len(u), scored.latents).values())
-        return prior + likelihood, guide + scored.log_det
+            return target, scored.prior
+        guide = guide_density(self.pair, rows, len(u), scored.latents)
+        return target, guide + scored.log_det
 
 
 def _slope(density: Tensor, u: Tensor) -> Tensor:
@@ -147,3 +178,147 @@ def _slope(density: Tensor, u: Tensor) -> Tensor:
         return torch.zeros_like(u)
     slope = torch.autograd.grad(density.sum(), u, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(u) if slope is None else slope
+
+
+def transition(
+    path: GeometricPath,
+    rows: tuple,
+    state: State,
+    beta: float,
+    stride: Tensor,
+    num_steps: int,
+) -> tuple[State, Tensor]:
+    r"""One Hamiltonian move that leaves the density at β invariant.
+
+    .. math:: r \sim \mathcal{N}(0, I), \qquad
+              (u', r') = \mathrm{leapfrog}^L(u, r), \qquad
+              \Pr(\text{accept}) = \min\{1, e^{H(u, r) - H(u', r')}\}
+
+    Args:
+        path: The densities.
+        rows: The data.
+        state: Where the chains are.
+        beta: Where on the path.
+        stride: The step size in each coordinate of each datum, ``[N, D]``; each chain varies it
+            by up to a fifth.
+        num_steps: The number L of leapfrog steps.
+
+    Returns:
+        Where the chains are then, and the probabilities of acceptance ``[K, N]``.
+
+    References:
+        Neal (2011), MCMC using Hamiltonian dynamics (arXiv 1206.1901), section 3.
+    """
+    jitter = 1 + JITTER * (2 * torch.rand_like(state.target) - 1)
+    stride = jitter[..., None].to(stride.dtype) * stride
+    momentum = torch.randn_like(state.u)
+    uniform = torch.rand_like(state.target)
+    before = state.density(beta) - 0.5 * momentum.double().square().sum(-1)
+    moved, sound = state, torch.ones_like(uniform, dtype=torch.bool)
+    for _ in range(num_steps):
+        momentum = momentum + 0.5 * stride * moved.slope(beta)
+        u = moved.u + stride * momentum
+        sound = sound & u.isfinite().all(-1)
+        moved = path(rows, torch.where(sound[..., None], u, state.u))
+        momentum = momentum + 0.5 * stride * moved.slope(beta)
+    after = moved.density(beta) - 0.5 * momentum.double().square().sum(-1)
+    gain = torch.where(sound, after - before, -torch.inf).nan_to_num(nan=-torch.inf)
+    probability = gain.exp().clamp(max=1)
+    return moved.where(uniform < probability, state), probability
+
+
+def adapt(
+    path: GeometricPath,
+    rows: tuple,
+    state: State,
+    betas: list[float],
+    num_steps: int,
+    tick: Callable[[], None],
+) -> list[Tensor]:
+    r"""Step sizes for each temperature, datum and coordinate, found by a run of its own.
+
+    .. math:: \epsilon_d = \epsilon \, \bigl(E[(\partial_d \ln f_\beta)^2]\bigr)^{-1/2}
+
+    The run goes up the path as the one that it is for. A datum's ε is raised where its chains
+    accept more than 70 % and lowered where less; the expectation, which for a normal density is
+    the diagonal of its precision, is a running mean. What it finds does not depend on the chains
+    that use it, so their estimate stays unbiased.
+
+    Args:
+        path: The densities.
+        rows: The data.
+        state: Where the chains start.
+        betas: The temperatures, in rising order.
+        num_steps: The number of leapfrog steps.
+        tick: Called after each temperature.
+
+    Returns:
+        ``[N, D]`` for each temperature.
+    """
+    step = torch.full_like(state.target[0], state.u.shape[-1] ** -0.25)
+    curvature: Tensor | None = None
+    found: list[Tensor] = []
+    kept = -(-len(betas) // KEPT)
+    for index, beta in enumerate(betas):
+        for _ in range(1 + (WARM_UP if index == 0 else WARM_UP // len(betas))):
+            seen = state.slope(beta).square().mean(0)
+            curvature = seen if curvature is None else torch.lerp(curvature, seen, FORGET)
+            scale = curvature.clamp(min=FLAT).rsqrt()
+            stride = step[:, None].to(scale.dtype) * scale
+            state, accepted = transition(path, rows, state, beta, stride, num_steps)
+            step = (step * (RATE * (accepted.mean(0) - TARGET)).exp()).clamp(1e-6, 10.0)
+        found.append(found[-1] if index % kept else stride)
+        tick()
+    return found
+
+
+def anneal(
+    path: GeometricPath,
+    rows: tuple,
+    state: State,
+    betas: list[float],
+    strides: list[Tensor],
+    num_steps: int,
+    tick: Callable[[], None],
+    *,
+    backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Anneal chains up the path, or down it, and sum the log-weights.
+
+    .. math:: \ln w = \sum_{t=0}^{T} (\beta_{t+1} - \beta_t)\,
+              \ln \frac{p(x, u_t)}{q(u_t \mid x)}, \qquad \beta_0 = 0, \quad \beta_{T+1} = 1
+
+    where u_0 ~ q and u_t follows from u_{t-1} by a transition at β_t; or, backward, u_T is a draw
+    from the posterior and u_{t-1} follows from u_t. Forward the mean of w is p(x), backward that
+    of 1/w is 1/p(x).
+
+    Args:
+        path: The densities.
+        rows: The data.
+        state: Where the chains start.
+        betas: β_1, …, β_T, in rising order.
+        strides: Step sizes ``[N, D]`` for each of them.
+        num_steps: The number of leapfrog steps.
+        tick: Called after each temperature.
+        backward: Go down the path.
+
+    Returns:
+        ln w, ``[K, N]``, and the mean probability of acceptance, ``[N]``.
+
+    References:
+        Neal (2001), Annealed importance sampling; Grosse et al. (arXiv 1511.02543), section 3.
+    """
+    knots = [0.0, *betas, 1.0]
+    order = list(range(len(betas)))
+    gaps = [after - before for before, after in pairwise(knots)]
+    accepted = torch.zeros_like(state.target[0])
+    if backward:
+        order, gaps = order[::-1], gaps[::-1]
+    log_weight = gaps[0] * (state.target - state.start)
+    for index, gap in zip(order, gaps[1:], strict=True):
+        at = betas[index], strides[index], num_steps
+        state, probability = transition(path, rows, state, *at)
+        log_weight = log_weight + gap * (state.target - state.start)
+        accepted = accepted + probability.mean(0) / len(betas)
+        tick()
+    return log_weight, accepted

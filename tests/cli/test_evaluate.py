@@ -10,7 +10,7 @@ from commands import DIGITS, TRAIN, refusal, run, snapshot
 
 import pyrovae
 from pyrovae import inference_data
-from pyrovae.evidence import tiles
+from pyrovae.evidence.tiles import Evaluation
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.evaluate import SEED, _Unfinished, evaluate
@@ -116,18 +116,15 @@ def test_proposals_are_handed_on():
 
 def stop_after(monkeypatch, count):
     """Press Ctrl-C when so many tiles are finished; counts those that are worked on."""
-    worked, work = [], tiles.run_tiles
+    worked, keep = [], Evaluation.keep
 
-    def counted(each, *arguments):
-        def one(index, rows):
-            if len(worked) == count:
-                raise KeyboardInterrupt
-            worked.append(index)
-            return each(index, rows)
+    def counted(task, index, found):
+        if len(worked) == count:
+            raise KeyboardInterrupt
+        worked.append(index)
+        keep(task, index, found)
 
-        return work(one, *arguments)
-
-    monkeypatch.setattr("pyrovae.evidence.estimation.run_tiles", counted)
+    monkeypatch.setattr(Evaluation, "keep", counted)
     return worked
 
 

@@ -12,10 +12,15 @@ from torch.distributions import transforms
 
 from pairs import LATENT, binary, discrete, mixed, shipped_bernoulli, two_latents
 from pyrovae.evidence.annealing import Settings, annealed_log_likelihood
-from pyrovae.evidence.density import Joint
-from pyrovae.evidence.hmc import adapt, anneal, transition
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.evidence.unconstrained import GeometricPath, Line, State
+from pyrovae.evidence.unconstrained import (
+    Coordinates,
+    GeometricPath,
+    State,
+    adapt,
+    anneal,
+    transition,
+)
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
@@ -25,9 +30,9 @@ CHEAP = {"num_chains": 8, "num_temperatures": 2, "num_steps": 2}
 
 
 def _path(pair, x, initial="guide", max_rows=10**6):
-    parameters = Pair(*pair)
-    joint = Joint(parameters, inspect_pair(parameters, x))
-    return GeometricPath(Line(joint, (x,)), initial, max_rows)
+    whole = Pair(*pair)
+    inspect_pair(whole, x)
+    return GeometricPath(Coordinates(whole, (x,)), initial, max_rows)
 
 
 @pytest.mark.parametrize("make", [shipped_bernoulli, two_latents])
@@ -110,7 +115,7 @@ def double():
 def test_slopes_are_those_of_the_densities(pair):
     x = X[:3].double()
     path = _path(pair(), x)
-    u = torch.randn(2, 3, sum(path.line.sizes))
+    u = torch.randn(2, 3, sum(path.coordinates.sizes))
     with torch.no_grad():
         state = path((x,), u)
         for axis in range(u.shape[-1]):
@@ -124,7 +129,7 @@ def test_slopes_are_those_of_the_densities(pair):
                 )
 
 
-def test_densities_on_the_line_carry_their_jacobian():
+def test_densities_of_real_coordinates_carry_their_jacobian():
     model, guide, x, _ = constrained()
     path = _path((model, guide), x)
     u = torch.randn(4, len(x), 2)
@@ -138,7 +143,7 @@ def test_densities_on_the_line_carry_their_jacobian():
     q = dist.Gamma(3.0, 1.5).log_prob(rate) + dist.Beta(2 + 0.1 * rate, 2.0).log_prob(share)
     torch.testing.assert_close(state.start, (q + jacobian).double())
     drawn = {"rate": rate, "share": share}
-    torch.testing.assert_close(path.line.place((x,), drawn), u, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(path.coordinates.of((x,), drawn), u, rtol=1e-4, atol=1e-4)
 
 
 class Plates(torch.nn.Module):
@@ -340,7 +345,7 @@ def test_each_state_is_weighed_by_the_gap_that_it_stands_in(monkeypatch):
     def move(path, rows, before, beta, stride, num_steps):
         return state(beta), like + 0.5
 
-    monkeypatch.setattr("pyrovae.evidence.hmc.transition", move)
+    monkeypatch.setattr("pyrovae.evidence.unconstrained.transition", move)
     at = None, (), state(10.0), [0.1, 0.4], [None, None], 1, lambda: None
     forward, accepted = anneal(*at)
     assert forward.item() == pytest.approx(0.1 * 10 + 0.3 * 0.1 + 0.6 * 0.4)
