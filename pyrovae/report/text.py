@@ -8,7 +8,7 @@ from typing import Any
 
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives import ESTIMATORS
-from pyrovae.runs.results import BOUND, Annealed, Evidence, Mean, Results, number
+from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
 
 __all__ = ["shown", "statements", "summarize"]
 
@@ -161,7 +161,7 @@ def _row(name: str, found: Mean) -> str:
     return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
 
 
-def _estimate(name: str, found: Evidence | Annealed) -> str:
+def _estimate(name: str, found: Evidence) -> str:
     error = number(found.data_standard_error)
     return f"{_row(name, found)} Monte Carlo, ± {error} over data"
 

@@ -122,7 +122,7 @@ def evaluate(
         bounds = {name: _bound(subject, name) for name in ESTIMATORS}
         more: dict[str, Any] = {}
         if annealed is not None:
-            more["annealed"] = Annealed.of(annealed, ll)
+            more["annealed"] = Annealed.over_samples(annealed, ll)
             more["bidirectional"] = _sandwich(part, options, progress)
         if not options.no_diagnostics:
             found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)

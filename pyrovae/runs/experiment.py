@@ -166,7 +166,7 @@ def _fill(pair: Pair, run: Run) -> None:
     weights = run.load_weights()
     try:
         pair.load_state_dict(weights)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "
             f"says: put back the files of this run, or train into another --out."

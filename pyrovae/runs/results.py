@@ -116,30 +116,13 @@ class Mean(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LogP(Mean):
-    """An estimate of log p(x); the standard error is the Monte Carlo error."""
+class Evidence(Mean):
+    """An estimate of log p(x), whose standard error is the Monte Carlo error, and its diagnosis."""
 
     data_standard_error: float | None = None
     method: str | None = None
     seed: int | None = None
     ess_median: float | None = None
-
-    @staticmethod
-    def _numbers(ll: LogLikelihood) -> dict[str, Any]:
-        return {
-            "mean": ll.mean,
-            "standard_error": ll.mean_standard_error,
-            "data_standard_error": ll.data_standard_error,
-            "method": ll.method,
-            "seed": ll.seed,
-            "ess_median": ll.ess.median().item(),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evidence(_LogP):
-    """What importance sampling found of log p(x), and how far it can be trusted."""
-
     num_samples: int | None = None
     khat_median: float | None = None
     heavy: float | None = field(default=None, metadata={"key": "khat_over_0.7"})
@@ -149,24 +132,29 @@ class Evidence(_LogP):
     curve: Mapping[int, float | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, ll: LogLikelihood) -> Evidence:
-        """The means over data of an estimate."""
-        unknown = ll.khat.isnan()
-        heavy = (ll.khat > HEAVY).double().where(~unknown, torch.nan).mean().item()
+    def of(cls, ll: LogLikelihood, **more: Any) -> Self:
+        """The means over data of an estimate; ``more`` are further fields."""
+        heavy = (ll.khat > HEAVY).double().where(~ll.khat.isnan(), torch.nan)
         return cls(
-            **cls._numbers(ll),
+            mean=ll.mean,
+            standard_error=ll.mean_standard_error,
+            data_standard_error=ll.data_standard_error,
+            method=ll.method,
+            seed=ll.seed,
+            ess_median=ll.ess.median().item(),
             num_samples=ll.num_samples,
             khat_median=ll.khat.median().item(),
-            heavy=heavy,
+            heavy=heavy.mean().item(),
             smoothed_mean=ll.smoothed_mean,
             mean_bias=ll.mean_bias,
             uncovered=ll.uncovered,
             curve={} if ll.curve is None else ll.curve.mean,
+            **more,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Annealed(_LogP):
+class Annealed(Evidence):
     """What annealing found, and by how much that is more than importance sampling found."""
 
     verdict: str = ""
@@ -176,20 +164,19 @@ class Annealed(_LogP):
     over_importance_sampling: Mean | None = None
 
     @classmethod
-    def of(cls, ais: LogLikelihood, ll: LogLikelihood) -> Annealed:
+    def over_samples(cls, ais: LogLikelihood, ll: LogLikelihood) -> Self:
         """The means over data of an annealed estimate, and what it has over another."""
-        n, over = len(ais.log_prob), None
+        n, more = len(ais.log_prob), None
         if n > 1:
             both = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
-            error = both.monte_carlo_standard_error
-            over = Mean(mean=both.difference, standard_error=error)
-        return cls(
-            **cls._numbers(ais),
+            more = Mean(mean=both.difference, standard_error=both.monte_carlo_standard_error)
+        return cls.of(
+            ais,
             verdict=ais.verdict,
             num_data=n,
             num_chains=ais.num_samples,
             acceptance=None if ais.acceptance is None else ais.acceptance.mean().item(),
-            over_importance_sampling=over,
+            over_importance_sampling=more,
         )
 
 
@@ -281,13 +268,7 @@ class Results(Record):
 
     @classmethod
     def of(cls, ll: LogLikelihood, bounds: Mapping[str, ElboResult], **more: Any) -> Results:
-        """An estimate of log p(x), and the bounds by both estimators, of the same data.
-
-        Args:
-            ll: The estimate.
-            bounds: The ELBO by the estimators' names.
-            more: Further fields.
-        """
+        """An estimate of log p(x), and the ELBO by the estimators' names, of the same data."""
         gap, closed = ll.amortization_gap, bounds[BOUND]
         return cls(
             text=ll.verdict,
@@ -338,15 +319,9 @@ class Results(Record):
 
 
 class Finding(NamedTuple):
-    """A run's evaluation: its results, the training before, and what was found of each datum.
+    """A run's evaluation: the means, the rows of the training, and what was found of each datum.
 
-    Attributes:
-        results: The means.
-        history: The rows of the training, one an epoch.
-        log_likelihood: log p(x) of each datum, if it was kept.
-        annealed: The same by annealing, if that was asked for.
-        elbo: The ELBO by estimator B of each datum, ``[N]``.
-        weights: The digest of the weights that these values are of.
+    ``elbo`` ``[N]`` is that of estimator B; ``weights`` is the digest of the evaluated weights.
     """
 
     results: Results
@@ -370,12 +345,7 @@ def load_results(run: Run) -> dict[str, Results]:
 
 
 def load_finding(run: Run, split: str | None = None) -> Finding | None:
-    """What an evaluation found; None if there is none.
-
-    Args:
-        run: The run.
-        split: The split; None is the test data, or else the first there is of the others.
-    """
+    """What an evaluation found on a split, by default on the test data if on those; or None."""
     results = load_results(run)
     split = split or next((s for s in ("test", "valid", "train") if s in results), None)
     if split is None or split not in results:
@@ -404,12 +374,7 @@ def save_finding(run: Run, split: str, found: Finding) -> None:
 
 
 def to_tensors(ll: LogLikelihood, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Everything that an estimate holds: tensors ``[..., N]`` by name, and texts by name.
-
-    Args:
-        ll: The estimate.
-        prefix: What all names begin with, so that several estimates can share a file.
-    """
+    """Everything that an estimate holds: tensors ``[..., N]`` and texts, by names with a prefix."""
     found = {n: v for n in (*ALWAYS, *SOMETIMES) if (v := getattr(ll, n)) is not None}
     points: tuple[int, ...] = ()
     if ll.curve is not None:

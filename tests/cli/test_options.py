@@ -1,7 +1,6 @@
 """Each option lives in one place: parser, configuration, fit and the docs agree on it."""
 
 import inspect
-import re
 from dataclasses import fields
 
 import pytest
@@ -26,20 +25,7 @@ def test_the_docs_list_every_option(repository):
     assert page == options_page(COMMANDS), "write docs/options.md anew: make options"
 
 
-def test_the_readme_writes_no_option_that_is_not_there(repository):
-    known = {"--help", "--traceback"}
-    for options in COMMANDS.values():
-        known |= {usage.split()[0] for usage, _, _ in options.table()}
-    text = (repository / "README.md").read_text(encoding="utf-8")
-    lines = [line for block in re.findall("```.*?```", text, re.S) for line in block.splitlines()]
-    used = set()
-    for command in re.findall(r"pyrovae (?:\w+ )?.*?(?:\n(?=\S)|\Z)", "\n".join(lines), re.S):
-        used |= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", command))
-    used -= {"-m", "-c", "--nproc-per-node"}
-    assert {"--model", "--samples", "-n"} <= used <= known
-
-
-def test_the_defaults_are_those_of_fit(repository):
+def test_the_defaults_are_those_of_fit():
     taken = inspect.signature(pyrovae.fit).parameters
     asked = RunConfig.of({"model": "m", "guide": "g", "data": "d"})
     for name in ("objective", "epochs", "particles", "lr", "clip_norm", "patience", "precision"):

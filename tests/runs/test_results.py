@@ -64,7 +64,7 @@ def bounds():
 def test_what_is_written_is_read_again(tmp_path):
     ll = estimate(log_prob=torch.full((4,), -3.0))
     ais = estimate(log_prob=torch.full((4,), -2.9), acceptance=torch.full((4,), 0.7))
-    found = Results.of(ll, bounds(), weights="abc", annealed=Annealed.of(ais, ll))
+    found = Results.of(ll, bounds(), weights="abc", annealed=Annealed.over_samples(ais, ll))
     assert Results.read(json.loads(json.dumps(found.write()))) == found
     assert found.log_likelihood.curve == {1: -3.5, 50: -3.0}
     assert found.annealed.over_importance_sampling.mean == pytest.approx(0.1)
