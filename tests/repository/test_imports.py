@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -44,6 +45,16 @@ def test_imports_are_acyclic():
     graph = {name: inner(name) for name in FILES}
     list(TopologicalSorter(graph).static_order())
     assert "__init__" not in set().union(*graph.values())
+
+
+def test_every_folder_has_its_floor_and_its_line_on_the_map(repository):
+    rooms = {name.partition(".")[0] for name in LIBRARY}
+    assert rooms == FLOOR.keys()
+    table = re.findall(r"^\| (`.*?) \|", (repository / "docs" / "map.md").read_text(), re.MULTILINE)
+    shown = [room for row in table for room in re.findall(r"`(\w+)(?:\.py|/)`", row)]
+    assert {*shown} == rooms - {"__init__", "__main__"}
+    floors = [FLOOR[room] for room in shown]
+    assert floors == sorted(floors, reverse=True)
 
 
 def test_a_folder_imports_only_folders_below_it():
