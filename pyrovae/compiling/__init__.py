@@ -1,1 +1,4 @@
-"""One step as one graph: the only folder that touches torch's compiler internals."""
+"""Training steps and other functions of a pair as compiled graphs.
+
+The only folder that touches torch's compiler internals.
+"""

@@ -1,8 +1,9 @@
-"""A function over a pair's programs as one compiled graph.
+"""Compile a function over a pair's programs into one graph.
 
-Pyro's effect handlers, PyTorch's autograd and the programs themselves run once, under a tracer that
-records what they ask of the device; Inductor compiles the record, and on CUDA the whole of it is
-replayed as one CUDA graph.
+Pyro's effect handlers, PyTorch's autograd and the programs themselves run once, under a tracer
+(make_fx) that records what they ask of the device; Inductor compiles the record, and on CUDA the
+whole of it is replayed as one CUDA graph. What is private in torch here was the same in 2.11 to
+2.14.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pyrovae.pairs.pair import Pair
 
 __all__ = ["CaptureError", "Graph", "compare", "record"]
 
+# Calls before a CUDA graph is recorded, in which cuBLAS and the like allocate what they keep;
+# torch's notes on CUDA graphs take three.
 WARM_UP = 3
 
 
@@ -63,6 +66,7 @@ class Graph:
         self._fixed = False
         with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(graph, [*self._held(), *args])
+            # The first run tunes kernels and allocates; what it writes is undone with the rest.
             self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
                 compiled = self.run
@@ -79,6 +83,8 @@ class Graph:
         Raises:
             CaptureError: If one has moved away from a CUDA graph, or lies otherwise than before.
         """
+        # A person may set a weight's .data, or move a module: the record has the old tensor's
+        # strides, and a CUDA graph its address.
         places = [tensor.data_ptr() for tensor in self.constants]
         if places != self._places:
             views = [tensor.detach() for tensor in self.constants]
@@ -99,10 +105,14 @@ def record(
     Raises:
         CaptureError: If it reads values back or changes from call to call.
     """
+    # make_fx sees ATen operations below Pyro and autograd, so that handlers may do what they like
+    # in Python. It takes for constants whatever is no tensor: recording twice finds what changes
+    # from call to call.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graphs = []
     for _ in range(2):
+        # Pyro's validation asks whether values are in a support, which reads them back.
         with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
                 with _OneHot():
@@ -127,7 +137,11 @@ class _OneHot(TorchFunctionMode):
 
 
 def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
-    """Make every tensor that the record refers to an input, each once, before its arguments."""
+    """Make every tensor that the record refers to an input, each once, before its arguments.
+
+    make_fx keeps them as attributes, and Inductor would fold those into its code as constants: a
+    weight that is updated would stay what it was.
+    """
     held: dict[tuple, Tensor] = {}
     inputs: dict[tuple, Any] = {}
     first = next(iter(graph.graph.nodes))
@@ -157,8 +171,8 @@ def _form(tensor: Tensor) -> tuple:
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
-    # Private, and the same in torch 2.11 to 2.14: torch.compile would trace the programs again with
-    # Dynamo, which breaks the graph at Pyro's handlers, whereas compile_fx takes a record.
+    # torch.compile would trace the programs again with Dynamo, which breaks the graph at Pyro's
+    # handlers, whereas compile_fx takes a record. It has no public name.
     from torch._inductor.compile_fx import compile_fx
 
     with warnings.catch_warnings():
@@ -182,6 +196,7 @@ def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None
     """
     still = [arg.clone() for arg in args]
     try:
+        # Not on the default stream, from which nothing can be recorded.
         side = torch.cuda.Stream(args[0].device)
         side.wait_stream(torch.cuda.current_stream(args[0].device))
         with torch.cuda.stream(side):
@@ -206,7 +221,7 @@ def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None
 
 
 def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> None:
-    """Hold a captured value against the eager one, to the rounding of its type.
+    """Compare a captured value with the eager one, up to the rounding of its type.
 
     Args:
         what: What to call it.
@@ -217,6 +232,8 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
     Raises:
         CaptureError: If they differ by more; values that are not finite say nothing.
     """
+    # Compiled sums add in another order: a thousandth leaves room for long ones in float32, and a
+    # program that has changed differs by more.
     scale = expected.abs().max()
     tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-5
     close = (found - expected).abs().max() <= tolerance * scale + slack + 1e-6
@@ -228,7 +245,11 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
 
 
 def _reason(error: Exception) -> str:
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    # make_fx raises a RuntimeError for .item(), bool(tensor) and the like, which tells itself from
+    # others by the name of the operator alone; Inductor has a class for it.
     text = str(error)
-    if "_local_scalar_dense" in text or "data-dependent" in text or ".item()" in text:
+    if isinstance(error, DataDependentOutputException) or "aten._local_scalar_dense" in text:
         return "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -1,4 +1,8 @@
-"""What a captured step is good for, told from call to call without looking at every value."""
+"""Detect changes that make a captured step stale.
+
+A record holds every number and flag as it was. Describing a whole pair at each step would cost more
+than the step: objects are compared by identity, and described only where one has been replaced.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ from collections.abc import Callable, Hashable
 from operator import is_
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyrovae.pairs.pair import Pair
 
 __all__ = ["Watch", "watch_optimizer", "watch_pair"]
 
+# What a record takes for a constant; tensors are told by identity, their values are inputs.
 SCALARS = (bool, int, float, str, type(None))
 
 
@@ -48,12 +53,13 @@ def watch_pair(objective: Any, pair: Pair) -> Watch:
     flag and loose tensor that is an attribute of the objective or of a module.
     """
     things = [getattr(objective, "__dict__", {})]
-    modules: list[Any] = []
+    # Walked once: modules that come later change the ``_modules`` of one that is known.
+    modules: list[nn.Module] = []
 
     def look() -> list[Any]:
-        known = modules or _modules(pair)
+        known = modules or pair.modules
         found = [value for thing in things for value in thing.values()]
-        tensors = [leaf for _, leaf in pair.statements]
+        tensors: list[Tensor | None] = [leaf for _, leaf in pair.statements]
         for module in known:
             found += module.__dict__.values()
             found += module._modules.values()
@@ -65,10 +71,10 @@ def watch_pair(objective: Any, pair: Pair) -> Watch:
         return found
 
     def describe() -> Hashable:
-        modules[:] = _modules(pair)
+        modules[:] = pair.modules
         held = (
             *pair.leaves(),
-            *(b for root in pair.roots.values() for b in root.buffers()),
+            *(b for module in modules for b in module.buffers(recurse=False)),
         )
         tensors = tuple((id(t), t.dtype, t.device, t.requires_grad) for t in held)
         attributes = [*things, *(module.__dict__ for module in modules)]
@@ -95,10 +101,6 @@ def watch_optimizer(optimizer: Optimizer) -> Watch:
         return groups, members, state
 
     return Watch(look, describe)
-
-
-def _modules(pair: Pair) -> list[Any]:
-    return pair.modules
 
 
 def _scalars(attributes: dict[str, Any]) -> tuple:

@@ -105,8 +105,7 @@ class Trained:
         for name, parameter in self._pyro_names(self.named).items() if options else ():
             if parameter.grad is not None:
                 own = options(*_split(name)) if callable(options) else options
-                # Pyro 1.9.2 clips inside its own step alone, which is not taken here.
-                PyroOptim._clip_grad(parameter, **own)
+                _clip_as_pyro(parameter, **own)
         if self.clip_norm is not None and self.optimizer is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
@@ -115,6 +114,16 @@ class Trained:
         """The parameters by the names that Pyro has for them, where it has one."""
         spelled = {id(leaf): name for name, leaf in dict(self.pair.statements).items()}
         return {spelled.get(id(p), name): p for name, p in named.items()}
+
+
+def _clip_as_pyro(
+    parameter: Tensor, clip_norm: float | None = None, clip_value: float | None = None
+) -> None:
+    """What Pyro's optimizers do before their own step, which is not taken here."""
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameter, clip_norm)
+    if clip_value is not None:
+        torch.nn.utils.clip_grad_value_(parameter, clip_value)
 
 
 def make_optim(optimizer: Any, lr: float) -> Any:
