@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae._tools import should_compile
 from pyrovae._tools.seeding import undone
 from pyrovae.compiling.graph import CaptureError, Graph, compare
 from pyrovae.compiling.update import Update, UpdateError
@@ -24,8 +25,9 @@ from pyrovae.pairs.pair import Pair
 
 __all__ = ["Capture", "CompiledSteps", "Step", "Trainable"]
 
-# Another shape of batch than the first is compiled once it has come so often: Inductor takes some
-# 20 s with an empty cache, a compiled step saves some ms.
+# Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
+PAYS_AFTER = 3_000
+# Another shape of batch than the first is compiled once it has come so often.
 AGAIN_AFTER = 500
 # Batches whose shape changes each time must not fill the memory with counts.
 REMEMBERED = 64
@@ -54,13 +56,15 @@ class Trainable(Protocol):
 
     Attributes:
         named: The parameters by name.
-        optimizer: The optimizer of all of them, once it has been made.
         clips: Whether :meth:`clip` has anything to do.
     """
 
     named: dict[str, Tensor]
-    optimizer: Optimizer | None
     clips: bool
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of all of them, which is there if they are."""
 
     def clip(self) -> None:
         """Clip the parameters' gradients in place."""
@@ -70,26 +74,35 @@ class CompiledSteps:
     """The compiled steps of an objective and its pair, made where that pays.
 
     There is one for each shape of batch and each state of the modules. The first is made at once,
-    after ``wait`` eager steps; others when their batches have come 500 times. What cannot be
+    or after 3,000 eager steps; others when their batches have come 500 times. What cannot be
     captured runs eagerly from then on, with one warning that says why.
 
     Args:
         objective: A Pyro ELBO, an objective or a function to differentiate.
         pair: The pair.
         trained: Its parameters and their optimizer.
-        wait: How many calls to leave to eager steps.
+        compile: True to compile at once, ``"auto"`` to wait for 3,000 eager steps first.
+        steps: How many steps are going to be taken: with 3,000 there is nothing to wait for.
 
     Attributes:
         captures: Each compiled step by what it is good for; None for what runs eagerly.
         announce: Called with a text before and after something is compiled.
     """
 
-    def __init__(self, objective: Any, pair: Pair, trained: Trainable, wait: int = 0) -> None:
-        self.objective, self.pair, self.trained, self.wait = objective, pair, trained, wait
+    def __init__(
+        self,
+        objective: Any,
+        pair: Pair,
+        trained: Trainable,
+        compile: bool | str = True,
+        steps: int = 0,
+    ) -> None:
+        self.objective, self.pair, self.trained = objective, pair, trained
         self.announce: Callable[[str], object] | None = None
         self.captures: dict[Hashable, Capture | None] = {}
         self._watch_pair = watch_pair(objective, pair)
         self._watch_optimizer: Watch | None = None
+        self._wait = 0 if should_compile(compile, steps >= PAYS_AFTER) else PAYS_AFTER
         self._seen: dict[Hashable, int] = {}
         self._records_updates = True
 
@@ -105,12 +118,12 @@ class CompiledSteps:
             The outcome, with the gradients added to every parameter's ``.grad`` where the step
             has not updated the parameters; None if the step has to be taken eagerly.
         """
-        if self.wait > 0:
-            self.wait -= 1
+        if self._wait > 0:
+            self._wait -= 1
+            return None
+        if not self.trained.named or not args or not all(map(_is_plain, args)):
             return None
         optimizer = self.trained.optimizer
-        if optimizer is None or not args or not all(map(_is_plain, args)):
-            return None
         update = update and self._can_update(optimizer)
         if update and not optimizer.state:
             # Optimizers make their state in their first step, which therefore is an eager one: a

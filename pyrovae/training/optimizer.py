@@ -48,10 +48,21 @@ class Trained:
             raise InputError(f"Expected clip_norm > 0, got {clip_norm}.")
         self.optim, self.pair, self.clip_norm = optim, pair, clip_norm
         self.named: dict[str, Tensor] = {}
-        self.optimizer: Optimizer | None = None
+        self._optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.clips = clip_norm is not None or bool(getattr(optim, "pt_clip_args", None))
         self._met = -1
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of all of them.
+
+        Raises:
+            ValueError: Before :meth:`collect` has made it.
+        """
+        if self._optimizer is None:
+            raise InputError("There is no optimizer yet: take a step, or call svi.build(x) first.")
+        return self._optimizer
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -70,22 +81,22 @@ class Trained:
         # A pyro.param statement makes its parameter at the first run that gets there: only their
         # number has to be looked at from step to step.
         met = len(self.pair.statements)
-        if self.optimizer is not None and met == self._met:
+        if self._optimizer is not None and met == self._met:
             return False
         self._met = met
         fresh = {n: p for n, p in self.pair.named().items() if n not in self.named}
         self.named |= fresh
         spelled = self._pyro_names(fresh)
-        if self.optimizer is None:
-            self.optimizer = _make_optimizer(self.optim, spelled)
+        if self._optimizer is None:
+            self._optimizer = _make_optimizer(self.optim, spelled)
             if isinstance(self.optim, PyroOptim):
                 self.scheduler = _lend_to_pyro(
-                    self.optim, self.optimizer, next(iter(fresh.values()))
+                    self.optim, self._optimizer, next(iter(fresh.values()))
                 )
             return False
         if fresh and not isinstance(self.optim, Optimizer):
             for group in _groups(self.optim, spelled):
-                self.optimizer.add_param_group(group)
+                self._optimizer.add_param_group(group)
         return bool(fresh)
 
     def step(self) -> bool:
@@ -93,8 +104,7 @@ class Trained:
         grown = self.collect()
         if self.clips:
             self.clip()
-        if self.optimizer is not None:
-            self.optimizer.step()
+        self.optimizer.step()
         for parameter in self.named.values():
             parameter.grad = None
         return grown
@@ -106,7 +116,7 @@ class Trained:
             if parameter.grad is not None:
                 own = options(*_split(name)) if callable(options) else options
                 _clip_as_pyro(parameter, **own)
-        if self.clip_norm is not None and self.optimizer is not None:
+        if self.clip_norm is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
 

@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae._tools import InputError, InputTypeError, should_compile
+from pyrovae._tools import InputTypeError, should_compile
 from pyrovae._tools.seeding import undone
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
 from pyrovae.pairs.contract import check_reach
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from pyrovae.compiling.step import CompiledSteps
 
 __all__ = ["SVI"]
-
-# Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
-PAYS_AFTER = 3_000
 
 
 class SVI:
@@ -82,7 +79,6 @@ class SVI:
     ) -> None:
         if not (isinstance(loss, ELBO) or callable(loss)):
             raise InputTypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
-        wait = 0 if should_compile(compile, steps >= PAYS_AFTER) else PAYS_AFTER
         self.model, self.guide, self.optim = model, guide, optim
         self.objective, self.loss_and_grads = loss, loss_and_grads
         self.pair = Pair(model, guide)
@@ -92,20 +88,14 @@ class SVI:
         self.compiled: CompiledSteps | None = None
         self._differentiable = loss_and_grads is None and is_differentiable(loss)
         self._reached = False
-        if compile is not False and self._differentiable:
+        if should_compile(compile, pays=True) and self._differentiable:
             from pyrovae.compiling.step import CompiledSteps
 
-            self.compiled = CompiledSteps(loss, self.pair, self.trained, wait)
+            self.compiled = CompiledSteps(loss, self.pair, self.trained, compile, steps)
 
     @property
     def optimizer(self) -> Optimizer:
-        """The one torch optimizer of all parameters.
-
-        Raises:
-            ValueError: Before the first step, which makes it.
-        """
-        if self.trained.optimizer is None:
-            raise InputError("There is no optimizer yet: take a step, or call svi.build(x) first.")
+        """The one torch optimizer of all parameters; the first step makes it, or :meth:`build`."""
         return self.trained.optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:

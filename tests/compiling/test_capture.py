@@ -13,6 +13,7 @@ from torch import nn
 
 import pyrovae
 from pairs import LATENT, SHAPE, binary, functions, published_example, same_names, two_latents
+from pyrovae.compiling.update import UpdateError
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
 
@@ -356,3 +357,24 @@ def test_auto_compiles_long_runs_alone():
     assert len(svi.compiled.captures) == 1
     with pytest.raises(ValueError, match="compile='auto'"):
         pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), compile="yes")
+
+
+def test_gradients_before_the_first_step_are_eager_and_there_is_no_optimizer():
+    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), compile=True)
+    with pytest.raises(pyrovae.InputError, match=r"call svi\.build\(x\) first"):
+        _ = svi.optimizer
+    for _ in range(3):
+        svi.gradients(X)
+    assert not svi.compiled.captures
+    svi.step(X)
+    svi.gradients(X)
+    assert len(svi.compiled.captures) == 1
+
+
+def test_an_update_that_cannot_be_recorded_leaves_the_gradients_captured(monkeypatch):
+    def refused(update, gradients):
+        raise UpdateError("reads a value back")
+
+    monkeypatch.setattr("pyrovae.compiling.update.Update.record", refused)
+    svi = _both(published_example, Trace_ELBO(), steps=4)
+    assert [capture.update for capture in svi.compiled.captures.values()] == [None]
