@@ -114,4 +114,5 @@ class Objective:
         if self._called is None or self._called[:2] != (model, guide):
             self._called = model, guide, Pair(model, guide, store=True)
         found = self.estimate(self._called[2], *args)
-        return found.loss + (found.surrogate - found.surrogate.detach())
+        surrogate = found.loss if found.surrogate is None else found.surrogate
+        return found.loss + (surrogate - surrogate.detach())

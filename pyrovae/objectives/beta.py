@@ -15,7 +15,7 @@ from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, unscaled
+from pyrovae.pairs.traces import Layout, reduce_to, samples, total, unscaled
 
 __all__ = ["SCHEDULES", "BetaELBO"]
 
@@ -136,7 +136,7 @@ class BetaELBO(Objective):
         }
         surrogate = surrogate_elbo(model_trace, guide_trace, terms, analytic, coefficients)
         sums = {name: term.detach().sum() for name, term in terms.items()}
-        value = sum(
+        value = total(
             coefficients.get(name, 1.0) * term
             - (beta * torch.where(above[name], 0.0, allowed[name]) if name in above else 0.0)
             for name, term in sums.items()
@@ -152,14 +152,14 @@ class BetaELBO(Objective):
         analytic = self.analytic and in_one_order(*traces)
         scaled = site_terms(*traces, analytic)
         unscaled(layout, *traces)
-        total = 0.0
+        parts = []
         for name, term in site_terms(*traces, analytic).items():
             each = reduce_to(term, layout, self.particles, len(args[0])).mean(0)
             if name in allowed:
                 each = torch.where(scaled[name].sum() < -allowed[name], each, -free[name])
             latent = _is_latent(name, *traces)
-            total = total + (self.beta.to(each.dtype) * each if latent else each)
-        return total
+            parts.append(self.beta.to(each.dtype) * each if latent else each)
+        return total(parts)
 
     def _traces(self, pair: Pair, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
         particles = self.particles if self.particles > 1 else None
@@ -174,7 +174,7 @@ class BetaELBO(Objective):
         """The nats that the batch has free at each site, over all particles, scaled and masked."""
         allowed = {}
         for name, nats in free.items():
-            site = guide_trace.nodes[name]
+            site = samples(guide_trace)[name]
             ones = site["log_prob"].detach().new_ones(site["fn"].batch_shape)
             weight = scale_and_mask(ones, scale=site["scale"], mask=site["mask"]).sum()
             inside = (
@@ -187,5 +187,5 @@ class BetaELBO(Objective):
 
 
 def _is_latent(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
-    site = model_trace.nodes.get(name, guide_trace.nodes.get(name))
-    return not site["is_observed"]
+    sites = samples(guide_trace) | samples(model_trace)
+    return not sites[name]["is_observed"]

@@ -1,4 +1,11 @@
-r"""The two estimators of the ELBO, site by site, with the gradient of sites that need a score.
+r"""The ELBO by its two estimators: a loss with its gradient, and a number for each datum.
+
+Both are from Auto-Encoding Variational Bayes (arXiv 1312.6114):
+
+- A, equation 6, Pyro's ``Trace_ELBO``: :math:`E_q[\ln p(x, z) - \ln q(z|x)]`;
+- B, equation 7, Pyro's ``TraceMeanField_ELBO``: :math:`E_q[\ln p(x|z)] - \mathrm{KL}(q \,\|\, p)`,
+  the divergence in closed form where one is registered, and where the guide samples its latents
+  in the model's order.
 
 Where a latent is not reparameterized, the gradient is Pyro's: with :math:`f` the sum of the terms,
 
@@ -9,8 +16,10 @@ where :math:`\bar f_s` leaves out the plates that site s is not in (no baseline 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import (
     ELBO,
@@ -24,19 +33,27 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, standard_error
+from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
-from pyrovae.pairs.traces import samples
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.traces import Layout, Site, reduce_to, samples, total, unscaled
 
 __all__ = [
     "ANALYTIC",
+    "ESTIMATORS",
     "GENERIC",
+    "ElboResult",
+    "elbo",
     "elbo_estimate",
     "in_one_order",
+    "score_elbo",
     "site_terms",
     "surrogate_elbo",
 ]
 
+ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
 GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceMeanField_ELBO)
 
 
@@ -52,17 +69,20 @@ def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[s
         Nats per site; a site's tensor is broadcastable to its plates.
     """
     terms = {}
-    for name, site in model_trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site["is_observed"] or name not in guide_trace.nodes:
+    model, guide = _samples(model_trace), _samples(guide_trace)
+    for name, site in model.items():
+        if site["is_observed"] or name not in guide:
             terms[name] = site["log_prob"]
         else:
-            terms[name] = _latent_term(site, guide_trace.nodes[name], analytic)
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample" and name not in model_trace.nodes:
+            terms[name] = _latent_term(site, guide[name], analytic)
+    for name, site in guide.items():
+        if name not in model:
             terms[name] = -site["log_prob"]
     return terms
+
+
+def _samples(trace: Trace) -> dict[str, Site]:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
@@ -75,12 +95,12 @@ def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
     return [name for name in model if name in guide] == [name for name in guide if name in model]
 
 
-def _latent_term(site: dict, guide_site: dict, analytic: bool) -> Tensor:
+def _latent_term(site: Site, guide_site: Site, analytic: bool) -> Tensor:
     kl = _divergence(site, guide_site) if analytic else None
     return site["log_prob"] - guide_site["log_prob"] if kl is None else -kl
 
 
-def _divergence(site: dict, guide_site: dict) -> Tensor | None:
+def _divergence(site: Site, guide_site: Site) -> Tensor | None:
     try:
         kl = kl_divergence(guide_site["fn"], site["fn"])
     except NotImplementedError:
@@ -94,7 +114,7 @@ def surrogate_elbo(
     guide_trace: Trace,
     terms: dict[str, Tensor],
     analytic: bool,
-    coefficients: dict[str, Tensor | float] | None = None,
+    coefficients: Mapping[str, Tensor | float] | None = None,
 ) -> Tensor:
     r"""A scalar whose gradient estimates that of :math:`E_q[\sum_s c_s f_s]`.
 
@@ -115,24 +135,24 @@ def surrogate_elbo(
         for name, site in nodes.items()
         if not is_identically_zero(site["score_parts"].score_function)
     }
-    total = 0.0
+    parts = []
     for name, term in terms.items():
         if name in scored and not (analytic and _is_closed(name, model_trace, guide_trace)):
             term = term + (nodes[name]["log_prob"] - nodes[name]["score_parts"].entropy_term)
-        total = total + coefficients.get(name, 1.0) * term.sum()
+        parts.append(coefficients.get(name, 1.0) * term.sum())
     if scored:
         stacks = get_plate_stacks(guide_trace) | get_plate_stacks(model_trace)
         costs = MultiFrameTensor()
         for name, term in terms.items():
             costs.add((stacks[name], coefficients.get(name, 1.0) * term.detach()))
         for name, score in scored.items():
-            total = total + (costs.sum_to(nodes[name]["cond_indep_stack"]) * score).sum()
-    return total
+            parts.append((costs.sum_to(nodes[name]["cond_indep_stack"]) * score).sum())
+    return total(parts)
 
 
 def _is_closed(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
-    site = model_trace.nodes.get(name)
-    return site is not None and _divergence(site, guide_trace.nodes[name]) is not None
+    site = samples(model_trace).get(name)
+    return site is not None and _divergence(site, samples(guide_trace)[name]) is not None
 
 
 def elbo_estimate(
@@ -146,8 +166,8 @@ def elbo_estimate(
     Raises:
         ValueError: If estimator B meets a latent that is not reparameterized.
     """
-    total: dict[str, Tensor] = {}
-    surrogate = 0.0
+    sums: dict[str, Tensor] = {}
+    surrogates = []
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
         analytic = type(loss) in ANALYTIC
         if analytic:
@@ -155,11 +175,11 @@ def elbo_estimate(
         analytic = analytic and in_one_order(model_trace, guide_trace)
         terms = site_terms(model_trace, guide_trace, analytic)
         found = surrogate_elbo(model_trace, guide_trace, terms, analytic)
-        surrogate = surrogate - found / loss.num_particles
+        surrogates.append(-found / loss.num_particles)
         for name, term in terms.items():
             mean = term.detach().sum() / loss.num_particles
-            total[name] = total.get(name, 0.0) + mean
-    return Estimate(-sum(total.values()), surrogate, total)
+            sums[name] = sums.get(name, 0.0) + mean
+    return Estimate(-total(sums.values()), total(surrogates), sums)
 
 
 def _refuse_scores(guide_trace: Trace) -> None:
@@ -170,3 +190,101 @@ def _refuse_scores(guide_trace: Trace) -> None:
                 f"{name!r} from a {type(site['fn']).__name__}: train with trace_elbo, or "
                 f"enumerate the site and train with trace_enum_elbo."
             )
+
+
+class ElboResult(NamedTuple):
+    """The ELBO of each datum in nats, with its two parts, ``[N]`` each.
+
+    ``elbo = reconstruction - kl``; ``kl`` is a Monte Carlo estimate under estimator A.
+    """
+
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The mean over data, nats per datum."""
+        return self.elbo.double().mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of that mean over data."""
+        return standard_error(self.elbo.double()).item()
+
+
+@torch.no_grad()
+def elbo(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    *context: Tensor,
+    objective: str = "trace_elbo",
+    particles: int = 1,
+    batch_size: int = 512,
+    seed: int | None = None,
+) -> ElboResult:
+    r"""The ELBO of every datum at β = 1, by estimator A or B.
+
+    .. math:: \hat{\mathcal{L}}_A = \tfrac1L \sum_l \ln p(x, z_l) - \ln q(z_l | x), \qquad
+              \hat{\mathcal{L}}_B = \tfrac1L \sum_l \ln p(x | z_l) - \mathrm{KL}(q \,\|\, p)
+
+    Args:
+        model: The model program.
+        guide: The guide program.
+        x: Data ``[N, ...]``; ``context`` are further arguments of both programs, ``[N, ...]``.
+        objective: ``"trace_elbo"`` (A) or ``"trace_mean_field_elbo"`` (B).
+        particles: The number of samples L.
+        batch_size: How many data are scored at a time.
+        seed: Seeds the draws; None continues torch's global stream.
+
+    Returns:
+        Nats per datum, ``[N]``, whatever :func:`pyro.poutine.scale` or a subsampled plate makes
+        of them in training; modules are in eval mode meanwhile.
+
+    Raises:
+        ValueError: If the pair breaks the contract, or the objective has another name.
+
+    References:
+        Kingma and Welling (arXiv 1312.6114), equations 6 and 7.
+    """
+    if objective not in ESTIMATORS:
+        raise InputError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
+    if particles < 1:
+        raise InputError(f"Expected particles >= 1, got {particles}.")
+    analytic = objective == "trace_mean_field_elbo"
+    pair = Pair(model, guide)
+    every = tuple(tensor.to(pair.device) for tensor in (x, *context))
+    parts = []
+    with pair.mode(training=False), seeded(seed, every[0].device):
+        layout = inspect_pair(pair, *(tensor[:batch_size] for tensor in every))
+        for rows in zip(*(tensor.split(batch_size) for tensor in every), strict=True):
+            parts.append(score_elbo(pair, layout, rows, analytic, particles))
+    reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ElboResult(reconstruction - kl, reconstruction, kl)
+
+
+def score_elbo(
+    pair: Pair, layout: Layout, rows: tuple, analytic: bool, particles: int
+) -> tuple[Tensor, Tensor]:
+    """The two parts of a batch's ELBO, reconstruction and KL, ``[N]`` each, in nats.
+
+    Args:
+        pair: The pair.
+        layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
+        rows: The batch, with the programs' further arguments.
+        analytic: Estimator B instead of A.
+        particles: The number of samples L.
+    """
+    model_trace, guide_trace = pair.trace(*rows, particles=particles)
+    unscaled(layout, model_trace, guide_trace)
+    analytic = analytic and in_one_order(model_trace, guide_trace)
+    observed, latent = [], []
+    for name, term in site_terms(model_trace, guide_trace, analytic).items():
+        term = reduce_to(term, layout, particles, len(rows[0])).mean(0)
+        site = model_trace.nodes.get(name)
+        if site is not None and site["is_observed"]:
+            observed.append(term)
+        else:
+            latent.append(term)
+    return total(observed), -total(latent)

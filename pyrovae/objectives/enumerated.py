@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from opt_einsum import shared_intermediates
+from opt_einsum import shared_intermediates  # type: ignore[import-untyped]  # no stubs exist
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.traceenum_elbo import _compute_model_factors
 from pyro.infer.util import Dice
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.enumeration import exact_terms
+from pyrovae.pairs.traces import total
 
 __all__ = ["enum_estimate"]
 
@@ -33,16 +35,18 @@ def enum_estimate(
     loss: TraceEnum_ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
 ) -> Estimate:
     """The value and gradient of ``TraceEnum_ELBO``."""
-    total: dict[str, Tensor] = {}
-    surrogate, split = 0.0, True
+    found: dict[str, Tensor] = {}
+    surrogates: list[Tensor] = []
+    split = True
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
         terms = exact_terms(model_trace, guide_trace)
         if terms is None:
             terms, split = {"": _expected_elbo(model_trace, guide_trace)}, False
         for name, term in terms.items():
-            surrogate = surrogate - term / loss.num_particles
-            total[name] = total.get(name, 0.0) + term.detach() / loss.num_particles
-    return Estimate(surrogate.detach(), surrogate, total if split else {})
+            surrogates.append(-term / loss.num_particles)
+            found[name] = found.get(name, 0.0) + term.detach() / loss.num_particles
+    surrogate = total(surrogates)
+    return Estimate(surrogate.detach(), surrogate, found if split else {})
 
 
 def _expected_elbo(model_trace: Trace, guide_trace: Trace) -> Tensor:
@@ -73,16 +77,16 @@ class _Expectation(Dice):
         """The sum of the costs, each weighted by the probability of what it depends on."""
         with shared_intermediates() as cache:
             ring = MarginalRing(cache=cache)
-            return sum(self._at(ordinal, terms, ring) for ordinal, terms in costs.items())
+            return total(self._at(ordinal, terms, ring) for ordinal, terms in costs.items())
 
-    def _at(self, ordinal: frozenset, costs: list[Tensor], ring: MarginalRing) -> Tensor:
+    def _at(self, ordinal: frozenset, costs: list[Any], ring: MarginalRing) -> Tensor:
         factors = self._get_log_factors(ordinal)
         scale = math.exp(sum(f for f in factors if not isinstance(f, Tensor)))
         factors = [f for f in factors if isinstance(f, Tensor)]
         queries = {frozenset(f._pyro_dims): f for f in reversed(factors)}
         for cost in costs:
             if frozenset(cost._pyro_dims) not in queries:
-                query = torch.zeros_like(cost)
+                query: Any = torch.zeros_like(cost)
                 query._pyro_dims = cost._pyro_dims
                 factors.append(query)
                 queries[frozenset(cost._pyro_dims)] = query
@@ -92,10 +96,10 @@ class _Expectation(Dice):
             require_backward(query)
         dims = set().union(*(f._pyro_dims for f in factors)) - ordinal
         ring.sumproduct(factors, dims)._pyro_backward()
-        return scale * sum(_weighted(cost, queries[frozenset(cost._pyro_dims)]) for cost in costs)
+        return scale * total(_weighted(cost, queries[frozenset(cost._pyro_dims)]) for cost in costs)
 
 
-def _weighted(cost: Tensor, query: Tensor) -> Tensor:
+def _weighted(cost: Any, query: Any) -> Tensor:
     """The sum of a cost times its probability, where that is not zero."""
     probability = query._pyro_backward_result.exp()
     probability._pyro_dims = query._pyro_dims

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.log_weights import Cells, cells, check_scales
-from pyrovae.objectives.pathwise import (
+from pyrovae.objectives.log_weights import (
+    Cells,
     Through,
+    cells,
     check_density,
+    check_scales,
     held_still,
     is_hierarchical,
     scored_latents,
 )
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, log_probs
+from pyrovae.pairs.traces import Layout, log_probs, samples, total
 
 __all__ = ["Facts", "ImportanceWeighted", "Scores", "score"]
 
@@ -44,12 +46,12 @@ class Scores(NamedTuple):
     @property
     def log_p(self) -> Tensor:
         """ln p(x, z)."""
-        return sum(self.model.values())
+        return total(self.model.values())
 
     @property
     def log_weights(self) -> Tensor:
         """ln p(x, z) − ln q(z | x)."""
-        return self.log_p - sum(self.guide.values())
+        return self.log_p - total(self.guide.values())
 
     @property
     def terms(self) -> dict[str, Tensor]:
@@ -236,7 +238,7 @@ class ImportanceWeighted(Objective):
         """The score-function term of latents that are not reparameterized, ``[*cells]``."""
         if not names:
             return 0.0
-        sites = [guide_trace.nodes[name] for name in names]
+        sites = [samples(guide_trace)[name] for name in names]
         parts = [site["fn"].score_parts(site["value"]).score_function for site in sites]
         scores = sum(found.where.fold(part) for part in parts)
         return (self._gains(found.log_weights.detach()) * scores).sum(0)

@@ -13,10 +13,9 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.importance_weighted import Scores, score
-from pyrovae.objectives.log_weights import cells, check_scales
-from pyrovae.objectives.pathwise import Still, check_density
+from pyrovae.objectives.log_weights import Still, cells, check_density, check_scales
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
+from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, total
 
 __all__ = ["WakeSleep"]
 
@@ -114,7 +113,8 @@ class WakeSleep(Objective):
         _, heard = self.known(pair, args)
         with torch.no_grad():
             dream = poutine.trace(poutine.uncondition(pair.run_model)).get_trace(*args)
-        values = {name: dream.nodes[name]["value"] for name in heard.values()}
+        sites = samples(dream)
+        values = {name: sites[name]["value"] for name in heard.values()}
         dreamt = tuple(
             values[heard[i]].reshape(arg.shape).to(arg.dtype) if i in heard else arg
             for i, arg in enumerate(args)
@@ -122,7 +122,7 @@ class WakeSleep(Objective):
         with Still(), poutine.replay(trace=dream):
             guide_trace = pair.trace_guide(*dreamt)
         guide_trace.compute_log_prob()
-        return sum(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
+        return total(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
 
 
 def _latents(guide_trace: Trace) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
@@ -30,8 +30,10 @@ from torch.distributions.constraints import Constraint
 
 __all__ = ["enumerates", "exact_terms", "in_parallel", "sum_out"]
 
+Packed = Any  # a tensor that names its dimensions in an attribute of its own, as Pyro packs them
 
-def enumerates(site: dict) -> bool:
+
+def enumerates(site: Any) -> bool:
     """Whether a latent is marked to be summed over, ``infer={"enumerate": "parallel"}``."""
     marked = site["infer"].get("enumerate") == "parallel"
     return marked and not site["is_observed"] and site["infer"].get("num_samples") is None
@@ -56,7 +58,7 @@ def sum_out(trace: Trace, latents: Iterable[str]) -> Trace:
     summed.compute_log_prob()
     summed.pack_tensors()
     for name, score in _marginal_scores(summed, list(latents)).items():
-        site = summed.nodes[name]
+        site: Any = summed.nodes[name]
         log_prob = packed.unpack(score, summed.symbol_to_dim)
         site = {key: site[key] for key in site if key not in ("log_prob", "unscaled_log_prob")}
         summed.nodes[name] = site | {"fn": _Scored(site["fn"], log_prob), "mask": None}
@@ -92,7 +94,7 @@ def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor] | N
     return terms
 
 
-def _is_summed(site: dict) -> bool:
+def _is_summed(site: Any) -> bool:
     return enumerates(site) and "_enumerate_dim" in site["infer"]
 
 
@@ -139,7 +141,7 @@ def _contract(trace: Trace, factors: dict[str, Tensor], symbols: set[str]) -> Te
 class _AddingRing(LogRing):
     """Sums of exponentials one dimension at a time, over the sum of the terms that have it."""
 
-    def sumproduct(self, terms: list[Tensor], dims: Iterable[str]) -> Tensor:
+    def sumproduct(self, terms: list[Packed], dims: Iterable[str]) -> Packed:
         terms, left = list(terms), set(dims)
         while left:
             dim = min(sorted(left), key=lambda d: len(_joint_dims(terms, d)))
@@ -151,31 +153,31 @@ class _AddingRing(LogRing):
         return _add(terms)
 
 
-def _joint_dims(terms: list[Tensor], dim: str) -> set[str]:
+def _joint_dims(terms: list[Packed], dim: str) -> set[str]:
     return set().union(*(term._pyro_dims for term in terms if dim in term._pyro_dims))
 
 
-def _log_sum_exp(term: Tensor, dim: str) -> Tensor:
+def _log_sum_exp(term: Packed, dim: str) -> Packed:
     return _named(term.logsumexp(term._pyro_dims.index(dim)), term._pyro_dims.replace(dim, ""))
 
 
-def _add(terms: list[Tensor]) -> Tensor:
+def _add(terms: list[Packed]) -> Packed:
     first, *rest = packed.broadcast_all(*terms)
     return _named(sum(rest, first[...]), first._pyro_dims)
 
 
-def _zeros_like(term: Tensor) -> Tensor:
+def _zeros_like(term: Packed) -> Packed:
     return _named(torch.zeros_like(term), term._pyro_dims)
 
 
-def _named(term: Tensor, dims: str) -> Tensor:
+def _named(term: Packed, dims: str) -> Packed:
     term._pyro_dims = dims
     return term
 
 
 def _expected(
-    cost: Tensor, ordinal: frozenset[str], weights: list[tuple[frozenset[str], Tensor]]
-) -> Tensor:
+    cost: Packed, ordinal: frozenset[str], weights: list[tuple[frozenset[str], Packed]]
+) -> Packed:
     """A cost summed over its dimensions, those of enumerated latents weighted by the guide."""
     upstream = [weight for where, weight in weights if where <= ordinal]
     if not upstream:
@@ -186,11 +188,11 @@ def _expected(
     return (weight * torch.where(weight > 0, cost, 0.0)).sum()
 
 
-def _sites(trace: Trace) -> dict[str, dict]:
+def _sites(trace: Trace) -> dict[str, Any]:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _ordinal(trace: Trace, site: dict) -> frozenset[str]:
+def _ordinal(trace: Trace, site: Any) -> frozenset[str]:
     frames = site["cond_indep_stack"]
     return frozenset(trace.plate_to_symbol[f.name] for f in frames if f.vectorized)
 
@@ -205,7 +207,7 @@ class _Scored(TorchDistribution):
         self._base, self._log_prob = base, log_prob
 
     @property
-    def support(self) -> Constraint:
+    def support(self) -> Constraint | None:
         return self._base.support
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
 from pyrovae.pairs.modules import owners, roots
-from pyrovae.pairs.traces import Layout, Values, site_scores
+from pyrovae.pairs.traces import Layout, Values, samples, site_scores
 
 __all__ = ["Given", "OwnParameters", "Pair"]
 
@@ -117,8 +117,7 @@ class Pair:
         guide_trace, layout = self.trace_guide(*rows), self.known
         if not layout.enumerated:
             return self.replay_model(guide_trace, *rows, sums=False)
-        drawn = {name: guide_trace.nodes[name]["value"] for name in layout.latents}
-        given = poutine.condition(self.run_model, data=drawn)
+        given = poutine.condition(self.run_model, data=self._latents(guide_trace))
         given = infer_discrete(given, first_available_dim=layout.particle_dim)
         return poutine.trace(given).get_trace(*rows)
 
@@ -186,7 +185,8 @@ class Pair:
         return found, self._latents(trace)
 
     def _latents(self, trace: Trace) -> Values:
-        return {name: trace.nodes[name]["value"] for name in self.known.latents}
+        sites = samples(trace)
+        return {name: sites[name]["value"] for name in self.known.latents}
 
     # Parameters and buffers
 

@@ -19,7 +19,7 @@ from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.sandwich import bidirectional
 from pyrovae.evidence.tiles import digest, read_about
 from pyrovae.inference_data import save, to_inference_data
-from pyrovae.objectives import ESTIMATORS, ElboResult, elbo
+from pyrovae.objectives.elbo import ESTIMATORS, ElboResult, elbo
 from pyrovae.runs import Run
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.experiment import Experiment

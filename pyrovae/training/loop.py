@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyrovae._tools import InputError, InputTypeError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset, Splits
-from pyrovae.objectives import Objective, elbo, make_objective
+from pyrovae.objectives import Objective, make_objective
+from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.pairs.traces import Layout
 from pyrovae.training.distributed import join

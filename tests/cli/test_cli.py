@@ -10,7 +10,8 @@ from commands import DIGITS, SIZES, TRAIN, config, history, outcome, run, snapsh
 from safetensors import safe_open
 
 from pyrovae.data import DATASETS
-from pyrovae.objectives import ESTIMATORS, OBJECTIVES
+from pyrovae.objectives import OBJECTIVES
+from pyrovae.objectives.elbo import ESTIMATORS
 from pyrovae.report.posterior_figures import FINDING_PICTURES
 from pyrovae.runs import experiment
 

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyrovae
 from pairs import LATENT, PAIRS, binary
-from pyrovae.objectives import Estimate, Objective, elbo, estimate, make_objective
+from pyrovae.objectives import Estimate, Objective, estimate, make_objective
+from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import site_scores
 

@@ -107,7 +107,7 @@ def test_scales_masks_and_auxiliary_sites_count_as_in_pyro(loss):
 
 def test_the_standard_error_of_a_bound_is_that_of_the_mean():
     parts = torch.tensor([-3.0, -5.0, -10.0])
-    found = pyrovae.objectives.ElboResult(parts, parts, torch.zeros(3))
+    found = pyrovae.objectives.elbo.ElboResult(parts, parts, torch.zeros(3))
     assert found.mean == pytest.approx(-6.0)
     assert found.standard_error == pytest.approx((13 / 3) ** 0.5)
 
