@@ -14,7 +14,8 @@ from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.sandwich import Bidirectional, bidirectional
 from pyrovae.inference_data import to_inference_data
-from pyrovae.objectives import ElboResult, elbo, make_objective
+from pyrovae.objectives import make_objective
+from pyrovae.objectives.elbo import ElboResult, elbo
 from pyrovae.sampling import classify, decode, encode, interpolate, reconstruct, sample, traverse
 from pyrovae.training.loop import Fit, NonFiniteLoss, fit
 from pyrovae.training.svi import SVI

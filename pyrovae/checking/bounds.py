@@ -14,7 +14,7 @@ from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.objectives import site_terms
+from pyrovae.objectives.elbo import site_terms
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import reduce_to, samples, unscaled
 

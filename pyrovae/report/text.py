@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
-from pyrovae.objectives import ESTIMATORS
+from pyrovae.objectives.elbo import ESTIMATORS
 from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
 
 __all__ = ["shown", "statements", "summarize"]

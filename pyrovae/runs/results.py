@@ -27,7 +27,7 @@ from pyrovae.evidence.result import (
     compare_log_likelihood,
 )
 from pyrovae.evidence.sandwich import Bidirectional
-from pyrovae.objectives import ElboResult
+from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
 __all__ = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.objectives import ElboResult
+from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 from pyrovae.runs.results import (
     BOUND,
