@@ -10,27 +10,25 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from pyrovae import report
 from pyrovae._tools import InputError
 from pyrovae._tools.options import Options, option
 from pyrovae._tools.source_lines import error_place
+from pyrovae.checking import check
 from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.runs import Run, write_atomic
-from pyrovae.runs.config import (
-    SPLITS,
-    EvaluationConfig,
-    PairConfig,
-    RunConfig,
-)
+from pyrovae.report.figures import png
+from pyrovae.report.text import summarize
+from pyrovae.runs import Run, experiment, write_atomic
+from pyrovae.runs.compare import compare_runs
+from pyrovae.runs.config import SPLITS, EvaluationConfig, PairConfig, RunConfig
+from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import is_refusal, shipped
 from pyrovae.runs.results import load_results, number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.loop import Fit, NonFiniteLoss
-
-if TYPE_CHECKING:
-    from pyrovae.runs.experiment import Experiment
 
 __all__ = ["COMMANDS", "main"]
 
@@ -111,9 +109,6 @@ class _Train(RunConfig):
 
 
 def _train(given: dict[str, Any], job: _Job) -> None:
-    from pyrovae.report import draw_run
-    from pyrovae.runs import experiment
-
     run, world = Run(given["out"]), job.world
     resumed = bool(given.get("resume")) and run.exists()
     options = _Train.of(given, run.config if resumed else None)
@@ -131,7 +126,7 @@ def _train(given: dict[str, Any], job: _Job) -> None:
         raise NonFiniteLoss(f"{error}{kept}") from error
     if not world.first:
         return
-    draw_run(run, made)
+    report.draw_run(run, made)
     last = result.history[-1]
     print(
         f"{len(result.history)} epochs: ELBO {number(last['train_elbo'])} (train), "
@@ -189,15 +184,12 @@ class _Check(PairConfig):
 
 
 def _check(given: dict[str, Any], job: _Job) -> int:
-    from pyrovae.checking import check
-    from pyrovae.runs import experiment
-
     options = _Check.of(given)
     made = experiment.build(options)
     rows = made.data.split("train")
-    report = check(made.model, made.guide, *rows, seed=options.seed, particles=options.particles)
-    print(report)
-    return 0 if report.passed else 1
+    found = check(made.model, made.guide, *rows, seed=options.seed, particles=options.particles)
+    print(found)
+    return 0 if found.passed else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,10 +200,8 @@ class _OnRun(Options):
     device: str = option("auto, cpu or cuda", "auto")
     data_root: str | None = option("where the torchvision data are", None, said="as in training")
 
-    def load(self) -> tuple[Run, Experiment]:
+    def load(self) -> tuple[Run, experiment.Experiment]:
         """The run, and what it was made of."""
-        from pyrovae.runs import experiment
-
         run = Run.open(self.run)
         return run, experiment.load_experiment(run, self.device, self.data_root)
 
@@ -224,9 +214,6 @@ class _Evaluate(EvaluationConfig, _OnRun):
 
 
 def _evaluate(given: dict[str, Any], job: _Job) -> None:
-    from pyrovae.report.text import summarize
-    from pyrovae.runs.evaluate import evaluate
-
     options = _Evaluate.of(given)
     try:
         with job.world.in_turn():
@@ -251,14 +238,11 @@ class _Compare(Options):
 
 
 def _compare(given: dict[str, Any], job: _Job) -> None:
-    from pyrovae.report import render_comparison
-    from pyrovae.runs.compare import compare_runs
-
     options = _Compare.of(given)
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:
-        write_atomic(Path(options.out), render_comparison(found).encode())
+        write_atomic(Path(options.out), report.render_comparison(found).encode())
         print(f"The comparison is {options.out}")
 
 
@@ -276,12 +260,10 @@ class _Sample(_OnRun):
 
 
 def _sample(given: dict[str, Any], job: _Job) -> None:
-    from pyrovae.report import sample_picture
-    from pyrovae.report.figures import png
-
     options = _Sample.of(given)
     run, made = options.load()
-    figure = sample_picture(made.model, *made.data.split("test"), n=options.n, seed=options.seed)
+    rows = made.data.split("test")
+    figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
     print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
 
 
@@ -291,16 +273,14 @@ class _Report(_OnRun):
 
 
 def _report(given: dict[str, Any], job: _Job) -> None:
-    from pyrovae.report import draw_run, render_report
-
     options = _Report.of(given)
     run = Run.open(options.run)
     if not (results := load_results(run)):
         raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
     run, made = options.load()
-    draw_run(run, made)
+    report.draw_run(run, made)
     weights = run.weights_checksum()
-    page = render_report(run.config, results, run.history(), run.figures(), weights=weights)
+    page = report.render_report(run.config, results, run.history(), run.figures(), weights=weights)
     write_atomic(run.path / "report.html", page.encode())
     print(f"The report is {run.path / 'report.html'}")
 
