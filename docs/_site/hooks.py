@@ -16,6 +16,7 @@ ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 ROOT_PAGES |= {"CHANGELOG.md": "changelog.md"}
 REFERENCE = "reference"
 CORE = "core.md"
+OUTSIDE = re.compile(r"\]\(\.\./([^)]*)\)")
 EQUATION = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 
 
@@ -40,6 +41,11 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"{REFERENCE}/{title}.md", content=text))
     files.append(File.generated(config, f"{REFERENCE}/index.md", content=face_page()))
     return files
+
+
+def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
+    """Lead links to files that have no page, such as lines of code, to the repository."""
+    return OUTSIDE.sub(rf"]({config.repo_url}/blob/main/\1)", markdown)
 
 
 def on_page_content(rendered: str, **_: Any) -> str:
