@@ -21,6 +21,17 @@ def test_links_lead_to_files(repository):
     assert not [f"{p.name}: {link}" for p, link in inside if not (p.parent / link).exists()]
 
 
+def test_links_to_lines_lead_to_a_definition(repository):
+    """A line that has moved shows, because what stands there now is seldom one."""
+    for path in documents(repository):
+        for link, number in re.findall(r"\]\(([^)#\s]+)#L(\d+)", path.read_text(encoding="utf-8")):
+            lines = (path.parent / link).read_text(encoding="utf-8").splitlines()
+            line = lines[int(number) - 1].strip()
+            assert line.startswith(("def ", "class ", "@")), (
+                f"{path.name}: {link}#L{number}: {line}"
+            )
+
+
 def test_every_page_is_in_the_navigation_of_the_site(repository):
     navigation = (repository / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.name for path in (repository / "docs").glob("*.md")}
