@@ -5,12 +5,11 @@ Everything else in the package takes a :class:`Pair` and looks at the traces tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.nn import PyroModule
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
-from pyrovae.pairs.modules import owners, roots
+from pyrovae.pairs.parameters import Parameters, find_roots, owners
 from pyrovae.pairs.traces import Layout, Values, samples, site_scores
 
 __all__ = ["Given", "OwnParameters", "Pair"]
 
 
-class Pair:
+class Pair(Parameters):
     """A model and its guide: two programs, their parameters, and the layout of their sites.
 
     Args:
@@ -35,11 +34,9 @@ class Pair:
         guide: The guide program, or None for a model alone.
         store: Let parameter statements reach Pyro's global store, as :class:`pyro.infer.SVI` does.
 
-    ``layout`` is what :func:`pyrovae.pairs.contract.inspect_pair` found; particles, scores and
-    sums over the model's own latents need it. A module's parameters and buffers are named
-    ``model.…`` and ``guide.…`` (see :func:`pyrovae.pairs.modules.roots`), those in Pyro's store
-    ``param.…``. ``rows`` is everywhere a batch with the programs' further arguments, ``[N, ...]``
-    each, and values of latents are ``[K, ..., N, ...]`` by site.
+    ``layout`` is what :func:`pyrovae.pairs.contract.inspect_pair` found. ``rows`` is everywhere a
+    batch with the programs' further arguments, ``[N, ...]`` each; values of latents are
+    ``[K, ..., N, ...]`` by site.
     """
 
     def __init__(
@@ -47,23 +44,19 @@ class Pair:
     ) -> None:
         self.model, self.guide = model, guide
         self.layout: Layout | None = None
-        self.roots = roots(model, guide)
-        serve = Messenger if store else OwnParameters
-        self._serve_model, self._serve_guide = serve(), serve()
-        for serving, program in ((self._serve_model, model), (self._serve_guide, guide)):
-            if isinstance(serving, OwnParameters) and program is not None:
-                serving.modules = owners(program)
+        self._serve = [OwnParameters(p, store=store) for p in (model, guide)]
+        super().__init__(find_roots(model, guide), tuple(each.found for each in self._serve))
 
     # Running the programs
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its modules' own parameters."""
-        with self._serve_model:
+        with self._serve[0]:
             return self.model(*args, **kwargs)  # type: ignore[misc]  # None only for a lone guide
 
     def run_guide(self, *args: Any, **kwargs: Any) -> Any:
         """Run the guide with its modules' own parameters."""
-        with self._serve_guide:
+        with self._serve[1]:
             return self.guide(*args, **kwargs)  # type: ignore[misc]  # None only for a lone model
 
     def trace(
@@ -188,103 +181,6 @@ class Pair:
         sites = samples(trace)
         return {name: sites[name]["value"] for name in self.known.latents}
 
-    # Parameters and buffers
-
-    @property
-    def statements(self) -> list[tuple[str, Tensor]]:
-        """The leaf of every parameter statement that was met, with Pyro's name for it."""
-        found: list[tuple[str, Tensor]] = []
-        for serving in (self._serve_model, self._serve_guide):
-            found += getattr(serving, "found", {}).items()
-        return found
-
-    def named(self) -> dict[str, Tensor]:
-        """Every trainable leaf by name, each once."""
-        named: dict[str, Tensor] = {}
-        known: set[int] = set()
-        owned = (
-            (f"{prefix}.{name}", leaf)
-            for prefix, root in self.roots.items()
-            for name, leaf in root.named_parameters()
-        )
-        loose = ((f"param.{name}", leaf) for name, leaf in self._loose().items())
-        for name, leaf in (*owned, *loose):
-            if leaf.requires_grad and id(leaf) not in known:
-                known.add(id(leaf))
-                named[name] = leaf
-        return named
-
-    def leaves(self) -> Iterator[Tensor]:
-        """Every parameter, frozen or not; one may come twice."""
-        for root in self.roots.values():
-            yield from root.parameters()
-        yield from (leaf for _, leaf in self.statements)
-
-    def _loose(self) -> dict[str, Tensor]:
-        """The leaves that only Pyro's store holds."""
-        owned = {id(p) for root in self.roots.values() for p in root.parameters()}
-        return {name: leaf for name, leaf in self.statements if id(leaf) not in owned}
-
-    def _state(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer, as it is."""
-        state = {f"{p}.{n}": v for p, r in self.roots.items() for n, v in r.state_dict().items()}
-        return state | {f"param.{name}": leaf for name, leaf in self._loose().items()}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of every parameter and persistent buffer."""
-        return {name: value.detach().clone() for name, value in self._state().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Copy a state into the pair, in place.
-
-        Raises:
-            ValueError: If names or shapes differ from the pair's.
-        """
-        own = self._state()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or extra:
-            raise InputError(f"The weights do not match: missing {missing}, unexpected {extra}.")
-        for name, value in own.items():
-            if value.shape != state[name].shape:
-                raise InputError(
-                    f"The weights do not match: {name} has shape {list(value.shape)} in the pair "
-                    f"and {list(state[name].shape)} in the file."
-                )
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(state[name])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter or buffer lies; the CPU if there is none."""
-        for root in self.roots.values():
-            for tensor in (*root.parameters(), *root.buffers()):
-                return tensor.device
-        return torch.device("cpu")
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the modules to a device, in place."""
-        for root in self.roots.values():
-            root.to(device)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Every module of both programs; one that both share comes once."""
-        return [module for root in self.roots.values() for module in root.modules()]
-
-    @contextmanager
-    def mode(self, training: bool) -> Iterator[None]:
-        """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""
-        modules = self.modules
-        before = [module.training for module in modules]
-        try:
-            for root in self.roots.values():
-                root.train(training)
-            yield
-        finally:
-            for module, flag in zip(modules, before, strict=True):
-                module.training = flag
-
 
 class Given(Messenger):
     """Sets latent sites to given values, and observed ones to other data.
@@ -326,12 +222,15 @@ class OwnParameters(Messenger):
         ValueError: If the store holds another shape under the name of a ``pyro.param``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Callable | None, *, store: bool = False) -> None:
         super().__init__()
-        self.modules: list[nn.Module] = []
+        self.modules = [] if program is None else owners(program)
+        self.store = store
         self.found: dict[str, Tensor] = {}
 
     def __enter__(self) -> OwnParameters:
+        if self.store:
+            return self
         store = pyro.get_param_store()
         self._own_names = _pyro_param_names(self.modules)
         foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
@@ -345,6 +244,8 @@ class OwnParameters(Messenger):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.store:
+            return
         super().__exit__(*error)
         if self._local:
             pyro.settings.set(module_local_params=True)
