@@ -136,8 +136,9 @@ class CompiledSteps:
             if key not in self.captures:
                 if not self._pays(key):
                     return None
-                inside = self._update(optimizer, leaves) if update else None
-                self.captures[key] = self._capture(args, load, leaves, inside)
+                self.captures[key] = self._capture(
+                    args, load, leaves, optimizer if update else None
+                )
             captured = self.captures[key]
             step = None if captured is None else captured(args)
         except CaptureError as error:
@@ -157,9 +158,6 @@ class CompiledSteps:
             self._watch_optimizer = watch_optimizer(optimizer)
         return self._watch_optimizer()
 
-    def _update(self, optimizer: Optimizer, leaves: list[Tensor]) -> Update:
-        return Update(optimizer, leaves, self.trained.clip if self.trained.clips else None)
-
     def _pays(self, key: Hashable) -> bool:
         if len(self._seen) > REMEMBERED:
             self._seen.clear()
@@ -167,8 +165,10 @@ class CompiledSteps:
         return not self.captures or self._seen[key] >= AGAIN_AFTER
 
     def _capture(
-        self, args: tuple, load: Callable | None, leaves: list[Tensor], update: Update | None
+        self, args: tuple, load: Callable | None, leaves: list[Tensor], steps: Optimizer | None
     ) -> Capture:
+        clip = self.trained.clip if self.trained.clips else None
+        update = None if steps is None else Update(steps, leaves, clip)
         started = time.perf_counter()
         if self.announce is not None:
             self.announce("compiling the step")
