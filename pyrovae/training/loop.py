@@ -8,14 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import (
-    ELBO,
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,19 +18,13 @@ from pyrovae._tools import InputError, InputTypeError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset, Splits
 from pyrovae.objectives import Objective, make_objective
-from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
-from pyrovae.pairs.traces import Layout
 from pyrovae.training.distributed import join
 from pyrovae.training.monitor import Fit, Monitor, NonFiniteLoss
 from pyrovae.training.optimizer import check_precision, make_optim, matmul_precision
 from pyrovae.training.svi import SVI
 
 __all__ = ["Fit", "NonFiniteLoss", "fit"]
-
-# Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
-# none.
-UNDIVIDED = (TraceEnum_ELBO, JitTraceEnum_ELBO, TraceGraph_ELBO, JitTraceGraph_ELBO)
 
 
 def fit(
@@ -123,7 +110,7 @@ def fit(
     data = data.to(svi.pair.device)
     seed = world.share(draw_seed(seed)) if state is None else state["seed"]
     result = Fit(model, guide, svi, seed, world=world)
-    layout = _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
+    _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
     result.scheduler = scheduler(svi.optimizer) if scheduler else svi.trained.scheduler
     if state is not None:
         result.load_state_dict(state)
@@ -141,10 +128,10 @@ def fit(
                 break
             started = time.perf_counter()
             with seeded(subseed(result.seed, epoch), svi.pair.device):
-                row = {"epoch": epoch} | _train(result, layout, data, batch_size, epoch)
+                row = {"epoch": epoch} | _train(result, data, batch_size, epoch)
             world.settle(svi.pair)
             if world.first:
-                row |= _validate(result, data.split("valid"))
+                row |= result.validate(data.split("valid"))
             row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
             row["seconds"] = time.perf_counter() - started
             result.record(world.share(row), keep_best=patience is not None)
@@ -156,48 +143,18 @@ def fit(
     return result
 
 
-def _train(
-    result: Fit, layout: Layout, data: Dataset, batch_size: int, epoch: int
-) -> dict[str, float | None]:
+def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str, float | None]:
     """Take the steps of an epoch, in minibatches of rows in a new order."""
-    svi, world, num_data = result.svi, result.world, len(data.train)
+    svi, world = result.svi, result.world
     monitor = Monitor(svi, data.rows, epoch)
-    order = torch.randperm(num_data).to(svi.pair.device)
+    order = torch.randperm(len(data.train)).to(svi.pair.device)
     with svi.pair.mode(training=True), world.stream(result.seed, epoch, order.device):
         for index in order.split(batch_size):
             monitor.step(world.rows(index))
-    mean = {n: total / num_data / layout.plate_scale for n, total in monitor.totals().items()}
-    loss = mean.pop("loss")
-    return {"train_loss": loss} | _split_elbo(svi.objective, layout, loss, mean)
+    return monitor.means(len(data.train))
 
 
-def _split_elbo(
-    objective: Any, layout: Layout, loss: float, terms: dict[str, float]
-) -> dict[str, float | None]:
-    """The ELBO at β = 1 and its two parts, as far as an objective knows them."""
-    elbo = sum(terms.values()) if terms else -loss
-    known = bool(terms) or type(objective) in UNDIVIDED
-    reconstruction = sum(value for name, value in terms.items() if name in layout.observed)
-    split = bool(terms) and not layout.scaled
-    return {
-        "train_elbo": elbo if known and not layout.scaled else None,
-        "train_reconstruction": reconstruction if split else None,
-        "train_kl": reconstruction - elbo if split else None,
-    }
-
-
-def _validate(result: Fit, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
-    if not rows:
-        return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
-    loss = result.svi.objective
-    analytic = isinstance(loss, TraceMeanField_ELBO) or getattr(loss, "analytic", False)
-    name = "trace_mean_field_elbo" if analytic else "trace_elbo"
-    seed = subseed(result.seed, 0)
-    parts = elbo(result.model, result.guide, *rows, objective=name, seed=seed)
-    return {f"valid_{name}": getattr(parts, name).double().mean().item() for name in parts._fields}
-
-
-def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> Layout:
+def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> None:
     """Check the pair and all data, and make the optimizer."""
     from pyrovae.checking import quick
 
@@ -214,7 +171,6 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:
             loss.max_plate_nesting = -layout.particle_dim
         svi.build(*first)
-    return layout
 
 
 def _as_dataset(data: Any) -> Dataset:

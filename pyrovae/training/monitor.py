@@ -9,16 +9,29 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer import (
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae._tools.seeding import subseed
 from pyrovae.objectives import Estimate
+from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
 from pyrovae.training.svi import SVI
 
 __all__ = ["Fit", "Monitor", "NonFiniteLoss"]
+
+# Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
+# none.
+UNDIVIDED = (TraceEnum_ELBO, JitTraceEnum_ELBO, TraceGraph_ELBO, JitTraceGraph_ELBO)
 
 
 @dataclass
@@ -80,6 +93,18 @@ class Fit:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history, self.seed = list(state["history"]), state["seed"]
         self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+
+    def validate(self, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
+        """The mean ELBO of validation data at β = 1, with its parts, as ``history`` has them."""
+        if not rows:
+            return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
+        loss = self.svi.objective
+        analytic = isinstance(loss, TraceMeanField_ELBO) or getattr(loss, "analytic", False)
+        name = "trace_mean_field_elbo" if analytic else "trace_elbo"
+        # One stream for all epochs: what changes from one to the next is the weights.
+        seed = subseed(self.seed, 0)
+        parts = elbo(self.model, self.guide, *rows, objective=name, seed=seed)
+        return {f"valid_{n}": getattr(parts, n).double().mean().item() for n in parts._fields}
 
     def record(self, row: dict[str, Any], keep_best: bool) -> None:
         """End an epoch: add its row to the history, and step the schedule.
@@ -156,6 +181,29 @@ class Monitor:
             step, column = (~values.isfinite()).nonzero()[0].tolist()
             raise self._stop(step + 1, self.names[column])
         return dict(zip(self.names, total, strict=True))
+
+    def means(self, num_data: int) -> dict[str, float | None]:
+        """The epoch's loss per datum, and as far as the objective knows it, the ELBO at β = 1.
+
+        Args:
+            num_data: How many data the epoch's steps had.
+
+        Raises:
+            NonFiniteLoss: As :meth:`totals`.
+        """
+        layout = self.svi.pair.known
+        mean = {n: total / num_data / layout.plate_scale for n, total in self.totals().items()}
+        loss = mean.pop("loss")
+        total = sum(mean.values()) if mean else -loss
+        known = bool(mean) or type(self.svi.objective) in UNDIVIDED
+        reconstruction = sum(value for name, value in mean.items() if name in layout.observed)
+        split = bool(mean) and not layout.scaled
+        return {
+            "train_loss": loss,
+            "train_elbo": total if known and not layout.scaled else None,
+            "train_reconstruction": reconstruction if split else None,
+            "train_kl": reconstruction - total if split else None,
+        }
 
     def _stop(self, step: int, site: str) -> NonFiniteLoss:
         what = "the loss" if site == "loss" else f"the log-probability of site {site!r}"
