@@ -15,7 +15,8 @@ import pyrovae
 from pyrovae.compiling.graph import _OneHot
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
-from pyrovae.pairs.pair import Pair, owners
+from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.parameters import owners
 from pyrovae.pairs.traces import samples, site_scores, take_particles
 
 SETTINGS = {

@@ -52,6 +52,7 @@ def plates_and_events(case: Case) -> Row:
         where = dict.fromkeys(line for each in found for line in each.where)
         return failed(" ".join(each.message for each in found), *where)
     every = [item for kind in ("model", "guide") for item in case.sites(kind).items()]
+    every = [(name, site) for name, site in every if not is_bookkeeping(site)]
     frame = batch_frame(every, batch_plates(every, len(case.rows[0]))[0])
     for look in (_ranks, _events, _values, _replays):
         if outcome := look(case):

@@ -213,8 +213,7 @@ class Annealer:
             return []
         with seeded(seed, rows[0].device, 0, PILOT_STREAM):
             state = self._start(index, rows, PILOT_CHAINS)
-            tick = self.task.bar.update
-            return adapt(self.path, rows, state, settings.betas, settings.num_steps, tick)
+            return adapt(self.path, rows, state, settings.betas, settings.num_steps, self._tick)
 
     def run(
         self, index: int, rows: tuple, strides: list[Tensor], end: Tensor | None = None
@@ -235,7 +234,7 @@ class Annealer:
     def _anneal(
         self, index: int, rows: tuple, strides: list[Tensor], chains: int, end: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        how = self.settings.betas, strides, self.settings.num_steps, self.task.bar.update
+        how = self.settings.betas, strides, self.settings.num_steps, self._tick
         if end is None:
             return anneal(self.path, rows, self._start(index, rows, chains), *how)
         state = self.path(rows, end.expand(chains, *end.shape))
@@ -285,3 +284,7 @@ class Annealer:
         except CaptureError as error:
             self.path.graphs.clear()
             warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=2)
+
+    def _tick(self) -> None:
+        if self.task.bar is not None:
+            self.task.bar.update()

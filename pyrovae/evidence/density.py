@@ -14,9 +14,10 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.traces import Layout, Values, is_bookkeeping, reduce_to, samples
+from pyrovae.pairs.traces import Layout, Values, reduce_to, scored
 
 __all__ = [
+    "FromGuide",
     "Placed",
     "Scored",
     "guide_density",
@@ -93,15 +94,15 @@ def joint_density(
         unconstrained: Take the values as points u of real coordinates (:class:`Placed`).
         fused: Whether a compiler is going to fuse what is asked for here.
     """
-    layout, step = pair.known, chunk or particles
+    layout, step = pair.layout, chunk or particles
     zero = rows[0].new_zeros(min(step, particles), len(rows[0]), dtype=torch.float64)
     parts = []
     for start in range(0, particles, step):
         count = min(step, particles - start)
         some = {name: value[start : start + count] for name, value in values.items()}
-        given = Placed(some) if unconstrained else Given(some)
-        sites, latents = pair.score_model(rows, count, given, fused=fused)
-        parts.append(_split(layout, given, sites, latents, zero[:count]))
+        placed = Placed(some) if unconstrained else None
+        sites, latents = pair.score_model(rows, count, placed or some, fused=fused)
+        parts.append(_split(layout, placed, sites, latents, zero[:count]))
     if len(parts) == 1:
         return parts[0]
     return Scored(
@@ -113,14 +114,16 @@ def joint_density(
     )
 
 
-def _split(layout: Layout, given: Given, sites: Values, latents: Values, zero: Tensor) -> Scored:
+def _split(
+    layout: Layout, placed: Placed | None, sites: Values, latents: Values, zero: Tensor
+) -> Scored:
     hidden = layout.latents + layout.enumerated
     prior = total((score for name, score in sites.items() if name in hidden), zero)
     likelihood = total((score for name, score in sites.items() if name not in hidden), zero)
-    if not isinstance(given, Placed):
+    if placed is None:
         return Scored(prior, likelihood, zero, latents, sites)
     shape = layout, *zero.shape
-    log_det = total((reduce_to(each, *shape) for each in given.log_det.values()), zero)
+    log_det = total((reduce_to(each, *shape) for each in placed.log_det.values()), zero)
     return Scored(prior + log_det, likelihood, log_det, latents, sites)
 
 
@@ -132,6 +135,63 @@ def guide_density(pair: Pair, rows: tuple, particles: int, latents: Values) -> T
     """ln q(z | x) of K latents for each of N data, ``[K, N]`` in float64."""
     zero = rows[0].new_zeros(particles, len(rows[0]), dtype=torch.float64)
     return total(pair.score_guide(rows, particles, latents).values(), zero)
+
+
+class FromGuide:
+    """Draws from the guide.
+
+    Args:
+        pair: The pair, inspected.
+        chunk: How many particles are scored at once.
+        uncovered: The share of the prior's draws to which the guide gives no density.
+    """
+
+    unconstrained = False
+
+    def __init__(self, pair: Pair, chunk: int, uncovered: float = 0.0) -> None:
+        self.pair, self.chunk, self.uncovered = pair, chunk, uncovered
+
+    @classmethod
+    def checked(cls, pair: Pair, rows: tuple, chunk: int) -> FromGuide:
+        """Draws from a guide that is known to have a density, and what of the prior it misses."""
+        return cls(pair, chunk, uncovered_share(pair, rows))
+
+    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
+        """Nothing to do."""
+        return {}
+
+    def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
+        """K latents for each datum, and their log-densities ``[K, N]`` in float64."""
+        values, scores = self.pair.draw(rows, particles)
+        zero = rows[0].new_zeros(particles, len(rows[0]), dtype=torch.float64)
+        return values, total(scores.values(), zero)
+
+    def score(
+        self, rows: tuple, particles: int, values: Values, *, fused: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
+        found = joint_density(
+            self.pair,
+            rows,
+            particles,
+            values,
+            chunk=self.chunk,
+            unconstrained=self.unconstrained,
+            fused=fused,
+        )
+        return found.prior, found.likelihood
+
+    def density(self, own: Tensor, prior: Tensor) -> Tensor:
+        """Its own."""
+        return own
+
+    def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
+        """The log-densities of values drawn elsewhere, ``[K, N]`` in float64."""
+        return guide_density(self.pair, rows, particles, values)
+
+    def prior(self, rows: tuple, particles: int) -> Values:
+        """K draws from the model's prior for each datum."""
+        return self.pair.draw_prior(rows, particles)
 
 
 def total(scores: Iterable[Tensor], zero: Tensor) -> Tensor:
@@ -278,9 +338,9 @@ def _refuse_odd(auxiliary: list[str], points: list[str]) -> None:
 def _odd_sites(pair: Pair, rows: tuple) -> tuple[list[str], list[str]]:
     """The guide's auxiliary sites, and its latents that are points without a density."""
     trace = pair.trace_guide(*rows, particles=1)
-    sites = {n: s for n, s in samples(trace).items() if not is_bookkeeping(s)}
+    sites = dict(scored(trace))
     points = [name for name, site in sites.items() if _is_delta(site["fn"])]
-    return [name for name in sites if name not in pair.known.latents], points
+    return [name for name in sites if name not in pair.layout.latents], points
 
 
 def _is_delta(fn: Any) -> bool:

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.density import joint_density, refuse_nan
-from pyrovae.evidence.proposals import Compiled, Proposal, propose
+from pyrovae.evidence.density import (
+    FromGuide,
+    joint_density,
+    refuse_nan,
+    require_density,
+    require_scorable,
+)
+from pyrovae.evidence.proposals import Compiled, Defensive, Proposal, Refined
 from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, opened
 from pyrovae.evidence.weights import Sums, curve_points
@@ -111,27 +117,27 @@ def log_likelihood(
         checkpoint=checkpoint,
         processes=processes,
     ) as task:
-        tile, chunk = task.tile, task.chunk
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
-            proposal = propose(task.pair, task.first, chunk, defensive, refine_steps)
+            proposal = _proposal(task, defensive, refine_steps)
         if compiled:
-            proposal = Compiled(proposal, task.pair, tile, chunk)
+            proposal = Compiled(proposal, task.pair, task.tile, task.chunk)
         for index, rows in task.tiles(options, work=num_samples, progress=progress):
             # A stream for each tile of data and, below, of particles, drawn in full: so that
             # neither max_rows nor the number of samples or data changes a draw.
             stream = subseed(task.seed, index)
             about = proposal.prepare(rows, stream)
             sums = Sums(num_samples, points, rows[0])
-            for number, start in enumerate(range(0, num_samples, tile)):
-                particles = min(tile, num_samples - start)
+            for number, start in enumerate(range(0, num_samples, task.tile)):
+                particles = min(task.tile, num_samples - start)
                 with seeded(stream, task.device, number):
-                    latents, own = proposal.draw(rows, tile)
+                    latents, own = proposal.draw(rows, task.tile)
                     prior, likelihood = proposal.score(rows, particles, latents)
                 log_weight = prior + likelihood - proposal.density(own[:particles], prior)
                 if bool(log_weight.isnan().any()):
-                    _refuse_nan(task, proposal, rows, tile, subseed(stream, number), index)
+                    _refuse_nan(task, proposal, rows, subseed(stream, number), index)
                 sums.add(log_weight)
-                task.bar.update(particles)
+                if task.bar is not None:
+                    task.bar.update(particles)
             task.keep(index, sums.result() | about)
         found = task.found()
         return LogLikelihood(
@@ -145,15 +151,26 @@ def log_likelihood(
         )
 
 
-def _refuse_nan(
-    task: Evaluation, proposal: Proposal, rows: tuple, tile: int, seed: int, index: int
-) -> None:
+def _proposal(task: Evaluation, defensive: float, refine_steps: int) -> Proposal:
+    """The proposal that the options ask for, whose guide is known to have a density."""
+    pair, rows, chunk = task.pair, task.first, task.chunk
+    if not (defensive or refine_steps):
+        return FromGuide.checked(pair, rows, chunk)
+    require_density(pair, rows)
+    base = Refined(pair, rows, refine_steps, chunk) if refine_steps else FromGuide(pair, chunk)
+    if defensive and not refine_steps:
+        require_scorable(pair, rows, "leave out defensive")
+    return Defensive(base, defensive) if defensive else base
+
+
+def _refuse_nan(task: Evaluation, proposal: Proposal, rows: tuple, seed: int, index: int) -> None:
     """Say which site's log-probability is NaN in a tile's draws, and for which datum."""
     with seeded(seed, task.device):
-        _, guide = task.pair.draw(rows, tile)
+        _, guide = task.pair.draw(rows, task.tile)
     with seeded(seed, task.device):
-        values, _ = proposal.draw(rows, tile)
-    found = joint_density(task.pair, rows, tile, values, unconstrained=proposal.unconstrained)
+        values, _ = proposal.draw(rows, task.tile)
+    space = proposal.unconstrained
+    found = joint_density(task.pair, rows, task.tile, values, unconstrained=space)
     refuse_nan(guide, found.sites, index * DATA_TILE)
 
 

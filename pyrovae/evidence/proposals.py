@@ -14,14 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrovae._tools.seeding import seeded
-from pyrovae.evidence.density import (
-    guide_density,
-    joint_density,
-    require_density,
-    require_scorable,
-    total,
-    uncovered_share,
-)
+from pyrovae.evidence.density import FromGuide, joint_density
 from pyrovae.evidence.unconstrained import Coordinates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Values
@@ -29,10 +22,8 @@ from pyrovae.pairs.traces import Values
 __all__ = [
     "Compiled",
     "Defensive",
-    "FromGuide",
     "Proposal",
     "Refined",
-    "propose",
 ]
 
 FIT_STREAM, GUIDE_STREAM = 3, 4
@@ -67,58 +58,6 @@ class Proposal(Protocol):
 
     def density(self, own: Tensor, prior: Tensor) -> Tensor:
         """The log-density to weigh with, given what :meth:`draw` and :meth:`score` said."""
-
-
-class FromGuide:
-    """Draws from the guide.
-
-    Args:
-        pair: The pair, inspected.
-        chunk: How many particles are scored at once.
-        uncovered: The share of the prior's draws to which the guide gives no density.
-    """
-
-    unconstrained = False
-
-    def __init__(self, pair: Pair, chunk: int, uncovered: float = 0.0) -> None:
-        self.pair, self.chunk, self.uncovered = pair, chunk, uncovered
-
-    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
-        """Nothing to do."""
-        return {}
-
-    def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
-        """K latents for each datum, and their log-densities ``[K, N]`` in float64."""
-        values, scores = self.pair.draw(rows, particles)
-        zero = rows[0].new_zeros(particles, len(rows[0]), dtype=torch.float64)
-        return values, total(scores.values(), zero)
-
-    def score(
-        self, rows: tuple, particles: int, values: Values, *, fused: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
-        found = joint_density(
-            self.pair,
-            rows,
-            particles,
-            values,
-            chunk=self.chunk,
-            unconstrained=self.unconstrained,
-            fused=fused,
-        )
-        return found.prior, found.likelihood
-
-    def density(self, own: Tensor, prior: Tensor) -> Tensor:
-        """Its own."""
-        return own
-
-    def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
-        """The log-densities of values drawn elsewhere, ``[K, N]`` in float64."""
-        return guide_density(self.pair, rows, particles, values)
-
-    def prior(self, rows: tuple, particles: int) -> Values:
-        """K draws from the model's prior for each datum."""
-        return self.pair.draw_prior(rows, particles)
 
 
 class Refined(FromGuide):
@@ -344,29 +283,3 @@ class Compiled:
 
     def _named(self, values: list[Tensor]) -> Values:
         return dict(zip(self.pair.known.latents, values, strict=True))
-
-
-def propose(
-    pair: Pair, rows: tuple, chunk: int, defensive: float = 0.0, refine_steps: int = 0
-) -> Proposal:
-    """The proposal that the options ask for.
-
-    Args:
-        pair: The pair, inspected.
-        rows: A few data.
-        chunk: How many particles are scored at once.
-        defensive: The share of the prior.
-        refine_steps: How many steps to refine the guide by.
-
-    Raises:
-        ValueError: If the guide has no density, or cannot do what is asked of it.
-    """
-    if not (defensive or refine_steps):
-        return FromGuide(pair, chunk, uncovered_share(pair, rows))
-    require_density(pair, rows)
-    base = Refined(pair, rows, refine_steps, chunk) if refine_steps else FromGuide(pair, chunk)
-    if not defensive:
-        return base
-    if not refine_steps:
-        require_scorable(pair, rows, "leave out defensive")
-    return Defensive(base, defensive)

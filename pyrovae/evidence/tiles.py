@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -19,8 +19,11 @@ from pyrovae._tools import InputError, progress_bar, require_same
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.traces import common_scale
+from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.traces import Layout, common_scale
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = [
     "DATA_TILE",
@@ -78,7 +81,7 @@ def opened(
     task = Evaluation(model, guide, rows, seed, max_rows, checkpoint, processes)
     with torch.no_grad(), task.pair.mode(training=False):
         with seeded(task.seed, task.device):
-            inspect_pair(task.pair, *task.first)
+            task.layout = inspect_pair(task.pair, *task.first)
         try:
             with pyro.validation_enabled(False):
                 yield task
@@ -91,6 +94,7 @@ class Evaluation:
 
     Attributes:
         pair: The pair, inspected.
+        layout: Its layout.
         rows: The data with further arguments of both programs, on the pair's device.
         first: The first tile of them.
         seed: What all draws derive from.
@@ -100,8 +104,11 @@ class Evaluation:
         tile: How many particles of each datum are drawn at once, a power of two.
         chunk: How many are scored at once, a power of two.
         max_rows: The largest number of (particle, datum) pairs that are scored at once.
-        bar: Shows the time left, from :meth:`tiles` on.
+        bar: Shows the time left, from :meth:`tiles` on, if that was asked for.
     """
+
+    layout: Layout
+    bar: tqdm | None = None
 
     def __init__(
         self,
@@ -126,7 +133,6 @@ class Evaluation:
         self._tiles: list[tuple] = []
         self._found: list[Found] = []
         self._saved, self._saved_at = 0, time.monotonic()
-        self.bar = progress_bar(None, enabled=False)
 
     def set_rows(self, rows: tuple) -> None:
         """Evaluate these data."""
@@ -155,12 +161,13 @@ class Evaluation:
             self._saved = len(self._found)
         self._tiles = tile_rows(self.rows)
         left = list(enumerate(self._tiles))[self.part[0] :: self.part[1]][len(self._found) :]
-        self.bar = progress_bar(None, enabled=progress, total=len(left) * work, desc="log p(x)")
+        if progress:
+            self.bar = progress_bar(None, total=len(left) * work, desc="log p(x)")
         return left
 
     def keep(self, index: int, found: Found) -> None:
         """Keep what was found for a tile, ``[64, ...]`` by name, times what programs scale by."""
-        if self.pair.known.scaled and "log_prob" in found:
+        if self.layout.scaled and "log_prob" in found:
             found = self._scaled(self._tiles[index], found)
         left = len(self.rows[0]) - index * DATA_TILE
         self._found.append({name: value[:left] for name, value in found.items()})
@@ -175,7 +182,8 @@ class Evaluation:
 
     def close(self) -> None:
         """Write what is finished to the checkpoint, and take the bar away."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         self._save()
 
     def _save(self) -> None:
@@ -206,14 +214,15 @@ class Evaluation:
         """Estimates times the programs' common scale, which is outside of every log-sum-exp."""
         with seeded(0, self.device):
             traces = self.pair.trace(*rows, sums=True)
-        scale = torch.as_tensor(common_scale(traces, self.pair.known))
+        scale = torch.as_tensor(common_scale(traces, self.layout))
         factors = dict.fromkeys(PER_DATUM, scale)
         factors |= {"standard_error": scale.abs(), "curve": scale[..., None]}
         return {name: factors.get(name, 1.0) * value for name, value in found.items()}
 
     def _agreed_seed(self, asked: int | None) -> int:
         begun = read_about(self.file) if self.file and self.file.exists() else {}
-        seed = [draw_seed(begun.get("seed") if asked is None else asked)]
+        asked = begun.get("seed") if asked is None else asked
+        seed = [draw_seed(None) if asked is None else asked]
         if self.part[1] > 1:
             torch.distributed.broadcast_object_list(seed)
         return seed[0]
@@ -226,7 +235,7 @@ class Evaluation:
         state = self.pair.state_dict()
         with seeded(self.seed, self.device, 0, PROBE_STREAM):
             values, guide = self.pair.draw(self.first, 1)
-            model, _ = self.pair.score_model(self.first, 1, Given(values))
+            model, _ = self.pair.score_model(self.first, 1, values)
         probe = sum(s[0, 0].item() for s in model.values()) - sum(
             s[0, 0].item() for s in guide.values()
         )

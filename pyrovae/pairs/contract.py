@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, site_scale
+from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, is_scaled, samples, scored
 
 __all__ = [
     "batch_frame",
@@ -57,16 +57,17 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     for name in latents:
         check_event(name, latents[name], guide_sites[name])
     every = [*model_sites.items(), *guide_sites.items()]
-    plates = batch_plates(every, len(x))
+    dense = scored(model_trace, guide_trace)
+    plates = batch_plates(dense, len(x))
     if len(plates) > 1 and len(x) > 1:
         plates = [inspect_pair(pair, x[1:], *(c[1:] for c in context)).plate]
-    frame = batch_frame(every, plates[0])
-    for name, site in observed.items():
-        _check_observed(name, site)
+    frame = batch_frame(dense, plates[0])
+    for name, site in dense:
+        if site["is_observed"]:
+            _check_observed(name, site)
     dims = [f.dim for _, site in every for f in site["cond_indep_stack"] if f.vectorized]
     layout = Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), tuple(observed))
-    scales = [site_scale(s, layout) for _, s in every if not is_bookkeeping(s)]
-    scaled = any(isinstance(s, Tensor) or s != 1.0 for s in scales)
+    scaled = is_scaled(dense, layout)
     plate_scale = (frame.full_size or frame.size) / frame.size
     layout = layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
     pair.layout = layout
@@ -87,7 +88,7 @@ def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -
     with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
             model_trace, _ = pair.trace(*rows)
-            for name, site in samples(model_trace).items():
+            for name, site in scored(model_trace):
                 if site["is_observed"]:
                     _check_observed(name, site)
 
@@ -199,11 +200,6 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
     Raises:
         ValueError: Naming the first that is missing, or too many.
     """
-    proposed = {
-        name
-        for name, site in guide_sites.items()
-        if not site["infer"].get("is_auxiliary") and not is_bookkeeping(site)
-    }
     for name in latents:
         if name not in guide_sites:
             raise InputError(
@@ -212,7 +208,10 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
                 f"{did_you_mean(name, guide_sites)}, or mark one that is discrete with "
                 f"infer={{'enumerate': 'parallel'}} in the model and train with TraceEnum_ELBO."
             )
-    for name in sorted(proposed - set(latents)):
+    for name in sorted(guide_sites.keys() - set(latents)):
+        site = guide_sites[name]
+        if site["infer"].get("is_auxiliary") or is_bookkeeping(site):
+            continue
         raise InputError(
             f"The guide samples {name!r}, which is no latent site of the model (its latents are "
             f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
@@ -246,7 +245,7 @@ def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
     Raises:
         ValueError: If there is none.
     """
-    stacks = [_plates(site) for _, site in sites if not is_bookkeeping(site)]
+    stacks = [_plates(site) for _, site in sites]
     fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
     if not fitting:
         raise InputError(
@@ -265,7 +264,7 @@ def batch_frame(sites: list[tuple[str, Site]], plate: str) -> Any:
         ValueError: If a site lies outside it.
     """
     for name, site in sites:
-        if plate not in _plates(site) and not is_bookkeeping(site):
+        if plate not in _plates(site):
             raise InputError(
                 f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "
                 f"log-probability belongs to no datum: sample it inside that plate."
@@ -278,8 +277,6 @@ def _plates(site: Site) -> dict[str, Any]:
 
 
 def _check_observed(name: str, site: Site) -> None:
-    if is_bookkeeping(site):
-        return
     fn, value = site["fn"], site["value"]
     batch = value.shape[: value.dim() - fn.event_dim]
     if value.shape[value.dim() - fn.event_dim :] != fn.event_shape:

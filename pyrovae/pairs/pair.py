@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import in_parallel, sum_out
-from pyrovae.pairs.parameters import Parameters, find_roots, owners
-from pyrovae.pairs.traces import Layout, Values, samples, site_scores
+from pyrovae.pairs.parameters import Parameters
+from pyrovae.pairs.traces import Layout, Site, Values, site_scores
 
 __all__ = ["Given", "OwnParameters", "Pair"]
 
@@ -39,13 +39,15 @@ class Pair(Parameters):
     ``[K, ..., N, ...]`` by site.
     """
 
+    layout: Layout
+
     def __init__(
         self, model: Callable | None, guide: Callable | None, *, store: bool = False
     ) -> None:
         self.model, self.guide = model, guide
-        self.layout: Layout | None = None
-        self._serve = [OwnParameters(p, store=store) for p in (model, guide)]
-        super().__init__(find_roots(model, guide), tuple(each.found for each in self._serve))
+        super().__init__(model, guide)
+        each = zip(self.owned, self.found, strict=True)
+        self._serve = [OwnParameters(*one, store=store) for one in each]
 
     # Running the programs
 
@@ -138,9 +140,11 @@ class Pair(Parameters):
         Raises:
             RuntimeError: If it has not.
         """
-        if self.layout is None:
-            raise RuntimeError("The pair has not been inspected: call inspect_pair first.")
-        return self.layout
+        try:
+            return self.layout
+        except AttributeError as error:
+            text = "The pair has not been inspected: call inspect_pair first."
+            raise RuntimeError(text) from error
 
     # Drawing and scoring K particles of each of N data
 
@@ -160,7 +164,7 @@ class Pair(Parameters):
         return site_scores(trace, self.known, particles, len(rows[0]))
 
     def score_model(
-        self, rows: tuple, particles: int, given: Given, *, fused: bool = False
+        self, rows: tuple, particles: int, given: Given | Values, *, fused: bool = False
     ) -> tuple[Values, Values]:
         """The model's scores ``[K, N]`` by site at given latents, and those latents.
 
@@ -171,6 +175,7 @@ class Pair(Parameters):
             fused: Whether a compiler is going to fuse what is asked for here.
         """
         layout = self.known
+        given = given if isinstance(given, Given) else Given(given)
         trace = self.trace_given(self._summing(layout.enumerated), rows, particles, given)
         if layout.enumerated:
             trace = sum_out(trace, layout.enumerated)
@@ -178,8 +183,8 @@ class Pair(Parameters):
         return found, self._latents(trace)
 
     def _latents(self, trace: Trace) -> Values:
-        sites = samples(trace)
-        return {name: sites[name]["value"] for name in self.known.latents}
+        nodes: dict[str, Site] = trace.nodes
+        return {name: nodes[name]["value"] for name in self.known.latents}
 
 
 class Given(Messenger):
@@ -222,11 +227,11 @@ class OwnParameters(Messenger):
         ValueError: If the store holds another shape under the name of a ``pyro.param``.
     """
 
-    def __init__(self, program: Callable | None, *, store: bool = False) -> None:
+    def __init__(
+        self, modules: list[nn.Module], found: dict[str, Tensor], *, store: bool = False
+    ) -> None:
         super().__init__()
-        self.modules = [] if program is None else owners(program)
-        self.store = store
-        self.found: dict[str, Tensor] = {}
+        self.modules, self.found, self.store = modules, found, store
 
     def __enter__(self) -> OwnParameters:
         if self.store:

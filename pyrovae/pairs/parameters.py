@@ -20,12 +20,15 @@ __all__ = ["Parameters", "find_roots", "owners"]
 class Parameters:
     """What two programs own: ``model.…`` and ``guide.…`` of their modules, ``param.…`` of a store.
 
-    ``roots`` are the modules by prefix, as :func:`find_roots` finds them; ``found`` has, for each
-    program, the leaf of every parameter statement that was met, by Pyro's name for it.
+    ``owned`` are the modules of each program, ``roots`` those of both by prefix, as
+    :func:`find_roots` has it; ``found`` has, for each program, the leaf of every parameter
+    statement that was met, by Pyro's name for it.
     """
 
-    def __init__(self, roots: dict[str, nn.Module], found: tuple[dict[str, Tensor], ...]) -> None:
-        self.roots, self.found = roots, found
+    def __init__(self, model: Callable | None, guide: Callable | None) -> None:
+        self.owned = tuple([] if p is None else owners(p) for p in (model, guide))
+        self.roots = find_roots(*self.owned)
+        self.found: tuple[dict[str, Tensor], ...] = ({}, {})
 
     @property
     def statements(self) -> list[tuple[str, Tensor]]:
@@ -166,14 +169,12 @@ def _is_near(thing: Any, function: Callable) -> bool:
     return is_code and thing.__module__ == function.__module__
 
 
-def find_roots(model: Callable | None, guide: Callable | None) -> dict[str, nn.Module]:
-    """The modules of a pair by the prefix of their parameters' names.
+def find_roots(ours: list[nn.Module], theirs: list[nn.Module]) -> dict[str, nn.Module]:
+    """The modules of a model and its guide by the prefix of their parameters' names.
 
     ``model`` and ``guide``, ``pair`` where one module owns both programs, and ``model.0``,
     ``model.1``, … where several own one; a module of both counts as the model's.
     """
-    ours = [] if model is None else owners(model)
-    theirs = [] if guide is None else owners(guide)
     shared = [m for m in theirs if any(m is other for other in ours)]
     if len(ours) == len(shared) == 1:
         return {"pair": ours[0]}

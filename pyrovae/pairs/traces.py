@@ -22,10 +22,12 @@ __all__ = [
     "Values",
     "common_scale",
     "is_bookkeeping",
+    "is_scaled",
     "log_prob",
     "log_probs",
     "reduce_to",
     "samples",
+    "scored",
     "site_scores",
     "site_scale",
     "take_particles",
@@ -193,6 +195,18 @@ def samples(trace: Trace) -> dict[str, Site]:
 def is_bookkeeping(site: Site) -> bool:
     """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data."""
     return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
+
+
+def scored(*traces: Trace) -> list[tuple[str, Site]]:
+    """The sample sites of traces that have a density, with their names: all but bookkeeping."""
+    sites = [item for trace in traces for item in samples(trace).items()]
+    return [(name, site) for name, site in sites if not is_bookkeeping(site)]
+
+
+def is_scaled(sites: Iterable[tuple[str, Site]], layout: Layout) -> bool:
+    """Whether some site carries a scale beside the batch's subsampling."""
+    scales = [site_scale(site, layout) for _, site in sites]
+    return any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales)
 
 
 def site_scale(site: Site, layout: Layout) -> Tensor | float:
