@@ -185,9 +185,9 @@ def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
     with torch.no_grad():
         if type(loss) in GENERIC + ANALYTIC:
             with seeded(0, pair.device):
-                layout = inspect_pair(pair, x, *context)
+                inspect_pair(pair, x, *context)
             analytic = type(loss) in ANALYTIC
-            parts = score_elbo(pair, layout, (x, *context), analytic, loss.num_particles)
+            parts = score_elbo(pair, (x, *context), loss.num_particles, analytic=analytic)
             return parts[0] - parts[1]
         rows = zip(*(tensor.split(1) for tensor in (x, *context)), strict=True)
         return torch.stack([-estimate(loss, pair, *row).loss for row in rows])

@@ -67,8 +67,7 @@ class Objective:
         Args:
             pair: The pair.
             args: A batch with the programs' further arguments.
-            layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair, if
-                it was asked.
+            layout: The pair's layout, if it has been inspected.
             steps: How many steps are going to be taken, if that is known.
 
         Raises:

@@ -38,7 +38,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, reduce_to, samples, total, unscaled
+from pyrovae.pairs.traces import Site, reduce_to, samples, total, unscaled
 
 __all__ = [
     "ANALYTIC",
@@ -60,29 +60,21 @@ GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceM
 def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[str, Tensor]:
     r"""The ELBO split by site, before any sum.
 
-    Args:
-        model_trace: The replayed model's trace, with log-probabilities computed.
-        guide_trace: The guide's trace, with log-probabilities computed.
-        analytic: Use :math:`-\mathrm{KL}(q \| p)` in closed form where torch knows one.
-
-    Returns:
-        Nats per site; a site's tensor is broadcastable to its plates.
+    Both traces have their sites scored; ``analytic`` takes :math:`-\mathrm{KL}(q \| p)` in closed
+    form where torch knows one. Nats per site, with the site's plates.
     """
     terms = {}
-    model, guide = _samples(model_trace), _samples(guide_trace)
+    model, guide = samples(model_trace), samples(guide_trace)
     for name, site in model.items():
         if site["is_observed"] or name not in guide:
             terms[name] = site["log_prob"]
         else:
-            terms[name] = _latent_term(site, guide[name], analytic)
+            kl = _divergence(site, guide[name]) if analytic else None
+            terms[name] = site["log_prob"] - guide[name]["log_prob"] if kl is None else -kl
     for name, site in guide.items():
         if name not in model:
             terms[name] = -site["log_prob"]
     return terms
-
-
-def _samples(trace: Trace) -> dict[str, Site]:
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
@@ -93,11 +85,6 @@ def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
     """
     model, guide = samples(model_trace), samples(guide_trace)
     return [name for name in model if name in guide] == [name for name in guide if name in model]
-
-
-def _latent_term(site: Site, guide_site: Site, analytic: bool) -> Tensor:
-    kl = _divergence(site, guide_site) if analytic else None
-    return site["log_prob"] - guide_site["log_prob"] if kl is None else -kl
 
 
 def _divergence(site: Site, guide_site: Site) -> Tensor | None:
@@ -118,15 +105,8 @@ def surrogate_elbo(
 ) -> Tensor:
     r"""A scalar whose gradient estimates that of :math:`E_q[\sum_s c_s f_s]`.
 
-    Args:
-        model_trace: The replayed model's trace.
-        guide_trace: The guide's trace, with score parts computed.
-        terms: What :func:`site_terms` made of both, in nats.
-        analytic: Whether in closed form.
-        coefficients: The numbers c by site, without a gradient; 1 for a site without one.
-
-    Returns:
-        Nats summed over plates and particles; the gradient counts, not the value.
+    ``terms`` are the f of :func:`site_terms`, ``coefficients`` the c, without a gradient, 1 where
+    there is none. Summed over plates and particles; the gradient counts, not the value.
     """
     coefficients = coefficients or {}
     nodes = samples(guide_trace)
@@ -257,34 +237,20 @@ def elbo(
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))
     parts = []
     with pair.mode(training=False), seeded(seed, every[0].device):
-        layout = inspect_pair(pair, *(tensor[:batch_size] for tensor in every))
+        inspect_pair(pair, *(tensor[:batch_size] for tensor in every))
         for rows in zip(*(tensor.split(batch_size) for tensor in every), strict=True):
-            parts.append(score_elbo(pair, layout, rows, analytic, particles))
+            parts.append(score_elbo(pair, rows, particles, analytic=analytic))
     reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     return ElboResult(reconstruction - kl, reconstruction, kl)
 
 
-def score_elbo(
-    pair: Pair, layout: Layout, rows: tuple, analytic: bool, particles: int
-) -> tuple[Tensor, Tensor]:
-    """The two parts of a batch's ELBO, reconstruction and KL, ``[N]`` each, in nats.
-
-    Args:
-        pair: The pair.
-        layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
-        rows: The batch, with the programs' further arguments.
-        analytic: Estimator B instead of A.
-        particles: The number of samples L.
-    """
-    model_trace, guide_trace = pair.trace(*rows, particles=particles)
-    unscaled(layout, model_trace, guide_trace)
-    analytic = analytic and in_one_order(model_trace, guide_trace)
-    observed, latent = [], []
-    for name, term in site_terms(model_trace, guide_trace, analytic).items():
-        term = reduce_to(term, layout, particles, len(rows[0])).mean(0)
-        site = model_trace.nodes.get(name)
-        if site is not None and site["is_observed"]:
-            observed.append(term)
-        else:
-            latent.append(term)
-    return total(observed), -total(latent)
+def score_elbo(pair: Pair, rows: tuple, particles: int, *, analytic: bool) -> tuple[Tensor, Tensor]:
+    """Reconstruction and KL of a batch that has been inspected, ``[N]`` each, in nats."""
+    traces, layout = pair.trace(*rows, particles=particles), pair.known
+    unscaled(layout, *traces)
+    terms = {
+        name: reduce_to(term, layout, particles, len(rows[0])).mean(0)
+        for name, term in site_terms(*traces, analytic and in_one_order(*traces)).items()
+    }
+    observed = [terms.pop(name) for name in layout.observed if name in terms]
+    return total(observed), -total(terms.values())

@@ -77,11 +77,6 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
     """Check a whole data set against the supports of the sites that observe it.
 
-    Args:
-        pair: The pair.
-        x: The data ``[N, ...]``, with further arguments of the programs in ``context``.
-        batch_size: How many rows are run at a time.
-
     Raises:
         ValueError: Naming the site, its support and a value outside it.
     """
@@ -95,10 +90,6 @@ def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -
 
 def check_objective(layout: Layout, objective: Any) -> None:
     """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
-
-    Args:
-        layout: What :func:`inspect_pair` said of the pair.
-        objective: What the pair is to be trained with.
 
     Raises:
         ValueError: Naming the latents and the objective that sums over them.

@@ -64,16 +64,11 @@ class Pair(Parameters):
     def trace(
         self, *rows: Any, particles: int | None = None, sums: bool | None = None
     ) -> tuple[Trace, Trace]:
-        """Trace the model replayed against its guide.
+        """Trace the model replayed against its guide: the model's trace, and the guide's.
 
-        Args:
-            rows: A batch.
-            particles: The size K of a plate opened to the left of all others; None opens none.
-            sums: Sum over the latents that the model enumerates, which are drawn from the model
-                otherwise; by default where there is a plate of particles.
-
-        Returns:
-            The model's trace and the guide's, without the sites of subsampling plates.
+        ``particles`` is the size K of a plate to the left of all others. ``sums`` says to sum over
+        the latents that the model enumerates, which are drawn from the model otherwise; by
+        default they are where there are particles. Sites of subsampling plates are left out.
         """
         guide_trace = self.trace_guide(*rows, particles=particles)
         model_trace = self.replay_model(guide_trace, *rows, particles=particles, sums=sums)
@@ -168,11 +163,8 @@ class Pair(Parameters):
     ) -> tuple[Values, Values]:
         """The model's scores ``[K, N]`` by site at given latents, and those latents.
 
-        Args:
-            rows: The batch.
-            particles: K.
-            given: The latents, and what is to be observed in place of the batch.
-            fused: Whether a compiler is going to fuse what is asked for here.
+        ``given`` has the latents, and what is to be observed in place of the batch; ``fused`` as
+        in :func:`pyrovae.pairs.traces.log_prob`.
         """
         layout = self.known
         given = given if isinstance(given, Given) else Given(given)

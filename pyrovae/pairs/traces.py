@@ -71,18 +71,7 @@ def take_particles(guide_trace: Trace, part: slice) -> Trace:
 def site_scores(
     trace: Trace, layout: Layout, particles: int, num_data: int, *, fused: bool = False
 ) -> Values:
-    """Each sample site's log-probability, masked but not scaled.
-
-    Args:
-        trace: The trace of a program run with K particles.
-        layout: The pair's layout.
-        particles: K.
-        num_data: N.
-        fused: Whether a compiler is going to fuse what is asked for here.
-
-    Returns:
-        ``[K, N]`` per site, in nats.
-    """
+    """Each site's log-probability ``[K, N]``, masked but not scaled, of a run with K particles."""
     found = log_probs(trace, fused=fused)
     return {name: reduce_to(each, layout, particles, num_data) for name, each in found.items()}
 
@@ -104,9 +93,7 @@ def log_prob(site: Site, *, fused: bool = False) -> Tensor:
     Every factor lies between 1 and 2, so that a logarithm of the product of a few of them loses
     nothing and costs as much as one of a single factor.
 
-    Args:
-        site: A sample site of a trace.
-        fused: Whether a compiler is going to fuse what is asked for here.
+    ``fused`` says that a compiler is going to fuse what is asked for here.
     """
     base, events, value = site["fn"], 0, site["value"]
     while isinstance(base, torch.distributions.Independent):
@@ -127,10 +114,9 @@ def _divisor(size: int) -> int:
 
 
 def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
-    """What :func:`pyro.poutine.scale` asks of each datum, beside its plate's subsampling.
+    """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
 
-    Returns:
-        A number or ``[N]``, to be applied outside any log-sum-exp.
+    It belongs outside any log-sum-exp.
 
     Raises:
         ValueError: If sites carry different scales, so that no log p(x) is defined.
@@ -152,11 +138,7 @@ def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
 
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -> Tensor:
-    """Sum a site's log-probabilities over every plate but the particles' and the batch's.
-
-    Returns:
-        ``[K, N]``, in nats.
-    """
+    """Sum over every plate but the particles' and the batch's, to ``[K, N]``."""
     rank = -layout.particle_dim
     log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
     inner = [d for d in range(1, rank) if d != rank + layout.dim]
