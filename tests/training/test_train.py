@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
@@ -383,6 +383,19 @@ def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
     elbos = [row["valid_elbo"] for row in history]
     assert elbos == sorted(elbos)
     assert [row["lr"] for row in history] == [1e-3] * 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "known"),
+    [(TraceGraph_ELBO(), True), (type("Own", (TraceGraph_ELBO,), {})(), False)],
+    ids=["Pyro's", "somebody's"],
+)
+def test_the_history_has_an_elbo_where_the_loss_is_one(loss, known):
+    """A loss without terms is minus the ELBO if Pyro wrote it; a subclass may be anything."""
+    result = pyrovae.fit(*shipped_bernoulli(), X, objective=loss, epochs=1, batch_size=8, seed=0)
+    row = result.history[0]
+    assert row["train_elbo"] == (-row["train_loss"] if known else None)
+    assert row["train_kl"] is None
 
 
 def test_precision_is_given_back_and_named():
