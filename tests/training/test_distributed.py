@@ -78,7 +78,9 @@ def test_rank_0_alone_writes_and_speaks(ranks):
     assert (second["written"], second["said"]) == ([], "")
     assert "invalid float value: 'fast'" in first["usage"]
     assert second["usage"] == ""
-    assert (first["refusal"] + second["refusal"]).count("pyrovae: error: Expected lr > 0") == 1
+    assert (first["refusal"] + second["refusal"]).count(
+        "pyrovae: error: Expected a learning rate > 0"
+    ) == 1
     assert all(
         rank[name]["told"] == told
         for rank, told in zip(ranks, ([1, 2], []), strict=True)
