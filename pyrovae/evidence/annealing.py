@@ -249,7 +249,8 @@ class Annealer:
             drawn = {name: value[:chains] for name, value in drawn.items()}
         else:
             drawn = pair.draw_prior(rows, chains)
-        state = self.path(rows, self.path.of(rows, drawn))
+        u = self.coordinates.of(rows, drawn, self.path.chunk(rows))
+        state = self.path(rows, u)
         if bool((state.target - state.start).isnan().any()):
             model = joint_density(pair, rows, chains, drawn).sites
             start = self.settings.initial

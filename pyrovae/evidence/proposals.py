@@ -98,11 +98,7 @@ class Refined(FromGuide):
         with seeded(seed, rows[0].device, 0, GUIDE_STREAM):
             drawn, density = guide.draw(rows, MOMENT_DRAWS)
         prior, likelihood = guide.score(rows, MOMENT_DRAWS, drawn)
-        points = [
-            self.coordinates.of(rows, {n: v[start : start + self.chunk] for n, v in drawn.items()})
-            for start in range(0, MOMENT_DRAWS, self.chunk)
-        ]
-        u = torch.cat(points)
+        u = self.coordinates.of(rows, drawn, self.chunk)
         with seeded(seed, rows[0].device, 0, FIT_STREAM):
             self._set(*self._fit(rows, u.mean(0), u.std(0).clamp(min=1e-4)))
         return {"guide_elbo": (prior + likelihood - density).mean(0)}

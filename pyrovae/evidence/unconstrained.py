@@ -66,10 +66,14 @@ class Coordinates:
             for (name, shape), part in parts
         }
 
-    def of(self, rows: tuple, latents: Values) -> Tensor:
-        """u of latents z."""
+    def of(self, rows: tuple, latents: Values, chunk: int | None = None) -> Tensor:
+        """u of latents z, for so many particles at once."""
         particles = len(next(iter(latents.values())))
-        return self.join(self.points(rows, particles, latents))
+        step, found = chunk or particles, []
+        for start in range(0, particles, step):
+            some = {name: value[start : start + step] for name, value in latents.items()}
+            found.append(self.join(self.points(rows, min(step, particles - start), some)))
+        return torch.cat(found)
 
     def points(self, rows: tuple, particles: int, latents: Values) -> Values:
         """The parts of u by site, of K latents z for each datum."""
@@ -123,19 +127,8 @@ class GeometricPath:
 
     def __call__(self, rows: tuple, u: Tensor) -> State:
         """Both densities and their gradients at u."""
-        parts = [self._at(rows, some) for some in u.split(self._step(rows))]
+        parts = [self._at(rows, some) for some in u.split(self.chunk(rows))]
         return State(u, *(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def of(self, rows: tuple, latents: Values) -> Tensor:
-        """u of latents z."""
-        step = self._step(rows)
-        count = len(next(iter(latents.values())))
-        return torch.cat(
-            [
-                self.coordinates.of(rows, {n: v[start : start + step] for n, v in latents.items()})
-                for start in range(0, count, step)
-            ]
-        )
 
     def compile(self, rows: tuple, particles: int) -> None:
         """Compile densities and gradients for so many particles of data of these shapes.
@@ -145,12 +138,13 @@ class GeometricPath:
         """
         from pyrovae.compiling.graph import Graph
 
-        coordinates, count = self.coordinates, min(particles, self._step(rows))
+        coordinates, count = self.coordinates, min(particles, self.chunk(rows))
         size = count, len(rows[0]), sum(coordinates.sizes)
         u = rows[0].new_zeros(size, dtype=coordinates.dtype)
         self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.pair)
 
-    def _step(self, rows: tuple) -> int:
+    def chunk(self, rows: tuple) -> int:
+        """How many particles of these data are scored at once."""
         return max(1, self.max_rows // len(rows[0]))
 
     def _at(self, rows: tuple, u: Tensor) -> list[Tensor]:
