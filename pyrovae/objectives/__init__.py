@@ -22,13 +22,12 @@ from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
-from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate, score_elbo
+from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate, score_elbo, total
 from pyrovae.objectives.enumerated import enum_estimate
 from pyrovae.objectives.importance_weighted import ImportanceWeighted
 from pyrovae.objectives.wake_sleep import WakeSleep
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import total
 
 __all__ = [
     "OBJECTIVES",

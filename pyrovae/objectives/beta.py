@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo
+from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo, total
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, samples, total, unscaled
+from pyrovae.pairs.traces import Layout, reduce_to, samples, unscaled
 
 __all__ = ["SCHEDULES", "BetaELBO"]
 

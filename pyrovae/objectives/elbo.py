@@ -16,7 +16,7 @@ where :math:`\bar f_s` leaves out the plates that site s is not in (no baseline 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, reduce_to, samples, total, unscaled
+from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
 __all__ = [
     "ANALYTIC",
@@ -51,6 +51,7 @@ __all__ = [
     "score_elbo",
     "site_terms",
     "surrogate_elbo",
+    "total",
 ]
 
 ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
@@ -75,6 +76,12 @@ def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[s
         if name not in model:
             terms[name] = -site["log_prob"]
     return terms
+
+
+def total(scores: Iterable[Tensor]) -> Tensor:
+    """The sum of scores; a zero of none."""
+    first, *rest = [*scores] or [torch.zeros(())]
+    return sum(rest, first)
 
 
 def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:

@@ -25,8 +25,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae.objectives.base import Estimate
+from pyrovae.objectives.elbo import total
 from pyrovae.pairs.enumeration import exact_terms
-from pyrovae.pairs.traces import total
 
 __all__ = ["enum_estimate"]
 

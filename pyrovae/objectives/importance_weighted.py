@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import (
     Cells,
     Through,
@@ -22,7 +23,7 @@ from pyrovae.objectives.log_weights import (
     scored_latents,
 )
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, log_probs, samples, total
+from pyrovae.pairs.traces import Layout, log_probs, samples
 
 __all__ = ["Facts", "ImportanceWeighted", "Scores", "score"]
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.elbo import total
 from pyrovae.objectives.importance_weighted import Scores, score
 from pyrovae.objectives.log_weights import Still, cells, check_density, check_scales
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, total
+from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
 
 __all__ = ["WakeSleep"]
 

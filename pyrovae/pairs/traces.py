@@ -31,7 +31,6 @@ __all__ = [
     "site_scores",
     "site_scale",
     "take_particles",
-    "total",
     "unscaled",
 ]
 
@@ -144,12 +143,6 @@ def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -
     inner = [d for d in range(1, rank) if d != rank + layout.dim]
     total = log_prob.sum(inner) if inner else log_prob
     return total.expand(particles, num_data)
-
-
-def total(scores: Iterable[Tensor]) -> Tensor:
-    """The sum of scores; a zero of none."""
-    first, *rest = [*scores] or [torch.zeros(())]
-    return sum(rest, first)
 
 
 def unscaled(layout: Layout, *traces: Trace) -> None:
