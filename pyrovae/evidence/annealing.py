@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
 from pyrovae.evidence.density import (
     joint_density,
     refuse_nan,
@@ -27,7 +28,6 @@ from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["Annealer", "Settings", "annealed_log_likelihood"]
 
-PRIOR_STREAM, PILOT_STREAM, BACKWARD_STREAM = 1, 5, 6
 # Chains of the run that finds step sizes: enough for an acceptance rate, a quarter of the cost.
 PILOT_CHAINS = 4
 # Compiling takes some 20 seconds, in which a small pair takes so many steps.

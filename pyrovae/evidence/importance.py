@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.density import (
     FromGuide,
     joint_density,
@@ -23,7 +24,6 @@ from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["log_likelihood"]
 
-PRIOR_STREAM = 1
 # Compiling takes some 20 seconds, in which a small pair is done with so many weights.
 PAYS_AFTER = 5_000_000
 

@@ -14,6 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrovae._tools.seeding import seeded
+from pyrovae.evidence import FIT_STREAM, GUIDE_STREAM
 from pyrovae.evidence.density import FromGuide, joint_density
 from pyrovae.evidence.unconstrained import Coordinates
 from pyrovae.pairs.pair import Pair
@@ -26,7 +27,6 @@ __all__ = [
     "Refined",
 ]
 
-FIT_STREAM, GUIDE_STREAM = 3, 4
 # Adam's rate in units of the guide's scale, the antithetic pairs of a step, and the draws that
 # the fit starts from. 200 such steps come within a tenth of a nat of the best normal on MNIST.
 RATE, PAIRS, MOMENT_DRAWS = 0.1, 4, 256
@@ -175,7 +175,8 @@ class Defensive:
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
         """K values for each datum, and their log-densities under the base."""
-        # At least one draw of each kind, or the mixture's density would be of another mixture.
+        # At least one draw of each: without the prior's nothing bounds the weights, and without
+        # the base's its log-share is minus infinity.
         count = min(max(round(self.asked * particles), 1), particles - 1)
         self.share = count / particles
         drawn, density = self.base.draw(rows, particles - count)

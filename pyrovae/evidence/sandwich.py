@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
+from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import Evaluation, Found, opened, tile_rows
@@ -18,8 +19,6 @@ from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
 __all__ = ["Bidirectional", "bidirectional"]
-
-SIMULATION_STREAM = 7
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, progress_bar, require_same
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
+from pyrovae.evidence import PROBE_STREAM
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, common_scale
@@ -45,7 +46,6 @@ DRAWN = 8192
 SCORED, ON_DEVICE = 2048, 65536
 # Seconds between two savings of what is finished, each of which costs milliseconds.
 SAVE_AFTER = 2.0
-PROBE_STREAM = 2
 PER_DATUM = ("log_prob", "smoothed", "guide_elbo", "upper")
 
 Found = dict[str, Tensor]
