@@ -189,14 +189,15 @@ class LogLikelihood:
     def _about_tails(self) -> str:
         n, k = len(self.khat), self.num_samples
         if bool(self.khat.isnan().all()):
-            return f"K = {k} is too few to tell whether the errors hold: take 100 and more."
+            return f"K = {k} is too few to tell whether the errors hold: take 100 or more."
         heavy = int((self.khat > HEAVY).sum())
         if heavy == 0:
-            return f"k-hat is at most {HEAVY} for all {n} data: the stated errors hold."
+            return f"k-hat is at most {HEAVY} for all {n} data points: the stated errors hold."
         return (
-            f"k-hat is above {HEAVY} for {_share(heavy, n)}: there a few of the {k} weights carry "
-            f"the sum, so log p(x) is likely too low by more than its stated error. Take more "
-            f"samples, refine the guide (refine_steps=200), or use annealed_log_likelihood."
+            f"Importance sampling is unreliable for {_share(heavy, n)}, where k-hat is above "
+            f"{HEAVY}: a few of the {k} weights make up the sum, so the estimate is a lower bound "
+            f"whose stated error is too small. Take more samples, refine the guide "
+            f"(refine_steps=200), or use annealed_log_likelihood."
         )
 
     def _few_chains(self) -> int:
@@ -207,12 +208,13 @@ class LogLikelihood:
         if few == 0:
             return (
                 f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
-                f"datum. How far below log p(x) such a run lies, pyrovae.bidirectional says."
+                f"datum. pyrovae.bidirectional says how far such a run is below log p(x)."
             )
         return (
-            f"The weights of {_share(few, len(self.ess))} hang on fewer than {least:g} of "
-            f"{self.num_samples} chains, so their stated errors are too small: take more "
-            f"temperatures, and see with pyrovae.bidirectional whether they are enough."
+            f"Annealing is unreliable for {_share(few, len(self.ess))}, where fewer than "
+            f"{least:g} of {self.num_samples} chains make up the sum: the stated errors are too "
+            f"small. Take more temperatures, and check with pyrovae.bidirectional whether they "
+            f"are enough."
         )
 
 
@@ -290,4 +292,4 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count} of {total} data ({count / total:.0%})"
+    return f"{count} of {total} data points ({count / total:.0%})"

@@ -282,9 +282,11 @@ def _result(**changed):
 
 
 def test_verdicts_say_what_is_wrong_and_what_to_do():
-    assert _result().verdict == "k-hat is at most 0.7 for all 3 data: the stated errors hold."
+    assert (
+        _result().verdict == "k-hat is at most 0.7 for all 3 data points: the stated errors hold."
+    )
     heavy = _result(khat=torch.tensor([0.1, 0.9, math.inf])).verdict
-    assert "above 0.7 for 2 of 3 data (67%)" in heavy
+    assert "unreliable for 2 of 3 data points (67%), where k-hat is above 0.7" in heavy
     assert "annealed_log_likelihood" in heavy
     assert "too few to tell" in _result(khat=torch.full((3,), math.nan)).verdict
     zero = _result(log_prob=torch.tensor([-3.0, -math.inf, -4.0])).verdict
@@ -292,7 +294,7 @@ def test_verdicts_say_what_is_wrong_and_what_to_do():
     chains = {"acceptance": torch.full((3,), 0.7), "num_samples": 16}
     assert "bidirectional" in _result(**chains, ess=torch.full((3,), 12.0)).verdict
     few = _result(**chains, ess=torch.tensor([1.0, 12.0, 12.0])).verdict
-    assert "1 of 3 data (33%) hang on fewer than 8 of 16 chains" in few
+    assert "1 of 3 data points (33%), where fewer than 8 of 16 chains make up" in few
 
 
 KINDS = {
