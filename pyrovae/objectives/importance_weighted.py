@@ -66,14 +66,7 @@ class Scores(NamedTuple):
 def score(
     guide_trace: Trace, model_trace: Trace, layout: Layout, log_q: dict[str, Tensor] | None = None
 ) -> Scores:
-    """Score the particles of a guide's trace and of the model that was replayed against it.
-
-    Args:
-        guide_trace: The guide's trace.
-        model_trace: The model's trace.
-        layout: The pair's layout.
-        log_q: The guide's log-probabilities, if they have been computed.
-    """
+    """Score a guide's particles (``log_q``, if that is known) and the model replayed on them."""
     where = cells((model_trace, guide_trace), layout)
     log_q = log_probs(guide_trace) if log_q is None else log_q
     log_p = log_probs(model_trace)

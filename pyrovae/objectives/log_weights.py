@@ -137,11 +137,7 @@ def check_scales(traces: Iterable[Trace], layout: Layout) -> None:
 
 
 class Still(Messenger):
-    """Holds every value that a program samples still: no gradient passes through it.
-
-    Args:
-        leaves: Let each be a leaf of its own, whose gradient may be asked for.
-    """
+    """Holds sampled values still: no gradient passes through; or makes ``leaves`` of them."""
 
     def __init__(self, leaves: bool = False) -> None:
         super().__init__()
@@ -156,9 +152,6 @@ class Still(Messenger):
 
 class Through:
     """A guide's trace as the model sees it, where gradients that come back are multiplied.
-
-    Args:
-        guide_trace: The guide's trace, subsampling sites included.
 
     ``trace`` holds views of the latents. Set ``factor``, ``[K, *cells]``, before the backward pass.
     """
@@ -193,12 +186,7 @@ def held_still(
 ) -> dict[str, Tensor]:
     """The guide's log-probabilities at its own latents, which are held still, by site.
 
-    Args:
-        pair: The pair.
-        guide_trace: The guide's trace, subsampling sites included.
-        args: What it was run on.
-        particles: The size of its plate of particles, or None.
-        hierarchical: Whether the guide's distributions depend on its latents.
+    A ``hierarchical`` guide, whose distributions depend on its own latents, is run again.
     """
     still = guide_trace.copy()
     for name, site in samples(guide_trace).items():
