@@ -7,7 +7,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from borders import likelihood_crossings
 
 import pyrovae
 from pairs import LATENT, binary, discrete, shipped_bernoulli
@@ -365,7 +364,3 @@ def test_a_model_without_latents_needs_no_samples():
     exact = dist.Normal(0.0, 1.0).log_prob(x).sum(-1).double()
     torch.testing.assert_close(found.log_prob, exact)
     assert (found.ess - 30).abs().max() < 1e-6
-
-
-def test_one_estimate_follows_through_few_files():
-    assert sum(likelihood_crossings().values()) <= 60

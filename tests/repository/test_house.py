@@ -17,7 +17,7 @@ CORE = (
     "evidence.weights",
 )
 BEYOND_THE_CORE = ("compiling", "checking", "runs")
-STEP_BORDERS, LIKELIHOOD_BORDERS = 14, 60
+STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 60
 
 
 def test_the_core_loads_nothing_of_what_is_built_on_it():
