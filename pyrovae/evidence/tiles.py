@@ -19,9 +19,9 @@ from pyrovae._tools import InputError, progress_bar, require_same
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import common_scale, inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, common_scale
+from pyrovae.pairs.traces import Layout
 
 if TYPE_CHECKING:
     from tqdm import tqdm

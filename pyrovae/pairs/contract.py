@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, is_scaled, samples, scored
+from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
 
 __all__ = [
     "batch_frame",
@@ -26,8 +27,11 @@ __all__ = [
     "check_reach",
     "check_sites",
     "check_support",
+    "common_scale",
     "inspect_pair",
+    "is_scaled",
     "mended",
+    "site_scale",
 ]
 
 
@@ -301,3 +305,50 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
             "Bernoulli, Gaussian)"
         )
     return f"Site {name!r} observes {shown}, outside the support of {kind}: {mend}."
+
+
+def is_scaled(sites: Iterable[tuple[str, Site]], layout: Layout) -> bool:
+    """Whether some site carries a scale beside the batch's subsampling."""
+    scales = [site_scale(site, layout) for _, site in sites]
+    return any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales)
+
+
+def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
+    """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
+
+    It belongs outside any log-sum-exp.
+
+    Raises:
+        ValueError: If sites carry different scales, so that no log p(x) is defined.
+    """
+    scales = {
+        name: site_scale(site, layout)
+        for trace in traces
+        for name, site in samples(trace).items()
+        if not is_bookkeeping(site)
+    }
+    (first, scale), *rest = scales.items()
+    for name, other in rest:
+        if not torch.equal(torch.as_tensor(scale) + 0.0, torch.as_tensor(other) + 0.0):
+            raise InputError(
+                f"Sites {first!r} and {name!r} carry different scales, so log p(x) is not "
+                f"defined: evaluate the pair without poutine.scale or inner subsampling."
+            )
+    return scale
+
+
+def site_scale(site: Site, layout: Layout) -> Tensor | float:
+    """A site's scale beside the batch's subsampling, a number or ``[N]``."""
+    plate = prod(
+        f.full_size / f.size
+        for f in site["cond_indep_stack"]
+        if f.name == layout.plate and f.full_size is not None
+    )
+    scale = site["scale"] / plate
+    if not isinstance(scale, Tensor) or scale.dim() == 0:
+        return float(scale)
+    rank = max(scale.dim(), -layout.dim)
+    scale = scale.reshape((1,) * (rank - scale.dim()) + scale.shape)
+    if scale.numel() != scale.shape[layout.dim]:
+        raise InputError("Expected one scale per datum, got a scale that varies within a datum.")
+    return scale.reshape(-1)

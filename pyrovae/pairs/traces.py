@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
-import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from pyrovae._tools import InputError
+from pyrovae.distributions import site_log_prob
 
 __all__ = [
     "Layout",
     "Site",
     "Values",
-    "common_scale",
     "is_bookkeeping",
-    "is_scaled",
-    "log_prob",
     "log_probs",
     "reduce_to",
     "samples",
     "scored",
     "site_scores",
-    "site_scale",
     "take_particles",
     "unscaled",
 ]
 
 Site = Any  # one of Pyro's messages: its TypedDict is wider than what a sample site holds
 Values = dict[str, Tensor]
-BERNOULLI = (dist.Bernoulli, torch.distributions.Bernoulli)
 
 
 class Layout(NamedTuple):
@@ -78,62 +69,9 @@ def site_scores(
 def log_probs(trace: Trace, *, fused: bool = False) -> Values:
     """Each sample site's log-probability with its plates, masked but not scaled, in nats."""
     return {
-        name: scale_and_mask(log_prob(site, fused=fused), mask=site["mask"])
+        name: scale_and_mask(site_log_prob(site, fused=fused), mask=site["mask"])
         for name, site in samples(trace).items()
     }
-
-
-def log_prob(site: Site, *, fused: bool = False) -> Tensor:
-    r"""A site's log-probability; without gradients, many Bernoullis at once in one pass.
-
-    .. math:: \sum_d x_d l_d - \ln(1 + e^{l_d})
-              = \sum_d x_d l_d - \max(l_d, 0) - \sum_g \ln \prod_{d \in g} (1 + e^{-|l_d|})
-
-    Every factor lies between 1 and 2, so that a logarithm of the product of a few of them loses
-    nothing and costs as much as one of a single factor.
-
-    ``fused`` says that a compiler is going to fuse what is asked for here.
-    """
-    base, events, value = site["fn"], 0, site["value"]
-    while isinstance(base, torch.distributions.Independent):
-        base, events = base.base_dist, events + base.reinterpreted_batch_ndims
-    if events == 0 or type(base) not in BERNOULLI or torch.is_grad_enabled():
-        return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
-    logits, value = base.logits.flatten(-events), value.flatten(-events).to(base.logits.dtype)
-    if not fused:
-        return torch.linalg.vecdot(logits, value) - softplus(logits).sum(-1)
-    factors = 1 + (-logits.abs()).exp()
-    products = factors.unflatten(-1, (_divisor(factors.shape[-1]), -1)).prod(-2)
-    return (value * logits - logits.clamp(min=0)).sum(-1) - products.log().sum(-1)
-
-
-def _divisor(size: int) -> int:
-    """How many factors to multiply: the largest number up to 8 that divides them evenly."""
-    return next(n for n in range(8, 0, -1) if size % n == 0)
-
-
-def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
-    """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
-
-    It belongs outside any log-sum-exp.
-
-    Raises:
-        ValueError: If sites carry different scales, so that no log p(x) is defined.
-    """
-    scales = {
-        name: site_scale(site, layout)
-        for trace in traces
-        for name, site in samples(trace).items()
-        if not is_bookkeeping(site)
-    }
-    (first, scale), *rest = scales.items()
-    for name, other in rest:
-        if not torch.equal(torch.as_tensor(scale) + 0.0, torch.as_tensor(other) + 0.0):
-            raise InputError(
-                f"Sites {first!r} and {name!r} carry different scales, so log p(x) is not "
-                f"defined: evaluate the pair without poutine.scale or inner subsampling."
-            )
-    return scale
 
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -> Tensor:
@@ -176,26 +114,3 @@ def scored(*traces: Trace) -> list[tuple[str, Site]]:
     """The sample sites of traces that have a density, with their names: all but bookkeeping."""
     sites = [item for trace in traces for item in samples(trace).items()]
     return [(name, site) for name, site in sites if not is_bookkeeping(site)]
-
-
-def is_scaled(sites: Iterable[tuple[str, Site]], layout: Layout) -> bool:
-    """Whether some site carries a scale beside the batch's subsampling."""
-    scales = [site_scale(site, layout) for _, site in sites]
-    return any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales)
-
-
-def site_scale(site: Site, layout: Layout) -> Tensor | float:
-    """A site's scale beside the batch's subsampling, a number or ``[N]``."""
-    plate = prod(
-        f.full_size / f.size
-        for f in site["cond_indep_stack"]
-        if f.name == layout.plate and f.full_size is not None
-    )
-    scale = site["scale"] / plate
-    if not isinstance(scale, Tensor) or scale.dim() == 0:
-        return float(scale)
-    rank = max(scale.dim(), -layout.dim)
-    scale = scale.reshape((1,) * (rank - scale.dim()) + scale.shape)
-    if scale.numel() != scale.shape[layout.dim]:
-        raise InputError("Expected one scale per datum, got a scale that varies within a datum.")
-    return scale.reshape(-1)
