@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pyrovae import report
 from pyrovae._tools import InputError
+from pyrovae._tools.files import write_atomic
 from pyrovae._tools.options import Options, option
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
@@ -21,7 +22,7 @@ from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
 from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
-from pyrovae.runs import Run, experiment, write_atomic
+from pyrovae.runs import Run, experiment
 from pyrovae.runs.compare import compare_runs
 from pyrovae.runs.config import SPLITS, EvaluationConfig, PairConfig, RunConfig
 from pyrovae.runs.evaluate import evaluate
@@ -264,7 +265,7 @@ def _sample(given: dict[str, Any], job: _Job) -> None:
     run, made = options.load()
     rows = made.data.split("test")
     figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
-    print(f"{options.n} samples: {run.save_figure('samples', png(figure))}")
+    print(f"{options.n} samples: {run.write('figures/samples.png', png(figure))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +282,7 @@ def _report(given: dict[str, Any], job: _Job) -> None:
     report.draw_run(run, made)
     weights = run.weights_checksum()
     page = report.render_report(run.config, results, run.history(), run.figures(), weights=weights)
-    write_atomic(run.path / "report.html", page.encode())
-    print(f"The report is {run.path / 'report.html'}")
+    print(f"The report is {run.write('report.html', page.encode())}")
 
 
 @dataclass(frozen=True, kw_only=True)

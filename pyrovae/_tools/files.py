@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,42 +15,43 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 
-__all__ = ["checksum", "first_line", "pack_tensors", "unpack_tensors", "write_atomic"]
+__all__ = ["checksum", "pack_tensors", "reading", "unpack_tensors", "write_atomic"]
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file's content, or leave it as it was.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written; the old file stays.
-    """
+    """Replace a file's content, or leave it as it was and raise an OSError that names the file."""
     try:
-        _replace(path, content)
-        _sync(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        # The new name is safe once its folder is on the disk as well.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _sync(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of which file it is, where what it holds is not what it should be."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except (InputError, PermissionError):
         raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(f"{path} is damaged and was not loaded: {reason}.") from error
 
 
 def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> bytes:
@@ -61,22 +64,16 @@ def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None
 
 
 def unpack_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and the words about them.
-
-    Raises:
-        ValueError: If the file is missing, truncated or altered.
-    """
+    """The tensors of a file, and the words about them; a file that was altered is refused."""
     from safetensors import safe_open
 
-    try:
+    with reading(path):
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    except Exception as error:
-        raise InputError(f"{path} is damaged and was not loaded: {first_line(error)}.") from error
-    if about.pop("sha256", None) != checksum(tensors, about):
-        raise InputError(f"{path} is damaged and was not loaded: its checksum is wrong.")
+        if about.pop("sha256", None) != checksum(tensors, about):
+            raise ValueError("its checksum is wrong")
     return tensors, about
 
 
@@ -89,8 +86,3 @@ def checksum(tensors: dict[str, Tensor], about: dict[str, str] | None = None) ->
     if about:
         digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line without a full stop."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -66,9 +66,9 @@ def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
         drawn |= draw_findings({"": finding})
     found = {name: plots.png(figure) for name, figure in drawn.items()}
     for name in FINDING_PICTURES:
-        run.remove_figure(name)
+        (run.path / "figures" / f"{name}.png").unlink(missing_ok=True)
     for name, picture in found.items():
-        run.save_figure(name, picture)
+        run.write(f"figures/{name}.png", picture)
     return found
 
 

@@ -32,22 +32,17 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae._tools.files import (
-    checksum,
-    first_line,
-    pack_tensors,
-    unpack_tensors,
-    write_atomic,
-)
+from pyrovae._tools.files import checksum, pack_tensors, reading, unpack_tensors, write_atomic
 
-__all__ = ["Run", "write_atomic"]
+__all__ = ["Run"]
 
 PROGRAM, DATA = {"name", "file", "settings"}, {"load", "root", "binarize"}
+PARTS = {"model": PROGRAM, "guide": PROGRAM, "data": DATA}
 STATE = {"weights": dict, "optimizer": dict, "history": list, "seed": int}
 
 
 class Run:
-    """A run directory, new or existing.
+    """A run directory, new or existing; what cannot be read of it raises an InputError.
 
     Args:
         path: The directory.
@@ -58,11 +53,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run.
-
-        Raises:
-            ValueError: If the directory holds no run, or a damaged one.
-        """
+        """An existing run."""
         run = cls(path)
         if not run.exists():
             raise InputError(f"{run.path} holds no run: expected a config.json in it.")
@@ -73,11 +64,7 @@ class Run:
         return (self.path / "config.json").is_file()
 
     def require_new(self) -> None:
-        """Refuse a directory that is in use.
-
-        Raises:
-            ValueError: If there is anything in it, or it cannot be created.
-        """
+        """Refuse a directory that is in use, or that cannot be made."""
         if self.exists():
             raise InputError(
                 f"{self.path} holds another run: choose another --out, or go on with --resume."
@@ -90,39 +77,47 @@ class Run:
             raise InputError(f"{self.path} cannot be made: {found} is no folder to write in.")
 
     def create(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
-        """Write the configuration and the user's program files, or nothing.
-
-        Args:
-            config: Ready for JSON.
-            files: The content of the user's files by their name under ``programs/``.
-        """
-        fresh, programs = not self.exists(), self.path / "programs"
+        """Write the configuration and the user's program files ``programs/<name>``, or nothing."""
+        fresh = not self.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                programs.mkdir(exist_ok=True)
-                write_atomic(programs / name, content)
+                self.write(f"programs/{name}", content)
             self.write_json("config.json", config)
         except BaseException:
             if fresh:
-                for path in (self.path / "config.json", *(programs / name for name in files)):
-                    path.unlink(missing_ok=True)
-                for folder in (programs, self.path):
+                for name in ("config.json", *(f"programs/{name}" for name in files)):
+                    (self.path / name).unlink(missing_ok=True)
+                for folder in (self.path / "programs", self.path):
                     with suppress(OSError):
                         folder.rmdir()
             raise
 
+    def write(self, name: str, content: bytes) -> Path:
+        """Write a file of the run whole, in a folder that is made if it is missing."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, content)
+        return path
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a dictionary as JSON."""
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a dictionary written as JSON."""
+        with reading(self.path / name):
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise TypeError("it holds no JSON object")
+        return content
+
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration.
-
-        Raises:
-            ValueError: If the file is missing or damaged.
-        """
+        """The resolved configuration."""
         config = self.read_json("config.json")
-        parts = {"model": PROGRAM, "guide": PROGRAM, "data": DATA}
-        whole = {*parts, "command", "epochs", "schedule", "device", "seed"} <= config.keys()
-        if not whole or not all(_holds(config[part], keys) for part, keys in parts.items()):
+        whole = _holds(config, {*PARTS, "command", "epochs", "schedule", "device", "seed"})
+        if not whole or not all(_holds(config[part], keys) for part, keys in PARTS.items()):
             raise InputError(f"{self.path / 'config.json'} is damaged: entries are missing.")
         return config
 
@@ -131,30 +126,35 @@ class Run:
         """What evaluations have found so far, by split."""
         return self.read_json("results.json") if (self.path / "results.json").exists() else {}
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a dictionary as JSON."""
-        write_atomic(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a dictionary written as JSON.
-
-        Raises:
-            ValueError: If the file is missing or damaged.
-        """
-        try:
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{self.path / name} is damaged or missing: {error}.") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{self.path / name} is damaged: it holds no JSON object.")
-        return content
-
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write where training goes on from, in place of the weights of an earlier end."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomic(self.path / "checkpoint.pt", buffer.getvalue())
+        self.write("checkpoint.pt", buffer.getvalue())
         (self.path / "weights.safetensors").unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Read where training goes on from; None if no epoch was finished.
+
+        A file that is truncated or altered is refused, or one that asks for more than plain data.
+        """
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None
+        with reading(path):
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"bad checksum in {broken}")
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise InputError(
+                    f"{path} was not loaded: it holds more than tensors and plain data, which is "
+                    f"never executed."
+                ) from error
+        if not _is_state(state):
+            raise InputError(f"{path} was not loaded: it is no checkpoint of a training.")
+        return state
 
     def save_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one row an epoch."""
@@ -162,45 +162,25 @@ class Run:
         writer = csv.DictWriter(table, history[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        write_atomic(self.path / "metrics.csv", table.getvalue().encode())
+        self.write("metrics.csv", table.getvalue().encode())
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """Read where training goes on from; None if no epoch was finished.
-
-        Raises:
-            ValueError: If the file is truncated, altered, or asks for more than plain data.
-        """
-        path = self.path / "checkpoint.pt"
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.csv`` as numbers; empty fields are None."""
+        path = self.path / "metrics.csv"
         if not path.exists():
-            return None
-        try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            state = torch.load(path, map_location="cpu", weights_only=True) if not broken else None
-        except pickle.UnpicklingError as error:
-            raise InputError(
-                f"{path} was not loaded: it holds more than tensors and plain data, which is never "
-                "executed."
-            ) from error
-        except Exception as error:
-            reason = first_line(error)
-            raise InputError(f"{path} is damaged and was not loaded: {reason}.") from error
-        if broken:
-            raise InputError(f"{path} is damaged and was not loaded: bad checksum in {broken}.")
-        if not _is_state(state):
-            raise InputError(f"{path} was not loaded: it is no checkpoint of a training.")
-        return state
+            return []
+        with reading(path), path.open(newline="", encoding="utf-8") as file:
+            return [
+                {n: int(v) if n == "epoch" else float(v) if v else None for n, v in row.items()}
+                for row in csv.DictReader(file)
+            ]
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         """Write the trained weights."""
-        write_atomic(self.path / "weights.safetensors", pack_tensors(weights))
+        self.write("weights.safetensors", pack_tensors(weights))
 
     def load_weights(self) -> dict[str, Tensor]:
-        """Read the trained weights; those of the last checkpoint while training is unfinished.
-
-        Raises:
-            ValueError: If there are none, or the file is truncated or altered.
-        """
+        """Read the trained weights; those of the last checkpoint while training is unfinished."""
         path = self.path / "weights.safetensors"
         if path.exists():
             return unpack_tensors(path)[0]
@@ -215,54 +195,17 @@ class Run:
 
     def save_values(self, split: str, values: dict[str, Tensor], about: dict[str, str]) -> Path:
         """Write what an evaluation found of each datum as ``evaluation/<split>.safetensors``."""
-        path = self.folder("evaluation") / f"{split}.safetensors"
-        write_atomic(path, pack_tensors(values, about))
-        return path
+        return self.write(f"evaluation/{split}.safetensors", pack_tensors(values, about))
 
     def load_values(self, split: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Read what an evaluation found of each datum; None if there is no such evaluation.
-
-        Raises:
-            ValueError: If the file is truncated or altered.
-        """
+        """Read what an evaluation found of each datum; None if there is no such evaluation."""
         path = self.path / "evaluation" / f"{split}.safetensors"
         return unpack_tensors(path) if path.exists() else None
-
-    def folder(self, name: str) -> Path:
-        """A folder of the run, made if it is missing."""
-        path = self.path / name
-        path.mkdir(exist_ok=True)
-        return path
-
-    def save_figure(self, name: str, png: bytes) -> Path:
-        """Write a picture as ``figures/<name>.png``."""
-        path = self.folder("figures") / f"{name}.png"
-        write_atomic(path, png)
-        return path
-
-    def remove_figure(self, name: str) -> None:
-        """Remove a picture, if it is there."""
-        (self.path / "figures" / f"{name}.png").unlink(missing_ok=True)
 
     def figures(self) -> dict[str, bytes]:
         """Every picture of the run by name."""
         found = sorted((self.path / "figures").glob("*.png"))
         return {path.stem: path.read_bytes() for path in found}
-
-    def history(self) -> list[dict[str, Any]]:
-        """The rows of ``metrics.csv`` as numbers; empty fields are None."""
-        path = self.path / "metrics.csv"
-        if not path.exists():
-            return []
-        try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            return [
-                {n: int(v) if n == "epoch" else float(v) if v else None for n, v in row.items()}
-                for row in rows
-            ]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged: {error}.") from error
 
 
 def _holds(part: Any, keys: set[str]) -> bool:

@@ -153,24 +153,24 @@ class _Unfinished:
     def __init__(
         self, run: Run, options: EvaluationConfig, world: World, about: dict[str, Any]
     ) -> None:
-        self.run, self.options, self.world = run, options, world
+        self.folder, self.options, self.world = run.path / "evaluation", options, world
         self.about = about | {"processes": world.size}
         self.files: list[Path] = []
 
     def __enter__(self) -> _Unfinished:
-        self.run.folder("evaluation")
+        self.folder.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):
-            (self.run.path / "evaluation").rmdir()
+            self.folder.rmdir()
 
     def of(self, *names: str) -> Path:
         """The file of an estimate with these options; one that cannot be read is put aside."""
         settings = {name: getattr(self.options, name) for name in names}
         key = json.dumps(self.about | settings, sort_keys=True).encode()
         name = f"{self.options.split}-{hashlib.sha256(key).hexdigest()[:12]}.checkpoint"
-        path = self.run.path / "evaluation" / name
+        path = self.folder / name
         self.files.append(path)
         own = path if self.world.size == 1 else path.with_name(f"{name}.{self.world.rank}")
         if self.options.fresh:
