@@ -43,7 +43,7 @@ browser: .venv/.installed-dev
 	$(PYTEST) -m browser
 
 options: .venv/.installed
-	$(BIN)/python -c "from pyrovae import cli; from pyrovae._tools.options import options_page; \
+	$(BIN)/python -c "from pyrovae import cli; from pyrovae.runs.config import options_page; \
 		print(options_page({n: o for n, (o, _) in cli.COMMANDS.items()}), end='')" > docs/options.md
 
 docs: .venv/.installed-docs

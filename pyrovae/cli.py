@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from pyrovae import report
 from pyrovae._tools import InputError
 from pyrovae._tools.files import write_atomic
-from pyrovae._tools.options import Options, option
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
 from pyrovae.data import DATASETS
@@ -24,7 +23,14 @@ from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.compare import compare_runs
-from pyrovae.runs.config import SPLITS, EvaluationConfig, PairConfig, RunConfig
+from pyrovae.runs.config import (
+    SPLITS,
+    EvaluationConfig,
+    Options,
+    PairConfig,
+    RunConfig,
+    option,
+)
 from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import is_refusal, shipped
 from pyrovae.runs.results import load_results, number
@@ -251,13 +257,8 @@ def _compare(given: dict[str, Any], job: _Job) -> None:
 class _Sample(_OnRun):
     """Draw samples into DIR/figures/samples.png."""
 
-    n: int = option("how many", 64, metavar="N", flag="-n")
+    n: int = option("how many", 64, metavar="N", flag="-n", least=1)
     seed: int | None = option("seeds the draws", None, said="another each time")
-
-    def check(self) -> None:
-        """Refuse numbers that are out of range."""
-        if self.n < 1:
-            raise InputError(f"Expected -n >= 1, got {self.n}.")
 
 
 def _sample(given: dict[str, Any], job: _Job) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_type_hints
 
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyrovae._tools import InputError, require_same
-from pyrovae._tools.options import Options, option
+from pyrovae._tools import InputError
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import fit
@@ -26,16 +27,84 @@ from pyrovae.training.optimizer import PRECISIONS
 __all__ = [
     "SPLITS",
     "EvaluationConfig",
+    "Options",
     "PairConfig",
     "RunConfig",
-    "require_same_data",
-    "require_same_run",
+    "option",
+    "options_page",
 ]
+
+PAGE = """\
+Every command also takes `--help` and `--traceback`, which shows where an error came from. This page
+is written by `make options`; a test compares it with the options."""
+
 
 SPLITS = ("test", "valid", "train")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 SHOWN = ("binarize", "context", "labelled")
 FIT = inspect.signature(fit).parameters
+
+
+def option(
+    meaning: str,
+    default: Any = MISSING,
+    *,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+    flag: str | None = None,
+    said: str | None = None,
+    least: int | None = None,
+) -> Any:
+    """A field of :class:`Options`; one without a default is an argument without dashes.
+
+    ``flag`` is its spelling, if that is not its name; ``said`` is what to say of a default that is
+    worked out later, or ``"required"``; ``least`` is the least number that makes sense.
+    """
+    about: dict[str, Any] = {"help": meaning, "metavar": metavar, "choices": choices}
+    about |= {"flag": flag, "said": said, "least": least}
+    if default is dict:
+        return field(default_factory=dict, metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a command.
+
+    A field is an option of its type: ``int | None`` is an ``int``, ``bool`` takes no value, a
+    ``Mapping`` may be given several times as ``NAME=VALUE``, and a tuple has one value or more.
+    """
+
+    @classmethod
+    def add_to(cls, parser: ArgumentParser) -> None:
+        """Add every option to a parser, which leaves out those that are not given."""
+        for each in fields(cls):
+            about, kind, default = each.metadata, _kind(cls, each), _default(each)
+            how: dict[str, Any] = {"help": about["help"]}
+            if _flag(each):
+                how |= {"dest": each.name, "default": SUPPRESS}
+                how |= {"required": True} if default == "required" else {}
+                how["help"] += f", default {default}" if default not in ("", "required") else ""
+            if kind is bool:
+                how["action"] = "store_true"
+            elif kind is Mapping:
+                how |= {"action": "append", "metavar": about["metavar"]}
+            elif kind is tuple:
+                how |= {"nargs": "+", "metavar": about["metavar"]}
+            else:
+                how |= {"type": kind, "metavar": about["metavar"], "choices": about["choices"]}
+            parser.add_argument(_flag(each) or each.name, **how)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The options that were given, and the defaults of the others."""
+        names = {each.name for each in fields(cls)}
+        options = cls(**{name: value for name, value in given.items() if name in names})
+        for each in fields(cls):
+            least, value = each.metadata["least"], getattr(options, each.name)
+            if least is not None and value is not None and value < least:
+                raise InputError(f"Expected {_flag(each)} >= {least}, got {value}.")
+        return options
 
 
 def _fitted(name: str, meaning: str, **more: Any) -> Any:
@@ -71,9 +140,6 @@ class PairConfig(Options):
         Args:
             given: The options that were given, ``settings`` as ``["NAME=VALUE", ...]``.
             stored: The content of a run's ``config.json``.
-
-        Raises:
-            InputError: If there is no pair or no data, or a setting is misspelt.
         """
         known = {} if stored is None else cls._stored(stored)
         options = super().of(known | dict(given))
@@ -128,11 +194,7 @@ class RunConfig(PairConfig):
     precision: str = _fitted("precision", f"precision of matrix products: {', '.join(PRECISIONS)}")
 
     def stored(self, num_data: int) -> dict[str, Any]:
-        """The entries of ``config.json`` that say how to train.
-
-        Args:
-            num_data: The number of training data, which bounds the size of a minibatch.
-        """
+        """The entries of ``config.json`` that say how to train on so many data."""
         found = {name: getattr(self, name) for name in _names(RunConfig, but=PairConfig)}
         if self.batch_size is None:
             found["batch_size"] = min(FIT["batch_size"].default, num_data)
@@ -143,9 +205,10 @@ class RunConfig(PairConfig):
         """The arguments of :func:`pyrovae.fit` that a run's ``config.json`` holds."""
         names = [name for name in _names(RunConfig, but=PairConfig) if name in FIT]
         found = {name: config[name] for name in names if name not in ("objective", "particles")}
+        cosine = partial(CosineAnnealingLR, T_max=config["epochs"])
         return found | {
             "compile": COMPILE[config["compile"]],
-            "scheduler": _scheduler(config["schedule"], config["epochs"]),
+            "scheduler": cosine if config["schedule"] == "cosine" else None,
             "device": config["device"],
             "seed": config["seed"],
         }
@@ -155,81 +218,39 @@ class RunConfig(PairConfig):
 class EvaluationConfig(Options):
     """What an evaluation of a run is asked to measure."""
 
-    samples: int = option("samples of the guide for log p(x)", 1000, metavar="K")
+    samples: int = option("samples of the guide for log p(x)", 1000, metavar="K", least=1)
     split: str = option("which data", "test", choices=SPLITS)
-    images: int | None = option("the first N data alone", None, metavar="N", said="all")
+    images: int | None = option("the first N data alone", None, metavar="N", said="all", least=1)
     refine: int = option(
-        "refine the guide for each datum first, by so many steps", 0, metavar="STEPS"
+        "refine the guide for each datum first, by so many steps", 0, metavar="STEPS", least=0
     )
     defensive: float = option("the share of the prior in the proposal", 0.0, metavar="ALPHA")
     annealed: int = option(
-        "also anneal so many chains, on 100 data or those of --images", 0, metavar="CHAINS"
+        "also anneal so many chains, on 100 data or those of --images",
+        0,
+        metavar="CHAINS",
+        least=0,
     )
-    temperatures: int = option("temperatures of annealing", 500, metavar="T")
+    temperatures: int = option("temperatures of annealing", 500, metavar="T", least=0)
     no_diagnostics: bool = option(
         "leave out what the posterior does, and the draws for ArviZ", False
     )
     fresh: bool = option("do not go on with an evaluation that was stopped", False)
 
-    def check(self) -> None:
-        """Refuse numbers that are out of range."""
-        least = {"samples": 1, "images": 1, "refine": 0, "annealed": 0, "temperatures": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise InputError(f"Expected --{name} >= {bound}, got {value}.")
 
-
-def require_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under another configuration.
-
-    Where the data lie, the device and the number of epochs may change; the last only if the
-    learning rate does not depend on it.
-
-    Args:
-        before: The run's configuration.
-        now: The configuration asked for.
-
-    Raises:
-        InputError: Naming the first entry that differs.
-    """
-    free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
-    require_same(
-        before,
-        now,
-        "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
-        "option out, or choose another --out.",
-        free=free if now["schedule"] != "none" else [*free, "epochs"],
-    )
-
-
-def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse data that are not those of a run.
-
-    Args:
-        before: The provenance that the run recorded.
-        now: The provenance of the data at hand.
-
-    Raises:
-        InputError: Naming the first entry that differs.
-    """
-    shared = before.keys() & now.keys()
-    require_same(
-        {key: before[key] for key in shared},
-        {key: now[key] for key in shared},
-        "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
-        "that it was trained on, or train another run.",
-        free=["source"],
-    )
+def options_page(commands: Mapping[str, type[Options]]) -> str:
+    """What ``docs/options.md`` holds: a table of options for each command by its name."""
+    lines = ["# Options of the command line", "", PAGE, ""]
+    for name, options in commands.items():
+        lines += [f"## pyrovae {name}", "", f"{options.__doc__}", ""]
+        if rows := [_row(options, each) for each in fields(options)]:
+            lines += ["| option | default | meaning |", "|---|---|---|", *rows, ""]
+    return "\n".join(lines)
 
 
 def _names(cls: type, *, but: type) -> list[str]:
     before = {each.name for each in fields(but)}
     return [each.name for each in fields(cls) if each.name not in before]
-
-
-def _scheduler(name: str, epochs: int) -> Callable | None:
-    return partial(CosineAnnealingLR, T_max=epochs) if name == "cosine" else None
 
 
 def _settings(
@@ -256,3 +277,34 @@ def _literal(value: str) -> Any:
         return plain(ast.literal_eval(value))
     except (ValueError, SyntaxError, TypeError):
         return value
+
+
+def _kind(cls: type, each: Field) -> type:
+    """The type of an option's value: of ``int | None`` it is ``int``."""
+    hint = get_type_hints(cls)[each.name]
+    if isinstance(hint, UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    return getattr(hint, "__origin__", hint)
+
+
+def _flag(each: Field) -> str:
+    """How an option is written; nothing for an argument without dashes."""
+    if each.default is MISSING and each.default_factory is MISSING:
+        return ""
+    return each.metadata["flag"] or f"--{each.name.replace('_', '-')}"
+
+
+def _default(each: Field) -> str:
+    said = each.metadata["said"]
+    if said is not None:
+        return said
+    return "" if not _flag(each) or isinstance(each.default, bool) else f"{each.default}"
+
+
+def _row(options: type[Options], each: Field) -> str:
+    """An option as it is written, its default, and what it means."""
+    about, kind = each.metadata, _kind(options, each)
+    value = about["metavar"] or "|".join(about["choices"] or [each.name.upper()])
+    words = (_flag(each), "" if kind is bool else value, "..." if kind is tuple else "")
+    cells = (f"`{' '.join(filter(None, words))}`", _default(each), about["help"])
+    return "| {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in cells))

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, require_same
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
-from pyrovae.runs.config import PairConfig, RunConfig, require_same_data, require_same_run
+from pyrovae.runs.config import PairConfig, RunConfig
 from pyrovae.runs.programs import KINDS, Program, find_program
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import Fit, fit
 
-__all__ = [
-    "Experiment",
-    "build",
-    "choose_device",
-    "load_experiment",
-    "resolve",
-    "train",
-]
+__all__ = ["Experiment", "build", "load_experiment", "resolve", "train"]
 
 PROGRAM_STREAM = 1_000_001
 
@@ -50,20 +43,26 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
     Args:
         options: Which pair and which data.
         run: An existing run, whose copies of the user's files are used.
-
-    Raises:
-        InputError: If anything asked for does not exist or does not fit together.
     """
-    device = join().place(choose_device(options.device))
-    programs = _programs({k: getattr(options, k) for k in KINDS}, run, options.seed)
+    device = join().place(_choose_device(options.device))
+    with seeded(subseed(options.seed, PROGRAM_STREAM, 0)):
+        programs = {kind: _program(getattr(options, kind), kind, run) for kind in KINDS}
     settings = {k: p.settings(options.settings.get(k, {})) for k, p in programs.items()}
     load = options.data if options.data in DATASETS else _absolute(options.data)
     root = options.data_root and _absolute(options.data_root)
     data = load_data(options.data, root=root, **options.shown)
     model, guide = _build(programs, settings, data, options.seed)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
+    described = {
+        kind: {
+            "name": program.name,
+            "file": None if program.source is None else f"programs/{kind}.py",
+            "settings": settings[kind],
+        }
+        for kind, program in programs.items()
+    }
     config = {
-        **{k: _describe(programs[k], settings[k]) for k in KINDS},
+        **described,
         "data": {"load": load, "root": root} | data.provenance,
         "device": str(device),
         "seed": options.seed,
@@ -78,16 +77,20 @@ def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experim
         options: What is asked for.
         command: The command that asks for it.
         run: An existing run to go on with, whose copies of the user's files are used.
-
-    Raises:
-        InputError: If anything asked for does not exist or does not fit together.
     """
     made = build(options, run)
+    if run is not None:
+        # Going on with a run takes a further command only for more epochs.
+        before = run.config
+        more = "" if before["epochs"] == options.epochs else f" && {command}"
+        command = before["command"] + more
+    versions = {"python": platform.python_version()}
+    versions |= {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "numpy")}
     config = {
-        "command": _command(command, run, options.epochs),
+        "command": command,
         **made.config,
         **options.stored(len(made.data.train)),
-        "versions": _versions(),
+        "versions": versions,
     }
     _objective(config)
     return made._replace(config=config)
@@ -109,13 +112,10 @@ def train(
         resume: Go on from the run's checkpoint.
         on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
         progress: Show a bar if standard error is a terminal.
-
-    Raises:
-        ValueError: If the directory is in use, or the run in it was configured otherwise.
     """
     config, state = experiment.config, None
     if resume and run.exists():
-        require_same_run(run.config, config)
+        _require_same_run(run.config, config)
         state = run.load_checkpoint()
     else:
         run.require_new()
@@ -145,24 +145,14 @@ def train(
 
 
 def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment:
-    """A run's trained pair and its data.
-
-    Raises:
-        ValueError: If weights, programs or data are not those that the run was made with.
-    """
+    """A run's trained pair and its data, if they are those that the run was made with."""
     config = run.config
     given = {"device": device} | ({"data_root": root} if root else {})
     made = build(PairConfig.of(given, config), run)
-    require_same_data(config["data"], made.data.provenance)
+    _require_same_data(config["data"], made.data.provenance)
     pair = Pair(made.model, made.guide)
     with seeded(0):
         inspect_pair(pair, *(tensor[:2].cpu() for tensor in made.data.split("test")))
-    _fill(pair, run)
-    pair.to(made.data.train.device)
-    return made._replace(config=config, files={})
-
-
-def _fill(pair: Pair, run: Run) -> None:
     weights = run.load_weights()
     try:
         pair.load_state_dict(weights)
@@ -171,14 +161,38 @@ def _fill(pair: Pair, run: Run) -> None:
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "
             f"says: put back the files of this run, or train into another --out."
         ) from error
+    pair.to(made.data.train.device)
+    return made._replace(config=config, files={})
 
 
-def choose_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one.
+def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Where the data lie, the device and the number of epochs may change.
 
-    Raises:
-        ValueError: If CUDA is asked for and there is none, or the name is no device.
+    The last only if the learning rate does not depend on it.
     """
+    free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
+    require_same(
+        before,
+        now,
+        "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
+        "option out, or choose another --out.",
+        free=free if now["schedule"] != "none" else [*free, "epochs"],
+    )
+
+
+def _require_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    shared = before.keys() & now.keys()
+    require_same(
+        {key: before[key] for key in shared},
+        {key: now[key] for key in shared},
+        "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
+        "that it was trained on, or train another run.",
+        free=["source"],
+    )
+
+
+def _choose_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
@@ -203,27 +217,8 @@ def _build(
         return model, programs["guide"].build(shape, settings["guide"])
 
 
-def _describe(program: Program, settings: dict[str, Any]) -> dict[str, Any]:
-    stored = None if program.source is None else f"programs/{program.kind}.py"
-    return {"name": program.name, "file": stored, "settings": settings}
-
-
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-def _command(command: str, run: Run | None, epochs: int) -> str:
-    """What reproduces the run: going on with it takes a further command only for more epochs."""
-    if run is None:
-        return command
-    before = run.config
-    more = "" if before["epochs"] == epochs else f" && {command}"
-    return before["command"] + more
-
-
-def _programs(names: dict[str, str], run: Run | None, seed: int) -> dict[str, Program]:
-    with seeded(subseed(seed, PROGRAM_STREAM, 0)):
-        return {kind: _program(name, kind, run) for kind, name in names.items()}
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:
@@ -237,8 +232,3 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
 
 def _objective(config: dict[str, Any]) -> Any:
     return make_objective(config["objective"], config["particles"], **config["objective_settings"])
-
-
-def _versions() -> dict[str, str]:
-    packages = ("pyrovae", "torch", "pyro-ppl", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, standard_error
+from pyrovae._tools import standard_error
+from pyrovae._tools.files import reading
 from pyrovae.diagnostics import Diagnosis
 from pyrovae.evidence.result import (
     HEAVY,
@@ -46,11 +47,19 @@ __all__ = [
     "load_results",
     "number",
     "save_finding",
-    "to_tensors",
 ]
 
-ALWAYS = ("log_prob", "standard_error", "ess", "khat")
-SOMETIMES = ("smoothed", "guide_elbo", "acceptance")
+# What an estimate holds of each datum, and how the rest of it is read from text.
+PER_DATUM = (
+    "log_prob", "standard_error", "ess", "khat", "smoothed", "guide_elbo", "acceptance",
+)  # fmt: skip
+TEXTS: dict[str, Callable] = {
+    "num_samples": int,
+    "method": str,
+    "seed": json.loads,
+    "data": str,
+    "uncovered": float,
+}
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
 
@@ -135,19 +144,13 @@ class Evidence(Mean):
     def of(cls, ll: LogLikelihood, **more: Any) -> Self:
         """The means over data of an estimate; ``more`` are further fields."""
         heavy = (ll.khat > HEAVY).double().where(~ll.khat.isnan(), torch.nan)
+        same = ("mean", "data_standard_error", "method", "seed", "num_samples", "smoothed_mean")
         return cls(
-            mean=ll.mean,
+            **{name: getattr(ll, name) for name in (*same, "mean_bias", "uncovered")},
             standard_error=ll.mean_standard_error,
-            data_standard_error=ll.data_standard_error,
-            method=ll.method,
-            seed=ll.seed,
             ess_median=ll.ess.median().item(),
-            num_samples=ll.num_samples,
             khat_median=ll.khat.median().item(),
             heavy=heavy.mean().item(),
-            smoothed_mean=ll.smoothed_mean,
-            mean_bias=ll.mean_bias,
-            uncovered=ll.uncovered,
             curve={} if ll.curve is None else ll.curve.mean,
             **more,
         )
@@ -319,7 +322,7 @@ class Results(Record):
 
 
 class Finding(NamedTuple):
-    """A run's evaluation: the means, the rows of the training, and what was found of each datum.
+    """The means, the rows of the training, and what was found of each datum.
 
     ``elbo`` ``[N]`` is that of estimator B; ``weights`` is the digest of the evaluated weights.
     """
@@ -333,15 +336,9 @@ class Finding(NamedTuple):
 
 
 def load_results(run: Run) -> dict[str, Results]:
-    """What evaluations of a run have found, by split.
-
-    Raises:
-        InputError: If the file is damaged.
-    """
-    try:
+    """What evaluations of a run have found, by split."""
+    with reading(run.path / "results.json"):
         return {split: Results.read(found) for split, found in run.results.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{run.path / 'results.json'} is damaged: {error}.") from error
 
 
 def load_finding(run: Run, split: str | None = None) -> Finding | None:
@@ -351,14 +348,10 @@ def load_finding(run: Run, split: str | None = None) -> Finding | None:
     if split is None or split not in results:
         return None
     tensors, about = run.load_values(split) or ({}, {})
-    return Finding(
-        results[split],
-        run.history(),
-        from_tensors(tensors, about),
-        from_tensors(tensors, about, "annealed."),
-        tensors.get("elbo"),
-        about.get("weights"),
-    )
+    with reading(run.path / "evaluation"):
+        estimates = from_tensors(tensors, about), from_tensors(tensors, about, "annealed.")
+    elbo, weights = tensors.get("elbo"), about.get("weights")
+    return Finding(results[split], run.history(), *estimates, elbo, weights)
 
 
 def save_finding(run: Run, split: str, found: Finding) -> None:
@@ -367,60 +360,40 @@ def save_finding(run: Run, split: str, found: Finding) -> None:
     about = {} if found.weights is None else {"weights": found.weights}
     for prefix, ll in (("", found.log_likelihood), ("annealed.", found.annealed)):
         if ll is not None:
-            more = to_tensors(ll, prefix)
+            more = _to_tensors(ll, prefix)
             tensors, about = tensors | more[0], about | more[1]
     run.save_values(split, tensors, about)
     run.write_json("results.json", run.results | {split: found.results.write()})
 
 
-def to_tensors(ll: LogLikelihood, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+def _to_tensors(ll: LogLikelihood, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Everything that an estimate holds: tensors ``[..., N]`` and texts, by names with a prefix."""
-    found = {n: v for n in (*ALWAYS, *SOMETIMES) if (v := getattr(ll, n)) is not None}
-    points: tuple[int, ...] = ()
-    if ll.curve is not None:
-        points, found["curve"] = ll.curve
-    about = {
-        "data": ll.data,
-        "seed": json.dumps(ll.seed),
-        "num_samples": str(ll.num_samples),
-        "method": ll.method,
-        "curve": json.dumps(list(points)),
-        "uncovered": str(ll.uncovered),
-        "units": "nats",
-    }
-    return {prefix + n: v for n, v in found.items()}, {prefix + n: v for n, v in about.items()}
+    found = {name: getattr(ll, name) for name in PER_DATUM}
+    points, found["curve"] = ((), None) if ll.curve is None else ll.curve
+    texts = {name: getattr(ll, name) for name in TEXTS} | {"curve": points, "units": "nats"}
+    return (
+        {prefix + n: v for n, v in found.items() if v is not None},
+        {prefix + n: v if isinstance(v, str) else json.dumps(v) for n, v in texts.items()},
+    )
 
 
 def from_tensors(
     tensors: dict[str, Tensor], about: dict[str, str], prefix: str = ""
 ) -> LogLikelihood | None:
-    """The estimate that :func:`to_tensors` took apart; None if there is none of that prefix.
-
-    Raises:
-        InputError: If a part of it is missing.
-    """
+    """The estimate that a run's values have under a prefix, if they have one."""
     if prefix + "log_prob" not in tensors:
         return None
-    try:
-        points = tuple(json.loads(about[prefix + "curve"]))
-        parts: dict[str, Any] = {name: tensors[prefix + name] for name in ALWAYS}
-        parts |= {name: tensors.get(prefix + name) for name in SOMETIMES}
-        return LogLikelihood(
-            **parts,
-            num_samples=int(about[prefix + "num_samples"]),
-            curve=Curve(points, tensors[prefix + "curve"]) if points else None,
-            method=about[prefix + "method"],
-            seed=json.loads(about[prefix + "seed"]),
-            data=about[prefix + "data"],
-            uncovered=float(about[prefix + "uncovered"]),
-        )
-    except KeyError as error:
-        raise InputError(f"Expected an estimate of log p(x), found none of its {error}.") from error
+    points = tuple(json.loads(about[prefix + "curve"]))
+    parts: dict[str, Any] = {name: tensors.get(prefix + name) for name in PER_DATUM}
+    parts |= {name: read(about[prefix + name]) for name, read in TEXTS.items()}
+    return LogLikelihood(
+        **parts, curve=Curve(points, tensors[prefix + "curve"]) if points else None
+    )
 
 
 def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:
     """The estimate for the first n data alone, without their digest."""
-    parts = {k: v[:n] for k in (*ALWAYS, *SOMETIMES) if (v := getattr(ll, k)) is not None}
+    parts = {name: v[:n] for name in PER_DATUM if (v := getattr(ll, name)) is not None}
     curve = ll.curve and Curve(ll.curve.num_samples, ll.curve.log_prob[:, :n])
     return replace(ll, **parts, curve=curve, data="")
 

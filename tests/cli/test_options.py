@@ -8,9 +8,8 @@ from commands import DIGITS, PAIR, SIZES, TRAIN, config, run
 
 import pyrovae
 from pyrovae import cli
-from pyrovae._tools.options import options_page
 from pyrovae.runs import Run
-from pyrovae.runs.config import PairConfig, RunConfig
+from pyrovae.runs.config import PairConfig, RunConfig, options_page
 
 COMMANDS = {name: options for name, (options, _) in cli.COMMANDS.items()}
 
