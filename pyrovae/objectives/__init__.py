@@ -23,10 +23,10 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
 from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate, score_elbo, total
-from pyrovae.objectives.enumerated import enum_estimate
 from pyrovae.objectives.importance_weighted import ImportanceWeighted
 from pyrovae.objectives.wake_sleep import WakeSleep
 from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.enumeration import exact_terms
 from pyrovae.pairs.pair import Pair
 
 __all__ = [
@@ -151,7 +151,7 @@ def estimate(loss: Loss, pair: Pair, *args: Any, **kwargs: Any) -> Estimate:
     if type(loss) in GENERIC + ANALYTIC:
         return elbo_estimate(loss, model, guide, args, kwargs)
     if type(loss) is TraceEnum_ELBO:
-        return enum_estimate(loss, model, guide, args, kwargs)
+        return _enumerated(loss, model, guide, args, kwargs)
     if isinstance(loss, RenyiELBO):
         model, guide = _NoScale()(model), _NoScale()(guide)
     if not is_differentiable(loss):
@@ -165,6 +165,19 @@ def estimate(loss: Loss, pair: Pair, *args: Any, **kwargs: Any) -> Estimate:
             f"Expected a loss that is a tensor to differentiate, got {surrogate!r}."
         )
     return Estimate(surrogate.detach(), surrogate, {})
+
+
+def _enumerated(
+    loss: TraceEnum_ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
+) -> Estimate:
+    found: dict[str, Tensor] = {}
+    surrogates: list[Tensor] = []
+    for traces in loss._get_traces(model, guide, args, kwargs):
+        for name, term in exact_terms(*traces).items():
+            surrogates.append(-term / loss.num_particles)
+            found[name] = found.get(name, 0.0) + term.detach() / loss.num_particles
+    surrogate = total(surrogates)
+    return Estimate(surrogate.detach(), surrogate, found)
 
 
 def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ do not underflow, and with nothing read back from the device.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import compute_site_dice_factor
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
@@ -65,32 +67,40 @@ def sum_out(trace: Trace, latents: Iterable[str]) -> Trace:
     return summed
 
 
-def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor] | None:
+def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
     """The ELBO by site, summed over enumerated latents, plates and particles.
 
-    Args:
-        model_trace: The model's trace as :class:`pyro.infer.TraceEnum_ELBO` makes it.
-        guide_trace: The guide's trace from the same place.
-
-    Returns:
-        Nats by site, scaled and differentiable; None if the guide draws a latent that is neither
-        enumerated nor reparameterized, so that the gradient needs a score.
+    A latent that the guide draws without a path has a factor of one whose gradient is its score
+    (DiCE, arXiv 1802.05098), as in :class:`pyro.infer.TraceEnum_ELBO`, whose traces these are.
+    Nats by site, scaled and differentiable.
     """
     model, guide = _sites(model_trace), _sites(guide_trace)
-    weights = []
+    weights, repeated = [], []
     for site in guide.values():
-        if _is_summed(site):
-            weights.append((_ordinal(guide_trace, site), site["packed"]["unscaled_log_prob"]))
-        elif not is_identically_zero(site["packed"]["score_parts"].score_function):
-            return None
+        ordinal, packs = _ordinal(guide_trace, site), site["packed"]
+        # Pyro's factor is masked, so that the values of a masked site would count once each.
+        factor, repeats = (
+            (packs["unscaled_log_prob"], 0.0)
+            if _is_summed(site)
+            else compute_site_dice_factor(site)
+        )
+        if not is_identically_zero(factor):
+            weights.append((ordinal, factor))
+        if repeats:
+            repeated.append((ordinal, repeats))
     latents = [name for name, site in model.items() if _is_summed(site) and name not in guide]
     scores = {name: site["packed"]["log_prob"] for name, site in model.items()}
     for name, score in _marginal_scores(model_trace, latents).items():
         scores[name] = packed.scale_and_mask(score, scale=model[name]["scale"])
-    terms = {n: _expected(s, _ordinal(model_trace, model[n]), weights) for n, s in scores.items()}
-    for name, site in guide.items():
-        cost = _expected(site["packed"]["log_prob"], _ordinal(guide_trace, site), weights)
-        terms[name] = terms.get(name, 0.0) - cost
+    terms: dict[str, Tensor] = {}
+    costs = [(n, model_trace, model[n], score) for n, score in scores.items()]
+    costs += [(n, guide_trace, s, packed.neg(s["packed"]["log_prob"])) for n, s in guide.items()]
+    for name, trace, site, cost in costs:
+        ordinal = _ordinal(trace, site)
+        # A site outside the plates of one that is enumerated in turn comes back every time.
+        times = sum(log_times for where, log_times in repeated if not where <= ordinal)
+        term = _expected(cost, ordinal, weights)
+        terms[name] = terms.get(name, 0.0) + (term * math.exp(-times) if times else term)
     return terms
 
 

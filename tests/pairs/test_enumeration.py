@@ -335,17 +335,30 @@ def test_values_that_the_guide_rules_out_cost_nothing():
     assert gradient.tolist() == pytest.approx([math.log(0.2 / 0.3), math.log(0.3 / 0.2)], abs=1e-5)
 
 
-def test_terms_need_a_guide_without_scores():
+SAMPLED = {"enumerate": "parallel", "num_samples": 5}
+
+
+@pytest.mark.parametrize("infer", [{}, SAMPLED, {"enumerate": "sequential"}, PARALLEL])
+@pytest.mark.parametrize("above", [{}, SAMPLED])
+def test_latents_that_are_drawn_count_as_in_pyro(infer, above):
+    logits = torch.linspace(-1.0, 1.0, 3, requires_grad=True)
+    loc = torch.tensor(0.3, requires_grad=True)
+
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Categorical(torch.ones(3)))
+            z = pyro.sample("z", dist.Normal(loc, 1.0), infer=above)
+            pyro.sample("y", dist.Categorical(logits=logits + z.unsqueeze(-1)), infer=infer)
 
     def model(x):
         with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
             y = pyro.sample("y", dist.Categorical(torch.ones(3)))
-            pyro.sample("x", dist.Bernoulli(probs=0.2 + 0.1 * y), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=z + y), obs=x)
 
-    x = torch.ones(4)
     loss = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
-    ((model_trace, guide_trace),) = loss._get_traces(model, guide, (x,), {})
-    assert exact_terms(model_trace, guide_trace) is None
+    scaled = [pyro.poutine.scale(program, scale=0.25) for program in (model, guide)]
+    for traces in loss._get_traces(*scaled, (torch.ones(4),), {}):
+        found, expected = sum(exact_terms(*traces).values()), _compute_dice_elbo(*traces)
+        torch.testing.assert_close(found, expected)
+        ours = torch.autograd.grad(found, [logits, loc], retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(expected, [logits, loc]))
