@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyrovae import report
 from pyrovae._tools import InputError
@@ -60,13 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if traced:
             world.say(traceback.format_exc())
         place = error_place(error, shipped=False)
-        if isinstance(error, NonFiniteLoss | Diverged):
-            return _fail(str(error), 1, world)
-        if place:
-            return _fail(f"{place}: {type(error).__name__}: {error}", 2, world)
-        if isinstance(error, InputError | OSError) or is_refusal(error):
-            return _fail(str(error), 2, world)
-        raise
+        failed = isinstance(error, NonFiniteLoss | Diverged)
+        refused = isinstance(error, InputError | OSError) or is_refusal(error)
+        if not (failed or place or refused):
+            raise
+        where = f"{place}: {type(error).__name__}: " if place and not failed else ""
+        # Pyro lists the shapes of all sites after what went wrong: too much for a sentence.
+        sentence, _, _ = f"{where}{error}".partition("Trace Shapes:")
+        world.say(f"pyrovae: error: {' '.join(sentence.split())}")
+        return 1 if failed else 2
 
 
 def _run(arguments: list[str], world: World) -> int:
@@ -76,7 +78,7 @@ def _run(arguments: list[str], world: World) -> int:
         raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
-    return command(given, _Job(shlex.join([*world.command, *arguments]), world)) or 0
+    return command(given, shlex.join([*world.command, *arguments])) or 0
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -92,20 +94,6 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(message: str, code: int, world: World) -> int:
-    # Pyro lists the shapes of all sites after what went wrong: too much for a sentence.
-    sentence, _, _ = message.partition("Trace Shapes:")
-    world.say(f"pyrovae: error: {' '.join(sentence.split())}")
-    return code
-
-
-class _Job(NamedTuple):
-    """What a command knows beside its options: how it was asked for, and by which processes."""
-
-    line: str
-    world: World
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Train(RunConfig):
     """Train a model and its guide into a run directory."""
@@ -115,15 +103,15 @@ class _Train(RunConfig):
     tensorboard: bool = option("also write DIR/tensorboard", False)
 
 
-def _train(given: dict[str, Any], job: _Job) -> None:
-    run, world = Run(given["out"]), job.world
+def _train(given: dict[str, Any], line: str) -> None:
+    run, world = Run(given["out"]), join()
     resumed = bool(given.get("resume")) and run.exists()
     options = _Train.of(given, run.config if resumed else None)
     if not resumed:
         run.require_new()
     try:
         with world.in_turn():
-            made = experiment.resolve(options, job.line, run if resumed else None)
+            made = experiment.resolve(options, line, run if resumed else None)
         log = _Log(run, options.tensorboard, options.epochs)
         result = experiment.train(run, made, resume=options.resume, on_epoch=log)
     except (KeyboardInterrupt, ProcessLost) as error:
@@ -155,9 +143,15 @@ class _Log:
 
     def __init__(self, run: Run, tensorboard: bool, epochs: int) -> None:
         self.run, self.epochs = run, epochs
-        # Found now, so that a missing package stops the command before it trains.
-        self.writer_class = _writer_class() if tensorboard else None
+        self.writer_class: Callable | None = None
         self.writer: Any = None
+        if tensorboard:
+            # Found now, so that a missing package stops the command before it trains.
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError("--tensorboard needs: pip install tensorboard") from error
+            self.writer_class = SummaryWriter
 
     def __call__(self, result: Fit) -> None:
         row = result.history[-1]
@@ -175,14 +169,6 @@ class _Log:
             self.writer.flush()
 
 
-def _writer_class() -> Callable:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs: pip install tensorboard") from error
-    return SummaryWriter
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Check(PairConfig):
     """Look for mistakes in a model and its guide, on some data."""
@@ -190,7 +176,7 @@ class _Check(PairConfig):
     particles: int = option("draws of each test", 64, metavar="K")
 
 
-def _check(given: dict[str, Any], job: _Job) -> int:
+def _check(given: dict[str, Any], line: str) -> int:
     options = _Check.of(given)
     made = experiment.build(options)
     rows = made.data.split("train")
@@ -220,16 +206,15 @@ class _Evaluate(EvaluationConfig, _OnRun):
     json: bool = option("print the results as JSON", False)
 
 
-def _evaluate(given: dict[str, Any], job: _Job) -> None:
+def _evaluate(given: dict[str, Any], line: str) -> None:
     options = _Evaluate.of(given)
     try:
-        with job.world.in_turn():
+        with join().in_turn():
             run, made = options.load()
         found = evaluate(run, made, options)
     except (KeyboardInterrupt, ProcessLost, ConnectionError) as error:
         kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
-        again = f"what is finished is kept; go on with: {job.line}"
-        raise kind(f"stopped; {again}") from None
+        raise kind(f"stopped; what is finished is kept; go on with: {line}") from None
     if found is not None:
         text = json.dumps(found.write(), indent=2) if options.json else None
         print(text or summarize(found, options.split))
@@ -244,7 +229,7 @@ class _Compare(Options):
     out: str = option("also write a page", "", metavar="FILE.html", said="none")
 
 
-def _compare(given: dict[str, Any], job: _Job) -> None:
+def _compare(given: dict[str, Any], line: str) -> None:
     options = _Compare.of(given)
     found = compare_runs(options.runs, options.split)
     print(found)
@@ -261,7 +246,7 @@ class _Sample(_OnRun):
     seed: int | None = option("seeds the draws", None, said="another each time")
 
 
-def _sample(given: dict[str, Any], job: _Job) -> None:
+def _sample(given: dict[str, Any], line: str) -> None:
     options = _Sample.of(given)
     run, made = options.load()
     rows = made.data.split("test")
@@ -274,13 +259,12 @@ class _Report(_OnRun):
     """Write DIR/report.html and its figures."""
 
 
-def _report(given: dict[str, Any], job: _Job) -> None:
+def _report(given: dict[str, Any], line: str) -> None:
     options = _Report.of(given)
     run = Run.open(options.run)
     if not (results := load_results(run)):
         raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
-    run, made = options.load()
-    report.draw_run(run, made)
+    report.draw_run(run, options.load()[1])
     weights = run.weights_checksum()
     page = report.render_report(run.config, results, run.history(), run.figures(), weights=weights)
     print(f"The report is {run.write('report.html', page.encode())}")
@@ -291,20 +275,17 @@ class _List(Options):
     """List every shipped model, guide, objective and data set."""
 
 
-def _list(given: dict[str, Any], job: _Job) -> None:
-    kinds = {
-        "models": shipped("model"),
-        "guides": shipped("guide"),
-        "objectives": {name: line for name, (_, line) in OBJECTIVES.items()},
-        "data": DATASETS,
-    }
+def _list(given: dict[str, Any], line: str) -> None:
+    kinds = {"models": shipped("model"), "guides": shipped("guide")}
+    kinds["objectives"] = {name: line for name, (_, line) in OBJECTIVES.items()}
+    kinds["data"] = DATASETS
     for kind, names in kinds.items():
         print(kind)
         for name, line in names.items():
             print(f"  {name:<24}{line}")
 
 
-COMMANDS: dict[str, tuple[type[Options], Callable[[dict[str, Any], _Job], int | None]]] = {
+COMMANDS: dict[str, tuple[type[Options], Callable[[dict[str, Any], str], int | None]]] = {
     "train": (_Train, _train),
     "check": (_Check, _check),
     "evaluate": (_Evaluate, _evaluate),

@@ -38,10 +38,12 @@ class Compared:
         found, ll = self.finding.results, self.log_likelihood
         share = None if found.log_likelihood is None else found.log_likelihood.heavy
         seen = found.diagnostics
+        given = self.config.get("objective_settings") or {}
+        settings = [f"{name}={value}" for name, value in given.items()]
         return [
             self.name,
             *(self.config[kind]["name"] for kind in ("model", "guide")),
-            _objective(self.config),
+            ", ".join([self.config.get("objective", ""), *settings]),
             number(None if found.bound is None else found.bound.mean),
             f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
             "unknown" if share is None else f"{share:.1%}",
@@ -54,11 +56,8 @@ class Compared:
 class RunComparison:
     """Several runs on the same data.
 
-    Attributes:
-        split: The split.
-        runs: The runs.
-        differences: What each run but the first has over the first, in log p(x).
-        elbo_differences: The same in the ELBO: a mean with its standard error over data.
+    ``differences`` and ``elbo_differences`` are what each run but the first has over the first, in
+    log p(x) and in the ELBO: a mean with its standard error over data.
     """
 
     split: str
@@ -110,14 +109,10 @@ class RunComparison:
 
 
 def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunComparison:
-    """Compare runs on a split by what their evaluations found of each datum.
-
-    Args:
-        paths: Two run directories or more; each is compared with the first.
-        split: The split that all were evaluated on.
+    """Compare runs, each with the first, by what evaluations found of each datum of a split.
 
     Raises:
-        ValueError: If a run was not evaluated on the split, or on other data than the first, or
+        InputError: If a run was not evaluated on the split, or on other data than the first, or
             was trained further since.
     """
     if len(paths) < 2:
@@ -128,7 +123,8 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
     for other in runs[1:]:
         _require_same_data(first, other, split)
     found = [compare_log_likelihood(r.log_likelihood, first.log_likelihood) for r in runs[1:]]
-    bounds = [_paired(run.elbo - first.elbo) for run in runs[1:]]
+    paired = [run.elbo - first.elbo for run in runs[1:]]
+    bounds = [(each.mean().item(), standard_error(each).item()) for each in paired]
     return RunComparison(split, runs, tuple(found), tuple(bounds))
 
 
@@ -158,21 +154,18 @@ def _require_same_data(first: Compared, other: Compared, split: str) -> None:
             f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
             f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
         )
-    differ = _differing(first.config["data"], other.config["data"])
+    data = [each.config["data"] for each in (first, other)]
+    said = [
+        f"{key} is {data[0].get(key)} and {data[1].get(key)}"
+        for key in ("name", "binarize", "context", "shape", "sha256")
+        if data[0].get(key) != data[1].get(key)
+    ]
+    differ = ", ".join(said) or "their numbers differ"
     raise InputError(
         f"{paths[0]} and {paths[1]} were evaluated on different data ({differ}): log p(x) of one "
         f"says nothing beside that of the other. Train both on one data set, and then: pyrovae "
         f"evaluate {paths[1]} --split {split}"
     )
-
-
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    said = [
-        f"{key} is {a.get(key)} and {b.get(key)}"
-        for key in ("name", "binarize", "context", "shape", "sha256")
-        if a.get(key) != b.get(key)
-    ]
-    return ", ".join(said) or "their numbers differ"
 
 
 def _short(paths: Sequence[Path]) -> list[str]:
@@ -187,19 +180,9 @@ def _short(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(above)) for path in whole]
 
 
-def _objective(config: Mapping[str, Any]) -> str:
-    settings = config.get("objective_settings") or {}
-    said = "".join(f", {name}={value}" for name, value in settings.items())
-    return f"{config.get('objective', '')}{said}"
-
-
 def _beta(config: Mapping[str, Any]) -> float | None:
     """The weight on the KL; 1 for an ELBO, None where an objective has no such."""
     settings, name = config.get("objective_settings") or {}, config.get("objective", "")
     if name == "beta_elbo":
         return settings.get("beta", 4.0)
     return 1.0 if name in ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo") else None
-
-
-def _paired(each: Tensor) -> tuple[float, float]:
-    return each.mean().item(), standard_error(each).item()

@@ -19,7 +19,7 @@ from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.sandwich import bidirectional
 from pyrovae.evidence.tiles import digest, read_about
 from pyrovae.inference_data import save, to_inference_data
-from pyrovae.objectives.elbo import ESTIMATORS, ElboResult, elbo
+from pyrovae.objectives.elbo import ESTIMATORS, elbo
 from pyrovae.runs import Run
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.experiment import Experiment
@@ -38,8 +38,9 @@ from pyrovae.training.distributed import World, join
 __all__ = ["evaluate"]
 
 SEED = subseed(0, 1_000_003)
-ANNEALED, SIMULATED = 100, 100
-KEPT_DATA, KEPT_DRAWS = 100, 100
+# How many data are annealed where nothing is said and how many are simulated at most; how many
+# data, with as many draws of each, are kept for ArviZ.
+ANNEALED, SIMULATED, KEPT = 100, 100, 100
 
 
 class _Subject(NamedTuple):
@@ -50,7 +51,7 @@ class _Subject(NamedTuple):
     rows: tuple[Tensor, ...]
     labels: Tensor | None
 
-    def first(self, n: int) -> _Subject:
+    def first(self, n: int | None) -> _Subject:
         """The same on the first n data alone."""
         labels = None if self.labels is None else self.labels[:n]
         return self._replace(rows=tuple(tensor[:n] for tensor in self.rows), labels=labels)
@@ -83,18 +84,19 @@ def evaluate(
 
     Returns:
         What is found on the split; None on processes other than the first.
-
-    Raises:
-        InputError: If there are no such data, or as :func:`pyrovae.log_likelihood` raises it.
     """
     options, world = options or EvaluationConfig(), join()
     every, weights = _subject(experiment, options.split), run.weights_checksum()
-    subject = every.first(options.images or len(every.rows[0]))
+    subject = every.first(options.images)
     if not options.no_diagnostics and len(subject.rows[0]) < 2:
         raise InputError("Diagnostics need two data at least: ask for more, or leave them out.")
     part = subject.first(options.images or ANNEALED)
     files = _Unfinished(run, options, world, _fingerprint(subject, weights))
-    shared, shown = world.size > 1, progress and world.first
+    common: dict[str, Any] = {
+        "processes": world.size > 1,
+        "seed": SEED,
+        "progress": progress and world.first,
+    }
     with files:
         annealed = None
         if options.annealed:
@@ -103,9 +105,7 @@ def evaluate(
                 num_chains=options.annealed,
                 num_temperatures=options.temperatures,
                 checkpoint=files.of("annealed", "temperatures"),
-                processes=shared,
-                seed=SEED,
-                progress=shown,
+                **common,
             )
         ll = log_likelihood(
             *subject.args,
@@ -113,13 +113,14 @@ def evaluate(
             refine_steps=options.refine,
             defensive=options.defensive,
             checkpoint=files.of("samples", "refine", "defensive"),
-            processes=shared,
-            seed=SEED,
-            progress=shown,
+            **common,
         )
         if not world.first:
             return None
-        bounds = {name: _bound(subject, name) for name in ESTIMATORS}
+        bounds = {
+            name: elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
+            for name in ESTIMATORS
+        }
         more: dict[str, Any] = {}
         if annealed is not None:
             more["annealed"] = Annealed.over_samples(annealed, ll)
@@ -127,7 +128,9 @@ def evaluate(
         if not options.no_diagnostics:
             found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
             more["diagnostics"] = Posterior.of(found, bounds[BOUND])
-            _keep_draws(run, experiment, options.split, subject, ll, weights)
+            about = {"split": options.split, "weights": weights}
+            about["command"] = experiment.config["command"]
+            _keep_draws(run.path / f"inference_{options.split}.nc", subject, ll, about)
         results = Results.of(
             ll,
             bounds,
@@ -208,10 +211,6 @@ def _fingerprint(subject: _Subject, weights: str) -> dict[str, Any]:
     }
 
 
-def _bound(subject: _Subject, name: str) -> ElboResult:
-    return elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
-
-
 def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> Gap:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
@@ -233,21 +232,14 @@ def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> G
     return Gap.of(both)
 
 
-def _keep_draws(
-    run: Run,
-    experiment: Experiment,
-    split: str,
-    subject: _Subject,
-    ll: LogLikelihood,
-    weights: str,
-) -> None:
-    part = subject.first(KEPT_DATA)
+def _keep_draws(path: Path, subject: _Subject, ll: LogLikelihood, about: dict[str, str]) -> None:
+    part = subject.first(KEPT)
     found = to_inference_data(
         *part.args,
-        num_samples=KEPT_DRAWS,
+        num_samples=KEPT,
         labels=part.labels,
-        log_likelihood=first_data(ll, KEPT_DATA),
+        log_likelihood=first_data(ll, KEPT),
         seed=SEED,
-        attrs={"split": split, "weights": weights, "command": experiment.config["command"]},
+        attrs=about,
     )
-    save(found, run.path / f"inference_{split}.nc")
+    save(found, path)

@@ -37,11 +37,7 @@ class Program(NamedTuple):
     make: Callable
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's keyword arguments, the given ones over those defaults JSON can hold.
-
-        Raises:
-            ValueError: If it takes no argument of a given name.
-        """
+        """The constructor's keyword arguments, the given ones over those defaults JSON can hold."""
         known, options = self._arguments(), {}
         for name in given:
             if name not in known:
@@ -61,13 +57,8 @@ class Program(NamedTuple):
     def build(self, shape: tuple[int, ...], settings: dict[str, Any], **parts: Any) -> Callable:
         """Construct the program for data of an event shape.
 
-        Args:
-            shape: The event shape.
-            settings: Keyword arguments that a configuration holds.
-            parts: Further ones, such as the guide of a model whose prior is made of it.
-
-        Raises:
-            ValueError: If its constructor refuses the settings; the message is the constructor's.
+        ``parts`` are further arguments, such as the guide of a model whose prior is made of it.
+        What the constructor refuses is an InputError with the constructor's message.
         """
         if not inspect.isclass(self.make):
             return self.make
@@ -83,14 +74,10 @@ class Program(NamedTuple):
         return built
 
     def _takes_shape(self) -> bool:
-        parameters = _parameters(self.make) if inspect.isclass(self.make) else []
-        return bool(parameters) and (
-            parameters[0].name == "shape" or parameters[0].default is parameters[0].empty
-        )
+        first = next(iter(_parameters(self.make)), None)
+        return first is not None and (first.name == "shape" or first.default is first.empty)
 
     def _arguments(self) -> dict[str, inspect.Parameter]:
-        if not inspect.isclass(self.make):
-            return {}
         return {p.name: p for p in _parameters(self.make)[self._takes_shape() :]}
 
 
@@ -99,14 +86,6 @@ def find_program(spec: str, kind: str) -> Program:
 
     A file's program is the class called ``Model`` (``Guide``) or the function called ``model``
     (``guide``), or else its only PyroModule, or else its only module class.
-
-    Args:
-        spec: The spelling.
-        kind: ``"model"`` or ``"guide"``.
-
-    Raises:
-        ValueError: If there is no such name, or the file holds no program or several.
-        FileNotFoundError: If there is no such file.
     """
     path, _, attribute = spec.partition(":")
     if path.endswith(".py"):
@@ -134,11 +113,7 @@ def shipped(kind: str) -> dict[str, str]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a shipped program has raised a ValueError: they know no error class of this package.
-
-    Args:
-        error: Any exception that was caught.
-    """
+    """Whether a shipped program raised a ValueError: it knows no error class of this package."""
     step = error.__traceback__
     while step is not None and step.tb_next is not None:
         step = step.tb_next
@@ -147,16 +122,14 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back.
-
-    Raises:
-        TypeError: If JSON has no such type.
-        ValueError: If JSON has no such number.
-    """
+    """A value as JSON gives it back; TypeError or ValueError if JSON has no such value."""
     return json.loads(json.dumps(value, allow_nan=False))
 
 
-def _parameters(make: type) -> list[inspect.Parameter]:
+def _parameters(make: Callable) -> list[inspect.Parameter]:
+    """What a class is constructed from; a function is a program as it is."""
+    if not inspect.isclass(make):
+        return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(make).parameters.values() if p.kind not in kinds]
 
@@ -184,18 +157,15 @@ def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
 def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:
     own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
     classes = {n: v for n, v in own.items() if inspect.isclass(v) and issubclass(v, nn.Module)}
-    functions = {n: v for n, v in own.items() if inspect.isfunction(v)}
+    programs = classes | {n: v for n, v in own.items() if inspect.isfunction(v)}
+    if attribute and attribute not in programs:
+        hint = did_you_mean(attribute, sorted(programs))
+        raise InputError(f"{spec}: the file has no {attribute!r}{hint}.")
     if attribute:
-        found = (classes | functions).get(attribute)
-        if found is None:
-            known = sorted(classes | functions)
-            raise InputError(
-                f"{spec}: the file has no {attribute!r}{did_you_mean(attribute, known)}."
-            )
-        return found
-    named = [classes.get(kind.capitalize()), functions.get(kind)]
+        return programs[attribute]
+    named = [programs[name] for name in (kind.capitalize(), kind) if name in programs]
     pyro_modules = [c for c in classes.values() if issubclass(c, PyroModule)]
-    for choice in ([n for n in named if n], pyro_modules, list(classes.values())):
+    for choice in (named, pyro_modules, list(classes.values())):
         if len(choice) == 1:
             return choice[0]
         if choice:
