@@ -13,7 +13,6 @@ from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout
 
 __all__ = ["Estimate", "Objective"]
 
@@ -37,12 +36,13 @@ class Objective:
     """A bound on log p(x) of each datum, with an estimator of its gradient.
 
     To write one, define :meth:`bounds` and :meth:`estimate`, and, if more than the layout has to
-    be known of a pair, :meth:`examine`. An objective is given to :class:`pyrovae.SVI` and to
-    :func:`pyrovae.fit` like one of Pyro's; called as ``objective(model, guide, x, *context)``, it
-    is a differentiable loss for :class:`pyro.infer.SVI` too.
+    be known of a pair, :meth:`examine`. It is given to :class:`pyrovae.SVI` and :func:`pyrovae.fit`
+    like one of Pyro's; ``objective(model, guide, x, *context)`` is a loss to differentiate, for
+    :class:`pyro.infer.SVI` too.
 
     Args:
-        particles: The number of samples of each datum, drawn as one vectorized plate.
+        particles: The number of samples of each datum, drawn as one vectorized plate of size
+            ``draws``; there is none (None) for a single sample.
 
     Raises:
         ValueError: If ``particles`` is no positive integer.
@@ -52,41 +52,30 @@ class Objective:
         if not isinstance(particles, int) or particles < 1:
             raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
         self.particles = particles
-        self._pairs: WeakKeyDictionary[Pair, tuple[Layout, Any]] = WeakKeyDictionary()
+        self.draws = particles if particles > 1 else None
+        self._facts: WeakKeyDictionary[Pair, Any] = WeakKeyDictionary()
         self._called: tuple | None = None
 
-    def prepare(
-        self,
-        pair: Pair,
-        args: tuple,
-        layout: Layout | None = None,
-        steps: int | None = None,
-    ) -> None:
+    def prepare(self, pair: Pair, args: tuple, steps: int | None = None) -> None:
         """Look at a pair once, so that no step has to: the only place that reads values back.
 
-        Args:
-            pair: The pair.
-            args: A batch with the programs' further arguments.
-            layout: The pair's layout, if it has been inspected.
-            steps: How many steps are going to be taken, if that is known.
+        ``args`` are a batch and further arguments; ``steps`` are to be taken, if that is known.
 
         Raises:
             ValueError: If the pair breaks the contract, or is none for this objective.
         """
         with seeded(0, pair.device), pair.mode(training=False):
-            if layout is None:
-                layout = inspect_pair(pair, *args)
-            pair.layout = layout
-            self._pairs[pair] = layout, self.examine(pair, layout, args)
+            inspect_pair(pair, *args)
+            self._facts[pair] = self.examine(pair, args)
 
-    def known(self, pair: Pair, args: tuple) -> tuple[Layout, Any]:
-        """The pair's layout and what :meth:`examine` found, looked up or found out now."""
-        if pair not in self._pairs:
+    def known(self, pair: Pair, args: tuple) -> Any:
+        """What :meth:`examine` found, looked up or found out now; then ``pair.known`` is there."""
+        if pair not in self._facts:
             self.prepare(pair, args)
-        return self._pairs[pair]
+        return self._facts[pair]
 
-    def examine(self, pair: Pair, layout: Layout, args: tuple) -> Any:
-        """What else is to be known of a pair before the first step."""
+    def examine(self, pair: Pair, args: tuple) -> Any:
+        """What is to be known of a pair before the first step, beside its layout."""
 
     def at_step(self, step: int) -> None:
         """Set what changes from step to step, in place; called before step 0, 1, 2, …"""
@@ -96,15 +85,11 @@ class Objective:
         raise NotImplementedError
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
-        """The bound of each datum before any scale, ``[N]``, in nats."""
+        """The bound of each datum, ``[N]``, in nats, before scales and subsampling multiply it."""
         raise NotImplementedError
 
     def per_datum(self, pair: Pair, *args: Any) -> Tensor:
-        """The bound of each datum, ``[N]``, in nats: better when higher, without a gradient.
-
-        It is the bound before :func:`pyro.poutine.scale` and the batch's subsampling, which
-        multiply it in the loss.
-        """
+        """The same without a gradient: better when higher."""
         with torch.no_grad():
             return self.bounds(pair, *args)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.elbo import in_one_order, site_terms, surrogate_elbo, total
+from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, samples, unscaled
+from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
 __all__ = ["SCHEDULES", "BetaELBO"]
 
@@ -87,105 +87,76 @@ class BetaELBO(Objective):
             self.beta.fill_(beta)
             self._filled[-1] = beta
 
-    def prepare(
-        self,
-        pair: Pair,
-        args: tuple,
-        layout: Layout | None = None,
-        steps: int | None = None,
-    ) -> None:
-        """Look at a pair once.
-
-        Raises:
-            ValueError: If the warm-up is longer than the training, so that β is never reached.
-        """
+    def prepare(self, pair: Pair, args: tuple, steps: int | None = None) -> None:
+        """Look at a pair once; refuse a warm-up that is longer than the training."""
         if steps is not None and self.warm_up > steps:
             raise InputError(
                 f"The warm-up of {self.warm_up} steps is longer than the training of {steps}, so "
                 f"that beta={self.full:g} is never reached: train longer, or shorten warm_up."
             )
-        super().prepare(pair, args, layout, steps)
+        super().prepare(pair, args, steps)
 
-    def examine(self, pair: Pair, layout: Layout, args: tuple) -> dict[str, float]:
+    def examine(self, pair: Pair, args: tuple) -> dict[str, float]:
         """The free nats by site; β moves to the pair's device."""
         if self.beta.device != args[0].device:
             self.beta = self.beta.to(args[0].device)
         if not isinstance(self.free_bits, Mapping):
-            return dict.fromkeys(layout.latents if self.free_bits else (), self.free_bits)
-        unknown = sorted(self.free_bits.keys() - set(layout.latents))
+            return dict.fromkeys(pair.known.latents if self.free_bits else (), self.free_bits)
+        unknown = sorted(self.free_bits.keys() - set(pair.known.latents))
         if unknown:
             raise InputError(
                 f"free_bits names {unknown}, and the pair's latent sites are "
-                f"{sorted(layout.latents)}: name one of those."
+                f"{sorted(pair.known.latents)}: name one of those."
             )
         return dict(self.free_bits)
 
     def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        layout, free = self.known(pair, args)
-        model_trace, guide_trace = self._traces(pair, args, layout)
-        analytic = self.analytic and in_one_order(model_trace, guide_trace)
-        terms = site_terms(model_trace, guide_trace, analytic)
-        allowed = self._allowed(guide_trace, layout, free)
-        above = {name: terms[name].detach().sum() < -nats for name, nats in allowed.items()}
-        beta = self.beta.to(next(iter(terms.values())).dtype)
-        coefficients = {
-            name: beta * above[name] if name in above else beta
-            for name in terms
-            if _is_latent(name, model_trace, guide_trace)
-        }
-        surrogate = surrogate_elbo(model_trace, guide_trace, terms, analytic, coefficients)
+        traces, terms, betas, allowed = self._split(pair, args)
         sums = {name: term.detach().sum() for name, term in terms.items()}
-        value = total(
-            coefficients.get(name, 1.0) * term
-            - (beta * torch.where(above[name], 0.0, allowed[name]) if name in above else 0.0)
-            for name, term in sums.items()
-        )
+        above = {name: sums[name] < -nats for name, nats in allowed.items()}
+        coefficients = {n: b * above[n] if n in above else b for n, b in betas.items()}
+        surrogate = surrogate_elbo(*traces, terms, self.analytic, coefficients)
+        held = {n: torch.where(above[n], sums[n], -nats) for n, nats in allowed.items()}
+        value = total(betas[n] * v if n in betas else v for n, v in (sums | held).items())
         means = {name: term / self.particles for name, term in sums.items()}
         return Estimate(-value / self.particles, -surrogate / self.particles, means)
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The weighted bound of each datum before any scale, ``[N]``, in nats."""
-        layout, free = self.known(pair, args)
-        traces = self._traces(pair, args, layout)
-        allowed = self._allowed(traces[1], layout, free)
-        analytic = self.analytic and in_one_order(*traces)
-        scaled = site_terms(*traces, analytic)
-        unscaled(layout, *traces)
+        free = self.known(pair, args)
+        traces, scaled, betas, allowed = self._split(pair, args)
+        unscaled(pair.known, *traces)
         parts = []
-        for name, term in site_terms(*traces, analytic).items():
-            each = reduce_to(term, layout, self.particles, len(args[0])).mean(0)
+        for name, term in site_terms(*traces, self.analytic).items():
+            each = reduce_to(term, pair.known, self.particles, len(args[0])).mean(0)
             if name in allowed:
                 each = torch.where(scaled[name].sum() < -allowed[name], each, -free[name])
-            latent = _is_latent(name, *traces)
-            parts.append(self.beta.to(each.dtype) * each if latent else each)
+            parts.append(betas[name] * each if name in betas else each)
         return total(parts)
 
-    def _traces(self, pair: Pair, args: tuple, layout: Layout) -> tuple[Trace, Trace]:
-        particles = self.particles if self.particles > 1 else None
-        model_trace, guide_trace = pair.trace(*args, particles=particles, sums=True)
-        model_trace.compute_log_prob()
-        guide_trace.compute_score_parts()
-        return model_trace, guide_trace
-
-    def _allowed(
-        self, guide_trace: Trace, layout: Layout, free: dict[str, float]
-    ) -> dict[str, Tensor]:
-        """The nats that the batch has free at each site, over all particles, scaled and masked."""
-        allowed = {}
-        for name, nats in free.items():
-            site = samples(guide_trace)[name]
-            ones = site["log_prob"].detach().new_ones(site["fn"].batch_shape)
-            weight = scale_and_mask(ones, scale=site["scale"], mask=site["mask"]).sum()
-            inside = (
-                f.full_size or f.size
-                for f in site["cond_indep_stack"]
-                if f.vectorized and f.name not in (layout.plate, "particles")
-            )
-            allowed[name] = nats * weight / math.prod(inside)
-        return allowed
+    def _split(
+        self, pair: Pair, args: tuple
+    ) -> tuple[tuple[Trace, Trace], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Scored traces, the ELBO by site, and by latent β and the nats that the batch has free."""
+        free = self.known(pair, args)
+        traces = pair.trace(*args, particles=self.draws, sums=True)
+        traces[0].compute_log_prob()
+        traces[1].compute_score_parts()
+        terms = site_terms(*traces, self.analytic)
+        model, guide = (samples(trace) for trace in traces)
+        beta = self.beta.to(next(iter(terms.values())).dtype)
+        betas = {name: beta for name in terms if not (guide | model)[name]["is_observed"]}
+        allowed = {n: _allowed(nats, guide[n], pair.known.plate) for n, nats in free.items()}
+        return traces, terms, betas, allowed
 
 
-def _is_latent(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
-    sites = samples(guide_trace) | samples(model_trace)
-    return not sites[name]["is_observed"]
+def _allowed(nats: float, site: Site, plate: str) -> Tensor:
+    """Nats for each datum times how often a batch counts, over particles, scaled and masked."""
+    ones = site["log_prob"].detach().new_ones(site["fn"].batch_shape)
+    inside = math.prod(
+        f.full_size or f.size
+        for f in site["cond_indep_stack"]
+        if f.vectorized and f.name not in (plate, "particles")
+    )
+    return nats * scale_and_mask(ones, scale=site["scale"], mask=site["mask"]).sum() / inside

@@ -1,11 +1,8 @@
-r"""The ELBO by its two estimators: a loss with its gradient, and a number for each datum.
-
-Both are from Auto-Encoding Variational Bayes (arXiv 1312.6114):
+r"""The ELBO by the two estimators of Auto-Encoding Variational Bayes (arXiv 1312.6114).
 
 - A, equation 6, Pyro's ``Trace_ELBO``: :math:`E_q[\ln p(x, z) - \ln q(z|x)]`;
 - B, equation 7, Pyro's ``TraceMeanField_ELBO``: :math:`E_q[\ln p(x|z)] - \mathrm{KL}(q \,\|\, p)`,
-  the divergence in closed form where one is registered, and where the guide samples its latents
-  in the model's order.
+  in closed form where one is registered and the guide samples its latents in the model's order.
 
 Where a latent is not reparameterized, the gradient is Pyro's: with :math:`f` the sum of the terms,
 
@@ -17,17 +14,12 @@ where :math:`\bar f_s` leaves out the plates that site s is not in (no baseline 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import (
-    ELBO,
-    JitTrace_ELBO,
-    JitTraceMeanField_ELBO,
-    Trace_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine import Trace
 from torch import Tensor
@@ -38,7 +30,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
+from pyrovae.pairs.traces import reduce_to, samples, unscaled
 
 __all__ = [
     "ANALYTIC",
@@ -59,23 +51,22 @@ GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceM
 
 
 def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[str, Tensor]:
-    r"""The ELBO split by site, before any sum.
+    r"""The ELBO split by site, before any sum: nats, with the site's plates.
 
     Both traces have their sites scored; ``analytic`` takes :math:`-\mathrm{KL}(q \| p)` in closed
-    form where torch knows one. Nats per site, with the site's plates.
+    form where torch knows one and it is exact.
     """
-    terms = {}
     model, guide = samples(model_trace), samples(guide_trace)
+    closed = _divergences(model_trace, guide_trace) if analytic else {}
+    terms = {}
     for name, site in model.items():
-        if site["is_observed"] or name not in guide:
-            terms[name] = site["log_prob"]
+        if name in closed:
+            terms[name] = -closed[name]
+        elif name in guide and not site["is_observed"]:
+            terms[name] = site["log_prob"] - guide[name]["log_prob"]
         else:
-            kl = _divergence(site, guide[name]) if analytic else None
-            terms[name] = site["log_prob"] - guide[name]["log_prob"] if kl is None else -kl
-    for name, site in guide.items():
-        if name not in model:
-            terms[name] = -site["log_prob"]
-    return terms
+            terms[name] = site["log_prob"]
+    return terms | {n: -site["log_prob"] for n, site in guide.items() if n not in model}
 
 
 def total(scores: Iterable[Tensor]) -> Tensor:
@@ -94,13 +85,18 @@ def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
     return [name for name in model if name in guide] == [name for name in guide if name in model]
 
 
-def _divergence(site: Site, guide_site: Site) -> Tensor | None:
-    try:
-        kl = kl_divergence(guide_site["fn"], site["fn"])
-    except NotImplementedError:
-        return None
-    kl = scale_and_mask(kl, scale=guide_site["scale"], mask=guide_site["mask"])
-    return kl.expand(guide_site["fn"].batch_shape)
+def _divergences(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+    """KL(q ‖ p) of the latents that have a closed form, if it is exact."""
+    model, guide = samples(model_trace), samples(guide_trace)
+    found: dict[str, Tensor] = {}
+    for name in model if in_one_order(model_trace, guide_trace) else ():
+        if name in guide and not model[name]["is_observed"]:
+            q = guide[name]
+            with suppress(NotImplementedError):
+                kl = kl_divergence(q["fn"], model[name]["fn"])
+                kl = scale_and_mask(kl, scale=q["scale"], mask=q["mask"])
+                found[name] = kl.expand(q["fn"].batch_shape)
+    return found
 
 
 def surrogate_elbo(
@@ -122,9 +118,10 @@ def surrogate_elbo(
         for name, site in nodes.items()
         if not is_identically_zero(site["score_parts"].score_function)
     }
+    closed = _divergences(model_trace, guide_trace) if analytic and scored else {}
     parts = []
     for name, term in terms.items():
-        if name in scored and not (analytic and _is_closed(name, model_trace, guide_trace)):
+        if name in scored and name not in closed:
             term = term + (nodes[name]["log_prob"] - nodes[name]["score_parts"].entropy_term)
         parts.append(coefficients.get(name, 1.0) * term.sum())
     if scored:
@@ -137,29 +134,16 @@ def surrogate_elbo(
     return total(parts)
 
 
-def _is_closed(name: str, model_trace: Trace, guide_trace: Trace) -> bool:
-    site = samples(model_trace).get(name)
-    return site is not None and _divergence(site, samples(guide_trace)[name]) is not None
-
-
 def elbo_estimate(
     loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
 ) -> Estimate:
-    """The value and gradient of ``Trace_ELBO`` or ``TraceMeanField_ELBO``, nothing read back.
-
-    Where the programs sample their latents in different orders, closed forms would be wrong, and
-    both estimators sample.
-
-    Raises:
-        ValueError: If estimator B meets a latent that is not reparameterized.
-    """
+    """The value and gradient of ``Trace_ELBO`` or ``TraceMeanField_ELBO``, nothing read back."""
+    analytic = type(loss) in ANALYTIC
     sums: dict[str, Tensor] = {}
     surrogates = []
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
-        analytic = type(loss) in ANALYTIC
         if analytic:
             _refuse_scores(guide_trace)
-        analytic = analytic and in_one_order(model_trace, guide_trace)
         terms = site_terms(model_trace, guide_trace, analytic)
         found = surrogate_elbo(model_trace, guide_trace, terms, analytic)
         surrogates.append(-found / loss.num_particles)
@@ -257,7 +241,7 @@ def score_elbo(pair: Pair, rows: tuple, particles: int, *, analytic: bool) -> tu
     unscaled(layout, *traces)
     terms = {
         name: reduce_to(term, layout, particles, len(rows[0])).mean(0)
-        for name, term in site_terms(*traces, analytic and in_one_order(*traces)).items()
+        for name, term in site_terms(*traces, analytic).items()
     }
     observed = [terms.pop(name) for name in layout.observed if name in terms]
     return total(observed), -total(terms.values())

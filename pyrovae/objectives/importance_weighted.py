@@ -16,16 +16,16 @@ from pyrovae.objectives.log_weights import (
     Cells,
     Through,
     cells,
+    check_cells,
     check_density,
-    check_scales,
     held_still,
     is_hierarchical,
     scored_latents,
 )
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, log_probs, samples
+from pyrovae.pairs.traces import log_probs, samples
 
-__all__ = ["Facts", "ImportanceWeighted", "Scores", "score"]
+__all__ = ["Facts", "ImportanceWeighted", "Scores", "weigh"]
 
 GRADIENTS = ("plain", "stl", "dreg")
 
@@ -63,12 +63,14 @@ class Scores(NamedTuple):
         return {n: -self.where.loss(term.detach().mean(0)) for n, term in found.items()}
 
 
-def score(
-    guide_trace: Trace, model_trace: Trace, layout: Layout, log_q: dict[str, Tensor] | None = None
+def weigh(
+    pair: Pair, guide_trace: Trace, args: tuple, particles: int | None, seen: Trace | None = None
 ) -> Scores:
-    """Score a guide's particles (``log_q``, if that is known) and the model replayed on them."""
-    where = cells((model_trace, guide_trace), layout)
-    log_q = log_probs(guide_trace) if log_q is None else log_q
+    """Score a guide's particles and the model on them, or on what it has ``seen`` of them."""
+    # Before the model runs: gradients add up in the order of the graph, another rounds otherwise.
+    log_q = log_probs(guide_trace)
+    model_trace = pair.replay_model(seen or guide_trace, *args, particles=particles, sums=True)
+    where = cells((model_trace, guide_trace), pair.known)
     log_p = log_probs(model_trace)
     model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
     return Scores(where, model, guide)
@@ -127,17 +129,16 @@ class ImportanceWeighted(Objective):
         if gradient not in GRADIENTS:
             raise InputError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
         self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
+        self.draws = groups * particles if groups * particles > 1 else None
 
-    def examine(self, pair: Pair, layout: Layout, args: tuple) -> Facts:
+    def examine(self, pair: Pair, args: tuple) -> Facts:
         """Check the scales, and what the estimator asks of the guide."""
         traces = pair.trace(*args)
-        cells(traces, layout)
-        check_scales(traces, layout)
-        scored = scored_latents(pair, args)
+        check_cells(traces, pair.known)
+        scored = scored_latents(traces[1])
         if self.gradient == "plain":
             return Facts(tuple(scored), False)
-        if scored:
-            name, family = next(iter(scored.items()))
+        for name, family in scored.items():
             raise InputError(
                 f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
                 f"draws {name!r} from a {family}: train with iwae, which has a score-function term "
@@ -149,34 +150,24 @@ class ImportanceWeighted(Objective):
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum before any scale, ``[N]``, in nats."""
-        draws, _ = self._known(pair, args)
-        guide_trace = pair.trace_guide(*args, particles=draws)
-        found = score(
-            guide_trace,
-            pair.replay_model(guide_trace, *args, particles=draws, sums=True),
-            pair.known,
-        )
+        self.known(pair, args)
+        guide_trace = pair.trace_guide(*args, particles=self.draws)
+        found = weigh(pair, guide_trace, args, self.draws)
         return found.where.by_datum(self.bound(found.log_weights))
 
     def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        draws, facts = self._known(pair, args)
-        guide_trace = pair.trace_guide(*args, particles=draws)
-        log_q = log_probs(guide_trace)
+        facts = self.known(pair, args)
+        guide_trace = pair.trace_guide(*args, particles=self.draws)
         through = Through(guide_trace) if self.gradient == "dreg" else None
-        latents = through.trace if through else guide_trace
-        model_trace = pair.replay_model(latents, *args, particles=draws, sums=True)
-        found = score(guide_trace, model_trace, pair.known, log_q)
+        found = weigh(pair, guide_trace, args, self.draws, through.trace if through else None)
         bound = self.bound(found.log_weights)
         if self.gradient == "plain":
             gain = bound + self._scored(guide_trace, found, facts.scored)
         else:
-            still = held_still(
-                pair, guide_trace, args, particles=draws, hierarchical=facts.hierarchical
-            )
+            still = held_still(pair, guide_trace, args, self.draws, facts.hierarchical)
             gain = self._paths(found, still, through)
-        loss = found.where.loss(bound.detach())
-        return Estimate(loss, found.where.loss(gain), found.terms)
+        return Estimate(found.where.loss(bound.detach()), found.where.loss(gain), found.terms)
 
     def _paths(self, found: Scores, still: dict[str, Tensor], through: Through | None) -> Tensor:
         """A cell's surrogate without the score of q, ``[*cells]``."""
@@ -254,9 +245,3 @@ class ImportanceWeighted(Objective):
         else:
             gains = bound.unsqueeze(1)
         return gains.flatten(0, 1) / groups
-
-    def _known(self, pair: Pair, args: tuple) -> tuple[int | None, Facts]:
-        """The size of the plate of particles, none for a single one, and the facts."""
-        _, facts = self.known(pair, args)
-        draws = self.groups * self.particles
-        return draws if draws > 1 else None, facts

@@ -16,7 +16,7 @@ distributions, or with a second run of the guide if its distributions depend on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,20 +25,21 @@ from pyro import poutine
 from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
+from pyrovae.pairs.contract import cell_scale, check_scales
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, log_probs, samples
+from pyrovae.pairs.traces import Layout, Site, log_probs, samples, scored
 
 __all__ = [
     "Cells",
     "Still",
     "Through",
     "cells",
+    "check_cells",
     "check_density",
-    "check_scales",
+    "drawn",
     "held_still",
     "is_hierarchical",
     "scored_latents",
@@ -77,63 +78,36 @@ class Cells(NamedTuple):
 
 
 def cells(traces: Iterable[Trace], layout: Layout) -> Cells:
-    """Find the cells in the traces of a model and its guide.
-
-    Raises:
-        ValueError: If a scale varies within a cell.
-    """
-    every = [s for trace in traces for s in samples(trace).values() if not is_bookkeeping(s)]
+    """Find the cells in the traces of a model and its guide."""
+    every = [site for _, site in scored(*traces)]
     stacks = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in every]
     common = [
         frame
         for name, frame in stacks[0].items()
         if frame.dim != layout.particle_dim and all(name in stack for stack in stacks)
     ]
-    rank, kept = -layout.particle_dim, frozenset(frame.dim for frame in common)
+    kept = frozenset(frame.dim for frame in common)
     inner = [f.full_size / f.size for f in common if f.full_size and f.name != layout.plate]
-    return Cells(layout, rank, kept, _scale(every[0]["scale"], rank, kept), prod(inner))
+    scale = cell_scale(every[0]["scale"], layout, kept)
+    return Cells(layout, -layout.particle_dim, kept, scale, prod(inner))
 
 
-def _scale(scale: Tensor | float, rank: int, kept: frozenset[int]) -> Tensor | float:
-    if not isinstance(scale, Tensor) or scale.dim() == 0:
-        return scale
-    scale = scale.reshape((1,) * (rank - 1 - scale.dim()) + scale.shape)
-    if any(n != 1 and d - (rank - 1) not in kept for d, n in enumerate(scale.shape)):
-        raise InputError(
-            "Expected one scale for all sites of a datum, got a scale that varies within it: an "
-            "importance-weighted bound is not defined; drop poutine.scale, or train with an ELBO."
-        )
-    return scale
-
-
-def check_scales(traces: Iterable[Trace], layout: Layout) -> None:
-    """Refuse sites that do not share one scale, or lie in no datum, comparing values.
-
-    Raises:
-        ValueError: Naming two sites whose scales differ, or a factor outside the batch's plate.
-    """
-    traces = list(traces)
-    for name, site in ((n, s) for trace in traces for n, s in samples(trace).items()):
+def check_cells(traces: Sequence[Trace], layout: Layout) -> None:
+    """Refuse sites that do not share one scale, or lie in no datum, comparing values."""
+    cells(traces, layout)
+    for name, site in (item for trace in traces for item in samples(trace).items()):
         plates = [frame.name for frame in site["cond_indep_stack"]]
         if type(site["fn"]).__name__ == "Unit" and layout.plate not in plates:
             raise InputError(
                 f"The factor {name!r} lies outside the plate {layout.plate!r}, so it belongs to no "
                 f"datum: move it inside, or train with an ELBO."
             )
-    sites = {
-        name: site["scale"]
-        for trace in traces
-        for name, site in samples(trace).items()
-        if not is_bookkeeping(site)
-    }
-    (first, scale), *rest = sites.items()
-    for name, other in rest:
-        if not bool((torch.as_tensor(scale) == torch.as_tensor(other)).all()):
-            raise InputError(
-                f"Sites {first!r} and {name!r} carry different scales, so an importance-weighted "
-                f"bound is not defined: drop poutine.scale and subsampling within a datum, or "
-                f"train with an ELBO."
-            )
+    check_scales(traces)
+
+
+def drawn(trace: Trace) -> dict[str, Site]:
+    """The latent sites of a guide's trace."""
+    return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
 
 
 class Still(Messenger):
@@ -159,12 +133,11 @@ class Through:
     def __init__(self, guide_trace: Trace) -> None:
         self.factor: Tensor | None = None
         self.trace = guide_trace.copy()
-        for name, site in samples(guide_trace).items():
-            value = site["value"]
-            if not site["is_observed"] and value.requires_grad:
-                value = value.view_as(value)
+        for name, site in drawn(guide_trace).items():
+            if site["value"].requires_grad:
+                value = site["value"].view_as(site["value"])
                 value.register_hook(self._multiplied(site["fn"].event_dim))
-            self.trace.nodes[name] = site | {"value": value}
+                self.trace.nodes[name] = site | {"value": value}
 
     def _multiplied(self, event_dim: int) -> Any:
         def hook(gradient: Tensor) -> Tensor:
@@ -178,32 +151,26 @@ class Through:
 
 
 def held_still(
-    pair: Pair,
-    guide_trace: Trace,
-    args: tuple,
-    particles: int | None,
-    hierarchical: bool,
+    pair: Pair, guide_trace: Trace, args: tuple, particles: int | None, hierarchical: bool
 ) -> dict[str, Tensor]:
     """The guide's log-probabilities at its own latents, which are held still, by site.
 
     A ``hierarchical`` guide, whose distributions depend on its own latents, is run again.
     """
     still = guide_trace.copy()
-    for name, site in samples(guide_trace).items():
-        if not site["is_observed"]:
-            still.nodes[name] = site | {"value": site["value"].detach()}
+    for name, site in drawn(guide_trace).items():
+        still.nodes[name] = site | {"value": site["value"].detach()}
     if hierarchical:
         with poutine.replay(trace=still):
             still = pair.trace_guide(*args, particles=particles)
-    latents = {name for name, site in samples(still).items() if not site["is_observed"]}
-    return {n: log_prob for n, log_prob in log_probs(still).items() if n in latents}
+    found = log_probs(still)
+    return {name: found[name] for name in drawn(still)}
 
 
 def is_hierarchical(pair: Pair, args: tuple) -> bool:
     """Whether some site of the guide has a distribution that depends on another's latent."""
     with torch.enable_grad(), Still(leaves=True):
-        trace = prune_subsample_sites(pair.trace_guide(*args))
-    sites = {n: s for n, s in samples(trace).items() if not s["is_observed"]}
+        sites = drawn(pair.trace_guide(*args))
     leaves = [s["value"] for s in sites.values() if s["value"].requires_grad]
     with torch.enable_grad():
         for site in sites.values():
@@ -228,15 +195,12 @@ def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
             "other noise each time: set p=0, or train with an objective that takes plain gradients."
         )
-    trace = prune_subsample_sites(pair.trace_guide(*args))
-    for name, site in samples(trace).items():
-        if site["is_observed"]:
-            continue
-        drawn = _log_prob(site, site["value"])
+    for name, site in drawn(pair.trace_guide(*args)).items():
+        first = _log_prob(site, site["value"])
         again = _log_prob(site, site["value"].detach().clone())
-        if not torch.allclose(drawn, again, rtol=1e-2, atol=1e-2):
+        if not torch.allclose(first, again, rtol=1e-2, atol=1e-2):
             raise InputError(
-                f"ln q at site {name!r} changes by {(drawn - again).abs().max():.3g} nats when it "
+                f"ln q at site {name!r} changes by {(first - again).abs().max():.3g} nats when it "
                 f"is evaluated again: the inverse of its flow is not exact. Train in float64, or "
                 f"with an objective that takes plain gradients."
             )
@@ -256,12 +220,10 @@ def _is_noise(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
-def scored_latents(pair: Pair, args: tuple) -> dict[str, str]:
-    """The guide's latents that need a score-function term, with the names of their families."""
-    trace = prune_subsample_sites(pair.trace_guide(*args))
+def scored_latents(guide_trace: Trace) -> dict[str, str]:
+    """The latents that need a score-function term, with the names of their families."""
     return {
         name: type(site["fn"]).__name__
-        for name, site in samples(trace).items()
-        if not site["is_observed"]
-        and not is_identically_zero(site["fn"].score_parts(site["value"]).score_function)
+        for name, site in drawn(guide_trace).items()
+        if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function)
     }

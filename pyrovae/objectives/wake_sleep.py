@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import total
-from pyrovae.objectives.importance_weighted import Scores, score
-from pyrovae.objectives.log_weights import Still, cells, check_density, check_scales
+from pyrovae.objectives.importance_weighted import Scores, weigh
+from pyrovae.objectives.log_weights import Still, check_cells, check_density, drawn
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
+from pyrovae.pairs.traces import samples, scored
 
 __all__ = ["WakeSleep"]
 
@@ -60,26 +59,20 @@ class WakeSleep(Objective):
             )
         self.insomnia = insomnia
 
-    def examine(self, pair: Pair, layout: Layout, args: tuple) -> dict[int, str]:
+    def examine(self, pair: Pair, args: tuple) -> dict[int, str]:
         """Check the scales and the guide's density, and find the sites to dream of."""
         traces = pair.trace(*args)
-        cells(traces, layout)
-        check_scales(traces, layout)
+        check_cells(traces, pair.known)
         check_density(pair, args, hierarchical=False)
         if self.insomnia == 1:
             return {}
-        auxiliary = sorted(set(_latents(traces[1])) - set(layout.latents))
+        auxiliary = sorted(set(drawn(traces[1])) - set(pair.known.latents))
         if auxiliary:
             raise InputError(
                 f"A dream has no value for {auxiliary}, which the guide alone samples: use "
                 f"reweighted_wake_sleep with insomnia=1."
             )
-        observed = {
-            name: site["value"]
-            for name, site in samples(traces[0]).items()
-            if site["is_observed"] and not is_bookkeeping(site)
-        }
-        return _heard(observed, args)
+        return _heard({n: s["value"] for n, s in scored(traces[0]) if s["is_observed"]}, args)
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The importance-weighted bound of each datum before any scale, ``[N]``, in nats."""
@@ -102,16 +95,14 @@ class WakeSleep(Objective):
         return log_weights.logsumexp(0) - math.log(self.particles)
 
     def _awake(self, pair: Pair, args: tuple) -> tuple[Scores, list[str]]:
-        layout, _ = self.known(pair, args)
-        particles = self.particles if self.particles > 1 else None
+        self.known(pair, args)
         with Still():
-            guide_trace = pair.trace_guide(*args, particles=particles)
-        model_trace = pair.replay_model(guide_trace, *args, particles=particles, sums=True)
-        return score(guide_trace, model_trace, layout), _latents(guide_trace)
+            guide_trace = pair.trace_guide(*args, particles=self.draws)
+        return weigh(pair, guide_trace, args, self.draws), list(drawn(guide_trace))
 
     def _asleep(self, pair: Pair, args: tuple) -> Tensor:
         """ln q of the latents of one dream a datum, scaled and summed over the batch."""
-        _, heard = self.known(pair, args)
+        heard = self.known(pair, args)
         with torch.no_grad():
             dream = poutine.trace(poutine.uncondition(pair.run_model)).get_trace(*args)
         sites = samples(dream)
@@ -123,11 +114,7 @@ class WakeSleep(Objective):
         with Still(), poutine.replay(trace=dream):
             guide_trace = pair.trace_guide(*dreamt)
         guide_trace.compute_log_prob()
-        return total(guide_trace.nodes[name]["log_prob_sum"] for name in _latents(guide_trace))
-
-
-def _latents(guide_trace: Trace) -> list[str]:
-    return [name for name, site in samples(guide_trace).items() if not site["is_observed"]]
+        return total(guide_trace.nodes[name]["log_prob_sum"] for name in drawn(guide_trace))
 
 
 def _heard(observed: dict[str, Tensor], args: tuple) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -22,9 +22,11 @@ from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
 __all__ = [
     "batch_frame",
     "batch_plates",
+    "cell_scale",
     "check_event",
     "check_objective",
     "check_reach",
+    "check_scales",
     "check_sites",
     "check_support",
     "common_scale",
@@ -317,24 +319,25 @@ def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
     """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
 
     It belongs outside any log-sum-exp.
+    """
+    return site_scale(check_scales(traces), layout)
+
+
+def check_scales(traces: Iterable[Trace]) -> Site:
+    """Refuse sites that do not share one scale, comparing values; the first of them.
 
     Raises:
-        ValueError: If sites carry different scales, so that no log p(x) is defined.
+        ValueError: Naming two sites whose scales differ, so that no log p(x) is defined.
     """
-    scales = {
-        name: site_scale(site, layout)
-        for trace in traces
-        for name, site in samples(trace).items()
-        if not is_bookkeeping(site)
-    }
-    (first, scale), *rest = scales.items()
+    (first, site), *rest = scored(*traces)
     for name, other in rest:
-        if not torch.equal(torch.as_tensor(scale) + 0.0, torch.as_tensor(other) + 0.0):
+        if not bool((torch.as_tensor(site["scale"]) == torch.as_tensor(other["scale"])).all()):
             raise InputError(
                 f"Sites {first!r} and {name!r} carry different scales, so log p(x) is not "
-                f"defined: evaluate the pair without poutine.scale or inner subsampling."
+                f"defined, and no importance-weighted bound is: drop poutine.scale and "
+                f"subsampling within a datum, or use an ELBO."
             )
-    return scale
+    return site
 
 
 def site_scale(site: Site, layout: Layout) -> Tensor | float:
@@ -344,11 +347,23 @@ def site_scale(site: Site, layout: Layout) -> Tensor | float:
         for f in site["cond_indep_stack"]
         if f.name == layout.plate and f.full_size is not None
     )
-    scale = site["scale"] / plate
+    scale = cell_scale(site["scale"], layout, {layout.dim}) / plate
+    return scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else float(scale)
+
+
+def cell_scale(scale: Tensor | float, layout: Layout, kept: Collection[int]) -> Tensor | float:
+    """A scale as a number, or with every plate's dimension, where those not ``kept`` are 1.
+
+    Raises:
+        ValueError: If it varies along another dimension.
+    """
     if not isinstance(scale, Tensor) or scale.dim() == 0:
-        return float(scale)
-    rank = max(scale.dim(), -layout.dim)
+        return scale
+    rank = max(scale.dim(), -layout.particle_dim - 1)
     scale = scale.reshape((1,) * (rank - scale.dim()) + scale.shape)
-    if scale.numel() != scale.shape[layout.dim]:
-        raise InputError("Expected one scale per datum, got a scale that varies within a datum.")
-    return scale.reshape(-1)
+    if any(n != 1 and d - rank not in kept for d, n in enumerate(scale.shape)):
+        raise InputError(
+            "Expected one scale per datum, got a scale that varies within it: neither log p(x) "
+            "nor an importance-weighted bound is defined; drop poutine.scale, or use an ELBO."
+        )
+    return scale

@@ -167,7 +167,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         quick(svi.model, svi.guide, *first)
         check_objective(layout, loss)
         if isinstance(loss, Objective):
-            loss.prepare(pair, first, layout, steps)
+            loss.prepare(pair, first, steps)
         elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:
             loss.max_plate_nesting = -layout.particle_dim
         svi.build(*first)

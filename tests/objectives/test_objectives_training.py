@@ -231,10 +231,10 @@ class Own(Objective):
     """The ELBO, written as the page on objectives says."""
 
     def bounds(self, parameters, *args):
-        layout, _ = self.known(parameters, args)
+        self.known(parameters, args)
         total = 0.0
         for trace, sign in zip(parameters.trace(*args, sums=True), (1, -1), strict=True):
-            scores = site_scores(trace, layout, 1, len(args[0]))
+            scores = site_scores(trace, parameters.known, 1, len(args[0]))
             total = total + sign * sum(scores.values())[0]
         return total
 
