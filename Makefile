@@ -5,6 +5,7 @@
 # make coverage        run the tests and say which lines and branches none of them reaches
 # make browser         look at the report in Chromium, which has to be installed
 # make options         write docs/options.md from the options of the commands
+# make lines           bring the line numbers of links in the documents up to date
 # make docs            build the documentation into site/, with every link checked
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PYTEST = $(BIN)/python -m pytest
 # One test a core, and a core that has run out of tests takes those of the slower one.
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test lint format coverage browser options docs clean
+.PHONY: demo test lint format coverage browser options lines docs clean
 
 demo: .venv/.installed
 	$(BIN)/pyrovae train --model bernoulli --guide mean_field --data $(DATA) --binarize dynamic \
@@ -45,6 +46,9 @@ browser: .venv/.installed-dev
 options: .venv/.installed
 	$(BIN)/python -c "from pyrovae import cli; from pyrovae.runs.config import options_page; \
 		print(options_page({n: o for n, (o, _) in cli.COMMANDS.items()}), end='')" > docs/options.md
+
+lines:
+	$(PYTHON) docs/_site/lines.py docs/*.md *.md
 
 docs: .venv/.installed-docs
 	$(BIN)/python -m mkdocs build --strict

@@ -164,7 +164,7 @@ class Pair(Parameters):
         """The model's scores ``[K, N]`` by site at given latents, and those latents.
 
         ``given`` has the latents, and what is to be observed in place of the batch; ``fused`` as
-        in :func:`pyrovae.pairs.traces.log_prob`.
+        in :func:`pyrovae.pairs.traces.site_log_prob`.
         """
         layout = self.known
         given = given if isinstance(given, Given) else Given(given)

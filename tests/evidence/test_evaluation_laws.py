@@ -13,11 +13,11 @@ from oracles import ORACLES, Normals, curved, linear_gaussian
 
 import pyrovae
 from pairs import binary, shipped_bernoulli, two_latents
-from pyrovae.distributions import site_log_prob as log_prob
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.weights import Sums, Tail, curve_points, pareto_smooth, tail_length
+from pyrovae.pairs.traces import site_log_prob as log_prob
 
 X = binary()
 each_oracle = pytest.mark.parametrize("make", ORACLES.values(), ids=ORACLES)
