@@ -39,6 +39,8 @@ from pyrovae.training.loop import Fit, NonFiniteLoss
 
 __all__ = ["COMMANDS", "main"]
 
+STOPPED_EARLY = "stopped before the end of the first epoch; nothing was written."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -115,7 +117,10 @@ def _train(given: dict[str, Any], line: str) -> None:
         log = _Log(run, options.tensorboard, options.epochs)
         result = experiment.train(run, made, resume=options.resume, on_epoch=log)
     except (KeyboardInterrupt, ProcessLost) as error:
-        raise type(error)(_stopped(run, world)) from None
+        epochs = len(run.history())
+        again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
+        said = f"stopped after epoch {epochs}; go on with: {again}"
+        raise type(error)(said if epochs else STOPPED_EARLY) from None
     except NonFiniteLoss as error:
         kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
         raise NonFiniteLoss(f"{error}{kept}") from error
@@ -129,13 +134,6 @@ def _train(given: dict[str, Any], line: str) -> None:
         f"nats per datum."
     )
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
-
-
-def _stopped(run: Run, world: World) -> str:
-    if not run.history():
-        return "stopped before the end of the first epoch; nothing was written."
-    again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
-    return f"stopped after epoch {len(run.history())}; go on with: {again}"
 
 
 class _Log:

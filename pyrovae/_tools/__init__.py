@@ -17,7 +17,6 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "did_you_mean",
-    "flat",
     "progress_bar",
     "require_same",
     "should_compile",
@@ -63,7 +62,7 @@ def require_same(
     Raises:
         InputError: Naming the first entry that differs.
     """
-    old, new = flat(before), flat(now)
+    old, new = _flat(before), _flat(now)
     for key in sorted(old.keys() | new.keys()):
         if any(f"{key}.".startswith(f"{each}.") for each in free):
             continue
@@ -71,11 +70,11 @@ def require_same(
             raise InputError(message.format(key=key, before=old.get(key), now=new.get(key)))
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their paths, ``a.b.c``; an empty mapping is a leaf."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
         found |= inner or {prefix + key: value}
     return found
 

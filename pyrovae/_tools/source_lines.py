@@ -47,14 +47,16 @@ class Places(Messenger):
 def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
     """The last line of a user's file that an error, or its cause, passed through, or nothing.
 
-    Args:
-        error: The error.
-        shipped: Whether a shipped program counts as a user's.
+    ``shipped`` says whether a shipped program counts as a user's.
     """
     while error is not None:
-        places = [_place(f, line) for f, line in _steps(error) if shipped or not _is_shipped(f)]
-        if found := [place for place in places if place]:
-            return found[-1]
+        places = [
+            place
+            for frame, line in _steps(error)
+            if (place := _place(frame, line)) and (shipped or not _is_shipped(_module(frame)))
+        ]
+        if places:
+            return places[-1]
         error = error.__cause__
     return ""
 
@@ -70,22 +72,17 @@ def lines_with(programs: Iterable[Any], *words: str) -> list[str]:
     """The lines of a user's programs, modules or classes that contain one of some words."""
     found: dict[str, None] = {}
     seen: set[Any] = set()
-    for program in programs:
-        for source in _sources(program, seen):
-            found |= dict.fromkeys(_lines_with(source, words))
-    return list(found)
-
-
-def _lines_with(source: Any, words: tuple[str, ...]) -> Iterator[str]:
-    try:
-        lines, first = inspect.getsourcelines(source)
-        file = inspect.getsourcefile(source)
-    except (OSError, TypeError):
-        return
-    if _is_users(file, source.__module__):
+    for source in (each for program in programs for each in _sources(program, seen)):
+        try:
+            lines, first = inspect.getsourcelines(source)
+            file = inspect.getsourcefile(source) or ""
+        except (OSError, TypeError):
+            continue
         for number, line in enumerate(lines, max(first, 1)):
-            if any(word in line.partition("#")[0] for word in words):
-                yield _spelled(file, number, line)
+            code = line.partition("#")[0]
+            if _is_users(file, source.__module__) and any(word in code for word in words):
+                found[_spelled(file, number, line)] = None
+    return list(found)
 
 
 def _sources(program: Any, seen: set[Any]) -> Iterator[Any]:
@@ -123,7 +120,7 @@ def _steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:
     """The frames that led to one, up to those of the check itself."""
-    while frame is not None and frame.f_globals.get("__name__", "") != "pyrovae.checking.case":
+    while frame is not None and _module(frame) != "pyrovae.checking.case":
         yield frame
         frame = frame.f_back
 
@@ -131,22 +128,25 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 def _place(frame: FrameType, line: int | None = None) -> str:
     """A line of a frame of a user's file; nothing for a library's."""
     file = frame.f_code.co_filename
-    if not _is_users(file, frame.f_globals.get("__name__", "")):
+    if not _is_users(file, _module(frame)):
         return ""
     line = frame.f_lineno if line is None else line
     return _spelled(file, line, linecache.getline(file, line))
 
 
-def _is_shipped(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").split(".")[:2] in PROGRAMS
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
+def _is_shipped(module: str) -> bool:
+    return module.split(".")[:2] in PROGRAMS
 
 
 @cache
 def _is_users(file: str, module: str) -> bool:
     """Whether a file is a program's and no library's."""
-    name = module.split(".")
-    if name[0] in ("pyrovae", "pyro", "torch"):
-        return name[:2] in PROGRAMS
+    if module.partition(".")[0] in ("pyrovae", "pyro", "torch"):
+        return _is_shipped(module)
     return not (file.startswith("<frozen") or str(Path(file).resolve()).startswith(LIBRARIES))
 
 

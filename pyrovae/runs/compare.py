@@ -80,11 +80,9 @@ class RunComparison:
     @property
     def verdicts(self) -> list[Verdict]:
         """What each run but the first has over the first."""
-        first, *others = self.runs
-        verdicts = []
-        for run, c, (elbo, error) in zip(
-            others, self.differences, self.elbo_differences, strict=True
-        ):
+        (first, *others), verdicts = self.runs, []
+        pairs = zip(others, self.differences, self.elbo_differences, strict=True)
+        for run, c, (elbo, error) in pairs:
             verdict = c.of(run.name, first.name, f"{run.name} and {first.name}")
             text = (
                 f"{verdict} (log p(x) of {run.name} less that of {first.name}: "
@@ -95,15 +93,12 @@ class RunComparison:
 
     def __str__(self) -> str:
         """The table, and the paired differences below it."""
-        rows = [HEAD, *(run.cells for run in self.runs)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 4 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        columns = zip(HEAD, *(run.cells for run in self.runs), strict=True)
+        padded = []
+        for i, cells in enumerate(columns):
+            width = max(map(len, cells))
+            padded.append([c.ljust(width) if i < 4 else c.rjust(width) for c in cells])
+        lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
         about = f"{self.split}, {self.num_data} data, nats per datum; ± is the Monte Carlo error"
         return "\n".join([about, *lines, "", *self.verdicts])
 

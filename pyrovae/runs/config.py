@@ -195,7 +195,7 @@ class RunConfig(PairConfig):
 
     def stored(self, num_data: int) -> dict[str, Any]:
         """The entries of ``config.json`` that say how to train on so many data."""
-        found = {name: getattr(self, name) for name in _names(RunConfig, but=PairConfig)}
+        found = {name: getattr(self, name) for name in TRAINING}
         if self.batch_size is None:
             found["batch_size"] = min(FIT["batch_size"].default, num_data)
         return found | {"objective_settings": self.settings.get("objective", {})}
@@ -203,8 +203,8 @@ class RunConfig(PairConfig):
     @staticmethod
     def fit_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of :func:`pyrovae.fit` that a run's ``config.json`` holds."""
-        names = [name for name in _names(RunConfig, but=PairConfig) if name in FIT]
-        found = {name: config[name] for name in names if name not in ("objective", "particles")}
+        names = [n for n in TRAINING if n in FIT and n not in ("objective", "particles")]
+        found = {name: config[name] for name in names}
         cosine = partial(CosineAnnealingLR, T_max=config["epochs"])
         return found | {
             "compile": COMPILE[config["compile"]],
@@ -212,6 +212,10 @@ class RunConfig(PairConfig):
             "device": config["device"],
             "seed": config["seed"],
         }
+
+
+# The options of training alone: those that a pair does not have already.
+TRAINING = [each.name for each in fields(RunConfig)][len(fields(PairConfig)) :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,17 +252,10 @@ def options_page(commands: Mapping[str, type[Options]]) -> str:
     return "\n".join(lines)
 
 
-def _names(cls: type, *, but: type) -> list[str]:
-    before = {each.name for each in fields(but)}
-    return [each.name for each in fields(cls) if each.name not in before]
-
-
 def _settings(
     given: Sequence[str], stored: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    settings: dict[str, dict[str, Any]] = {
-        k: dict(stored.get(k, {})) for k in (*KINDS, "objective")
-    }
+    settings = {kind: dict(stored.get(kind, {})) for kind in (*KINDS, "objective")}
     for pair in given:
         name, equals, value = pair.partition("=")
         kind, dot, option = name.partition(".")

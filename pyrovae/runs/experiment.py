@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +115,16 @@ def train(
     """
     config, state = experiment.config, None
     if resume and run.exists():
-        _require_same_run(run.config, config)
+        # Where the data lie, the device and the number of epochs may change; the last only if the
+        # learning rate does not depend on it.
+        free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
+        require_same(
+            run.config,
+            config,
+            "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
+            "option out, or choose another --out.",
+            free=free if config["schedule"] != "none" else [*free, "epochs"],
+        )
         state = run.load_checkpoint()
     else:
         run.require_new()
@@ -149,7 +158,14 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
     config = run.config
     given = {"device": device} | ({"data_root": root} if root else {})
     made = build(PairConfig.of(given, config), run)
-    _require_same_data(config["data"], made.data.provenance)
+    was, now = config["data"], made.data.provenance
+    require_same(
+        was,
+        now,
+        "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
+        "that it was trained on, or train another run.",
+        free=["source", *(was.keys() ^ now.keys())],
+    )
     pair = Pair(made.model, made.guide)
     with seeded(0):
         inspect_pair(pair, *(tensor[:2].cpu() for tensor in made.data.split("test")))
@@ -163,32 +179,6 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
         ) from error
     pair.to(made.data.train.device)
     return made._replace(config=config, files={})
-
-
-def _require_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Where the data lie, the device and the number of epochs may change.
-
-    The last only if the learning rate does not depend on it.
-    """
-    free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
-    require_same(
-        before,
-        now,
-        "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
-        "option out, or choose another --out.",
-        free=free if now["schedule"] != "none" else [*free, "epochs"],
-    )
-
-
-def _require_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    shared = before.keys() & now.keys()
-    require_same(
-        {key: before[key] for key in shared},
-        {key: now[key] for key in shared},
-        "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
-        "that it was trained on, or train another run.",
-        free=["source"],
-    )
 
 
 def _choose_device(name: str) -> torch.device:

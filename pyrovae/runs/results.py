@@ -27,7 +27,6 @@ from pyrovae.evidence.result import (
     Verdict,
     compare_log_likelihood,
 )
-from pyrovae.evidence.sandwich import Bidirectional
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
@@ -191,12 +190,6 @@ class Gap(Record):
     num_data: int | None = None
     gap: Mean | None = None
 
-    @classmethod
-    def of(cls, both: Bidirectional) -> Gap:
-        """The mean gap between the two bounds."""
-        gap = Mean(mean=both.mean_gap, standard_error=both.mean_gap_standard_error)
-        return cls(verdict=both.verdict, num_data=len(both.gap), gap=gap)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Site(Record):
@@ -278,10 +271,7 @@ class Results(Record):
             kind=ll.verdict.kind,
             num_data=len(ll.log_prob),
             data=ll.data,
-            elbo={
-                name: Mean(mean=bound.mean, standard_error=bound.standard_error)
-                for name, bound in bounds.items()
-            },
+            elbo={name: Mean.over(bound.elbo) for name, bound in bounds.items()},
             reconstruction=closed.reconstruction.double().mean().item(),
             kl=closed.kl.double().mean().item(),
             log_likelihood=Evidence.of(ll),
@@ -409,11 +399,11 @@ def _record_in(hint: Any) -> type[Record] | None:
 
 
 def _read(hint: Any, value: Any) -> Any:
-    record = _record_in(hint)
-    if get_origin(hint) is Mapping and record is not None:
-        return {name: record.read(each) for name, each in value.items()}
-    if get_origin(hint) is Mapping and get_args(hint)[0] is int:
-        return {int(name): each for name, each in value.items()}
+    record, parts = _record_in(hint), get_args(hint)
+    if get_origin(hint) is Mapping:
+        # JSON spells every key as a string.
+        key = parts[0]
+        return {key(name): record.read(each) if record else each for name, each in value.items()}
     return value if record is None else record.read(value)
 
 
