@@ -23,14 +23,7 @@ from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.compare import compare_runs
-from pyrovae.runs.config import (
-    SPLITS,
-    EvaluationConfig,
-    Options,
-    PairConfig,
-    RunConfig,
-    option,
-)
+from pyrovae.runs.config import SPLITS, EvaluationConfig, Options, PairConfig, RunConfig, option
 from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import is_refusal, shipped
 from pyrovae.runs.results import load_results, number
@@ -74,16 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], world: World) -> int:
-    given = vars(_make_parser().parse_args(arguments))
-    _, command = COMMANDS[given.pop("command")]
-    if world.size > 1 and command not in (_train, _evaluate):
-        raise InputError(
-            "Several processes are for train and evaluate alone: start this without torchrun."
-        )
-    return command(given, shlex.join([*world.command, *arguments])) or 0
-
-
-def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyrovae", description=__doc__)
     # main() takes it away before this parser sees it: it may stand anywhere.
     parser.add_argument(
@@ -93,7 +76,13 @@ def _make_parser() -> argparse.ArgumentParser:
     for name, (options, _) in COMMANDS.items():
         text = options.__doc__
         options.add_to(commands.add_parser(name, help=text, description=text))
-    return parser
+    given = vars(parser.parse_args(arguments))
+    _, command = COMMANDS[given.pop("command")]
+    if world.size > 1 and command not in (_train, _evaluate):
+        raise InputError(
+            "Several processes are for train and evaluate alone: start this without torchrun."
+        )
+    return command(given, shlex.join([*world.command, *arguments])) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
