@@ -1,4 +1,1 @@
-"""Training steps and other functions of a pair as compiled graphs.
-
-The only folder that touches torch's compiler internals.
-"""
+"""Functions of a pair as compiled graphs; no other folder touches torch's compiler internals."""

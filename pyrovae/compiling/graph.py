@@ -1,10 +1,10 @@
 """Compile a function over a pair's programs into one graph.
 
-Pyro's effect handlers, PyTorch's autograd and the programs themselves run once, under a tracer
-(make_fx) that records what they ask of the device; Inductor compiles the record, and on CUDA the
-whole of it is replayed as one CUDA graph. What is private in torch here was the same in 2.11 to
-2.14.
+The handlers, autograd and the programs run once, under a tracer (make_fx) that records what they
+ask of the device; Inductor compiles the record, and on CUDA a CUDA graph replays it.
 """
+
+# What is private in torch here was the same in 2.11 to 2.14.
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae._tools.seeding import undone
 from pyrovae.pairs.pair import Pair
@@ -37,19 +39,10 @@ class Graph:
     """A function of tensors as one compiled graph, run without gradients.
 
     What else the function reads (weights, buffers, data) becomes an input as well, so that later
-    changes in place are seen, and what it changes in place is changed in place.
-
-    Args:
-        function: Takes tensors and returns a list of tensors; may draw, differentiate, and write
-            to tensors that it finds elsewhere.
-        args: Tensors of the shapes to compile for.
-        pair: The pair whose buffers and random streams are given back as they were.
-        changed: The tensors beside those that the function writes to; they are given back too.
-        copied: How many of the first outputs a later call must not overwrite; None is all.
-
-    Raises:
-        CaptureError: If the function reads values back, changes from call to call, or does not
-            compile.
+    changes in place are seen, and what it changes in place is changed in place. Capturing leaves
+    buffers, random streams and ``changed``, what else is written to, as they were. A later call
+    does not overwrite the first ``copied`` outputs; None is all. What cannot be captured raises
+    :class:`CaptureError`.
     """
 
     def __init__(
@@ -78,11 +71,7 @@ class Graph:
         return self.run(*self._held(), *args)
 
     def _held(self) -> list[Tensor]:
-        """What the function holds, without gradients; made anew where a tensor has moved.
-
-        Raises:
-            CaptureError: If one has moved away from a CUDA graph, or lies otherwise than before.
-        """
+        """What the function holds, without gradients; made anew where a tensor has moved."""
         # A person may set a weight's .data, or move a module: the record has the old tensor's
         # strides, and a CUDA graph its address.
         places = [tensor.data_ptr() for tensor in self.constants]
@@ -100,28 +89,42 @@ def record(
     pair: Pair,
     changed: tuple[Tensor, ...] = (),
 ) -> GraphModule:
-    """What a function asks of the device; arguments as for :class:`Graph`.
-
-    Raises:
-        CaptureError: If it reads values back or changes from call to call.
-    """
+    """What a function asks of the device; arguments as for :class:`Graph`."""
     # make_fx sees ATen operations below Pyro and autograd, so that handlers may do what they like
     # in Python. It takes for constants whatever is no tensor: recording twice finds what changes
     # from call to call.
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    def inside(*args: Tensor) -> list[Tensor]:
+        # Modes entered here are asked before make_fx's own.
+        with _OneHot(), _Reads():
+            return function(*args)
 
     graphs = []
     for _ in range(2):
         # Pyro's validation asks whether values are in a support, which reads them back.
         with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
-                with _OneHot():
-                    graphs.append(make_fx(function)(*args))
+                graphs.append(make_fx(inside)(*args))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise CaptureError(_reason(error)) from error
     if graphs[0].code != graphs[1].code:
         raise CaptureError("its trace changes from call to call: sample the same sites each time")
     return graphs[0]
+
+
+class _Reads(TorchDispatchMode):
+    """Names the operators that read values back, for which make_fx has no class of error."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if torch.Tag.data_dependent_output in func.tags:
+                raise DataDependentOutputException(func) from error
+            raise
 
 
 class _OneHot(TorchFunctionMode):
@@ -188,12 +191,8 @@ def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
 
 
 def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None) -> Callable:
-    """The compiled function recorded as a CUDA graph: one launch a call, no work on the host.
-
-    Its inputs lie still: what the function holds stays where it is, and a call's arguments are
-    copied over those of the recording. Its outputs are overwritten by the next call, but for
-    the first few that are handed out as copies.
-    """
+    """The compiled function recorded as a CUDA graph: one launch a call, no work on the host."""
+    # Inputs lie still: a call's arguments are copied over those of the recording.
     still = [arg.clone() for arg in args]
     try:
         # Not on the default stream, from which nothing can be recorded.
@@ -221,16 +220,9 @@ def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None
 
 
 def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 0.0) -> None:
-    """Compare a captured value with the eager one, up to the rounding of its type.
+    """Refuse a captured value that is not the eager one, up to rounding of its type and ``slack``.
 
-    Args:
-        what: What to call it.
-        found: The captured value.
-        expected: The eager one.
-        slack: What rounding may add to a value that is zero but for rounding.
-
-    Raises:
-        CaptureError: If they differ by more; values that are not finite say nothing.
+    Values that are not finite say nothing.
     """
     # Compiled sums add in another order: a thousandth leaves room for long ones in float32, and a
     # program that has changed differs by more.
@@ -245,11 +237,7 @@ def compare(what: str, found: Tensor, expected: Tensor, slack: Tensor | float = 
 
 
 def _reason(error: Exception) -> str:
-    from torch._subclasses.fake_tensor import DataDependentOutputException
-
-    # make_fx raises a RuntimeError for .item(), bool(tensor) and the like, which tells itself from
-    # others by the name of the operator alone; Inductor has a class for it.
-    text = str(error)
-    if isinstance(error, DataDependentOutputException) or "aten._local_scalar_dense" in text:
+    if isinstance(error, DataDependentOutputException):
         return "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
+    text = str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,14 +25,10 @@ class UpdateError(RuntimeError):
 class Update:
     """Clips gradients and steps a torch optimizer, in a form that a tracer can record.
 
-    The learning rate becomes a tensor, so that a schedule may change it between calls; the other
-    hyperparameters are fixed in the record. On a CPU, Adam's is written out, because a compiler
-    would raise β to the power of the step's count once for every weight.
-
-    Args:
-        optimizer: An optimizer that has stepped at least once.
-        leaves: The parameters that it steps.
-        clip: Clips their ``.grad`` in place; None where nothing is clipped.
+    The optimizer has stepped before. Its learning rate becomes a tensor, so that a schedule may
+    change it between calls; the other hyperparameters are fixed in the record. On a CPU, Adam's is
+    written out, because a compiler would raise β to the power of the step's count once for every
+    weight.
     """
 
     def __init__(
@@ -87,16 +82,27 @@ class Update:
         self._apply(gradients, lambda: self._step(self.optimizer))
 
     def record(self, gradients: Sequence[Tensor | None]) -> None:
-        """Step in a form that a tracer can record.
-
-        Raises:
-            UpdateError: If the optimizer reads values back.
-        """
+        """Step by functions of tensors, which a tracer can record, or raise UpdateError."""
         if self._own:
-            self._apply(gradients, self._adam)
-        else:
-            with self._recording():
-                self(gradients)
+            return self._apply(gradients, self._adam)
+        groups = self.optimizer.param_groups
+        before = [dict(group) for group in groups]
+        # While torch.compiler.is_compiling(), optimizers leave their counts and rates as tensors
+        # (otherwise _get_value() in torch/optim/optimizer.py calls .item()) and take
+        # ``capturable`` on a CPU too. make_fx does not set this, and in torch 2.11 to 2.14 only the
+        # private flag does.
+        compiling = torch.compiler._is_compiling_flag
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update({k: v for k, v in WHILE_RECORDED.items() if k in group}, lr=rate)
+        torch.compiler._is_compiling_flag = True
+        try:
+            self(gradients)
+        except RuntimeError as error:
+            raise UpdateError(str(error)) from error
+        finally:
+            torch.compiler._is_compiling_flag = compiling
+            for group, values in zip(groups, before, strict=True):
+                group.update(values)
 
     def _apply(self, gradients: Sequence[Tensor | None], step: Callable[[], None]) -> None:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
@@ -142,28 +148,6 @@ class Update:
             square.mul_(second).add_((1 - second) * gradient * gradient)
             leaf.sub_(rate * mean / (square.sqrt() * spread + options["eps"]))
             state["step"].add_(1)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Have the optimizer step by functions of tensors, learning rate included."""
-        groups = self.optimizer.param_groups
-        before = [dict(group) for group in groups]
-        # While torch.compiler.is_compiling(), optimizers leave their counts and rates as tensors
-        # (otherwise _get_value() in torch/optim/optimizer.py calls .item()) and take
-        # ``capturable`` on a CPU too. make_fx does not set this, and in torch 2.11 to 2.14 only the
-        # private flag does.
-        compiling = torch.compiler._is_compiling_flag
-        for group, rate in zip(groups, self._rates, strict=True):
-            group.update({k: v for k, v in WHILE_RECORDED.items() if k in group}, lr=rate)
-        torch.compiler._is_compiling_flag = True
-        try:
-            yield
-        except RuntimeError as error:
-            raise UpdateError(str(error)) from error
-        finally:
-            torch.compiler._is_compiling_flag = compiling
-            for group, values in zip(groups, before, strict=True):
-                group.update(values)
 
 
 def _scales_of(options: dict, count: float) -> tuple[float, float, float]:

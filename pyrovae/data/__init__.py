@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import subseed
 from pyrovae.data.files import Arrays
 from pyrovae.data.labels import LABEL_SEED, label_context
@@ -69,6 +69,22 @@ class Dataset:
     intensities: Tensor | None = None
     scale: float = 1.0
     context: Splits[tuple[Tensor, ...]] | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> Dataset:
+        """A data set as it is, or one of training data alone from a tensor ``[N, ...]``."""
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, Tensor):
+            raise InputTypeError(
+                f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file "
+                f"with pyrovae.load_data, or use torch.as_tensor(array)."
+            )
+        if not data.is_floating_point():
+            raise InputTypeError(
+                f"Expected floating-point data, got {data.dtype}: scale and use .float()."
+            )
+        return cls("tensor", data.shape[1:], data)
 
     def __repr__(self) -> str:
         found = {name: getattr(self, name) for name in Splits._fields}

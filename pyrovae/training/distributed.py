@@ -36,18 +36,13 @@ class Diverged(RuntimeError):
 
 
 class World:
-    """The processes of a job; one process alone has nothing to share.
+    """The ``size`` processes of a job, of which this is ``rank``; one alone has nothing to share.
 
     Every process has the whole data, the whole pair and the whole optimizer, and runs its rows of
     each batch with noise of its own. Losses and gradients are summed over ranks once a step. Scores
     that carry a number over ``len(x)``, as a subsampled plate's do, are N / n times too large on a
-    rank that has n of a batch's N rows, and are weighted by n / N. A loss of one's own has to be a
-    sum over data: means would be summed over ranks. Batch normalization in training mode and the
-    threshold of free bits see the rows of their own rank.
-
-    Args:
-        rank: This process, from 0; the ``first`` alone validates, writes and speaks.
-        size: How many there are.
+    rank that has n of a batch's N rows, and are weighted by n / N. The first process alone
+    validates, writes and speaks.
     """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -55,11 +50,7 @@ class World:
         self._share, self._averages = 1.0, False
 
     def place(self, device: torch.device | str) -> torch.device:
-        """Where this process computes: on CUDA, on the GPU of its rank, which becomes the current.
-
-        Raises:
-            ValueError: If there are fewer GPUs than processes on this machine.
-        """
+        """Where this process computes: on CUDA, on the GPU of its rank, made the current one."""
         device = torch.device(device)
         if self.size > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
@@ -127,9 +118,7 @@ class World:
     def prepare(self, svi: SVI, args: tuple, **facts: float) -> None:
         """Give all processes rank 0's weights, and let ``svi``, built, sum their gradients.
 
-        Raises:
-            ValueError: If ``facts`` are others than on rank 0, a batch such as ``args`` is too
-                small to be shared, or the pair's scales depend on its size as they must not.
+        The ``facts`` have to be those of rank 0, and a batch such as ``args`` fit to be shared.
         """
         if self.size == 1:
             return
@@ -196,8 +185,7 @@ class World:
     def settle(self, pair: Pair) -> None:
         """End an epoch: buffers become those of rank 0, as in PyTorch's own data parallelism.
 
-        Raises:
-            Diverged: On every process, if the norm of a weight is not that of rank 0's.
+        Every process raises Diverged if the norm of a weight is not that of rank 0's.
         """
         if self.size == 1:
             return
@@ -234,11 +222,7 @@ class World:
 
 
 def join() -> World:
-    """The processes of the job that ``torchrun`` has started; this one alone without ``torchrun``.
-
-    Raises:
-        ValueError: If the environment asks for several processes and does not say where they meet.
-    """
+    """The processes of the job that ``torchrun`` has started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     group = torch.distributed

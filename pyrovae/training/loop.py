@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyrovae._tools import InputError, InputTypeError, progress_bar
+from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset, Splits
 from pyrovae.objectives import Objective, make_objective
@@ -97,7 +97,7 @@ def fit(
         ELBO -2... nats per datum
     """
     loss = make_objective(objective, particles)
-    data = _as_dataset(data)
+    data = Dataset.of(data)
     check_precision(precision)
     _check_sizes(data, epochs, batch_size, patience, lr)
     epoch_steps = -(-len(data.train) // batch_size)
@@ -173,34 +173,17 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         svi.build(*first)
 
 
-def _as_dataset(data: Any) -> Dataset:
-    """A data set, of training data alone if it is a tensor ``[N, ...]``."""
-    if isinstance(data, Dataset):
-        return data
-    if not isinstance(data, Tensor):
-        raise InputTypeError(
-            f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file with "
-            f"pyrovae.load_data, or use torch.as_tensor(array)."
-        )
-    if not data.is_floating_point():
-        raise InputTypeError(
-            f"Expected floating-point data, got {data.dtype}: scale and use .float()."
-        )
-    return Dataset("tensor", data.shape[1:], data, valid=None, test=None)
-
-
 def _check_sizes(
     data: Dataset, epochs: int, batch_size: int, patience: int | None, lr: float
 ) -> None:
-    if epochs < 1:
-        raise InputError(f"Expected epochs >= 1, got {epochs}.")
+    for name, count in (("epochs", epochs), ("patience", patience)):
+        if count is not None and count < 1:
+            raise InputError(f"Expected {name} >= 1, got {count}.")
     if not 1 <= batch_size <= len(data.train):
         raise InputError(
             f"Expected a batch size between 1 and the {len(data.train)} training data, got "
             f"{batch_size}: choose another."
         )
-    if patience is not None and patience < 1:
-        raise InputError(f"Expected patience >= 1, got {patience}.")
     if not lr > 0:
         raise InputError(f"Expected a learning rate > 0, got {lr}.")
     if patience is not None and data.valid is None:

@@ -9,13 +9,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import (
-    JitTraceEnum_ELBO,
-    JitTraceGraph_ELBO,
-    TraceEnum_ELBO,
-    TraceGraph_ELBO,
-    TraceMeanField_ELBO,
-)
+from pyro import infer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -31,7 +25,10 @@ __all__ = ["Fit", "Monitor", "NonFiniteLoss"]
 
 # Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
 # none.
-UNDIVIDED = (TraceEnum_ELBO, JitTraceEnum_ELBO, TraceGraph_ELBO, JitTraceGraph_ELBO)
+UNDIVIDED = (
+    *(infer.TraceEnum_ELBO, infer.JitTraceEnum_ELBO),
+    *(infer.TraceGraph_ELBO, infer.JitTraceGraph_ELBO),
+)
 
 
 @dataclass
@@ -66,11 +63,8 @@ class Fit:
         return -last["train_loss"] if last["valid_elbo"] is None else last["valid_elbo"]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that training goes on from: weights, optimizer, schedule, history, seed.
-
-        Random states need no place in it: every epoch draws from a stream of its own, derived
-        from the seed and the epoch's number.
-        """
+        """All that training goes on from: weights, optimizer, schedule, history, seed."""
+        # No random states: every epoch draws from a stream derived from the seed and its number.
         return {
             "weights": self.svi.pair.state_dict(),
             "optimizer": self.svi.optimizer.state_dict(),
@@ -82,11 +76,7 @@ class Fit:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it belongs to another pair.
-        """
+        """Go on from a :meth:`state_dict`, or raise a ValueError if it is of another pair."""
         self.svi.pair.load_state_dict(state["weights"])
         self.svi.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler and state["scheduler"]:
@@ -99,7 +89,7 @@ class Fit:
         if not rows:
             return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
         loss = self.svi.objective
-        analytic = isinstance(loss, TraceMeanField_ELBO) or getattr(loss, "analytic", False)
+        analytic = isinstance(loss, infer.TraceMeanField_ELBO) or getattr(loss, "analytic", False)
         name = "trace_mean_field_elbo" if analytic else "trace_elbo"
         # One stream for all epochs: what changes from one to the next is the weights.
         seed = subseed(self.seed, 0)
@@ -107,12 +97,7 @@ class Fit:
         return {f"valid_{n}": getattr(parts, n).double().mean().item() for n in parts._fields}
 
     def record(self, row: dict[str, Any], keep_best: bool) -> None:
-        """End an epoch: add its row to the history, and step the schedule.
-
-        Args:
-            row: As ``history`` has it.
-            keep_best: Whether to keep the weights of the best epoch.
-        """
+        """End an epoch: add its row to the history, keep the best weights, step the schedule."""
         value = row["valid_elbo"]
         best = None if self.best_epoch is None else self.history[self.best_epoch - 1]
         self.history.append(row)
@@ -140,12 +125,8 @@ class Monitor:
     """Takes the steps of an epoch and watches their losses.
 
     On a CPU the first loss that is no number stops training at once, on an accelerator at the
-    epoch's end: until then nothing is read back from the device.
-
-    Args:
-        svi: Takes the steps.
-        load: Makes the programs' arguments from the numbers of rows.
-        epoch: What to call the epoch.
+    epoch's end: until then nothing is read back from the device. ``load`` makes the programs'
+    arguments from the numbers of rows.
     """
 
     def __init__(self, svi: SVI, load: Callable, epoch: int) -> None:
@@ -170,11 +151,7 @@ class Monitor:
             self.totals()
 
     def totals(self) -> dict[str, float]:
-        """The sum over the epoch's steps of the loss and of each term of it, in nats.
-
-        Raises:
-            NonFiniteLoss: At the first step whose loss, or a term of it, is not finite.
-        """
+        """The sum over the epoch's steps of the loss and of each term of it, in nats."""
         values = torch.stack(self.values).double()
         total = values.sum(0).tolist()
         if not all(map(math.isfinite, total)):
@@ -183,14 +160,7 @@ class Monitor:
         return dict(zip(self.names, total, strict=True))
 
     def means(self, num_data: int) -> dict[str, float | None]:
-        """The epoch's loss per datum, and as far as the objective knows it, the ELBO at β = 1.
-
-        Args:
-            num_data: How many data the epoch's steps had.
-
-        Raises:
-            NonFiniteLoss: As :meth:`totals`.
-        """
+        """The loss per datum, and as far as the objective knows it, the ELBO at β = 1, in nats."""
         layout = self.svi.pair.known
         mean = {n: total / num_data / layout.plate_scale for n, total in self.totals().items()}
         loss = mean.pop("loss")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.params.param_store import (
-    module_from_param_with_module_name,
-    normalize_param_name,
-    user_param_name,
-)
+from pyro.params import param_store
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae._tools import InputError, InputTypeError
+from pyrovae.data.sources import unknown
 from pyrovae.pairs.pair import Pair
 
 __all__ = ["PRECISIONS", "Trained", "check_precision", "make_optim", "matmul_precision"]
@@ -28,15 +26,7 @@ PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 class Trained:
     """The parameters of a pair that are trained, and the torch optimizer that steps them.
 
-    Args:
-        optim: A Pyro optimizer, whose options and clipping it takes; a torch optimizer, which it
-            is; or a function from parameters to one.
-        pair: Owns the parameters.
-        clip_norm: The largest norm of the whole gradient; None clips nothing.
-
-    Raises:
-        TypeError: If ``optim`` is none of these.
-        ValueError: If ``clip_norm`` is not positive.
+    ``optim`` and ``clip_norm`` are as for :class:`pyrovae.SVI`.
     """
 
     def __init__(
@@ -48,6 +38,8 @@ class Trained:
             raise InputError(f"Expected clip_norm > 0, got {clip_norm}.")
         self.optim, self.pair, self.clip_norm = optim, pair, clip_norm
         self.named: dict[str, Tensor] = {}
+        # How often parameters have come beside those that the optimizer was made with.
+        self.grown = 0
         self._optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
         self.clips = clip_norm is not None or bool(getattr(optim, "pt_clip_args", None))
@@ -55,11 +47,7 @@ class Trained:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer of all of them.
-
-        Raises:
-            ValueError: Before :meth:`collect` has made it.
-        """
+        """The optimizer of all of them, which :meth:`collect` makes."""
         if self._optimizer is None:
             raise InputError("There is no optimizer yet: take a step, or call svi.build(x) first.")
         return self._optimizer
@@ -69,20 +57,13 @@ class Trained:
         """Those parameters that are not frozen."""
         return [p for p in self.named.values() if p.requires_grad]
 
-    def collect(self) -> bool:
-        """Look for parameters that the programs have made since, and let the optimizer step them.
-
-        Returns:
-            Whether there are any, beside those that the optimizer was made with.
-
-        Raises:
-            ValueError: If there is nothing to train.
-        """
+    def collect(self) -> None:
+        """Look for parameters that the programs have made since, for the optimizer to step."""
         # A pyro.param statement makes its parameter at the first run that gets there: only their
         # number has to be looked at from step to step.
         met = len(self.pair.statements)
         if self._optimizer is not None and met == self._met:
-            return False
+            return
         self._met = met
         fresh = {n: p for n, p in self.pair.named().items() if n not in self.named}
         self.named |= fresh
@@ -90,24 +71,20 @@ class Trained:
         if self._optimizer is None:
             self._optimizer = _make_optimizer(self.optim, spelled)
             if isinstance(self.optim, PyroOptim):
-                self.scheduler = _lend_to_pyro(
-                    self.optim, self._optimizer, next(iter(fresh.values()))
-                )
-            return False
-        if fresh and not isinstance(self.optim, Optimizer):
-            for group in _groups(self.optim, spelled):
+                self._lend(self.optim, next(iter(fresh.values())))
+        elif fresh:
+            self.grown += 1
+            for group in [] if isinstance(self.optim, Optimizer) else _groups(self.optim, spelled):
                 self._optimizer.add_param_group(group)
-        return bool(fresh)
 
-    def step(self) -> bool:
-        """Clip the gradients, step on them and clear them; returns what :meth:`collect` does."""
-        grown = self.collect()
+    def step(self) -> None:
+        """Clip the gradients, step on them and clear them."""
+        self.collect()
         if self.clips:
             self.clip()
         self.optimizer.step()
         for parameter in self.named.values():
             parameter.grad = None
-        return grown
 
     def clip(self) -> None:
         """Clip gradients in place: each as a Pyro optimizer says, then their common norm."""
@@ -115,10 +92,18 @@ class Trained:
         for name, parameter in self._pyro_names(self.named).items() if options else ():
             if parameter.grad is not None:
                 own = options(*_split(name)) if callable(options) else options
-                _clip_as_pyro(parameter, **own)
+                # What Pyro 1.9.2 does before a step of its own, which is not taken here.
+                PyroOptim._clip_grad(parameter, **own)
         if self.clip_norm is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
+
+    def _lend(self, optim: PyroOptim, key: Tensor) -> None:
+        """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer."""
+        if isinstance(optim, PyroLRScheduler):
+            self.scheduler = optim.pt_scheduler_constructor(self.optimizer, **optim.kwargs)
+        # Pyro 1.9.2 has one optimizer for each parameter in this dict, and steps all its values.
+        optim.optim_objs = {key: self.scheduler or self.optimizer}
 
     def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by the names that Pyro has for them, where it has one."""
@@ -126,25 +111,13 @@ class Trained:
         return {spelled.get(id(p), name): p for name, p in named.items()}
 
 
-def _clip_as_pyro(
-    parameter: Tensor, clip_norm: float | None = None, clip_value: float | None = None
-) -> None:
-    """What Pyro's optimizers do before their own step, which is not taken here."""
-    if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(parameter, clip_norm)
-    if clip_value is not None:
-        torch.nn.utils.clip_grad_value_(parameter, clip_value)
-
-
 def make_optim(optimizer: Any, lr: float) -> Any:
     """What :class:`Trained` takes for ``optim``: Adam at ``lr`` if there is none, a class at it."""
     if optimizer is None:
         # Fused is one kernel for all weights: unfused, the update is a fifth of an eager step.
-        return lambda params: torch.optim.Adam(params, lr=lr, fused=True)
-    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-        make: Callable = optimizer
-        return lambda params: make(params, lr=lr)
-    return optimizer
+        return partial(torch.optim.Adam, lr=lr, fused=True)
+    is_class = isinstance(optimizer, type) and issubclass(optimizer, Optimizer)
+    return partial(optimizer, lr=lr) if is_class else optimizer
 
 
 def _make_optimizer(optim: PyroOptim | Optimizer | Callable, named: dict[str, Tensor]) -> Optimizer:
@@ -173,55 +146,28 @@ def _groups(optim: Any, named: dict[str, Tensor]) -> list[dict]:
     if not callable(options):
         return [{"params": list(named.values()), **options}]
     by_path = optim.pt_optim_args_argc == 1
-    return [
-        {"params": [p], **(options(normalize_param_name(n)) if by_path else options(*_split(n)))}
-        for n, p in named.items()
-    ]
-
-
-def _lend_to_pyro(optim: PyroOptim, optimizer: Optimizer, key: Tensor) -> LRScheduler | None:
-    """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer; the schedule, if any."""
-    scheduler = None
-    if isinstance(optim, PyroLRScheduler):
-        scheduler = optim.pt_scheduler_constructor(optimizer, **optim.kwargs)
-    # Pyro 1.9.2 has one optimizer for each parameter in this dict, and steps all its values.
-    optim.optim_objs = {key: scheduler or optimizer}
-    return scheduler
+    spelled = {n: (param_store.normalize_param_name(n),) if by_path else _split(n) for n in named}
+    return [{"params": [p], **options(*spelled[n])} for n, p in named.items()]
 
 
 def _split(name: str) -> tuple[str, str]:
-    return module_from_param_with_module_name(name), user_param_name(name)
+    module = param_store.module_from_param_with_module_name(name)
+    return module, param_store.user_param_name(name)
 
 
-def check_precision(precision: str) -> str:
-    """The name itself, if it is one of :data:`PRECISIONS`.
-
-    Raises:
-        ValueError: If it is not.
-    """
+def check_precision(precision: str) -> None:
+    """Refuse the name of a precision that is none of :data:`PRECISIONS`."""
     if precision not in PRECISIONS:
-        raise InputError(
-            f"Expected precision to be one of {list(PRECISIONS)}, got {precision!r}"
-            f"{did_you_mean(str(precision), PRECISIONS)}."
-        )
-    return precision
+        raise InputError(unknown("precision", str(precision), PRECISIONS))
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices at some precision for a while.
+    """Multiply float32 matrices at some precision for a while; all else stays float32.
 
-    Weights, sums and everything but matrix products and convolutions stay float32.
-
-    Args:
-        precision: ``"float32"``, exact; ``"tf32"``, factors rounded to 10 bits of mantissa where
-            the device has such units; ``"bf16"``, to 7 bits. Sums are in float32.
-
-    Raises:
-        ValueError: If ``precision`` is none of these.
-
-    References:
-        torch.set_float32_matmul_precision.
+    ``"float32"`` is exact; ``"tf32"`` rounds factors to 10 bits of mantissa where the device has
+    such units, ``"bf16"`` to 7 bits; their products are added in float32 (see
+    ``torch.set_float32_matmul_precision``).
     """
     check_precision(precision)
     before, convolves = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

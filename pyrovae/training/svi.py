@@ -37,30 +37,28 @@ class SVI:
     Args:
         model: The model program.
         guide: The guide program.
-        optim: A Pyro optimizer, a torch optimizer over the pair's parameters, or a function from
-            parameters to a torch optimizer, such as ``torch.optim.Adam``. One torch optimizer
-            steps all parameters, with Pyro's per-parameter options and clipping as given.
+        optim: A Pyro optimizer, whose options and clipping for each parameter one torch optimizer
+            gets; a torch optimizer; or a function from parameters to one.
         loss: A Pyro ELBO, an :class:`pyrovae.objectives.Objective`, or a function ``(model, guide,
             x, *context)`` to differentiate.
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
-        compile: Run loss and gradients as one graph, captured from the handlers and compiled for
-            a shape of a batch: True from the second step on, False never, ``"auto"`` where it
-            pays, which is after 3,000 steps, or at once if ``steps`` are that many. Another shape,
-            or the same after a change to the modules, is compiled when it has come 500 times. A
-            pair that cannot be captured runs eagerly, with one warning that says why.
+        compile: Run the step as one graph, compiled for a shape of a batch: True from the second
+            step on, False never, ``"auto"`` after 3,000 steps, or at once if ``steps`` are that
+            many. Another shape, or the same after a change to the modules, is compiled when it has
+            come 500 times. What cannot be captured runs eagerly, with one warning that says why.
         steps: How many steps are going to be taken, where that is known.
 
     Raises:
         TypeError: If ``optim`` or ``loss`` is none of these.
-        ValueError: If ``compile`` is none of these or ``clip_norm`` is not positive.
+        ValueError: If ``compile`` is none of these or ``clip_norm`` is not positive. The first
+            step raises it if the loss depends on parameters that neither program owns.
 
     References:
         Kingma and Welling (arXiv 1312.6114), algorithm 1.
 
     Example:
-        >>> from pyro.infer import Trace_ELBO
-        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=pyro.infer.Trace_ELBO())
         >>> svi.step(x)  # -ELBO, nats summed over the batch, as in Pyro
         3...
     """
@@ -82,12 +80,14 @@ class SVI:
         self.model, self.guide, self.optim = model, guide, optim
         self.objective, self.loss_and_grads = loss, loss_and_grads
         self.pair = Pair(model, guide)
+        self._programs = self.pair.run_model, self.pair.run_guide
         self.trained = Trained(optim, self.pair, clip_norm)
         self.steps_taken = 0
         self.reduce: Callable[[Estimate, list[Tensor]], Estimate] | None = None
         self.compiled: CompiledSteps | None = None
         self._differentiable = loss_and_grads is None and is_differentiable(loss)
-        self._reached = False
+        # The graph of the next loss is searched for parameters that a step has made.
+        self._checked = -1
         if should_compile(compile, pays=True) and self._differentiable:
             from pyrovae.compiling.step import CompiledSteps
 
@@ -99,17 +99,11 @@ class SVI:
         return self.trained.optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
-        """Take one gradient step.
-
-        Args:
-            args: The batch and the programs' further arguments.
+        """Take one gradient step on a batch ``x, *context``, the programs' arguments.
 
         Returns:
             The loss before the step: nats summed over the batch, lower is better; a tuple for an
             objective of several losses, as in Pyro.
-
-        Raises:
-            ValueError: If the loss depends on parameters that neither program owns.
         """
         result = self.update(*args, **kwargs)
         return tuple(p.item() for p in result.parts) if result.parts else result.loss.item()
@@ -133,76 +127,59 @@ class SVI:
         if isinstance(self.objective, Objective):
             self.objective.at_step(self.steps_taken)
         self.steps_taken += 1
-        step = None
-        if self.compiled is not None and self._reached and not kwargs:
-            step = self.compiled(args, load, update=self.reduce is None)
-        result = self._backward(args, kwargs, load) if step is None else step.estimate
+        result, updated = self._assess(args, kwargs, load, update=self.reduce is None)
+        if updated or self.reduce is not None:
+            self.trained.collect()
         if self.reduce is not None:
-            self._reached &= not self.trained.collect()
             result = self.reduce(result, self.trained.leaves)
         if inspect is not None:
             inspect(result)
-        if step is None or not step.updated:
+        if not updated:
             self.apply_gradients()
-        else:
-            self._reached &= not self.trained.collect()
         return result
 
     def gradients(self, *args: Any, load: Callable | None = None, **kwargs: Any) -> Estimate:
         """Evaluate the objective on a batch and add its gradient to every parameter's."""
-        if self.compiled is not None and self._reached and not kwargs:
-            step = self.compiled(args, load, update=False)
-            if step is not None:
-                return step.estimate
-        return self._backward(args, kwargs, load)
+        return self._assess(args, kwargs, load, update=False)[0]
 
     def apply_gradients(self) -> None:
         """Clip the gradients at hand, step the optimizer on them and clear them."""
-        # Parameters that have just been made are looked for in the next loss's graph.
-        self._reached &= not self.trained.step()
+        self.trained.step()
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
-        """Evaluate the loss without a gradient step.
-
-        Returns:
-            Nats summed over the batch, lower is better.
-        """
+        """Evaluate the loss as :meth:`step` does, in nats summed over the batch, without a step."""
         with torch.no_grad():
             if isinstance(self.objective, ELBO):
-                programs = self.pair.run_model, self.pair.run_guide
                 # Pyro 1.9.2 declares loss() in each ELBO, but not in their base class.
-                loss = self.objective.loss(*programs, *args, **kwargs)  # type: ignore[attr-defined]
+                objective: Any = self.objective
+                loss = objective.loss(*self._programs, *args, **kwargs)
                 return tuple(map(float, loss)) if isinstance(loss, tuple) else float(loss)
             return estimate(self.objective, self.pair, *args, **kwargs).loss.item()
 
     def build(self, *args: Any) -> None:
-        """Make the optimizer before the first step, for a state to be loaded into.
-
-        Args:
-            args: A batch, on which the objective is tried once.
-
-        Raises:
-            ValueError: If the loss depends on parameters that neither program owns.
-        """
+        """Try the objective on a batch and make the optimizer, for a state to be loaded into."""
         if self._differentiable:
             with undone(self.pair.modules, args[0].device):
                 surrogate = estimate(self.objective, self.pair, *args).surrogate
             if surrogate is not None:
                 check_reach(self.pair, surrogate, args)
         self.trained.collect()
-        self._reached = True
+        self._checked = self.trained.grown
 
-    def _backward(self, args: tuple, kwargs: dict, load: Callable | None) -> Estimate:
-        """Run the programs through Pyro's handlers and add the gradient to every parameter's."""
+    def _assess(self, args: tuple, kwargs: dict, load: Any, update: bool) -> tuple[Estimate, bool]:
+        """A batch's estimate, its gradient at hand, or stepped on already if the second is True."""
+        checked = self._checked == self.trained.grown
+        compiled = self.compiled if checked and not kwargs else None
+        if compiled is not None and (step := compiled(args, load, update)):
+            return step.estimate, step.updated
         args = load(*args) if load else args
         if self.loss_and_grads is not None:
-            programs = self.pair.run_model, self.pair.run_guide
-            return summed(self.loss_and_grads(*programs, *args, **kwargs))
+            return summed(self.loss_and_grads(*self._programs, *args, **kwargs)), False
         result = estimate(self.objective, self.pair, *args, **kwargs)
         if result.surrogate is not None:
-            if not self._reached:
+            if not checked:
                 check_reach(self.pair, result.surrogate, args)
-                self._reached = True
+                self._checked = self.trained.grown
             if result.surrogate.requires_grad:
                 result.surrogate.backward()
-        return result
+        return result, False

@@ -209,9 +209,10 @@ def _plain(net, logits):
     [
         (lambda y: y if y.sum().item() > 0 else 2 * y, "reads a value back"),
         (lambda y: y if y.mean() > 0 else 2 * y, "reads a value back"),
+        (lambda y: y if torch.equal(y, y.abs()) else 2 * y, "reads a value back"),
         (lambda y: y * random.random(), "changes from call to call|came out otherwise"),
     ],
-    ids=["item", "branch", "random"],
+    ids=["item", "branch", "equal", "random"],
 )
 def test_what_cannot_be_captured_runs_eagerly_with_one_warning(logits, words):
     pyro.set_rng_seed(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pairs import published_example, same_names
-from pyrovae.compiling.watch import Watch, watch_optimizer, watch_pair
+from pyrovae.compiling.step import Watch, watch_optimizer, watch_pair
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.pair import Pair
 
