@@ -181,16 +181,9 @@ def _enumerated(
 
 
 def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
-    """What an objective makes of each datum, before any reduction or scale.
+    """What an objective makes of each datum before any scale, ``[N]`` in nats, without a gradient.
 
-    Args:
-        loss: The objective.
-        pair: The pair.
-        x: A batch ``[N, ...]``, with further arguments of the programs in ``context``.
-
-    Returns:
-        Nats per datum, ``[N]``, better when higher, without a gradient. Where an objective's own
-        code sums over the batch, each datum is a batch of its own.
+    Where an objective's own code sums over the batch, each datum is a batch of its own.
     """
     if isinstance(loss, Objective):
         return loss.per_datum(pair, x, *context)
@@ -206,14 +199,11 @@ def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
 
 
 def is_differentiable(loss: Loss) -> bool:
-    """Whether an objective leaves the backward pass to its caller.
-
-    Pyro's ELBOs with a ``differentiable_loss`` do, unless a subclass has its own
-    ``loss_and_grads``.
-    """
+    """Whether an objective leaves the backward pass to its caller."""
     if not isinstance(loss, ELBO):
         return True
     kind: Any = type(loss)
+    # A subclass with a loss_and_grads of its own is to be run as it is written.
     written = getattr(kind.loss_and_grads, "__module__", "")
     return hasattr(loss, "differentiable_loss") and written.startswith("pyro.")
 

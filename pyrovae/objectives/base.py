@@ -54,15 +54,13 @@ class Objective:
         self.particles = particles
         self.draws = particles if particles > 1 else None
         self._facts: WeakKeyDictionary[Pair, Any] = WeakKeyDictionary()
-        self._called: tuple | None = None
+        self._called: tuple = ()
 
     def prepare(self, pair: Pair, args: tuple, steps: int | None = None) -> None:
         """Look at a pair once, so that no step has to: the only place that reads values back.
 
         ``args`` are a batch and further arguments; ``steps`` are to be taken, if that is known.
-
-        Raises:
-            ValueError: If the pair breaks the contract, or is none for this objective.
+        A pair that breaks the contract, or is none for this objective, raises a ValueError.
         """
         with seeded(0, pair.device), pair.mode(training=False):
             inspect_pair(pair, *args)
@@ -95,7 +93,7 @@ class Objective:
 
     def __call__(self, model: Callable, guide: Callable, *args: Any) -> Tensor:
         """The loss of a batch with the estimator's gradient, as Pyro's SVI takes it."""
-        if self._called is None or self._called[:2] != (model, guide):
+        if self._called[:2] != (model, guide):
             self._called = model, guide, Pair(model, guide, store=True)
         found = self.estimate(self._called[2], *args)
         surrogate = found.loss if found.surrogate is None else found.surrogate

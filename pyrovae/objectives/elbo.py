@@ -3,12 +3,6 @@ r"""The ELBO by the two estimators of Auto-Encoding Variational Bayes (arXiv 131
 - A, equation 6, Pyro's ``Trace_ELBO``: :math:`E_q[\ln p(x, z) - \ln q(z|x)]`;
 - B, equation 7, Pyro's ``TraceMeanField_ELBO``: :math:`E_q[\ln p(x|z)] - \mathrm{KL}(q \,\|\, p)`,
   in closed form where one is registered and the guide samples its latents in the model's order.
-
-Where a latent is not reparameterized, the gradient is Pyro's: with :math:`f` the sum of the terms,
-
-.. math:: \nabla E_q[f] = E_q\bigl[\nabla f + \sum_s \bar f_s \, \nabla \ln q(z_s)\bigr]
-
-where :math:`\bar f_s` leaves out the plates that site s is not in (no baseline is subtracted).
 """
 
 from __future__ import annotations
@@ -58,15 +52,13 @@ def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[s
     """
     model, guide = samples(model_trace), samples(guide_trace)
     closed = _divergences(model_trace, guide_trace) if analytic else {}
-    terms = {}
-    for name, site in model.items():
-        if name in closed:
-            terms[name] = -closed[name]
-        elif name in guide and not site["is_observed"]:
-            terms[name] = site["log_prob"] - guide[name]["log_prob"]
-        else:
-            terms[name] = site["log_prob"]
-    return terms | {n: -site["log_prob"] for n, site in guide.items() if n not in model}
+    terms = {name: site["log_prob"] for name, site in model.items()}
+    for name, site in guide.items():
+        if name not in model:
+            terms[name] = -site["log_prob"]
+        elif not model[name]["is_observed"]:
+            terms[name] = -closed[name] if name in closed else terms[name] - site["log_prob"]
+    return terms
 
 
 def total(scores: Iterable[Tensor]) -> Tensor:
@@ -76,11 +68,9 @@ def total(scores: Iterable[Tensor]) -> Tensor:
 
 
 def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
-    """Whether both programs sample their latents in one order, so that closed forms are exact.
-
-    A divergence in closed form averages over its own latent alone, which is wrong where the model
-    puts it below a latent that the guide draws from it.
-    """
+    """Whether both programs sample their latents in one order, so that closed forms are exact."""
+    # A closed form averages over its own latent alone, which is wrong where the model puts it
+    # below a latent that the guide draws from it.
     model, guide = samples(model_trace), samples(guide_trace)
     return [name for name in model if name in guide] == [name for name in guide if name in model]
 
@@ -106,10 +96,13 @@ def surrogate_elbo(
     analytic: bool,
     coefficients: Mapping[str, Tensor | float] | None = None,
 ) -> Tensor:
-    r"""A scalar whose gradient estimates that of :math:`E_q[\sum_s c_s f_s]`.
+    r"""A scalar whose gradient is Pyro's estimate of that of :math:`E_q[f]`, its value no matter.
 
-    ``terms`` are the f of :func:`site_terms`, ``coefficients`` the c, without a gradient, 1 where
-    there is none. Summed over plates and particles; the gradient counts, not the value.
+    .. math:: \nabla E_q[f] = E_q\bigl[\nabla f + \sum_s \bar f_s \, \nabla \ln q(z_s)\bigr], \quad
+              f = \sum_s c_s f_s
+
+    The sum is over latents that are not reparameterized, and :math:`\bar f_s` leaves out plates
+    that s is not in. ``terms`` are the f, ``coefficients`` the c without a gradient, or 1.
     """
     coefficients = coefficients or {}
     nodes = samples(guide_trace)
@@ -142,25 +135,19 @@ def elbo_estimate(
     sums: dict[str, Tensor] = {}
     surrogates = []
     for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
-        if analytic:
-            _refuse_scores(guide_trace)
+        for name, site in samples(guide_trace).items():
+            if analytic and not site["fn"].has_rsample and not site["is_observed"]:
+                raise InputError(
+                    f"TraceMeanField_ELBO takes reparameterized latents alone, and the guide draws "
+                    f"{name!r} from a {type(site['fn']).__name__}: train with trace_elbo, or "
+                    f"enumerate the site and train with trace_enum_elbo."
+                )
         terms = site_terms(model_trace, guide_trace, analytic)
         found = surrogate_elbo(model_trace, guide_trace, terms, analytic)
         surrogates.append(-found / loss.num_particles)
         for name, term in terms.items():
-            mean = term.detach().sum() / loss.num_particles
-            sums[name] = sums.get(name, 0.0) + mean
+            sums[name] = sums.get(name, 0.0) + term.detach().sum() / loss.num_particles
     return Estimate(-total(sums.values()), total(surrogates), sums)
-
-
-def _refuse_scores(guide_trace: Trace) -> None:
-    for name, site in samples(guide_trace).items():
-        if not site["fn"].has_rsample and not site["is_observed"]:
-            raise InputError(
-                f"TraceMeanField_ELBO takes reparameterized latents alone, and the guide draws "
-                f"{name!r} from a {type(site['fn']).__name__}: train with trace_elbo, or "
-                f"enumerate the site and train with trace_enum_elbo."
-            )
 
 
 class ElboResult(NamedTuple):
@@ -226,11 +213,10 @@ def elbo(
     analytic = objective == "trace_mean_field_elbo"
     pair = Pair(model, guide)
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))
-    parts = []
+    batches = zip(*(tensor.split(batch_size) for tensor in every), strict=True)
     with pair.mode(training=False), seeded(seed, every[0].device):
         inspect_pair(pair, *(tensor[:batch_size] for tensor in every))
-        for rows in zip(*(tensor.split(batch_size) for tensor in every), strict=True):
-            parts.append(score_elbo(pair, rows, particles, analytic=analytic))
+        parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]
     reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     return ElboResult(reconstruction - kl, reconstruction, kl)
 

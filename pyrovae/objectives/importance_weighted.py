@@ -25,16 +25,7 @@ from pyrovae.objectives.log_weights import (
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import log_probs, samples
 
-__all__ = ["Facts", "ImportanceWeighted", "Scores", "weigh"]
-
-GRADIENTS = ("plain", "stl", "dreg")
-
-
-class Facts(NamedTuple):
-    """What an estimator has to know of a pair: latents with a score, a guide that is run twice."""
-
-    scored: tuple[str, ...]
-    hierarchical: bool
+__all__ = ["ImportanceWeighted", "Scores", "weigh"]
 
 
 class Scores(NamedTuple):
@@ -126,18 +117,18 @@ class ImportanceWeighted(Objective):
             raise InputError(f"Expected a finite alpha, got {alpha}.")
         if not 0 <= beta <= 1:
             raise InputError(f"Expected beta from 0 (IWAE) to 1 (ELBO), got {beta}.")
-        if gradient not in GRADIENTS:
+        if gradient not in ("plain", "stl", "dreg"):
             raise InputError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
         self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
         self.draws = groups * particles if groups * particles > 1 else None
 
-    def examine(self, pair: Pair, args: tuple) -> Facts:
-        """Check the scales, and what the estimator asks of the guide."""
+    def examine(self, pair: Pair, args: tuple) -> tuple[tuple[str, ...], bool]:
+        """Check the pair; the latents with a score, and whether the guide is to be run twice."""
         traces = pair.trace(*args)
         check_cells(traces, pair.known)
         scored = scored_latents(traces[1])
         if self.gradient == "plain":
-            return Facts(tuple(scored), False)
+            return tuple(scored), False
         for name, family in scored.items():
             raise InputError(
                 f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
@@ -146,7 +137,7 @@ class ImportanceWeighted(Objective):
             )
         hierarchical = is_hierarchical(pair, args)
         check_density(pair, args, hierarchical)
-        return Facts((), hierarchical)
+        return (), hierarchical
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
         """The bound of each datum before any scale, ``[N]``, in nats."""
@@ -157,15 +148,15 @@ class ImportanceWeighted(Objective):
 
     def estimate(self, pair: Pair, *args: Any) -> Estimate:
         """The loss of a batch and its surrogate, with nothing read back from the device."""
-        facts = self.known(pair, args)
+        names, hierarchical = self.known(pair, args)
         guide_trace = pair.trace_guide(*args, particles=self.draws)
         through = Through(guide_trace) if self.gradient == "dreg" else None
         found = weigh(pair, guide_trace, args, self.draws, through.trace if through else None)
         bound = self.bound(found.log_weights)
         if self.gradient == "plain":
-            gain = bound + self._scored(guide_trace, found, facts.scored)
+            gain = bound + self._scored(guide_trace, found, names)
         else:
-            still = held_still(pair, guide_trace, args, self.draws, facts.hierarchical)
+            still = held_still(pair, guide_trace, args, self.draws, hierarchical)
             gain = self._paths(found, still, through)
         return Estimate(found.where.loss(bound.detach()), found.where.loss(gain), found.terms)
 
@@ -180,7 +171,7 @@ class ImportanceWeighted(Objective):
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """The bound of each cell, ``[*cells]``, from its log-weights ``[M K, *cells]``."""
-        return self._of_group(self._grouped(log_weights)).mean(0)
+        return self._of_group(log_weights.unflatten(0, (self.groups, -1))).mean(0)
 
     def weights(self, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""The gradient of the bound in its log-weights, and what paths are weighted by.
@@ -190,12 +181,9 @@ class ImportanceWeighted(Objective):
                   \bigr) + \frac{\beta}{K}\Bigr]
 
         with the group's normalized :math:`\tilde w \propto w^{1 - \alpha}`; sticking the landing
-        takes u = v.
-
-        Returns:
-            v, u and u / v, ``[M K, *cells]`` each.
+        takes u = v. They come as v, u and u / v, ``[M K, *cells]`` each.
         """
-        normal = self._grouped(log_weights).mul(1 - self.alpha).softmax(1)
+        normal = log_weights.unflatten(0, (self.groups, -1)).mul(1 - self.alpha).softmax(1)
         share, rest = (1 - self.beta) / self.groups, self.beta / self.groups / self.particles
         factor = self.alpha + (1 - self.alpha) * normal
         v = share * normal + rest
@@ -205,9 +193,6 @@ class ImportanceWeighted(Objective):
         elif rest:
             factor = u / v
         return v.flatten(0, 1), u.flatten(0, 1), factor.flatten(0, 1)
-
-    def _grouped(self, log_weights: Tensor) -> Tensor:
-        return log_weights.unflatten(0, (self.groups, -1))
 
     def _of_group(self, log_weights: Tensor) -> Tensor:
         """The bound of each group over the second dimension, ``[M, K, ...]`` to ``[M, ...]``."""
@@ -230,7 +215,7 @@ class ImportanceWeighted(Objective):
 
     def _gains(self, log_weights: Tensor) -> Tensor:
         """What each particle adds to the bound, over what the others would make of it."""
-        grouped = self._grouped(log_weights)
+        grouped = log_weights.unflatten(0, (self.groups, -1))
         bound = self._of_group(grouped)
         size, groups = self.particles, self.groups
         if size > 1:

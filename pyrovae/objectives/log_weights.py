@@ -1,17 +1,10 @@
-r"""The log-weights ln p(x, z) − ln q(z|x) of every particle, in the cells of a batch.
+r"""Log-weights ln p(x, z) − ln q(z|x) in the cells of a batch, and gradients through z alone.
 
-A cell is one index of every plate that holds all sites: a datum, or a part of a datum that is
-independent of its other parts. Sums run over all other plates, inside a log-sum-exp; sums over
-cells, and scales, are outside.
+.. math:: \frac{d}{d\phi} \ln q_\phi(z | x) = \partial_z \ln q \, \frac{dz}{d\phi}
+          + \partial_\phi \ln q
 
-The second half is about the part of a gradient that reaches the guide through its latents alone.
-With :math:`z = g_\phi(\varepsilon)` and any function f,
-
-.. math:: \frac{d}{d\phi} f(z, \phi) = \partial_z f \, \frac{dz}{d\phi} + \partial_\phi f
-
-For :math:`f = \ln q_\phi(z | x)` the second part, the score, has expectation zero. It is the
-gradient of ln q at latents that are held still, so it is taken off again: with the same
-distributions, or with a second run of the guide if its distributions depend on its own latents.
+The second part, the score, has expectation zero. It is the gradient at latents that are held still,
+so it is taken off again, with a second run of the guide if its distributions depend on its latents.
 """
 
 from __future__ import annotations
@@ -49,6 +42,8 @@ __all__ = [
 class Cells(NamedTuple):
     """Where the cells of a batch lie in a log-probability, and what multiplies them.
 
+    A cell is one index of every plate that holds all sites: a datum, or a part of one that is
+    independent of its other parts. Other plates are summed inside a log-sum-exp, cells outside.
     ``rank`` is the number of dimensions with that of the particles, which is the first; ``kept``
     are those of the cells, counted from the right; ``scale`` multiplies a cell's bound, a number
     or ``[*cells]``; ``inner`` is the part of it that subsampling within a datum makes up.
@@ -125,9 +120,9 @@ class Still(Messenger):
 
 
 class Through:
-    """A guide's trace as the model sees it, where gradients that come back are multiplied.
+    """A ``trace`` for the model to see, whose latents multiply gradients by ``factor``.
 
-    ``trace`` holds views of the latents. Set ``factor``, ``[K, *cells]``, before the backward pass.
+    It is ``[K, *cells]``, and set before the backward pass.
     """
 
     def __init__(self, guide_trace: Trace) -> None:
@@ -183,14 +178,9 @@ def is_hierarchical(pair: Pair, args: tuple) -> bool:
 
 
 def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
-    """Check that the guide's density can be evaluated at latents that it did not just draw.
-
-    Raises:
-        ValueError: If a flow has no inverse or an inexact one, or noise of the guide's networks
-            would be drawn anew in a second run.
-    """
-    noisy = (module for module in pair.modules if _is_noise(module))
-    if hierarchical and next(noisy, None) is not None:
+    """Check that the guide's density can be evaluated at latents that it did not just draw."""
+    dropouts = (m for m in pair.modules if isinstance(m, nn.modules.dropout._DropoutNd))
+    if hierarchical and any(module.p > 0 for module in dropouts):
         raise InputError(
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
             "other noise each time: set p=0, or train with an objective that takes plain gradients."
@@ -214,10 +204,6 @@ def _log_prob(site: Site, value: Tensor) -> Tensor:
             f"ln q at site {site['name']!r} is known at its own draws alone: its flow has no "
             f"inverse. Choose a flow that has one, or an objective that takes plain gradients."
         ) from error
-
-
-def _is_noise(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
 def scored_latents(guide_trace: Trace) -> dict[str, str]:
