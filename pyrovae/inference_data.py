@@ -27,8 +27,8 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
-from pyrovae.evidence.density import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.importance import log_likelihood as estimate
+from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Found, digest, opened
 from pyrovae.pairs.pair import Given, Pair

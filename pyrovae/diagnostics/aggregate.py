@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.density import guide_density, joint_density, require_scorable, total
+from pyrovae.evidence.proposals import guide_density, joint_density, require_scorable, total
 from pyrovae.evidence.tiles import opened
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Values, samples

@@ -14,16 +14,22 @@ from torch import Tensor
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
-from pyrovae.evidence.density import (
+from pyrovae.evidence.proposals import (
     joint_density,
     refuse_nan,
     require_density,
     require_scorable,
     uncovered_share,
 )
-from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, opened
-from pyrovae.evidence.unconstrained import Coordinates, GeometricPath, State, adapt, anneal
+from pyrovae.evidence.result import LogLikelihood
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least, opened
+from pyrovae.evidence.unconstrained import (
+    Coordinates,
+    GeometricPath,
+    State,
+    adapt,
+    anneal,
+)
 from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["Annealer", "Settings", "annealed_log_likelihood"]
@@ -44,21 +50,6 @@ class Settings(NamedTuple):
     num_steps: int = 5
     initial: str = "guide"
     max_rows: int | None = None
-
-    def check(self) -> None:
-        """Refuse what makes no sense.
-
-        Raises:
-            ValueError: Naming the argument.
-        """
-        for name, least in (("num_chains", 1), ("num_temperatures", 0), ("num_steps", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"Expected an integer {name} >= {least}, got {value}.")
-        if self.initial not in ("guide", "prior"):
-            raise InputError(f"Expected initial='guide' or 'prior', got {self.initial!r}.")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise InputError(f"Expected max_rows >= 1, got {self.max_rows}.")
 
     @property
     def betas(self) -> list[float]:
@@ -82,11 +73,10 @@ class Settings(NamedTuple):
         )
 
     def options(self, num_data: int, compile: bool | str) -> dict[str, Any]:
-        """What an estimate depends on beside the pair and its data.
-
-        Raises:
-            ValueError: If ``compile`` is none of its values.
-        """
+        """What an estimate depends on beside the pair and its data; refuses what makes no sense."""
+        at_least({"num_chains": 1, "num_temperatures": 0, "num_steps": 1}, *self[:3])
+        if self.initial not in ("guide", "prior"):
+            raise InputError(f"Expected initial='guide' or 'prior', got {self.initial!r}.")
         work = num_data * self.num_chains * self.num_temperatures * self.num_steps
         compiled = should_compile(compile, work >= PAYS_AFTER)
         return self._asdict() | {"method": self.method, "compiled": compiled}
@@ -163,7 +153,6 @@ def annealed_log_likelihood(
         -2... ± 0... nats per datum. At least ... of 4 chains count for every datum. ...
     """
     settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
-    settings.check()
     options = settings.options(len(x), compile)
     with opened(
         model,
@@ -178,20 +167,11 @@ def annealed_log_likelihood(
             annealer = Annealer(task, settings, options["compiled"])
         for index, rows in task.tiles(options, work=annealer.ticks, progress=progress):
             task.keep(index, annealer.run(index, rows, annealer.tune(index, rows)))
-        return annealer.result(task.found())
+        return annealer.result()
 
 
 class Annealer:
-    """Anneals chains for a tile of data.
-
-    Args:
-        task: The pair and the data.
-        settings: How.
-        compiled: Compile densities and gradients.
-
-    Raises:
-        ValueError: If a latent is discrete, or the guide cannot score what it did not draw.
-    """
+    """Anneals chains for a tile of data."""
 
     def __init__(self, task: Evaluation, settings: Settings, compiled: bool) -> None:
         self.task, self.settings, self.compiled = task, settings, compiled
@@ -258,22 +238,15 @@ class Annealer:
             refuse_nan(guide, model, index * DATA_TILE)
         return state
 
-    def result(self, found: Found) -> LogLikelihood:
+    def result(self, found: Found | None = None) -> LogLikelihood:
         """The estimate that all tiles' sums make up."""
-        task, chains = self.task, self.settings.num_chains
+        task = self.task
         # Chains from the prior start everywhere where it has mass.
         covers = self.settings.initial == "prior"
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             uncovered = 0.0 if covers else uncovered_share(task.pair, task.first)
-        return LogLikelihood(
-            num_samples=chains,
-            curve=Curve(tuple(curve_points(chains)), found.pop("curve").T),
-            method=self.settings.method,
-            seed=task.seed,
-            data=task.data,
-            uncovered=uncovered,
-            **found,
-        )
+        points = curve_points(self.settings.num_chains)
+        return task.estimate(points, self.settings.method, uncovered, found)
 
     def _compile(self, rows: tuple) -> None:
         from pyrovae.compiling.graph import CaptureError

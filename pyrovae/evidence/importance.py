@@ -10,16 +10,19 @@ from torch import Tensor
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence import PRIOR_STREAM
-from pyrovae.evidence.density import (
-    FromGuide,
+from pyrovae.evidence.proposals import (
+    Compiled,
+    Defensive,
+    Proposal,
     joint_density,
     refuse_nan,
     require_density,
     require_scorable,
+    uncovered_share,
 )
-from pyrovae.evidence.proposals import Compiled, Defensive, Proposal, Refined
-from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, opened
+from pyrovae.evidence.result import LogLikelihood
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least, opened
+from pyrovae.evidence.unconstrained import Refined
 from pyrovae.evidence.weights import Sums, curve_points
 
 __all__ = ["log_likelihood"]
@@ -96,7 +99,9 @@ def log_likelihood(
         >>> print(f"{ll.mean:.1f} ± {ll.mean_standard_error:.3f} nats per datum. {ll.verdict}")
         -2... ± 0.00... nats per datum. k-hat is at most 0.7 for all 359 data...: ...
     """
-    _check(num_samples, defensive, refine_steps, max_rows)
+    at_least({"num_samples": 1, "refine_steps": 0}, num_samples, refine_steps)
+    if not 0 <= defensive < 1:
+        raise InputError(f"Expected 0 <= defensive < 1, got {defensive}.")
     points = curve_points(num_samples, curve)
     compiled = should_compile(compile, len(x) * num_samples >= PAYS_AFTER)
     options = {
@@ -120,7 +125,7 @@ def log_likelihood(
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             proposal = _proposal(task, defensive, refine_steps)
         if compiled:
-            proposal = Compiled(proposal, task.pair, task.tile, task.chunk)
+            proposal = Compiled(proposal, task.tile)
         for index, rows in task.tiles(options, work=num_samples, progress=progress):
             # A stream for each tile of data and, below, of particles, drawn in full: so that
             # neither max_rows nor the number of samples or data changes a draw.
@@ -139,25 +144,17 @@ def log_likelihood(
                 if task.bar is not None:
                     task.bar.update(particles)
             task.keep(index, sums.result() | about)
-        found = task.found()
-        return LogLikelihood(
-            num_samples=num_samples,
-            curve=Curve(tuple(points), found.pop("curve").T),
-            method=_method(defensive, refine_steps),
-            seed=task.seed,
-            data=task.data,
-            uncovered=proposal.uncovered,
-            **found,
-        )
+        method = _method(defensive, refine_steps)
+        return task.estimate(points, method, proposal.uncovered)
 
 
 def _proposal(task: Evaluation, defensive: float, refine_steps: int) -> Proposal:
     """The proposal that the options ask for, whose guide is known to have a density."""
     pair, rows, chunk = task.pair, task.first, task.chunk
     if not (defensive or refine_steps):
-        return FromGuide.checked(pair, rows, chunk)
+        return Proposal(pair, chunk, uncovered_share(pair, rows))
     require_density(pair, rows)
-    base = Refined(pair, rows, refine_steps, chunk) if refine_steps else FromGuide(pair, chunk)
+    base = Refined(pair, rows, refine_steps, chunk) if refine_steps else Proposal(pair, chunk)
     if defensive and not refine_steps:
         require_scorable(pair, rows, "leave out defensive")
     return Defensive(base, defensive) if defensive else base
@@ -178,19 +175,3 @@ def _method(defensive: float, refine_steps: int) -> str:
     base = "the guide refined for each datum" if refine_steps else "the guide"
     mixed = f" and, for {defensive:.0%} of the draws, the prior" if defensive else ""
     return f"importance sampling from {base}{mixed}"
-
-
-def _check(
-    num_samples: int,
-    defensive: float,
-    refine_steps: int,
-    max_rows: int | None,
-) -> None:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise InputError(f"Expected an integer num_samples >= 1, got {num_samples}.")
-    if not 0 <= defensive < 1:
-        raise InputError(f"Expected 0 <= defensive < 1, got {defensive}.")
-    if not isinstance(refine_steps, int) or refine_steps < 0:
-        raise InputError(f"Expected an integer refine_steps >= 0, got {refine_steps}.")
-    if max_rows is not None and max_rows < 1:
-        raise InputError(f"Expected max_rows >= 1, got {max_rows}.")

@@ -142,30 +142,8 @@ class LogLikelihood:
     @property
     def verdict(self) -> Verdict:
         """Whether the numbers can be trusted, and what to do if not."""
-        return Verdict(self._kind(), " ".join(self._sentences()))
-
-    @property
-    def impossible(self) -> int:
-        """The number of data for which every draw had zero weight."""
-        return int((self.log_prob == -math.inf).sum())
-
-    @property
-    def biased(self) -> bool:
-        """Whether the mean is too low by more than its standard error."""
-        return -math.inf < self.mean_bias < -self.mean_standard_error
-
-    def _kind(self) -> Kind:
-        unsure = self._few_chains() if self._annealed() else int((self.khat > HEAVY).sum())
-        heavy = unsure > HEAVY_SHARE * len(self.log_prob)
-        if heavy or self.impossible or self.uncovered > 0 or self.biased:
-            return "doubtful"
-        untold = not self._annealed() and bool(self.khat.isnan().any())
-        return "fair" if unsure or untold else "good"
-
-    def _annealed(self) -> bool:
-        return self.acceptance is not None
-
-    def _sentences(self) -> list[str]:
+        told = self._of_tails() if self.acceptance is None else self._of_chains()
+        unsure, all_known, about = told
         n, found = len(self.log_prob), []
         if self.impossible:
             found.append(
@@ -178,44 +156,60 @@ class LogLikelihood:
                 f"numbers miss what p(x) has there and more samples will not help: give the guide "
                 f"the prior's support, or use defensive=0.1."
             )
-        found.append(self._about_chains() if self._annealed() else self._about_tails())
+        found.append(about)
         if self.biased:
             found.append(
                 f"The mean is too low by about {-self.mean_bias:.2g} nats, or more where weights "
                 f"are heavy, which its standard error does not contain."
             )
-        return found
+        if len(found) > 1 or unsure > HEAVY_SHARE * n:
+            return Verdict("doubtful", " ".join(found))
+        return Verdict("fair" if unsure or not all_known else "good", about)
 
-    def _about_tails(self) -> str:
-        n, k = len(self.khat), self.num_samples
-        if bool(self.khat.isnan().all()):
-            return f"K = {k} is too few to tell whether the errors hold: take 100 or more."
+    @property
+    def impossible(self) -> int:
+        """The number of data for which every draw had zero weight."""
+        return int((self.log_prob == -math.inf).sum())
+
+    @property
+    def biased(self) -> bool:
+        """Whether the mean is too low by more than its standard error."""
+        return -math.inf < self.mean_bias < -self.mean_standard_error
+
+    def _of_tails(self) -> tuple[int, bool, str]:
+        """The number of data with a heavy tail, whether all are known, and a sentence on them."""
+        n, k, unknown = len(self.khat), self.num_samples, self.khat.isnan()
         heavy = int((self.khat > HEAVY).sum())
-        if heavy == 0:
-            return f"k-hat is at most {HEAVY} for all {n} data points: the stated errors hold."
-        return (
-            f"Importance sampling is unreliable for {_share(heavy, n)}, where k-hat is above "
-            f"{HEAVY}: a few of the {k} weights make up the sum, so the estimate is a lower bound "
-            f"whose stated error is too small. Take more samples, refine the guide "
-            f"(refine_steps=200), or use annealed_log_likelihood."
-        )
+        if bool(unknown.all()):
+            text = f"K = {k} is too few to tell whether the errors hold: take 100 or more."
+        elif heavy == 0:
+            text = f"k-hat is at most {HEAVY} for all {n} data points: the stated errors hold."
+        else:
+            text = (
+                f"Importance sampling is unreliable for {_share(heavy, n)}, where k-hat is above "
+                f"{HEAVY}: a few of the {k} weights make up the sum, so the estimate is a lower "
+                f"bound whose stated error is too small. Take more samples, refine the guide "
+                f"(refine_steps=200), or use annealed_log_likelihood."
+            )
+        return heavy, not bool(unknown.any()), text
 
-    def _few_chains(self) -> int:
-        return int((self.ess < min(FEW, self.num_samples / 2)).sum())
-
-    def _about_chains(self) -> str:
-        least, few = min(FEW, self.num_samples / 2), self._few_chains()
+    def _of_chains(self) -> tuple[int, bool, str]:
+        """The same of data whose sum few chains make up."""
+        least = min(FEW, self.num_samples / 2)
+        few = int((self.ess < least).sum())
         if few == 0:
-            return (
+            text = (
                 f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
                 f"datum. pyrovae.bidirectional says how far such a run is below log p(x)."
             )
-        return (
-            f"Annealing is unreliable for {_share(few, len(self.ess))}, where fewer than "
-            f"{least:g} of {self.num_samples} chains make up the sum: the stated errors are too "
-            f"small. Take more temperatures, and check with pyrovae.bidirectional whether they "
-            f"are enough."
-        )
+        else:
+            text = (
+                f"Annealing is unreliable for {_share(few, len(self.ess))}, where fewer than "
+                f"{least:g} of {self.num_samples} chains make up the sum: the stated errors are "
+                f"too small. Take more temperatures, and check with pyrovae.bidirectional whether "
+                f"they are enough."
+            )
+        return few, True, text
 
 
 class Comparison(NamedTuple):

@@ -14,7 +14,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, Found, opened, tile_rows
+from pyrovae.evidence.tiles import Evaluation, Found, at_least, opened, tile_rows
 from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
@@ -113,9 +113,7 @@ def bidirectional(
         On 5 data of the model's own, mean log p(x) lies between -2... and -2..., ...
     """
     settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
-    settings.check()
-    if not isinstance(n, int) or n < 1:
-        raise InputError(f"Expected an integer n >= 1, got {n}.")
+    at_least({"n": 1}, n)
     options = settings.options(2 * n, compile)
     index = torch.arange(n) % max(len(like), 1)
     rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))

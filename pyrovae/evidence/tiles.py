@@ -19,6 +19,7 @@ from pyrovae._tools import InputError, progress_bar, require_same
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
+from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.pairs.contract import common_scale, inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout
@@ -30,6 +31,7 @@ __all__ = [
     "DATA_TILE",
     "Evaluation",
     "Found",
+    "at_least",
     "digest",
     "opened",
     "read_about",
@@ -64,19 +66,7 @@ def opened(
 ) -> Iterator[Evaluation]:
     """Run a block with a pair in eval mode, without gradients and validation, its sites inspected.
 
-    Args:
-        model: The model program.
-        guide: The guide program.
-        rows: Data ``[N, ...]`` with further arguments of both programs.
-        seed: What all draws derive from; None takes the checkpoint's, or draws one.
-        max_rows: The largest number of (particle, datum) pairs that are scored at once; None is
-            2,048 on a CPU and 65,536 elsewhere.
-        checkpoint: The file to keep finished data in.
-        processes: Share the data among the processes of :mod:`torch.distributed`.
-
-    Raises:
-        ValueError: If there are no data, the checkpoint has no folder or is damaged, no processes
-            are there, or the pair breaks the contract.
+    Arguments are those of :func:`pyrovae.log_likelihood`, with the further ones in ``rows``.
     """
     task = Evaluation(model, guide, rows, seed, max_rows, checkpoint, processes)
     with torch.no_grad(), task.pair.mode(training=False):
@@ -92,19 +82,11 @@ def opened(
 class Evaluation:
     """A pair and the data to evaluate it on; :func:`opened` makes one.
 
-    Attributes:
-        pair: The pair, inspected.
-        layout: Its layout.
-        rows: The data with further arguments of both programs, on the pair's device.
-        first: The first tile of them.
-        seed: What all draws derive from.
-        device: The pair's device.
-        home: The device that the data came from.
-        data: A digest of the data.
-        tile: How many particles of each datum are drawn at once, a power of two.
-        chunk: How many are scored at once, a power of two.
-        max_rows: The largest number of (particle, datum) pairs that are scored at once.
-        bar: Shows the time left, from :meth:`tiles` on, if that was asked for.
+    ``rows`` are the data with further arguments of both programs on the pair's ``device``,
+    ``first`` the first tile of them, ``data`` their digest and ``home`` the device that they came
+    from. All draws derive from ``seed``. At once ``tile`` particles of each datum are drawn and
+    ``chunk`` scored, powers of two, and ``max_rows`` (particle, datum) pairs at most. ``bar``
+    shows the time left, from :meth:`tiles` on, if that was asked for.
     """
 
     layout: Layout
@@ -120,6 +102,8 @@ class Evaluation:
         checkpoint: str | Path | None,
         processes: bool,
     ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
         if len(rows[0]) == 0:
             raise InputError("Expected at least one datum, got an empty tensor.")
         self.part = _part(processes)
@@ -147,13 +131,8 @@ class Evaluation:
     ) -> list[tuple[int, tuple]]:
         """This process's tiles of data that are not finished, each with its number.
 
-        Args:
-            options: What the estimate depends on beside pair, data and seed, by name.
-            work: How much ``bar`` is moved on for each tile.
-            progress: Show a bar with an estimate of the time left.
-
-        Raises:
-            ValueError: If the checkpoint is of another evaluation.
+        ``options`` is what the estimate depends on beside pair, data and seed, by name; ``work``
+        is how much the bar is moved on for each tile.
         """
         if self.file is not None:
             self.about = {**(options or {}), **self._fingerprint()}
@@ -179,6 +158,21 @@ class Evaluation:
         self.close()
         found = self._found if self.part[1] == 1 else _exchange(self._found, self.part[1])
         return {name: value.to(self.home) for name, value in _join(found).items()}
+
+    def estimate(
+        self, points: list[int], method: str, uncovered: float, found: Found | None = None
+    ) -> LogLikelihood:
+        """What the sums for all data say, with the bound for these numbers of samples."""
+        found = found or self.found()
+        return LogLikelihood(
+            num_samples=points[-1],
+            curve=Curve(tuple(points), found.pop("curve").T),
+            method=method,
+            seed=self.seed,
+            data=self.data,
+            uncovered=uncovered,
+            **found,
+        )
 
     def close(self) -> None:
         """Write what is finished to the checkpoint, and take the bar away."""
@@ -263,11 +257,7 @@ def tile_rows(rows: tuple) -> list[tuple]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What the evaluation of a checkpoint is.
-
-    Raises:
-        ValueError: If the file is no checkpoint.
-    """
+    """What the evaluation of a checkpoint is; a file that is none is refused."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -278,6 +268,13 @@ def read_about(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of an evaluation, or a damaged one ({error}): choose "
             f"another file, or remove it."
         ) from error
+
+
+def at_least(least: dict[str, int], *values: int) -> None:
+    """Refuse values that are no integers, or less than the least one of that name."""
+    for (name, low), value in zip(least.items(), values, strict=True):
+        if not isinstance(value, int) or value < low:
+            raise InputError(f"Expected an integer {name} >= {low}, got {value}.")
 
 
 def digest(*tensors: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A pair's latents in real coordinates, the path from guide to posterior, and moves along it."""
+"""A pair's latents in real coordinates: a guide refined there, and moves towards the posterior."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import Normal
 from torch import Tensor
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyrovae.evidence.density import guide_density, joint_density, to_support
+from pyrovae._tools.seeding import seeded
+from pyrovae.evidence import FIT_STREAM, GUIDE_STREAM
+from pyrovae.evidence.proposals import (
+    Proposal,
+    chunked,
+    guide_density,
+    joint_density,
+    to_support,
+)
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Values
 
-__all__ = ["Coordinates", "GeometricPath", "State", "adapt", "anneal", "transition"]
+__all__ = ["Coordinates", "GeometricPath", "Refined", "State", "adapt", "anneal", "transition"]
+
+# Adam's rate in units of the guide's scale, the antithetic pairs of a step, and the draws that
+# the fit starts from. 200 such steps come within a tenth of a nat of the best normal on MNIST.
+FIT_RATE, PAIRS, MOMENT_DRAWS = 0.1, 4, 256
+
 
 # 0.65 is optimal for Hamiltonian moves in many dimensions (Beskos et al., arXiv 1001.4460); a
 # little more costs little and is safer. The rate is that of a stochastic approximation, per move.
@@ -29,15 +45,7 @@ KEPT = 200
 
 
 class Coordinates:
-    r"""The latents of a pair as vectors u ``[K, N, D]`` of real numbers, z = T(u).
-
-    Args:
-        pair: The pair, inspected.
-        rows: A few data.
-
-    Raises:
-        ValueError: If a latent is discrete, or its support has no bijection from real numbers.
-    """
+    """The latents of a pair as vectors u ``[K, N, D]`` of real numbers, z = T(u)."""
 
     def __init__(self, pair: Pair, rows: tuple) -> None:
         self.pair = pair
@@ -69,16 +77,91 @@ class Coordinates:
     def of(self, rows: tuple, latents: Values, chunk: int | None = None) -> Tensor:
         """u of latents z, for so many particles at once."""
         particles = len(next(iter(latents.values())))
-        step, found = chunk or particles, []
-        for start in range(0, particles, step):
-            some = {name: value[start : start + step] for name, value in latents.items()}
-            found.append(self.join(self.points(rows, min(step, particles - start), some)))
-        return torch.cat(found)
+        parts = chunked(latents, particles, chunk or particles)
+        return torch.cat([self.join(self.points(rows, *part)) for part in parts])
 
     def points(self, rows: tuple, particles: int, latents: Values) -> Values:
         """The parts of u by site, of K latents z for each datum."""
         sites = self.pair.trace_given(self.pair.run_model, rows, particles, Given(latents)).nodes
         return {n: to_support(n, sites[n]["fn"]).inv(v) for n, v in latents.items()}
+
+
+class Refined(Proposal):
+    r"""Draws from a normal of independent coordinates, fitted to each datum's posterior.
+
+    .. math:: q^*_x(u) = \mathcal{N}(u; m, \mathrm{diag}\,s^2), \qquad
+              (m, s) = \arg\max\, E[\ln p(x, T(u)) + \ln |\partial T / \partial u|]
+              + \textstyle\sum_d \ln s_d
+
+    u are real coordinates of the latents, z = T(u). The fit starts from the guide's moments, takes
+    steps of Adam in units of the guide's scale, at a rate that falls to zero, and uses antithetic
+    draws.
+
+    References:
+        Cremer et al., Inference Suboptimality in Variational Autoencoders (arXiv 1801.03558);
+        Kim et al., Semi-Amortized Variational Autoencoders (arXiv 1802.02550).
+    """
+
+    unconstrained = True
+
+    def __init__(self, pair: Pair, rows: tuple, steps: int, chunk: int) -> None:
+        super().__init__(pair, chunk)
+        self.coordinates, self.steps = Coordinates(pair, rows), steps
+        self.loc = self.scale = rows[0].new_zeros(0)
+
+    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
+        """Fit, and estimate the ELBO of the guide as it was, ``guide_elbo`` ``[N]``."""
+        guide = Proposal(self.pair, self.chunk)
+        with seeded(seed, rows[0].device, 0, GUIDE_STREAM):
+            drawn, density = guide.draw(rows, MOMENT_DRAWS)
+        prior, likelihood = guide.score(rows, MOMENT_DRAWS, drawn)
+        u = self.coordinates.of(rows, drawn, self.chunk)
+        with seeded(seed, rows[0].device, 0, FIT_STREAM):
+            self._set(*self._fit(rows, u.mean(0), u.std(0).clamp(min=1e-4)))
+        return {"guide_elbo": (prior + likelihood - density).mean(0)}
+
+    def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
+        """K points u for each datum, and their log-densities ``[K, N]`` in float64."""
+        noise = torch.randn(
+            particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
+        )
+        u = self.loc + self.scale * noise
+        return self.coordinates.split(u), self._density(u)
+
+    def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
+        """The log-densities of points drawn elsewhere, ``[K, N]`` in float64."""
+        return self._density(self.coordinates.join(values))
+
+    def prior(self, rows: tuple, particles: int) -> Values:
+        """K draws from the model's prior for each datum, as points u."""
+        return self.coordinates.points(rows, particles, super().prior(rows, particles))
+
+    def _density(self, u: Tensor) -> Tensor:
+        return Normal(self.loc, self.scale).log_prob(u).double().sum(-1)
+
+    def _set(self, loc: Tensor, scale: Tensor) -> None:
+        """Set both in place, where a compiled graph may read them."""
+        if self.loc.shape != loc.shape:
+            self.loc, self.scale = loc.clone(), scale.clone()
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+
+    def _fit(self, rows: tuple, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        shift = torch.zeros_like(loc, requires_grad=True)
+        stretch = torch.zeros_like(loc, requires_grad=True)
+        optimizer = Adam([shift, stretch], lr=FIT_RATE)
+        schedule = CosineAnnealingLR(optimizer, self.steps)
+        for _ in range(self.steps):
+            noise = torch.randn(PAIRS, *loc.shape, dtype=loc.dtype, device=loc.device)
+            with torch.enable_grad():
+                wide = stretch.exp() * torch.cat([noise, -noise])
+                points = self.coordinates.split(loc + scale * (shift + wide))
+                found = joint_density(self.pair, rows, 2 * PAIRS, points, unconstrained=True)
+                loss = -((found.prior + found.likelihood).mean(0).sum() + stretch.sum())
+                shift.grad, stretch.grad = torch.autograd.grad(loss, (shift, stretch))
+            optimizer.step()
+            schedule.step()
+        return loc + scale * shift.detach(), scale * stretch.detach().exp()
 
 
 class State(NamedTuple):
@@ -113,11 +196,6 @@ class GeometricPath:
     r"""What lies between the guide, or the prior, and the posterior of each datum.
 
     .. math:: f_\beta(u) = q(u \mid x)^{1 - \beta}\, p(x, u)^\beta
-
-    Args:
-        coordinates: The coordinates u.
-        initial: ``"guide"`` or ``"prior"``.
-        max_rows: The largest number of (particle, datum) pairs to be scored at once.
     """
 
     def __init__(self, coordinates: Coordinates, initial: str, max_rows: int) -> None:
@@ -131,11 +209,7 @@ class GeometricPath:
         return State(u, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def compile(self, rows: tuple, particles: int) -> None:
-        """Compile densities and gradients for so many particles of data of these shapes.
-
-        Raises:
-            CaptureError: If they cannot be compiled.
-        """
+        """Compile densities and gradients for so many particles of data of these shapes."""
         from pyrovae.compiling.graph import Graph
 
         coordinates, count = self.coordinates, min(particles, self.chunk(rows))
@@ -188,17 +262,8 @@ def transition(
               (u', r') = \mathrm{leapfrog}^L(u, r), \qquad
               \Pr(\text{accept}) = \min\{1, e^{H(u, r) - H(u', r')}\}
 
-    Args:
-        path: The densities.
-        rows: The data.
-        state: Where the chains are.
-        beta: Where on the path.
-        stride: The step size in each coordinate of each datum, ``[N, D]``; each chain varies it
-            by up to a fifth.
-        num_steps: The number L of leapfrog steps.
-
-    Returns:
-        Where the chains are then, and the probabilities of acceptance ``[K, N]``.
+    The stride ``[N, D]`` is the step size, which each chain varies by up to a fifth. Returns where
+    the chains are then, and the probabilities of acceptance ``[K, N]``.
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics (arXiv 1206.1901), section 3.
@@ -229,7 +294,7 @@ def adapt(
     num_steps: int,
     tick: Callable[[], None],
 ) -> list[Tensor]:
-    r"""Step sizes for each temperature, datum and coordinate, found by a run of its own.
+    r"""Step sizes ``[N, D]`` for each temperature in rising order, found by a run of its own.
 
     .. math:: \epsilon_d = \epsilon \, \bigl(E[(\partial_d \ln f_\beta)^2]\bigr)^{-1/2}
 
@@ -237,17 +302,6 @@ def adapt(
     accept more than 70 % and lowered where less; the expectation, which for a normal density is
     the diagonal of its precision, is a running mean. What it finds does not depend on the chains
     that use it, so their estimate stays unbiased.
-
-    Args:
-        path: The densities.
-        rows: The data.
-        state: Where the chains start.
-        betas: The temperatures, in rising order.
-        num_steps: The number of leapfrog steps.
-        tick: Called after each temperature.
-
-    Returns:
-        ``[N, D]`` for each temperature.
     """
     step = torch.full_like(state.target[0], state.u.shape[-1] ** -0.25)
     curvature: Tensor | None = None
@@ -284,20 +338,8 @@ def anneal(
 
     where u_0 ~ q and u_t follows from u_{t-1} by a transition at β_t; or, backward, u_T is a draw
     from the posterior and u_{t-1} follows from u_t. Forward the mean of w is p(x), backward that
-    of 1/w is 1/p(x).
-
-    Args:
-        path: The densities.
-        rows: The data.
-        state: Where the chains start.
-        betas: β_1, …, β_T, in rising order.
-        strides: Step sizes ``[N, D]`` for each of them.
-        num_steps: The number of leapfrog steps.
-        tick: Called after each temperature.
-        backward: Go down the path.
-
-    Returns:
-        ln w, ``[K, N]``, and the mean probability of acceptance, ``[N]``.
+    of 1/w is 1/p(x). Strides are step sizes ``[N, D]`` for each of β_1, …, β_T. Returns ln w
+    ``[K, N]``, and the mean probability of acceptance ``[N]``.
 
     References:
         Neal (2001), Annealed importance sampling; Grosse et al. (arXiv 1511.02543), section 3.

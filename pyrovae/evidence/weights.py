@@ -24,11 +24,7 @@ FITTED_AT_ONCE = 8
 
 
 def curve_points(num_samples: int, asked: Sequence[int] = ()) -> list[int]:
-    """The numbers of samples to report the bound for: those asked for or 1, 10, 100, …, and K.
-
-    Raises:
-        ValueError: If one asked for is not between 1 and K.
-    """
+    """The numbers of samples to report the bound for: those asked for or 1, 10, 100, …, and K."""
     points = list(asked) or [10**n for n in range(len(str(num_samples)))]
     if not all(isinstance(k, int) and 1 <= k <= num_samples for k in points):
         raise InputError(f"Expected a curve over 1 to num_samples={num_samples}, got {points}.")
@@ -38,10 +34,8 @@ def curve_points(num_samples: int, asked: Sequence[int] = ()) -> list[int]:
 class Sums:
     """The mean of K importance weights of each of N data, its error, and what their tail says.
 
-    Args:
-        num_samples: K.
-        points: The numbers of samples to report the bound for.
-        like: A tensor ``[N, ...]`` on the log-weights' device.
+    ``points`` are the numbers of samples to report the bound for, ``like`` a tensor ``[N, ...]``
+    on the log-weights' device.
     """
 
     def __init__(self, num_samples: int, points: list[int], like: Tensor) -> None:
@@ -121,21 +115,12 @@ class _Groups:
 
 
 def tail_length(num_samples: int) -> int:
-    """How many of K weights count as their tail: min(K/5, 3√K), rounded up.
-
-    References:
-        Vehtari et al., Pareto Smoothed Importance Sampling (arXiv 1507.02646), section 2.4.
-    """
+    """How many of K weights count as their tail: min(K/5, 3√K) (arXiv 1507.02646, section 2.4)."""
     return math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))
 
 
 class Tail:
-    """The largest of K log-weights of each datum, kept while the others pass by.
-
-    Args:
-        num_samples: K.
-        like: A tensor ``[N]`` of the log-weights' dtype and device.
-    """
+    """The largest of K log-weights of each of N data ``like``, kept while the others pass by."""
 
     def __init__(self, num_samples: int, like: Tensor) -> None:
         self.keep = tail_length(num_samples) + 1
@@ -163,16 +148,11 @@ def pareto_smooth(tail: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     .. math:: p(w \mid k, \sigma) = \tfrac1\sigma (1 + k w / \sigma)^{-1/k - 1}, \qquad
               \tilde w_{(i)} = w_0 + F^{-1}\Bigl(\frac{i - 1/2}{M}\Bigr)
 
-    Args:
-        tail: The :func:`tail_length` + 1 largest log-weights of each datum in ascending order,
-            ``[N, M + 1]``, in nats; the first is the threshold w₀.
-        num_samples: The number of weights K that they were taken from.
-
-    Returns:
-        The shape k̂ with its weak prior at 0.5, ``[N]``: NaN where the tail has fewer than five
-        weights (K < 21) and cannot be fitted, 0 where the weights are equal, infinite where most
-        weights are zero. And the M smoothed log-weights ``[N, M]``, none above the largest raw
-        one; the raw ones where no distribution fits.
+    ``tail`` holds the :func:`tail_length` + 1 largest of K log-weights in ascending order,
+    ``[N, M + 1]``; the first is the threshold w₀. Returns the shape k̂ with its weak prior at 0.5,
+    ``[N]``: NaN where the tail has fewer than five weights (K < 21) and cannot be fitted, 0 where
+    the weights are equal, infinite where most are zero. And the M smoothed log-weights ``[N, M]``,
+    none above the largest raw one; the raw ones where no distribution fits.
 
     References:
         Zhang and Stephens (2009), A new and efficient estimation method for the generalized
