@@ -12,7 +12,7 @@ that :class:`~pyro.infer.TraceMeanField_ELBO` stays analytic for them.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -75,7 +75,29 @@ class Grid(constraints.Constraint):
         return steps / (self.levels - 1)
 
 
-class GridCategorical(TorchDistribution):
+class _OnGrid(TorchDistribution):
+    """A distribution over a grid, with the parameters that ``arg_constraints`` names."""
+
+    grid: Grid
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Grid:
+        """The grid."""
+        return self.grid
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        """The same distribution with a larger batch."""
+        new = self._get_checked_instance(type(self), _instance)
+        for name in self.arg_constraints:
+            value = getattr(self, name)
+            setattr(new, name, value.expand(*batch_shape, *value.shape[len(self.batch_shape) :]))
+        new.grid = self.grid
+        super(_OnGrid, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+
+class GridCategorical(_OnGrid):
     r"""A categorical distribution over the levels of a grid.
 
     .. math:: p\bigl(x = \tfrac{k}{L - 1}\bigr) = \mathrm{softmax}(\mathrm{logits})_k
@@ -94,20 +116,6 @@ class GridCategorical(TorchDistribution):
         self.logits = logits.log_softmax(-1)
         self.grid = Grid(logits.shape[-1])
         super().__init__(logits.shape[:-1], validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> Grid:
-        """The grid."""
-        return self.grid
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> GridCategorical:
-        """The same distribution with a larger batch."""
-        new = self._get_checked_instance(GridCategorical, _instance)
-        new.logits = self.logits.expand(*batch_shape, -1)
-        new.grid = self.grid
-        super(GridCategorical, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-mass of each value, in nats."""
@@ -138,7 +146,7 @@ class GridCategorical(TorchDistribution):
         return (self.logits.exp() * (values - self.mean.unsqueeze(-1)).square()).sum(-1)
 
 
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(_OnGrid):
     r"""A logistic variable rounded to a grid, with both tails in the outermost levels.
 
     .. math:: p\bigl(x = \tfrac{k}{L - 1}\bigr) = F(x + h) - F(x - h), \qquad
@@ -170,20 +178,6 @@ class DiscretizedLogistic(TorchDistribution):
         self.loc, self.scale = broadcast_all(loc, scale)
         self.grid = Grid(levels)
         super().__init__(self.loc.shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> Grid:
-        """The grid."""
-        return self.grid
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretizedLogistic:
-        """The same distribution with a larger batch."""
-        new = self._get_checked_instance(DiscretizedLogistic, _instance)
-        new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        new.grid = self.grid
-        super(DiscretizedLogistic, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-mass of each value, in nats."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import subseed
 from pyrovae.data.files import Arrays
-from pyrovae.data.labels import LABEL_SEED, label_context
 from pyrovae.data.sources import DATASETS, SPLIT_SEED, find_source, split_rows, unknown
 
 __all__ = [
@@ -22,10 +21,15 @@ __all__ = [
     "SPLIT_SEED",
     "Dataset",
     "Splits",
+    "choose_labelled",
     "draw_binary",
     "load_data",
 ]
 
+# No class number, so that a program can tell a hidden label by its sign.
+HIDDEN = -1
+# Fixed, so that runs with different seeds are shown the same labels and can be compared.
+LABEL_SEED = 0
 BINARIZE = ("none", "threshold", "static", "dynamic")
 CONTEXTS = ("none", "labels")
 
@@ -260,14 +264,48 @@ def draw_binary(
     return ((uniform.int() + levels // 2) * int(scale) < intensities.int() * levels).float()
 
 
+def choose_labelled(y: Tensor, count: int) -> Tensor:
+    """Rows ``[count]`` to show the labels of: as many of each class, to within one, as there are.
+
+    They are picked with the fixed seed :data:`LABEL_SEED`; more of them contain fewer of them.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(y):
+        raise InputError(
+            f"Expected labelled between 0 and the {len(y)} training labels, got {count!r}."
+        )
+    generator = torch.Generator().manual_seed(LABEL_SEED)
+    order = torch.randperm(len(y), generator=generator)
+    seen = torch.nn.functional.one_hot(y[order]).cumsum(0)
+    turn = seen.gather(1, y[order][:, None])[:, 0]
+    return order[turn.argsort(stable=True)[:count]]
+
+
 def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
-    shown = label_context(data.labels, data.name, labelled)
-    chosen = {"labelled": labelled, "label_seed": None if labelled is None else LABEL_SEED}
-    return replace(
-        data,
-        context=Splits(*((y,) for y in shown)),
-        provenance=data.provenance | {"context": "labels", **chosen},
-    )
+    """The same data with their classes, or the chosen few of them, as the programs' context."""
+    if data.labels is None:
+        raise InputError(
+            f"Expected labels in {data.name} for context='labels', got none; save them as y beside "
+            f"x in a .npz file, or in a column 'label' of a .csv file."
+        )
+    if any(y.is_floating_point() for y in data.labels):
+        raise InputError(
+            f"Expected labels that are classes in {data.name} for context='labels', got real "
+            f"numbers; save them as integers from 0."
+        )
+    found = torch.cat(list(data.labels)).unique()
+    if not torch.equal(found, torch.arange(len(found))):
+        raise InputError(
+            f"Expected the classes 0 to {len(found) - 1} as labels in {data.name}, got "
+            f"{found[0].item()} to {found[-1].item()}; number them from 0 without gaps."
+        )
+    shown, seed = data.labels, None
+    if labelled is not None:
+        shown, seed = Splits(*(torch.full_like(y, HIDDEN) for y in data.labels)), LABEL_SEED
+        chosen = choose_labelled(data.labels.train, labelled)
+        shown.train[chosen] = data.labels.train[chosen]
+    told = {"context": "labels", "labelled": labelled, "label_seed": seed}
+    context = Splits(*((y,) for y in shown))
+    return replace(data, context=context, provenance=data.provenance | told)
 
 
 def _binarize(x: Tensor, how: str, seed: int) -> Tensor:

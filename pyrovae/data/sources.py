@@ -59,18 +59,7 @@ class Source(NamedTuple):
 
 
 def find_source(name: str | Path, root: str | Path | None = None) -> Source:
-    """Read a shipped data set, or a file, as events of shape ``[D]`` or ``[C, H, W]``.
-
-    Args:
-        name: One of :data:`DATASETS`, or a ``.npy``, ``.npz`` or ``.csv`` file.
-        root: The folder that holds torchvision's sets; by default ``PYROVAE_DATA``, or else
-            ``pyrovae/data`` in the user's cache. It is written to only if files are missing.
-
-    Raises:
-        TypeError: If ``name`` is no name.
-        ValueError: If there is no such data set, or its arrays cannot be used.
-        FileNotFoundError: If a file is missing and cannot be downloaded.
-    """
+    """Read a shipped data set, or a file, as events of shape ``[D]`` or ``[C, H, W]``."""
     if not isinstance(name, str | os.PathLike):
         raise InputTypeError(
             f"Expected the name of a data set or a file, got {type(name).__name__}; save an array "
@@ -167,15 +156,9 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 def split_rows(
     rows: int, sizes: tuple[int, int, int] | None, name: str
 ) -> tuple[tuple[Tensor, ...], dict[str, str | int | None]]:
-    """The row numbers of the training, validation and test data, and the rule that chose them.
+    """The row numbers of each split, and the rule that chose them.
 
-    Args:
-        rows: The number of rows of all data.
-        sizes: How many leading rows are given as each split, if any are.
-        name: What the data are called.
-
-    Raises:
-        ValueError: If there are too few rows for three splits.
+    ``sizes`` says how many leading rows are given as each split, if any are.
     """
     if sizes is None:
         _check_rows(rows, 3, f"rows in {name}")

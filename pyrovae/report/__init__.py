@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,16 +50,7 @@ SPLITS = {"train": "training", "valid": "validation"}
 
 
 def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
-    """Draw the run's pictures, and those of its evaluation, and save them.
-
-    Args:
-        run: The run, where the pictures are saved.
-        experiment: Its trained pair and its data; pictures show test data.
-
-    Returns:
-        PNG by name. The latent space is drawn for each real-valued latent that is a vector, the
-        manifold for a single one of two dimensions.
-    """
+    """Draw the run's test data and its evaluation, save the pictures, return the PNG by name."""
     seed = subseed(experiment.config["seed"], PICTURE_STREAM)
     drawn = _draw_pictures(experiment, run.history(), seed)
     if (finding := load_finding(run)) is not None:
@@ -75,15 +66,7 @@ def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
 def sample_picture(
     model: Callable, like: Tensor, *context: Tensor, n: int, seed: int | None
 ) -> Figure:
-    """Draws from the model: E[x | z] for z from the prior, where the likelihood knows it.
-
-    Args:
-        model: The model program.
-        like: A batch ``[N, ...]``; its values are not used.
-        context: The model's further arguments ``[N, ...]``, taken from the first row on.
-        n: How many to draw.
-        seed: Seeds the draws.
-    """
+    """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
     rows = [
         tensor.repeat(-(-n // len(tensor)), *(1,) * (tensor.dim() - 1))[:n] for tensor in context
     ]
@@ -101,21 +84,10 @@ def render_report(
     *,
     weights: str | None = None,
 ) -> str:
-    """Write a run as one self-contained HTML page: what was found, then pictures, then settings.
+    """Write a run as one HTML page: what was found, by split, then PNG pictures, then settings.
 
-    Args:
-        config: The run's configuration, nested as it comes.
-        results: What evaluations found, by split. What is missing is left out; what no field of
-            the record is for is listed.
-        history: The rows of the training, one an epoch.
-        figures: PNG pictures by name.
-        weights: The digest of the run's weights, by which results of others are told.
-
-    Returns:
-        The page. It refers to nothing outside itself and runs no script.
-
-    Raises:
-        ValueError: If a figure is not a PNG.
+    The page refers to nothing outside itself and runs no script. ``weights`` is the digest of the
+    run's weights, by which results of others are told.
     """
     model, guide, data = (_name_of(config.get(part)) for part in ("model", "guide", "data"))
     order = ["test", "valid", "train", *results]
@@ -140,14 +112,7 @@ def render_report(
 
 
 def render_comparison(found: RunComparison) -> str:
-    """Write a comparison as one self-contained HTML page: what differs, then figures and pictures.
-
-    Args:
-        found: What :func:`pyrovae.runs.compare.compare_runs` made of the runs.
-
-    Returns:
-        The page. It refers to nothing outside itself and runs no script.
-    """
+    """Write a comparison as one self-contained HTML page: what differs, then the pictures."""
     names = [run.name for run in found.runs]
     curves = draw_findings({run.name: run.finding for run in found.runs}, joined=found.joined)
     return _render(
@@ -208,23 +173,20 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _leaves(value: Any, *without: str) -> list[tuple[str, Any]]:
+def _leaves(value: Any, *without: str, path: str = "") -> list[tuple[str, Any]]:
     """The leaves of nested mappings by their paths, ``a.b.c``, but for some keys of the first."""
-    if not value:
+    if not value and not path:
         return []
     if isinstance(value, Record):
         value = value.write()
-    if isinstance(value, Mapping):
-        value = {key: part for key, part in value.items() if key not in without}
-    return list(_walk(value, ""))
-
-
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _walk(part, f"{path}.{key}" if path else str(key))
-    else:
-        yield path or "name", value
+    if not isinstance(value, Mapping):
+        return [(path or "name", value)]
+    return [
+        leaf
+        for key, part in value.items()
+        if key not in without
+        for leaf in _leaves(part, path=f"{path}.{key}" if path else str(key))
+    ]
 
 
 def _name_of(part: Any) -> str:

@@ -34,12 +34,9 @@ THRESHOLDS = {0.5: "0.5: infinite variance", 0.7: "0.7: not to be trusted"}
 
 
 def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, Figure]:
-    """Draw what there is to draw, by name.
+    """Draw what there is to draw of evaluations on the same data, by the runs' names.
 
-    Args:
-        findings: Evaluations on the same data by the runs' names; the KL by dimension is drawn
-            for one alone, and an annealed estimate where there is one and it is of all data.
-        joined: The runs lie on one curve over β.
+    The KL by dimension is drawn for one alone, and so is an annealed estimate of all its data.
     """
     estimates = {n: f.log_likelihood for n, f in findings.items() if f.log_likelihood is not None}
     points = {n: (f.results.rate, f.results.distortion) for n, f in findings.items()}
@@ -74,17 +71,9 @@ def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
 def bound_curves(
     estimates: Mapping[str, LogLikelihood], annealed: LogLikelihood | None = None
 ) -> Figure:
-    """Draw the bound of each estimate, in nats per datum, against the number of samples.
+    """Draw the bound by number of samples, the annealed estimate being a level to reach.
 
-    Where a curve is flat at its end, the samples are enough. The last point, the estimate, has two
-    Monte Carlo standard errors around it.
-
-    Args:
-        estimates: Estimates of the same data, by what they are of.
-        annealed: A level to reach, of the same data.
-
-    Raises:
-        ValueError: If no estimate has a curve.
+    The last point, the estimate, has two Monte Carlo standard errors around it.
     """
     curves = {name: ll.curve.mean for name, ll in estimates.items() if ll.curve is not None}
     if not curves:
@@ -111,14 +100,7 @@ def bound_curves(
 
 @styled
 def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
-    """Draw the Pareto shape of each datum, sorted, with the values above which errors fail.
-
-    Args:
-        estimates: Estimates by what they are of.
-
-    Raises:
-        ValueError: If no estimate has a k-hat.
-    """
+    """Draw the Pareto shape of each datum, sorted, with the values above which errors fail."""
     shapes = {name: ll.khat.double().cpu().numpy() for name, ll in estimates.items()}
     shapes = {n: v for n, k in shapes.items() if (v := np.sort(k[np.isfinite(k)])).size}
     if not shapes:
@@ -151,14 +133,9 @@ def rate_distortion(
 
     .. math:: \mathrm{ELBO} = -(\text{rate} + \text{distortion})
 
-    Args:
-        points: Where each run ended, its rate and its distortion, by what the run is called.
-        paths: The rows of its training by the same names: ``valid_kl`` and
-            ``valid_reconstruction``, or else ``train_kl`` and ``train_reconstruction``.
-        joined: Join the points of all runs: they lie on one curve over β.
-
-    References:
-        Alemi et al., Fixing a Broken ELBO (arXiv 1711.00464).
+    ``points`` is where each run ended, ``paths`` the rows of its training; where the runs lie on
+    one curve over β, their points are joined. See Alemi et al., Fixing a Broken ELBO (arXiv
+    1711.00464).
     """
     title, ends = "Rate and distortion", []
     figure, axes = panel(title, "rate, KL(q(z|x) ‖ p(z)), nats", "distortion, nats", 3.4)
@@ -182,15 +159,7 @@ def rate_distortion(
 
 @styled
 def kl_by_dimension(sites: Mapping[str, Site]) -> Figure:
-    """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue.
-
-    Args:
-        sites: The latent sites by name; a KL of one number is the site's, where it is no sum
-            over dimensions.
-
-    Raises:
-        ValueError: If no site has a KL.
-    """
+    """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -221,12 +190,7 @@ def kl_by_dimension(sites: Mapping[str, Site]) -> Figure:
 
 @styled
 def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw how many data lie in the central intervals of p(x|z), z ~ q(z|x).
-
-    Args:
-        found: ``levels`` asked for, ``coverage`` found and its ``standard_error``, lists of one
-            length, by what they are of.
-    """
+    """Draw how many data lie in the central intervals of p(x|z), z ~ q(z|x)."""
     title = "Calibration of predictive intervals"
     figure, axes = panel(title, "nominal coverage", "share of values inside")
     axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", label="calibrated")

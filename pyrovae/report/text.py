@@ -58,12 +58,9 @@ def statements(
     history: Sequence[Mapping[str, Any]] = (),
     weights: str | None = None,
 ) -> list[Verdict]:
-    """What a reader should know of a split's numbers, doubts first.
+    """What a reader should know of a split's numbers and of its training, doubts first.
 
-    Args:
-        found: The split's results.
-        history: The rows of the training, one an epoch, to be judged as well.
-        weights: The digest of the run's weights as they are now, if it is known.
+    ``weights`` is the digest of the run's weights as they are now, if it is known.
     """
     parts = (_evidence(found), _annealed(found), _posterior(found), _training(history))
     said = [each for part in parts for each in part]

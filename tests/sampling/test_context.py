@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae.data import Dataset, Splits, load_data
-from pyrovae.data.labels import choose_labelled
+from pyrovae.data import Dataset, Splits, choose_labelled, load_data
 from pyrovae.guides.conditional import Conditional as ConditionalGuide
 from pyrovae.guides.semi_supervised import SemiSupervised as SemiSupervisedGuide
 from pyrovae.models.conditional import Conditional
