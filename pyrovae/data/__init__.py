@@ -304,8 +304,7 @@ def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
         chosen = choose_labelled(data.labels.train, labelled)
         shown.train[chosen] = data.labels.train[chosen]
     told = {"context": "labels", "labelled": labelled, "label_seed": seed}
-    context = Splits(*((y,) for y in shown))
-    return replace(data, context=context, provenance=data.provenance | told)
+    return replace(data, context=Splits(*((y,) for y in shown)), provenance=data.provenance | told)
 
 
 def _binarize(x: Tensor, how: str, seed: int) -> Tensor:
