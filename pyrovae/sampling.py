@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -144,10 +145,8 @@ def reconstruct(
         trace = pair.trace_posterior(*rows)
         return {name: trace.nodes[name] for name in pair.known.observed}
 
-    def inspect(*rows: Tensor) -> None:
-        inspect_pair(pair, *rows)
-
-    return _one_or_all(_Forward(pair, read, mean, inspect)((x, *context), seed, compile))
+    forward = _Forward(pair, read, mean, inspect=partial(inspect_pair, pair))
+    return _one_or_all(forward((x, *context), seed, compile))
 
 
 def encode(
@@ -368,6 +367,7 @@ def tile_size(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 16_384
 
 
+@dataclass
 class _Forward:
     """Values ``[N, ...]`` of sites of a program, which runs on one tile of rows after another.
 
@@ -376,21 +376,14 @@ class _Forward:
     run with the same noise; a tile in which a NaN or data outside their support come up runs
     eagerly again. A program that cannot be run on a part of the rows is run on all at once.
 
-    Args:
-        pair: The pair, or one program of it.
-        read: Runs the program on a tile's rows and returns the sites to take values of.
-        mean: Take a site's mean where its distribution knows it, or else its draw.
-        inspect: Looks at the rows that are going to run eagerly.
+    ``read`` runs the program on a tile's rows and returns the sites, to take the mean or the draw
+    of; ``inspect`` looks at the rows that are going to run eagerly.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        read: Callable[..., dict[str, Site]],
-        mean: bool,
-        inspect: Callable[..., object] = lambda *rows: None,
-    ) -> None:
-        self.pair, self.read, self.mean, self.inspect = pair, read, mean, inspect
+    pair: Pair
+    read: Callable[..., dict[str, Site]]
+    mean: bool
+    inspect: Callable[..., object] = lambda *rows: None
 
     @torch.no_grad()
     def __call__(self, rows: Rows, seed: int | None, compile: bool | str) -> dict[str, Tensor]:
@@ -487,11 +480,7 @@ def _has_mean(site: Site) -> bool:
 
 
 def _require_close(name: str, found: Tensor, expected: Tensor, share: float) -> None:
-    """Compare values with the eager ones, all but a small share of them.
-
-    Raises:
-        CaptureError: If more differ.
-    """
+    """Raise CaptureError where more than a share of the values differ from the eager ones."""
     found, expected = found.double(), expected.double()
     slack = ROUNDING * expected.abs().nan_to_num().max() + 1e-6
     other = ((found - expected).abs() > slack) | (found.isnan() != expected.isnan())
