@@ -18,7 +18,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
-__all__ = ["Places", "error_place", "failed_message", "lines_with"]
+__all__ = ["Places", "error_place", "failed_message", "lines_with", "steps"]
 
 LIBRARIES = tuple(
     str(Path(path).resolve())
@@ -52,7 +52,7 @@ def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
     while error is not None:
         places = [
             place
-            for frame, line in _steps(error)
+            for frame, line in steps(error)
             if (place := _place(frame, line)) and (shipped or not _is_shipped(_module(frame)))
         ]
         if places:
@@ -63,7 +63,7 @@ def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
 
 def failed_message(error: BaseException) -> dict | None:
     """Pyro's message of the sample statement that an error came out of, if there is one."""
-    messages = [frame.f_locals.get("msg") for frame, _ in _steps(error)]
+    messages = [frame.f_locals.get("msg") for frame, _ in steps(error)]
     messages = [m for m in messages if isinstance(m, dict) and m.get("type") == "sample"]
     return messages[-1] if messages else None
 
@@ -111,7 +111,8 @@ def _referred(program: Any) -> list[Any]:
     return [v for v in found if inspect.isfunction(v) and v.__module__ == program.__module__]
 
 
-def _steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+def steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames that an error passed through and their lines, the innermost last."""
     step = error.__traceback__
     while step is not None:
         yield step.tb_frame, step.tb_lineno

@@ -20,10 +20,11 @@ from pyrovae.checking.bounds import (
     reparameterized,
     samples_are_data,
 )
-from pyrovae.checking.case import Case, Row, failed, sentence, skipped, untouched
+from pyrovae.checking.case import Case, Row, failed, skipped, untouched
 from pyrovae.checking.scores import gradients, independent_data, particles_broadcast
 from pyrovae.checking.structure import plates_and_events, programs_run, sites_match
 from pyrovae.checking.values import data_support, finite, latent_support
+from pyrovae.pairs.contract import sentence
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
 

@@ -35,7 +35,6 @@ __all__ = [
     "Status",
     "failed",
     "passed",
-    "sentence",
     "skipped",
     "take",
     "untouched",
@@ -249,11 +248,6 @@ class Case:
                 for kind, trace in (("guide", guide), ("model", model))
                 for name, score in site_scores(trace, self.layout, *size).items()
             }
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says, without Pyro's table of shapes."""
-    return str(error).partition("Trace Shapes:")[0].strip()
 
 
 def take(rows: tuple, part: slice | Tensor) -> tuple:

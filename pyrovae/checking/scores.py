@@ -17,11 +17,10 @@ from pyrovae.checking.case import (
     Scores,
     failed,
     passed,
-    sentence,
     skipped,
     take,
 )
-from pyrovae.pairs.contract import check_reach
+from pyrovae.pairs.contract import check_reach, sentence
 from pyrovae.pairs.traces import is_bookkeeping, samples, take_particles
 
 __all__ = ["gradients", "independent_data", "particles_broadcast"]

@@ -8,9 +8,18 @@ from torch import Size, Tensor
 from torch.distributions import Independent
 
 from pyrovae._tools import InputError
-from pyrovae._tools.source_lines import error_place, failed_message
-from pyrovae.checking.case import Case, Row, failed, passed, sentence, skipped
-from pyrovae.pairs.contract import batch_frame, batch_plates, check_event, check_sites, mended
+from pyrovae._tools.source_lines import error_place
+from pyrovae.checking.case import Case, Row, failed, passed, skipped
+from pyrovae.pairs.contract import (
+    batch_frame,
+    batch_plates,
+    check_event,
+    check_sites,
+    mended,
+    misfit,
+    sentence,
+    sizes_fit,
+)
 from pyrovae.pairs.traces import is_bookkeeping
 
 __all__ = ["plates_and_events", "programs_run", "sites_match"]
@@ -19,9 +28,9 @@ __all__ = ["plates_and_events", "programs_run", "sites_match"]
 def programs_run(case: Case) -> Row:
     """Both programs run on a batch, each by itself."""
     for kind, error in case.errors.items():
-        if _misfit(error):
+        if misfit(error):
             return skipped(needs="plates and events")
-        text = f"{type(error).__name__}: {mended(sentence(error), case.rows[0])}"
+        text = f"{type(error).__name__}: {mended(error, case.rows[0])}"
         return failed(f"The {kind} fails with {text}", error_place(error))
     return passed(f"on {len(case.rows[0])} data points")
 
@@ -46,7 +55,7 @@ def plates_and_events(case: Case) -> Row:
     """One plate holds the batch, and every dimension is a plate's or an event's."""
     if case.errors:
         errors = case.errors.values()
-        found = [_explain(case, error, site) for error in errors if (site := _misfit(error))]
+        found = [_explain(case, error, site) for error in errors if (site := misfit(error))]
         if not found:
             return skipped(needs="runs")
         where = dict.fromkeys(line for each in found for line in each.where)
@@ -62,18 +71,6 @@ def plates_and_events(case: Case) -> Row:
     return passed(f"plate {frame.name!r} at dim {frame.dim}; {shapes}")
 
 
-def _misfit(error: Exception) -> dict | None:
-    """The sample statement that does not fit into its plates, if the error came out of one.
-
-    Pyro's BroadcastMessenger (1.9.2) raises a plain ValueError there; as its text is not to be
-    relied on, the statement's shapes are held against its plates once more.
-    """
-    site = failed_message(error)
-    if site is None or not isinstance(error, ValueError):
-        return None
-    return None if _sizes_fit(getattr(site["fn"], "batch_shape", Size()), _plates(site)) else site
-
-
 def _explain(case: Case, error: Exception, site: dict) -> Row:
     name, fn, n = site["name"], site["fn"], len(case.rows[0])
     plates, batch, place = _plates(site), site["fn"].batch_shape, error_place(error)
@@ -86,13 +83,9 @@ def _explain(case: Case, error: Exception, site: dict) -> Row:
         return failed(text, *case.where(plates[0].name), place)
     for extra in range(1, len(batch) + 1):
         rest = batch[: len(batch) - extra]
-        if len(rest) <= max(-f.dim for f in plates) and _sizes_fit(rest, plates):
+        if len(rest) <= max(-f.dim for f in plates) and sizes_fit(rest, plates):
             return _too_many(name, fn, extra, plates, place)
     return failed(f"{error}: give site {name!r} the batch shape [{n}].", place)
-
-
-def _sizes_fit(batch: Size, plates: list[Any]) -> bool:
-    return all(len(batch) < -f.dim or batch[f.dim] in (1, f.size) for f in plates)
 
 
 def _plates(site: dict) -> list[Any]:

@@ -12,7 +12,13 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint, indepen
 
 from pyrovae._tools import InputError, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.diagnostics.aggregate import Aggregate, aggregate_posterior, mix
+from pyrovae.diagnostics.aggregate import (
+    Aggregate,
+    Gaps,
+    aggregate_posterior,
+    inference_gaps,
+    mix,
+)
 from pyrovae.diagnostics.calibration import (
     Calibration,
     Probe,
@@ -20,7 +26,6 @@ from pyrovae.diagnostics.calibration import (
     fit_probe,
     is_probable,
 )
-from pyrovae.diagnostics.gaps import Gaps, inference_gaps
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
 from pyrovae.evidence.tiles import Evaluation, opened
@@ -108,7 +113,10 @@ def diagnose(
         rate, distortion, sites = _examine(task, num_samples, bar.update)
         aggregate, remarks = _aggregate(task, bar.update)
         with seeded(subseed(task.seed, 0, INTERVAL_STREAM), task.device):
-            calibration = _calibrate(task.pair, task.rows) if intervals else None
+            calibration = None
+            if intervals:
+                chosen = torch.randperm(len(x))[:CALIBRATED].to(task.device)
+                calibration = calibrate(task.pair, tuple(rows[chosen] for rows in task.rows))
             dimensions = _eight_bit_dimensions(task.pair, task.first)
     probe = None
     if labels is not None and not is_probable(labels):
@@ -154,7 +162,7 @@ def _examine(
     tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
     with seeded(subseed(task.seed, 0, DRAW_STREAM), task.device):
         for rows in tiles:
-            parts.append(examine(task.pair, task.pair.known, rows, particles))
+            parts.append(examine(task.pair, rows, particles))
             tick(len(rows[0]))
     rate, distortion, sites = zip(*parts, strict=True)
     joined = {
@@ -197,11 +205,6 @@ def _draws(num_data: int) -> int:
     """How many draws to score for all data, as many for each where there are few data."""
     draws = min(max(PAIRS // num_data, LEAST_DRAWS), MOST_DRAWS)
     return draws // min(num_data, draws) * min(num_data, draws)
-
-
-def _calibrate(pair: Pair, rows: tuple) -> Calibration | None:
-    chosen = torch.randperm(len(rows[0]))[:CALIBRATED].to(rows[0].device)
-    return calibrate(pair, pair.known, tuple(tensor[chosen] for tensor in rows))
 
 
 def _eight_bit_dimensions(pair: Pair, rows: tuple) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae._tools import standard_error
 from pyrovae._tools.seeding import subseed
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples
+from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = [
     "LEVELS",
@@ -87,20 +87,14 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
+def calibrate(pair: Pair, rows: tuple) -> Calibration | None:
     """The coverage of the likelihood's intervals, at one draw of the latents of each datum.
 
-    Args:
-        pair: The pair.
-        layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
-        rows: Data ``[N, ...]`` with further arguments of both programs.
-
-    Returns:
-        None if the model observes nothing, or masks all that it does.
+    None if the model observes nothing, or masks all that it does.
     """
     size = max(1, ELEMENTS // REPLICATES // max(rows[0][0].numel(), 1))
     tiles = zip(*(tensor.split(size) for tensor in rows), strict=True)
-    found = torch.cat([_shares(pair, layout, tile) for tile in tiles], 1)
+    found = torch.cat([_shares(pair, tile) for tile in tiles], 1)
     found = found[:, ~found.isnan().any(0)]
     if not found.shape[1]:
         return None
@@ -108,12 +102,12 @@ def calibrate(pair: Pair, layout: Layout, rows: tuple) -> Calibration | None:
     return Calibration(LEVELS, tuple(found.mean(1).tolist()), tuple(error.tolist()))
 
 
-def _shares(pair: Pair, layout: Layout, rows: tuple) -> Tensor:
+def _shares(pair: Pair, rows: tuple) -> Tensor:
     """The share of each datum's values within each interval, ``[L, N]``; NaN where none is seen."""
     sites, n = samples(pair.trace_posterior(*rows)), len(rows[0])
     half = torch.tensor(LEVELS, dtype=torch.float64, device=rows[0].device)[:, None, None] / 2
     inside, count = half.new_zeros(len(LEVELS), n), half.new_zeros(n)
-    for name in layout.observed:
+    for name in pair.known.observed:
         site = sites[name]
         if is_bookkeeping(site):
             continue
@@ -124,7 +118,7 @@ def _shares(pair: Pair, layout: Layout, rows: tuple) -> Tensor:
         seen = seen.reshape(*seen.shape, *[1] * events).expand(*seen.shape, *fn.event_shape)
         ranks = randomized_ranks(fn, site["value"].expand(seen.shape))
         ranks, seen = (
-            t.movedim(layout.dim - events, 0).reshape(n, -1).double() for t in (ranks, seen)
+            t.movedim(pair.known.dim - events, 0).reshape(n, -1).double() for t in (ranks, seen)
         )
         inside += (((ranks - 0.5).abs() <= half) * seen).sum(-1)
         count += seen.sum(-1)

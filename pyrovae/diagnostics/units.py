@@ -38,22 +38,17 @@ class SitePosterior(NamedTuple):
 
 
 def examine(
-    pair: Pair, layout: Layout, rows: tuple, particles: int
+    pair: Pair, rows: tuple, particles: int
 ) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
     """The rate and the distortion of each datum, ``[N]`` in nats, and the rate's parts by site.
 
     Divergences are in closed form where there is one and both programs sample their latents in
     one order, and means over draws elsewhere.
 
-    Args:
-        pair: The pair.
-        layout: What :func:`pyrovae.pairs.contract.inspect_pair` said of the pair.
-        rows: A batch, with the programs' further arguments.
-        particles: The number of draws of each datum.
-
     Raises:
         ValueError: If a site's log-probability is NaN.
     """
+    layout = pair.known
     model, guide = pair.trace(*rows, particles=particles)
     unscaled(layout, model, guide)
     analytic, size = in_one_order(model, guide), (particles, len(rows[0]))

@@ -12,9 +12,11 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae._tools.source_lines import failed_message, steps
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
@@ -33,7 +35,10 @@ __all__ = [
     "inspect_pair",
     "is_scaled",
     "mended",
+    "misfit",
+    "sentence",
     "site_scale",
+    "sizes_fit",
 ]
 
 
@@ -167,8 +172,7 @@ def _blames_data(x: Tensor) -> Iterator[None]:
                 f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
                 f"{bad[0].item()}: clean them, or let the programs mask them."
             ) from error
-        text = str(error).partition("Trace Shapes:")[0].strip()
-        raise InputError(mended(text, x)) from error
+        raise InputError(mended(error, x)) from error
     except IndexError as error:
         raise InputError(
             f"A program looks up what it does not have ({error}): give it as many classes as there "
@@ -176,19 +180,49 @@ def _blames_data(x: Tensor) -> Iterator[None]:
         ) from error
 
 
-def mended(text: str, x: Tensor) -> str:
+def mended(error: Exception, x: Tensor) -> str:
     """An error's text with what to change, where that is known."""
-    if "Shape mismatch inside plate" in text:
+    *_, (frame, _) = steps(error)
+    inner, text = frame.f_locals, sentence(error)
+    if misfit(error) is not None:
         return f"{text}: declare the dimensions of one event with .to_event(n)."
-    if text.startswith("Expected parameter"):
-        what = text.partition("but found")[0].strip(" ,")
+    # A distribution refuses a parameter in its own constructor (torch 2.15), by a plain ValueError.
+    if frame.f_code is Distribution.__init__.__code__ and "param" in inner:
         return (
-            f"{what}, and it does not. The data run from {x.min():.4g} to {x.max():.4g}: scale "
-            f"them to about [0, 1], or look at the network that makes the parameter."
+            f"Expected parameter {inner['param']} of {type(inner['self']).__name__}, of shape "
+            f"{list(inner['value'].shape)}, to satisfy the constraint {inner['constraint']!r}, and "
+            f"it does not. The data run from {x.min():.4g} to {x.max():.4g}: scale them to about "
+            f"[0, 1], or look at the network that makes the parameter."
         )
-    if "must have the same dtype" in text:
+    owner = inner.get("self")
+    known = {p.dtype for p in owner.parameters()} if isinstance(owner, nn.Module) else set()
+    given = {value.dtype for value in inner.values() if isinstance(value, Tensor)}
+    if isinstance(error, RuntimeError) and known and x.dtype in given - known:
         return f"{text}. The data are {x.dtype}: convert them or the modules."
     return text
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, without the table of shapes that Pyro (1.9.2) puts below in its text."""
+    return str(error).partition("Trace Shapes:")[0].strip()
+
+
+def misfit(error: Exception) -> Site | None:
+    """The sample statement that does not fit into its plates, if the error came out of one.
+
+    Pyro's BroadcastMessenger (1.9.2) raises a plain ValueError there; as its text is not to be
+    relied on, the statement's shapes are held against its plates once more.
+    """
+    site = failed_message(error)
+    if site is None or not isinstance(error, ValueError):
+        return None
+    batch = getattr(site["fn"], "batch_shape", Size())
+    return None if sizes_fit(batch, _plates(site).values()) else site
+
+
+def sizes_fit(batch: Size, plates: Iterable[Any]) -> bool:
+    """Whether a batch shape has the sizes of plates, or ones."""
+    return all(len(batch) < -f.dim or batch[f.dim] in (1, f.size) for f in plates)
 
 
 def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:

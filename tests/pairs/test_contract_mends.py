@@ -1,0 +1,63 @@
+"""What a pair that fails at first sight is told to change."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyrovae.checking import quick
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.pair import Pair
+
+
+class _Programs(nn.Module):
+    def __init__(self, event: int = 1) -> None:
+        super().__init__()
+        self.net, self.event = nn.Linear(3, 2), event
+
+    def model(self, x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, True).expand(-1, 3), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = self.net(x)
+            pyro.sample("z", dist.Normal(loc, loc.exp(), validate_args=True).to_event(self.event))
+
+
+@pytest.mark.parametrize("look", [lambda *a: inspect_pair(Pair(*a[:2]), a[2]), quick])
+@pytest.mark.parametrize(
+    ("event", "x", "found"),
+    [
+        (1, torch.zeros(5, 3, dtype=torch.float64), "The data are torch.float64: convert them"),
+        (0, torch.zeros(5, 3), r"to_event\(1\)|\.to_event\(n\)"),
+    ],
+    ids=["dtype", "event"],
+)
+def test_mends(look, event, x, found):
+    torch.manual_seed(0)
+    programs = _Programs(event)
+    nn.init.constant_(programs.net.weight, 0.5)
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match=found):
+        look(programs.model, programs.guide, x)
+
+
+def test_parameters_out_of_range():
+    programs = _Programs()
+    nn.init.constant_(programs.net.weight, 0.5)
+    found = "Expected parameter loc of Normal, of shape .5, 3.*The data run from 1e.38"
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match=found):
+        inspect_pair(Pair(programs.model, programs.guide), torch.full((5, 3), 1e38))
+
+
+def test_other_errors_keep_their_text():
+    """Data of another dtype are not blamed for an error that lies elsewhere."""
+    programs = _Programs()
+
+    def guide(x: torch.Tensor) -> None:
+        raise RuntimeError("They must have the same dtype, and Shape mismatch inside plate.")
+
+    with pytest.raises(ValueError, match=r"inside plate\.$"):
+        inspect_pair(Pair(programs.model, guide), torch.zeros(5, 3, dtype=torch.float64))
