@@ -14,9 +14,9 @@ from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.objectives.elbo import site_terms
+from pyrovae.objectives.elbo import terms_by_datum
 from pyrovae.pairs.enumeration import enumerates
-from pyrovae.pairs.traces import reduce_to, samples, unscaled
+from pyrovae.pairs.traces import samples
 
 __all__ = [
     "analytic_kl",
@@ -93,13 +93,9 @@ def _estimators(case: Case) -> tuple[Tensor, Tensor]:
     with case.quietly():
         case.pair.layout = case.layout
         traces = case.pair.trace(*case.few, particles=k)
-        unscaled(case.layout, *traces)
-
-        def total(analytic: bool) -> Tensor:
-            terms = site_terms(*traces, analytic).values()
-            return torch.stack([reduce_to(t, case.layout, k, n).double() for t in terms]).sum(0)
-
-        return total(False), total(True)
+        both = [terms_by_datum(case.pair, traces, (k, n), analytic) for analytic in (False, True)]
+        a, b = (torch.stack([*terms.values()]).double().sum(0) for terms in both)
+        return a, b
 
 
 def estimators_agree(case: Case) -> Row:

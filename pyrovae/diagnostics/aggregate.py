@@ -99,15 +99,7 @@ def mix(
     seed: int,
     tick: Callable[[int], Any] = lambda count: None,
 ) -> Aggregate:
-    """What :func:`aggregate_posterior` computes, for a pair that has been opened.
-
-    Args:
-        pair: The pair, inspected.
-        rows: Data ``[N, ...]`` with further arguments of both programs.
-        num_draws: How many draws are averaged.
-        seed: Seeds the draws.
-        tick: Called with the number of draws finished.
-    """
+    """What :func:`aggregate_posterior` computes; ``tick`` hears how many draws are finished."""
     num_data, device = len(rows[0]), rows[0].device
     information, marginal, upper = [], [], []
     with seeded(subseed(seed, 0, STREAM), device):

@@ -10,9 +10,9 @@ from torch.distributions import Categorical, Distribution, Independent, OneHotCa
 from torch.distributions import kl_divergence as divergence
 
 from pyrovae._tools import InputError
-from pyrovae.objectives.elbo import in_one_order, site_terms
+from pyrovae.objectives.elbo import in_one_order, terms_by_datum
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, reduce_to, samples, unscaled
+from pyrovae.pairs.traces import Layout, samples
 
 __all__ = ["SitePosterior", "examine"]
 
@@ -50,12 +50,9 @@ def examine(
     """
     layout = pair.known
     model, guide = pair.trace(*rows, particles=particles)
-    unscaled(layout, model, guide)
     analytic, size = in_one_order(model, guide), (particles, len(rows[0]))
-    terms = {
-        name: reduce_to(term, layout, *size).mean(0)
-        for name, term in site_terms(model, guide, analytic).items()
-    }
+    found = terms_by_datum(pair, (model, guide), size, analytic)
+    terms = {name: term.mean(0) for name, term in found.items()}
     if bad := [name for name, term in terms.items() if bool(term.isnan().any())]:
         raise InputError(
             f"The log-probability of site {bad[0]!r} is NaN at draws from the guide: look at its "

@@ -37,6 +37,7 @@ __all__ = [
     "score_elbo",
     "site_terms",
     "surrogate_elbo",
+    "terms_by_datum",
     "total",
 ]
 
@@ -59,6 +60,15 @@ def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[s
         elif not model[name]["is_observed"]:
             terms[name] = -closed[name] if name in closed else terms[name] - site["log_prob"]
     return terms
+
+
+def terms_by_datum(
+    pair: Pair, traces: tuple[Trace, Trace], size: tuple[int, int], analytic: bool
+) -> dict[str, Tensor]:
+    """The terms of :func:`site_terms` without scales and subsampling, summed to ``[K, N]``."""
+    unscaled(pair.known, *traces)
+    terms = site_terms(*traces, analytic)
+    return {name: reduce_to(term, pair.known, *size) for name, term in terms.items()}
 
 
 def total(scores: Iterable[Tensor]) -> Tensor:
@@ -223,11 +233,8 @@ def elbo(
 
 def score_elbo(pair: Pair, rows: tuple, particles: int, *, analytic: bool) -> tuple[Tensor, Tensor]:
     """Reconstruction and KL of a batch that has been inspected, ``[N]`` each, in nats."""
-    traces, layout = pair.trace(*rows, particles=particles), pair.known
-    unscaled(layout, *traces)
-    terms = {
-        name: reduce_to(term, layout, particles, len(rows[0])).mean(0)
-        for name, term in site_terms(*traces, analytic).items()
-    }
-    observed = [terms.pop(name) for name in layout.observed if name in terms]
+    traces = pair.trace(*rows, particles=particles)
+    found = terms_by_datum(pair, traces, (particles, len(rows[0])), analytic)
+    terms = {name: term.mean(0) for name, term in found.items()}
+    observed = [terms.pop(name) for name in pair.known.observed if name in terms]
     return total(observed), -total(terms.values())

@@ -319,5 +319,5 @@ def test_bad_input_is_refused():
         diagnose(model, guide, x, labels=torch.zeros(3))
     with torch.no_grad():
         guide.encoder.layers[0].weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="z"):
+    with pytest.raises(ValueError, match="Expected parameter loc of Normal"):
         diagnose(model, guide, x)
