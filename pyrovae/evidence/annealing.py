@@ -240,12 +240,11 @@ class Annealer:
 
     def result(self, found: Found | None = None) -> LogLikelihood:
         """The estimate that all tiles' sums make up."""
-        task = self.task
-        # Chains from the prior start everywhere where it has mass.
-        covers = self.settings.initial == "prior"
-        with seeded(task.seed, task.device, 0, PRIOR_STREAM):
-            uncovered = 0.0 if covers else uncovered_share(task.pair, task.first)
-        points = curve_points(self.settings.num_chains)
+        task, points = self.task, curve_points(self.settings.num_chains)
+        uncovered = 0.0  # chains from the prior start everywhere where it has mass
+        if self.settings.initial == "guide":
+            with seeded(task.seed, task.device, 0, PRIOR_STREAM):
+                uncovered = uncovered_share(task.pair, task.first)
         return task.estimate(points, self.settings.method, uncovered, found)
 
     def _compile(self, rows: tuple) -> None:

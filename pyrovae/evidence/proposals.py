@@ -276,13 +276,12 @@ class Compiled(Proposal):
         from pyrovae.compiling.graph import CaptureError, Graph, compare
 
         def graph(what: str, function: Callable[..., list[Tensor]], args: tuple) -> Graph:
-            made = Graph(function, args, self.pair)
-            with seeded(0, args[0].device):
-                expected = function(*args)
-            with seeded(0, args[0].device):
-                found = made(*args)
-            for one, other in zip(found, expected, strict=True):
-                compare(what, one, other)
+            made, results = Graph(function, args, self.pair), []
+            for run in (function, made):
+                with seeded(0, args[0].device):
+                    results.append(run(*args))
+            for expected, found in zip(*results, strict=True):
+                compare(what, found, expected)
             return made
 
         with seeded(0, rows[0].device):

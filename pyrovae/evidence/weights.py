@@ -1,8 +1,7 @@
 """Importance weights that pass by once: their mean, its error, their tail, and the bound for fewer.
 
-Nothing here keeps K weights: sums and the largest few are enough, so that a million samples take
-the memory of a thousand. Sums are of float64, because a float32 loses the small weights beside a
-large one, and log-weights of images are in the hundreds of nats.
+Sums and the largest few of K weights are kept, in float64: a float32 loses the small weights
+beside a large one, and log-weights of images are in the hundreds of nats.
 """
 
 from __future__ import annotations
@@ -66,21 +65,19 @@ class Sums:
         error = ((k / ess - 1).clamp(min=0) / (k - 1)).sqrt() if k > 1 else ess * math.nan
         tail = self.tail.ascending()
         khat, smoothed = pareto_smooth(tail, k)
+        top = torch.where(self.top.isinf(), 0.0, self.top)[:, None]
+        gain = (smoothed - top).exp().sum(1) - (tail[:, 1:] - top).exp().sum(1)
         return {
             "log_prob": self._log_mean(self.first),
             "standard_error": error,
             "ess": ess,
             "khat": khat,
-            "smoothed": self._log_mean(self.first + self._gain(smoothed, tail[:, 1:])),
+            "smoothed": self._log_mean(self.first + gain),
             "curve": torch.stack([group.bound() for group in self.groups], 1),
         }
 
     def _log_mean(self, total: Tensor) -> Tensor:
         return torch.where(self.top.isinf(), self.top, self.top + (total / self.num_samples).log())
-
-    def _gain(self, smoothed: Tensor, raw: Tensor) -> Tensor:
-        top = torch.where(self.top.isinf(), 0.0, self.top)[:, None]
-        return (smoothed - top).exp().sum(1) - (raw - top).exp().sum(1)
 
 
 class _Groups:
@@ -168,7 +165,11 @@ def pareto_smooth(tail: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     excess = torch.where(constant[:, None], torch.ones_like(excess), excess)
     khat, sigma = (torch.cat(f) for f in zip(*map(_fit, excess.split(FITTED_AT_ONCE)), strict=True))
     khat = torch.where(torch.isfinite(tail[:, 0]), khat, math.inf)
-    smoothed = (weights[:, :1] + _quantiles(khat, sigma, length)).clamp(max=1).log() + top
+    p = (torch.arange(length, dtype=khat.dtype, device=khat.device) + 0.5) / length
+    # At k = 0 the quantile is its limit, -σ ln(1 - p), which a small k gives without a branch.
+    k = torch.where(khat.abs() < torch.finfo(khat.dtype).eps, 1e-12, khat)[:, None]
+    quantiles = sigma[:, None] * torch.expm1(-k * torch.log1p(-p)) / k
+    smoothed = (weights[:, :1] + quantiles).clamp(max=1).log() + top
     fits = (khat.isfinite() & (sigma > 0) & ~constant)[:, None] & smoothed.isfinite()
     return torch.where(constant, 0.0, khat), torch.where(fits, smoothed, raw)
 
@@ -190,11 +191,3 @@ def _fit(excess: Tensor) -> tuple[Tensor, Tensor]:
     b = (b * weight).sum(1, keepdim=True)
     k = torch.log1p(-b * excess).mean(1)
     return (n * k + 5) / (n + 10), -k / b[:, 0]
-
-
-def _quantiles(khat: Tensor, sigma: Tensor, length: int) -> Tensor:
-    """F⁻¹((i − 1/2) / M) for i = 1, …, M, ``[N, M]``."""
-    p = (torch.arange(length, dtype=khat.dtype, device=khat.device) + 0.5) / length
-    # At k = 0 the quantile is its limit, -σ ln(1 - p), which a small k gives without a branch.
-    k = torch.where(khat.abs() < torch.finfo(khat.dtype).eps, 1e-12, khat)[:, None]
-    return sigma[:, None] * torch.expm1(-k * torch.log1p(-p)) / k
