@@ -233,11 +233,7 @@ class Case:
         *,
         training: bool = False,
     ) -> Scores:
-        """Every site's log-probability at the latents of a guide's trace.
-
-        Returns:
-            ``[K, N]`` by program and site, in nats.
-        """
+        """Every site's log-probability ``[K, N]`` at a guide's latents, by program and site."""
         size = particles or 1, len(rows[0])
         self.pair.layout = self.layout
         with self.quietly(training):

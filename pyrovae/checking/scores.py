@@ -35,13 +35,7 @@ STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode")
 
 
 def independent_data(case: Case, training: bool = True, sizes: bool = True) -> Row:
-    """The log-probabilities of a data point do not depend on the rest of its batch.
-
-    Args:
-        case: The pair.
-        training: Look in train mode as well.
-        sizes: Look at batches of other sizes as well.
-    """
+    """A datum's log-probabilities do not depend on its batch, in either mode and of any size."""
     if len(case.rows[0]) < 2:
         return skipped("only one data point was given")
     for mode in (False, True)[: 1 + training]:

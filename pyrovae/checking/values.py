@@ -16,7 +16,7 @@ from torch.distributions.constraints import is_dependent
 from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, take
-from pyrovae.pairs.contract import check_support
+from pyrovae.pairs.contract import base_of, check_support
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
 __all__ = ["data_support", "finite", "latent_support"]
@@ -81,7 +81,7 @@ def _only_in(here: Any, there: Any) -> float | None:
     if not bool(found.any()):
         return None
     value = values[tuple(found.nonzero()[0])].reshape(-1)
-    outside = ~_base(there).support.check(value)
+    outside = ~base_of(there).support.check(value)
     return (value[outside] if outside.shape == value.shape and outside.any() else value)[0].item()
 
 
@@ -179,9 +179,9 @@ def _parameters(fn: Any) -> Iterator[tuple[str, Tensor, Tensor, str]]:
 
 def _support(fn: Any) -> str:
     try:
-        return f"{_spell(fn.support)} ({type(_base(fn)).__name__})"
+        return f"{_spell(fn.support)} ({type(base_of(fn)).__name__})"
     except NotImplementedError:
-        return type(_base(fn)).__name__
+        return type(base_of(fn)).__name__
 
 
 def _spell(constraint: Any) -> str:
@@ -202,9 +202,3 @@ def _spell(constraint: Any) -> str:
         "IntegerInterval": f"an integer from {low} to {high}",
         "IntegerGreaterThan": f"an integer from {low}",
     }.get(kind, re.sub(r"(?<!^)(?=[A-Z])", " ", kind).lower())
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn

@@ -131,13 +131,7 @@ def randomized_ranks(fn: Any, value: Tensor, replicates: int = REPLICATES) -> Te
     .. math:: u = \frac{\#\{r : x^r < x\} + v \, (\#\{r : x^r = x\} + 1)}{R + 1}, \qquad
               v \sim \mathcal{U}(0, 1)
 
-    Args:
-        fn: The distribution of the replicates.
-        value: Values ``[...]`` of its batch and event shape.
-        replicates: R.
-
-    Returns:
-        u in the value's shape: uniform if the value is a draw from ``fn`` too.
+    u has the value's shape; it is uniform if the value is a draw from ``fn`` too.
     """
     drawn = fn.sample((replicates,))
     close = 1e-6 if fn.support.is_discrete else 0.0
@@ -172,12 +166,7 @@ def is_probable(labels: Tensor) -> bool:
 
 
 def fit_probe(features: Tensor, labels: Tensor, seed: int) -> Probe:
-    """Fit classifiers to half of the data, and measure their accuracy on the other half.
-
-    Args:
-        features: Posterior means ``[N, D]``; at most ten thousand of them are used.
-        labels: Classes ``[N]``.
-        seed: Seeds the choice of the halves.
+    """Fit classifiers of ``[N, D]`` to half of the data, and measure them on the other half.
 
     References:
         Alain and Bengio, Understanding intermediate layers using linear classifier probes

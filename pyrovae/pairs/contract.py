@@ -22,6 +22,7 @@ from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
 
 __all__ = [
+    "base_of",
     "batch_frame",
     "batch_plates",
     "cell_scale",
@@ -326,9 +327,7 @@ def _check_observed(name: str, site: Site) -> None:
 
 
 def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
-    base = fn
-    while hasattr(base, "base_dist") and not hasattr(base, "transforms"):
-        base = base.base_dist
+    base = base_of(fn)
     kind = type(base).__name__
     inside = base.support.check(value)
     bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
@@ -341,6 +340,13 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
             "Bernoulli, Gaussian)"
         )
     return f"Site {name!r} observes {shown}, outside the support of {kind}: {mend}."
+
+
+def base_of(fn: Any) -> Any:
+    """A distribution without what declares its events or masks it."""
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
 
 
 def is_scaled(sites: Iterable[tuple[str, Site]], layout: Layout) -> bool:
