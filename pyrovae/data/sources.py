@@ -71,7 +71,12 @@ def find_source(name: str | Path, root: str | Path | None = None) -> Source:
 
 def _read(name: str | Path, root: str | Path | None) -> Source:
     if str(name) == "digits":
-        return _digits()
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        arrays = Arrays(found.images.astype(np.uint8), found.target.astype(np.int64))
+        origin = {"source": f"scikit-learn {version('scikit-learn')}"}
+        return Source("digits", arrays, 16.0, "/ 16", origin)
     if str(name) in DATASETS:
         origin = {"source": f"torchvision {version('torchvision')}"}
         return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)
@@ -79,22 +84,19 @@ def _read(name: str | Path, root: str | Path | None) -> Source:
     if path.suffix.lower() not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise InputError(unknown("the data set", str(name), [*DATASETS, files]))
-    return _file(path)
-
-
-def _digits() -> Source:
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    arrays = Arrays(found.images.astype(np.uint8), found.target.astype(np.int64))
-    origin = {"source": f"scikit-learn {version('scikit-learn')}"}
-    return Source("digits", arrays, 16.0, "/ 16", origin)
+    arrays = read_arrays(path)
+    with path.open("rb") as file:
+        origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    grey = arrays.x.dtype == np.uint8 and arrays.x.max() > 1
+    scale, scaling = (255.0, "uint8 / 255") if grey else (1.0, "none")
+    return Source(path.stem, arrays, scale, scaling, origin)
 
 
 def _images(name: str, root: str | Path | None) -> Arrays:
     """One of torchvision's image sets, uint8 ``[N, ...]``, the official test set last."""
     kind, files = IMAGES[name]
-    folder = Path(root or os.environ.get("PYROVAE_DATA") or _cache()).expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae" / "data"
+    folder = Path(root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
     if not all((folder / file).is_file() for file in files):
         try:
             with redirect_stdout(sys.stderr):
@@ -130,19 +132,6 @@ def _part(
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images and {len(y)} labels")
     return x, y
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae" / "data"
-
-
-def _file(path: Path) -> Source:
-    arrays = read_arrays(path)
-    with path.open("rb") as file:
-        origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    grey = arrays.x.dtype == np.uint8 and arrays.x.max() > 1
-    scale, scaling = (255.0, "uint8 / 255") if grey else (1.0, "none")
-    return Source(path.stem, arrays, scale, scaling, origin)
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
