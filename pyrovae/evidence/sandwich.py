@@ -14,7 +14,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, Found, at_least, opened, tile_rows
+from pyrovae.evidence.tiles import Evaluation, at_least, opened, tile_rows
 from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
@@ -123,17 +123,13 @@ def bidirectional(
             annealer = Annealer(task, settings, options["compiled"])
             ends = tile_rows((annealer.coordinates.of(task.rows, latents)[0],))
         for number, rows in task.tiles(work=2 * annealer.ticks, progress=progress):
-            task.keep(number, _sandwich(annealer, number, rows, ends[number][0]))
+            tuned = annealer.tune(number, rows)
+            lower = annealer.run(number, rows, tuned)
+            above = annealer.run(number, rows, tuned, ends[number][0])
+            task.keep(number, lower | {"upper": -above["log_prob"]})
         found = task.found()
         upper = found.pop("upper")
         return Bidirectional(annealer.result(found), upper, task.rows[0].to(task.home))
-
-
-def _sandwich(annealer: Annealer, index: int, rows: tuple, end: Tensor) -> Found:
-    tuned = annealer.tune(index, rows)
-    lower = annealer.run(index, rows, tuned)
-    upper = annealer.run(index, rows, tuned, end)
-    return lower | {"upper": -upper["log_prob"]}
 
 
 def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
@@ -156,7 +152,8 @@ def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
             f"Expected a site of the model that observes x itself, got {sorted(names)}, so that "
             f"data drawn from the model cannot be shown to the guide."
         )
-    pair.model, pair.guide = _observing(model, len(rows), axes), _taking(guide, len(rows))
+    pair.model = _observing(model, len(rows), axes)
+    pair.guide = lambda *given: guide(*given[: len(rows)])
     task.set_rows((*args, *data.values()))
     return {name: drawn[name]["value"] for name in layout.latents}
 
@@ -168,15 +165,6 @@ def _observing(model: Callable, count: int, axes: dict[str, int]) -> Callable:
         places = zip(axes.items(), rows[count:], strict=True)
         with Given({}, {name: value.movedim(0, axis) for (name, axis), value in places}):
             model(*rows[:count])
-
-    return program
-
-
-def _taking(guide: Callable, count: int) -> Callable:
-    """A guide that leaves what follows its arguments alone."""
-
-    def program(*rows: Tensor) -> None:
-        guide(*rows[:count])
 
     return program
 

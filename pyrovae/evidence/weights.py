@@ -33,8 +33,7 @@ def curve_points(num_samples: int, asked: Sequence[int] = ()) -> list[int]:
 class Sums:
     """The mean of K importance weights of each of N data, its error, and what their tail says.
 
-    ``points`` are the numbers of samples to report the bound for, ``like`` a tensor ``[N, ...]``
-    on the log-weights' device.
+    ``points`` are the numbers of samples to report the bound for; ``like`` is ``[N, ...]``.
     """
 
     def __init__(self, num_samples: int, points: list[int], like: Tensor) -> None:
