@@ -174,14 +174,15 @@ def _form(tensor: Tensor) -> tuple:
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
-    # torch.compile would trace the programs again with Dynamo, which breaks the graph at Pyro's
-    # handlers, whereas compile_fx takes a record. It has no public name.
-    from torch._inductor.compile_fx import compile_fx
-
     with warnings.catch_warnings():
-        # Of Inductor's warnings (too few cores for autotuning, unsupported complex kernels) none
-        # says anything that a person who trains could act on.
+        # Of Inductor's warnings (too few cores for autotuning, unsupported complex kernels, and of
+        # torch.jit at its first import in torch 2.11) none says anything that a person who trains
+        # could act on.
         warnings.simplefilter("ignore")
+        # torch.compile would trace the programs again with Dynamo, which breaks the graph at Pyro's
+        # handlers, whereas compile_fx takes a record. It has no public name.
+        from torch._inductor.compile_fx import compile_fx
+
         try:
             # torch's own random numbers instead of Inductor's: the streams of a seed are those of
             # an eager run, and on a CPU its generator is three times as fast.
