@@ -187,8 +187,10 @@ def mended(error: Exception, x: Tensor) -> str:
     inner, text = frame.f_locals, sentence(error)
     if misfit(error) is not None:
         return f"{text}: declare the dimensions of one event with .to_event(n)."
-    # A distribution refuses a parameter in its own constructor (torch 2.15), by a plain ValueError.
-    if frame.f_code is Distribution.__init__.__code__ and "param" in inner:
+    # A distribution refuses a parameter in its own constructor, by a plain ValueError that says
+    # which in words alone; these are that constructor's names in torch 2.11 to 2.15.
+    refused = {"self", "param", "value", "constraint"} <= inner.keys()
+    if frame.f_code is Distribution.__init__.__code__ and refused:
         return (
             f"Expected parameter {inner['param']} of {type(inner['self']).__name__}, of shape "
             f"{list(inner['value'].shape)}, to satisfy the constraint {inner['constraint']!r}, and "
