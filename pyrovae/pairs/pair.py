@@ -49,8 +49,6 @@ class Pair(Parameters):
         each = zip(self.owned, self.found, strict=True)
         self._serve = [OwnParameters(*one, store=store) for one in each]
 
-    # Running the programs
-
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its modules' own parameters."""
         with self._serve[0]:
@@ -130,18 +128,10 @@ class Pair(Parameters):
 
     @property
     def known(self) -> Layout:
-        """The layout, which has to have been looked for.
-
-        Raises:
-            RuntimeError: If it has not.
-        """
-        try:
-            return self.layout
-        except AttributeError as error:
-            text = "The pair has not been inspected: call inspect_pair first."
-            raise RuntimeError(text) from error
-
-    # Drawing and scoring K particles of each of N data
+        """The layout, which :func:`pyrovae.pairs.contract.inspect_pair` has to have found."""
+        if "layout" not in vars(self):
+            raise RuntimeError("The pair has not been inspected: call inspect_pair first.")
+        return self.layout
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
         """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
@@ -161,11 +151,7 @@ class Pair(Parameters):
     def score_model(
         self, rows: tuple, particles: int, given: Given | Values, *, fused: bool = False
     ) -> tuple[Values, Values]:
-        """The model's scores ``[K, N]`` by site at given latents, and those latents.
-
-        ``given`` has the latents, and what is to be observed in place of the batch; ``fused`` as
-        in :func:`pyrovae.pairs.traces.site_log_prob`.
-        """
+        """The model's scores ``[K, N]`` by site at given latents, and those latents."""
         layout = self.known
         given = given if isinstance(given, Given) else Given(given)
         trace = self.trace_given(self._summing(layout.enumerated), rows, particles, given)
@@ -180,12 +166,7 @@ class Pair(Parameters):
 
 
 class Given(Messenger):
-    """Sets latent sites to given values, and observed ones to other data.
-
-    Args:
-        values: Values of latents by site; the others are drawn.
-        observed: Values of observed sites; the others keep theirs.
-    """
+    """Sets latent sites to given values, by name, and observed ones to other data."""
 
     def __init__(self, values: Values, observed: Values | None = None) -> None:
         super().__init__()
@@ -214,9 +195,6 @@ class OwnParameters(Messenger):
     its constraint, hence ``_params`` and ``_constraints``.
 
     ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
-
-    Raises:
-        ValueError: If the store holds another shape under the name of a ``pyro.param``.
     """
 
     def __init__(
