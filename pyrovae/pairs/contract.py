@@ -184,7 +184,7 @@ def _blames_data(x: Tensor) -> Iterator[None]:
 def mended(error: Exception, x: Tensor) -> str:
     """An error's text with what to change, where that is known."""
     *_, (frame, _) = steps(error)
-    inner, text = frame.f_locals, sentence(error)
+    inner, text = dict(frame.f_locals), sentence(error)
     if misfit(error) is not None:
         return f"{text}: declare the dimensions of one event with .to_event(n)."
     # A distribution refuses a parameter in its own constructor, by a plain ValueError that says
