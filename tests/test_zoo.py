@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import ZOO
 
 import pyrovae
-from pyrovae.compiling.graph import _OneHot
+from pyrovae.compiling.graph import _Spelled
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -259,7 +259,7 @@ def test_a_captured_step_is_the_eager_step(name, objective):
             return [found.loss, *torch.autograd.grad(found.surrogate, leaves)]
 
         with pyro.validation_enabled(False):
-            with _OneHot():
+            with _Spelled():
                 graph = make_fx(step)(*args)
             others = [arg.flip(0) for arg in args]
             pyro.set_rng_seed(5)

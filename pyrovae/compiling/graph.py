@@ -97,7 +97,7 @@ def record(
 
     def inside(*args: Tensor) -> list[Tensor]:
         # Modes entered here are asked before make_fx's own.
-        with _OneHot(), _Reads():
+        with _Spelled(), _Reads():
             return function(*args)
 
     graphs = []
@@ -127,8 +127,13 @@ class _Reads(TorchDispatchMode):
             raise
 
 
-class _OneHot(TorchFunctionMode):
-    """Writes one_hot out, which looks at its values on a CPU, so that it can be recorded."""
+class _Spelled(TorchFunctionMode):
+    """Spells functions so that they can be recorded and come out as they do eagerly.
+
+    one_hot looks at its values on a CPU. bernoulli becomes a comparison with uniform draws, which
+    Inductor of torch 2.11 may move before draws that come earlier; drawn in place, as torch itself
+    does it, it stays where it is.
+    """
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -136,6 +141,8 @@ class _OneHot(TorchFunctionMode):
         if func is torch.nn.functional.one_hot and len(args) == 2:
             index, size = args
             return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).long()
+        if func is torch.bernoulli and len(args) == 1 and not kwargs:
+            return torch.empty_like(args[0]).bernoulli_(args[0])
         return func(*args, **(kwargs or {}))
 
 
