@@ -17,7 +17,8 @@ from pyrovae.inference_data import to_inference_data
 from pyrovae.objectives import make_objective
 from pyrovae.objectives.elbo import ElboResult, elbo
 from pyrovae.sampling import classify, decode, encode, interpolate, reconstruct, sample, traverse
-from pyrovae.training.loop import Fit, NonFiniteLoss, fit
+from pyrovae.training.loop import fit
+from pyrovae.training.monitor import Fit, NonFiniteLoss
 from pyrovae.training.svi import SVI
 
 __version__ = "0.1.0"

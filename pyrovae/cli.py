@@ -28,9 +28,7 @@ from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import is_refusal, shipped
 from pyrovae.runs.results import load_results, number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
-from pyrovae.training.loop import Fit, NonFiniteLoss
-
-__all__ = ["COMMANDS", "main"]
+from pyrovae.training.monitor import Fit, NonFiniteLoss
 
 STOPPED_EARLY = "stopped before the end of the first epoch; nothing was written."
 

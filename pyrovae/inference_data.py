@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     InferenceData = arviz.InferenceData | xarray.DataTree
 
-__all__ = ["load", "loo", "save", "systematic", "to_inference_data"]
-
 GROUPS = {
     "posterior": "Latents of each datum: {draws}.",
     "sample_stats": "log_weight: ln p(x, z) - ln q(z|x) of each draw; log_prob: ln p(x) of each "

@@ -18,17 +18,6 @@ from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, is_bookkeeping, samples
 
-__all__ = [
-    "classify",
-    "decode",
-    "encode",
-    "interpolate",
-    "reconstruct",
-    "sample",
-    "tile_size",
-    "traverse",
-]
-
 # Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
 PAYS_AFTER = 500_000
 # How far float32 results of another order of operations may be from the eager ones.

@@ -17,6 +17,7 @@ ROOT_PAGES |= {"CHANGELOG.md": "changelog.md"}
 REFERENCE = "reference"
 CORE = "core.md"
 OUTSIDE = re.compile(r"\]\(\.\./([^)]*)\)")
+DEFINITION = re.compile(r"^(class|def|async def) [^_]", re.MULTILINE)  # what a page can document
 EQUATION = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 
 
@@ -72,7 +73,7 @@ def reference() -> dict[str, list[str]]:
     for path in sorted((HOME / "pyrovae").rglob("*.py")):
         parts = path.relative_to(HOME).with_suffix("").parts
         private = any(part.startswith("_") for part in parts if part != "__init__")
-        if not private and "__all__" in path.read_text(encoding="utf-8") and parts[1] != "__init__":
+        if not private and DEFINITION.search(path.read_text(encoding="utf-8")):
             module = ".".join(part for part in parts if part != "__init__")
             pages.setdefault(parts[1], []).append(module)
     for kind in ("models", "guides"):

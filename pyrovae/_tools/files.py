@@ -15,8 +15,6 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 
-__all__ = ["checksum", "pack_tensors", "reading", "unpack_tensors", "write_atomic"]
-
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace a file's content, or leave it as it was and raise an OSError that names the file."""

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["draw_seed", "seeded", "subseed", "undone"]
-
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> Iterator[None]:

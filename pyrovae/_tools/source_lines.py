@@ -18,8 +18,6 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
-__all__ = ["Places", "error_place", "failed_message", "lines_with", "steps"]
-
 LIBRARIES = tuple(
     str(Path(path).resolve())
     for path in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *torch.__path__)

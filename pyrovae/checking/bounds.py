@@ -18,15 +18,6 @@ from pyrovae.objectives.elbo import terms_by_datum
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import samples
 
-__all__ = [
-    "analytic_kl",
-    "bounds_are_ordered",
-    "capture_is_possible",
-    "estimators_agree",
-    "reparameterized",
-    "samples_are_data",
-]
-
 # Two averages over the same draws differ by five standard errors about once in two million checks.
 ERRORS = 5.0
 # What rounding in float32 may add to a difference of ELBOs, in nats.

@@ -28,19 +28,6 @@ from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, site_scores
 
-__all__ = [
-    "Case",
-    "Row",
-    "Scores",
-    "Status",
-    "failed",
-    "passed",
-    "skipped",
-    "take",
-    "untouched",
-    "warned",
-]
-
 # Batch sizes that few dimensions of data or networks share, so that a dimension is not taken for
 # the batch; with data of other sizes than these, as many rows.
 PRIMES = (61, 59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7, 5, 3, 2)

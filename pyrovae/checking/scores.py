@@ -23,8 +23,6 @@ from pyrovae.checking.case import (
 from pyrovae.pairs.contract import check_reach, sentence
 from pyrovae.pairs.traces import is_bookkeeping, samples, take_particles
 
-__all__ = ["gradients", "independent_data", "particles_broadcast"]
-
 PARTICLES = 3
 # Two batches may round a float32 score differently by 1e-5 of it. A score that is steep in its
 # latents may differ by more, as much as ten times what moving these by 1e-6 changes.

@@ -22,8 +22,6 @@ from pyrovae.pairs.contract import (
 )
 from pyrovae.pairs.traces import is_bookkeeping
 
-__all__ = ["plates_and_events", "programs_run", "sites_match"]
-
 
 def programs_run(case: Case) -> Row:
     """Both programs run on a batch, each by itself."""

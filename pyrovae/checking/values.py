@@ -19,8 +19,6 @@ from pyrovae.checking.case import Case, Row, failed, passed, take
 from pyrovae.pairs.contract import base_of, check_support
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
-__all__ = ["data_support", "finite", "latent_support"]
-
 DRAWS = 16
 # How many of their ranges beyond the data's edges are tried.
 FAR = 3.0

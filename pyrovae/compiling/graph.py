@@ -24,8 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrovae._tools.seeding import undone
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["CaptureError", "Graph", "compare", "record"]
-
 # Calls before a CUDA graph is recorded, in which cuBLAS and the like allocate what they keep;
 # torch's notes on CUDA graphs take three.
 WARM_UP = 3

@@ -20,8 +20,6 @@ from pyrovae.compiling.update import Update, UpdateError
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["Capture", "CompiledSteps", "Step", "Watch", "watch_optimizer", "watch_pair"]
-
 # Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
 PAYS_AFTER = 3_000
 # Another shape of batch than the first is compiled once it has come so often.

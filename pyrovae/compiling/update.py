@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Update", "UpdateError"]
-
 # Those that torch can step without reading a value back: they have the option ``capturable``, or
 # (Adagrad) need none. SGD has neither, nor a state to begin with.
 RECORDABLE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")

@@ -14,8 +14,6 @@ from pyrovae._tools import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SUFFIXES", "Arrays", "one_line", "read_arrays"]
-
 SUFFIXES = (".npy", ".npz", ".csv")
 LABELS = ("label", "labels", "y", "target", "class")
 

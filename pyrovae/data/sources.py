@@ -19,8 +19,6 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays
 
-__all__ = ["DATASETS", "SPLIT_SEED", "Source", "find_source", "split_rows", "unknown"]
-
 # Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
 SPLIT_SEED = 0
 

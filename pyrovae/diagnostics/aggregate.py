@@ -19,8 +19,6 @@ from pyrovae.evidence.tiles import opened
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Values, samples
 
-__all__ = ["Aggregate", "Gaps", "aggregate_posterior", "inference_gaps", "mix"]
-
 # How many pairs of a draw and a datum are scored at once; a GPU takes more to be busy.
 PAIRS, ON_DEVICE = 2**16, 2**19
 # How many data score a draw at once.

@@ -18,16 +18,6 @@ from pyrovae._tools.seeding import subseed
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
-__all__ = [
-    "LEVELS",
-    "Calibration",
-    "Probe",
-    "calibrate",
-    "fit_probe",
-    "is_probable",
-    "randomized_ranks",
-]
-
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 # 39 replicates make 40 equal steps of rank, on which the ends of all four intervals fall.
 REPLICATES = 39

@@ -12,8 +12,6 @@ from pyrovae._tools import standard_error
 from pyrovae.diagnostics.aggregate import Aggregate
 from pyrovae.diagnostics.calibration import Calibration, Probe
 
-__all__ = ["ACTIVE", "Diagnosis", "SiteDiagnosis"]
-
 # The threshold of Burda et al. (arXiv 1509.00519) on the variance of a unit's posterior mean.
 ACTIVE = 0.01
 # A rate below this, in nats, is told as none at all.

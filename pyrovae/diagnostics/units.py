@@ -14,8 +14,6 @@ from pyrovae.objectives.elbo import in_one_order, terms_by_datum
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, samples
 
-__all__ = ["SitePosterior", "examine"]
-
 CHOICES = (Categorical, OneHotCategorical)
 
 

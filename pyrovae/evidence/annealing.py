@@ -32,8 +32,6 @@ from pyrovae.evidence.unconstrained import (
 )
 from pyrovae.evidence.weights import Sums, curve_points
 
-__all__ = ["Annealer", "Settings", "annealed_log_likelihood"]
-
 # Chains of the run that finds step sizes: enough for an acceptance rate, a quarter of the cost.
 PILOT_CHAINS = 4
 # Compiling takes some 20 seconds, in which a small pair takes so many steps.

@@ -25,8 +25,6 @@ from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least, opened
 from pyrovae.evidence.unconstrained import Refined
 from pyrovae.evidence.weights import Sums, curve_points
 
-__all__ = ["log_likelihood"]
-
 # Compiling takes some 20 seconds, in which a small pair is done with so many weights.
 PAYS_AFTER = 5_000_000
 

@@ -18,22 +18,6 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Values, reduce_to, scored
 
-__all__ = [
-    "Compiled",
-    "Defensive",
-    "Proposal",
-    "Scored",
-    "chunked",
-    "guide_density",
-    "joint_density",
-    "refuse_nan",
-    "require_density",
-    "require_scorable",
-    "to_support",
-    "total",
-    "uncovered_share",
-]
-
 # (Particle, datum) pairs from the prior that the guide is asked to score: enough to notice that a
 # hundredth of the prior is out of its reach.
 PRIOR_ROWS = 256

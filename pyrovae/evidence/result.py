@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 
-__all__ = ["Comparison", "Curve", "Kind", "LogLikelihood", "Verdict", "compare_log_likelihood"]
-
 HEAVY, FEW = 0.7, 8.0
 # A single heavy-tailed datum hardly moves a mean; one in twenty does.
 HEAVY_SHARE = 0.05

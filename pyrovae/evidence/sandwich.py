@@ -18,8 +18,6 @@ from pyrovae.evidence.tiles import Evaluation, at_least, opened, tile_rows
 from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
-__all__ = ["Bidirectional", "bidirectional"]
-
 
 @dataclass(frozen=True)
 class Bidirectional:

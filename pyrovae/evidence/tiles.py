@@ -27,17 +27,6 @@ from pyrovae.pairs.traces import Layout
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = [
-    "DATA_TILE",
-    "Evaluation",
-    "Found",
-    "at_least",
-    "digest",
-    "opened",
-    "read_about",
-    "tile_rows",
-]
-
 # Data in a tile. Each tile has a random stream of its own, so this number is part of what a seed
 # means: with another one, the same seed gives other draws.
 DATA_TILE = 64

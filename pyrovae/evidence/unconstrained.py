@@ -25,8 +25,6 @@ from pyrovae.evidence.proposals import (
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Values
 
-__all__ = ["Coordinates", "GeometricPath", "Refined", "State", "adapt", "anneal", "transition"]
-
 # Adam's rate in units of the guide's scale, the antithetic pairs of a step, and the draws that
 # the fit starts from. 200 such steps come within a tenth of a nat of the best normal on MNIST.
 FIT_RATE, PAIRS, MOMENT_DRAWS = 0.1, 4, 256

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 
-__all__ = ["Sums", "Tail", "curve_points", "pareto_smooth", "tail_length"]
-
 # Two parameters fitted to fewer points say nothing; ArviZ and R's loo draw the line here too.
 LEAST_TAIL = 5
 # A fit holds [data, grid, tail] numbers: 16 MB for eight data of a million samples.

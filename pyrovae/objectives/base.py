@@ -14,8 +14,6 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["Estimate", "Objective"]
-
 
 class Estimate(NamedTuple):
     """One evaluation of an objective over a batch, in nats summed over the batch.

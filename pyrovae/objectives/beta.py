@@ -17,8 +17,6 @@ from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
-__all__ = ["SCHEDULES", "BetaELBO"]
-
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,

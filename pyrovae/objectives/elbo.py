@@ -26,21 +26,6 @@ from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import reduce_to, samples, unscaled
 
-__all__ = [
-    "ANALYTIC",
-    "ESTIMATORS",
-    "GENERIC",
-    "ElboResult",
-    "elbo",
-    "elbo_estimate",
-    "in_one_order",
-    "score_elbo",
-    "site_terms",
-    "surrogate_elbo",
-    "terms_by_datum",
-    "total",
-]
-
 ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
 GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceMeanField_ELBO)
 

@@ -25,8 +25,6 @@ from pyrovae.objectives.log_weights import (
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import log_probs, samples
 
-__all__ = ["ImportanceWeighted", "Scores", "weigh"]
-
 
 class Scores(NamedTuple):
     """What a batch's particles score, by site, ``[T, *cells]`` each, in nats."""

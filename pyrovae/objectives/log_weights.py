@@ -25,19 +25,6 @@ from pyrovae.pairs.contract import cell_scale, check_scales
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, log_probs, samples, scored
 
-__all__ = [
-    "Cells",
-    "Still",
-    "Through",
-    "cells",
-    "check_cells",
-    "check_density",
-    "drawn",
-    "held_still",
-    "is_hierarchical",
-    "scored_latents",
-]
-
 
 class Cells(NamedTuple):
     """Where the cells of a batch lie in a log-probability, and what multiplies them.

@@ -17,8 +17,6 @@ from pyrovae.objectives.log_weights import Still, check_cells, check_density, dr
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples, scored
 
-__all__ = ["WakeSleep"]
-
 
 class WakeSleep(Objective):
     r"""The model learns awake; the guide learns awake, from weighted samples, or asleep.

@@ -21,27 +21,6 @@ from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
 
-__all__ = [
-    "base_of",
-    "batch_frame",
-    "batch_plates",
-    "cell_scale",
-    "check_event",
-    "check_objective",
-    "check_reach",
-    "check_scales",
-    "check_sites",
-    "check_support",
-    "common_scale",
-    "inspect_pair",
-    "is_scaled",
-    "mended",
-    "misfit",
-    "sentence",
-    "site_scale",
-    "sizes_fit",
-]
-
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     """Run a pair once and check that its programs belong together.

@@ -30,8 +30,6 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["enumerates", "exact_terms", "in_parallel", "sum_out"]
-
 Packed = Any  # a tensor that names its dimensions in an attribute of its own, as Pyro packs them
 
 

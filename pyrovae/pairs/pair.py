@@ -23,8 +23,6 @@ from pyrovae.pairs.enumeration import in_parallel, sum_out
 from pyrovae.pairs.parameters import Parameters
 from pyrovae.pairs.traces import Layout, Site, Values, site_scores
 
-__all__ = ["Given", "OwnParameters", "Pair"]
-
 
 class Pair(Parameters):
     """A model and its guide: two programs, their parameters, and the layout of their sites.

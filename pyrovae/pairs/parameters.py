@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 
-__all__ = ["Parameters", "find_roots", "owners"]
-
 
 class Parameters:
     """What two programs own: ``model.…`` and ``guide.…`` of their modules, ``param.…`` of a store.

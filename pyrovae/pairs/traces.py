@@ -13,21 +13,6 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = [
-    "Layout",
-    "Site",
-    "Values",
-    "is_bookkeeping",
-    "log_probs",
-    "reduce_to",
-    "samples",
-    "site_log_prob",
-    "scored",
-    "site_scores",
-    "take_particles",
-    "unscaled",
-]
-
 Site = Any  # one of Pyro's messages: its TypedDict is wider than what a sample site holds
 Values = dict[str, Tensor]
 BERNOULLI = (dist.Bernoulli, torch.distributions.Bernoulli)

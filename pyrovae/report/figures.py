@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "image_grid",
-    "interpolations",
-    "latent_space",
-    "learning_curves",
-    "manifold",
-    "panel",
-    "png",
-    "reconstructions",
-    "styled",
-]
-
 P = ParamSpec("P")
 DPI, INK, BLUE, ORANGE, GREY = 200, "#333333", "#1f5fa8", "#d1700f", "#b4b4b4"
 PALETTE = (BLUE, ORANGE, "#2d8a4e", "#8b4fa0", "#b3261e", "#5f6b76")

@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "bound_curves",
-    "calibration_curves",
-    "draw_findings",
-    "khat_curves",
-    "kl_by_dimension",
-    "rate_distortion",
-]
-
 FINDING_PICTURES = ("bound_curve", "khat", "rate_distortion", "kl_by_dimension", "calibration")
 # k-hat above which importance weights have no variance, and above which no error can be trusted
 # (Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646).

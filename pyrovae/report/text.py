@@ -10,8 +10,6 @@ from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives.elbo import ESTIMATORS
 from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
 
-__all__ = ["shown", "statements", "summarize"]
-
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
 # A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
 # worth a look.

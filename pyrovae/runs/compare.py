@@ -16,8 +16,6 @@ from pyrovae.evidence.result import Comparison, LogLikelihood, Verdict, compare_
 from pyrovae.runs import Run
 from pyrovae.runs.results import Evidence, Finding, load_finding, number
 
-__all__ = ["Compared", "RunComparison", "compare_runs"]
-
 HEAD = ("run", "model", "guide", "objective", "ELBO", "log p(x)", "k-hat > 0.7", "rate", "active")
 
 

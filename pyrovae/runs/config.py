@@ -24,16 +24,6 @@ from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import fit
 from pyrovae.training.optimizer import PRECISIONS
 
-__all__ = [
-    "SPLITS",
-    "EvaluationConfig",
-    "Options",
-    "PairConfig",
-    "RunConfig",
-    "option",
-    "options_page",
-]
-
 PAGE = """\
 Every command also takes `--help` and `--traceback`, which shows where an error came from. This page
 is written by `make options`; a test compares it with the options."""

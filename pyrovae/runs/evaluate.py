@@ -36,8 +36,6 @@ from pyrovae.runs.results import (
 )
 from pyrovae.training.distributed import World, join
 
-__all__ = ["evaluate"]
-
 SEED = subseed(0, 1_000_003)
 # How many data are annealed where nothing is said and how many are simulated at most; how many
 # data, with as many draws of each, are kept for ArviZ.

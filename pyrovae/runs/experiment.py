@@ -20,9 +20,8 @@ from pyrovae.runs import Run
 from pyrovae.runs.config import PairConfig, RunConfig
 from pyrovae.runs.programs import KINDS, Program, find_program
 from pyrovae.training.distributed import join
-from pyrovae.training.loop import Fit, fit
-
-__all__ = ["Experiment", "build", "load_experiment", "resolve", "train"]
+from pyrovae.training.loop import fit
+from pyrovae.training.monitor import Fit
 
 PROGRAM_STREAM = 1_000_001
 

@@ -22,8 +22,6 @@ from torch import nn
 from pyrovae._tools import InputError, did_you_mean
 from pyrovae._tools.source_lines import error_place
 
-__all__ = ["Program", "find_program", "is_refusal", "plain", "shipped"]
-
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
 PREFIX = "pyrovae_program_"
 

@@ -30,24 +30,6 @@ from pyrovae.evidence.result import (
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
-__all__ = [
-    "Annealed",
-    "Evidence",
-    "Finding",
-    "Gap",
-    "Mean",
-    "Posterior",
-    "Record",
-    "Results",
-    "Site",
-    "first_data",
-    "from_tensors",
-    "load_finding",
-    "load_results",
-    "number",
-    "save_finding",
-]
-
 # What an estimate holds of each datum, and how the rest of it is read from text.
 PER_DATUM = (
     "log_prob", "standard_error", "ess", "khat", "smoothed", "guide_elbo", "acceptance",

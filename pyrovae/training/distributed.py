@@ -21,8 +21,6 @@ from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.svi import SVI
 
-__all__ = ["Diverged", "ProcessLost", "World", "join"]
-
 # How far the norm of a weight may be from rank 0's, relative: what unequal devices round apart.
 CLOSE = 1e-5
 

@@ -20,11 +20,9 @@ from pyrovae.data import Dataset, Splits
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
-from pyrovae.training.monitor import Fit, Monitor, NonFiniteLoss
+from pyrovae.training.monitor import Fit, Monitor
 from pyrovae.training.optimizer import check_precision, make_optim, matmul_precision
 from pyrovae.training.svi import SVI
-
-__all__ = ["Fit", "NonFiniteLoss", "fit"]
 
 
 def fit(

@@ -21,8 +21,6 @@ from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
 from pyrovae.training.svi import SVI
 
-__all__ = ["Fit", "Monitor", "NonFiniteLoss"]
-
 # Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
 # none.
 UNDIVIDED = (

@@ -18,8 +18,6 @@ from pyrovae._tools import InputError, InputTypeError
 from pyrovae.data.sources import unknown
 from pyrovae.pairs.pair import Pair
 
-__all__ = ["PRECISIONS", "Trained", "check_precision", "make_optim", "matmul_precision"]
-
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
 

@@ -21,8 +21,6 @@ from pyrovae.training.optimizer import Trained
 if TYPE_CHECKING:
     from pyrovae.compiling.step import CompiledSteps
 
-__all__ = ["SVI"]
-
 
 class SVI:
     r"""Stochastic gradient descent on an objective of a model and its guide.

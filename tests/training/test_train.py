@@ -16,7 +16,7 @@ from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli,
 from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
-from pyrovae.training.loop import NonFiniteLoss
+from pyrovae.training.monitor import NonFiniteLoss
 from pyrovae.training.optimizer import matmul_precision
 
 X = binary(40)
