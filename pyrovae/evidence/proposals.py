@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -257,23 +258,14 @@ class Compiled(Proposal):
 
     def _compile(self, rows: tuple) -> list[Callable[..., list[Tensor]]]:
         """Graphs of a draw and of a score; none where that fails."""
-        from pyrovae.compiling.graph import CaptureError, Graph, compare
-
-        def graph(what: str, function: Callable[..., list[Tensor]], args: tuple) -> Graph:
-            made, results = Graph(function, args, self.pair), []
-            for run in (function, made):
-                with seeded(0, args[0].device):
-                    results.append(run(*args))
-            for expected, found in zip(*results, strict=True):
-                compare(what, found, expected)
-            return made
+        from pyrovae.compiling.graph import CaptureError, audited
 
         with seeded(0, rows[0].device):
             some = [value[: self.chunk].clone() for value in self._draw(*rows)[:-1]]
         try:
             return [
-                graph("a draw", self._draw, rows),
-                graph("a score", self._score, (*rows, *some)),
+                audited(self._draw, rows, self.pair, repeat(("a draw", 0.0))),
+                audited(self._score, (*rows, *some), self.pair, repeat(("a score", 0.0))),
             ]
         except CaptureError as error:
             warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=4)
