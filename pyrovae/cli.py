@@ -201,7 +201,7 @@ def _evaluate(given: dict[str, Any], line: str) -> None:
         kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
         raise kind(f"stopped; what is finished is kept; go on with: {line}") from None
     if found is not None:
-        text = json.dumps(found.write(), indent=2) if options.json else None
+        text = json.dumps(found, indent=2) if options.json else None
         print(text or summarize(found, options.split))
 
 

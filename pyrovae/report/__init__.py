@@ -18,7 +18,7 @@ from pyrovae.report.text import shown, statements
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.results import Record, Results, load_finding
+from pyrovae.runs.results import Results, load_finding
 from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample
 
 if TYPE_CHECKING:
@@ -177,8 +177,6 @@ def _leaves(value: Any, *without: str, path: str = "") -> list[tuple[str, Any]]:
     """The leaves of nested mappings by their paths, ``a.b.c``, but for some keys of the first."""
     if not value and not path:
         return []
-    if isinstance(value, Record):
-        value = value.write()
     if not isinstance(value, Mapping):
         return [(path or "name", value)]
     return [

@@ -12,7 +12,7 @@ from pyrovae._tools import InputError
 from pyrovae.diagnostics.result import ACTIVE
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.figures import BLUE, DPI, GREY, INK, ORANGE, PALETTE, panel, styled
-from pyrovae.runs.results import Finding, Mean, Site
+from pyrovae.runs.results import Finding, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
 
     The KL by dimension is drawn for one alone, and so is an annealed estimate of all its data.
     """
-    estimates = {n: f.log_likelihood for n, f in findings.items() if f.log_likelihood is not None}
+    estimates = {name: f.log_likelihood for name, f in findings.items()}
     points = {n: (f.results.rate, f.results.distortion) for n, f in findings.items()}
     points = {n: point for n, point in points.items() if None not in (each.mean for each in point)}
     paths = {name: f.history for name, f in findings.items()}
@@ -52,7 +52,7 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
 
 def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
     (first, *others) = findings.values()
-    if others or first.annealed is None or first.log_likelihood is None:
+    if others or first.annealed is None:
         return None
     same = len(first.annealed.log_prob) == len(first.log_likelihood.log_prob)
     return first.annealed if same else None
@@ -115,7 +115,7 @@ def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
 
 @styled
 def rate_distortion(
-    points: Mapping[str, tuple[Mean, Mean]],
+    points: Mapping[str, tuple[Record, Record]],
     paths: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     joined: bool = False,
@@ -149,7 +149,7 @@ def rate_distortion(
 
 
 @styled
-def kl_by_dimension(sites: Mapping[str, Site]) -> Figure:
+def kl_by_dimension(sites: Mapping[str, Record]) -> Figure:
     """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -195,7 +195,7 @@ def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _active(site: Site, count: int) -> np.ndarray:
+def _active(site: Record, count: int) -> np.ndarray:
     variance = site.posterior_mean_variance or [0.0] * count
     active = np.array([each or 0.0 for each in variance], float) > ACTIVE
     return active if len(active) == count else np.full(count, active.any())

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives.elbo import ESTIMATORS
-from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
+from pyrovae.runs.results import BOUND, Record, Results, number
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
 # A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
@@ -34,7 +34,7 @@ def summarize(found: Results, split: str) -> str:
     if ll := found.log_likelihood:
         lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll))
         size = f"median effective sample size {ll.ess_median or 0:.0f} of {ll.num_samples}"
-        lines += [f"  {_khat(ll.heavy)}; {size}", _wrapped(found.verdict)]
+        lines += [f"  {_khat(found.heavy)}; {size}", _wrapped(found.verdict)]
     if found.amortization_gap:
         lines.append(_row("amortization gap", found.amortization_gap) + " over data")
     if ais := found.annealed:
@@ -75,17 +75,18 @@ def _evidence(found: Results) -> Iterator[Verdict]:
     ll = found.log_likelihood
     if ll is None:
         return
-    heavy = ll.heavy is not None and ll.heavy > HEAVY_SHARE
+    share = found.heavy
+    heavy = share is not None and share > HEAVY_SHARE
     if found.verdict:
         advice = f" From the command line: {MORE}." if heavy else ""
         yield Verdict(found.verdict.kind, found.verdict + advice)
     if heavy:
         yield Verdict(
             "doubtful",
-            f"For {ll.heavy:.1%} of the data the Pareto k-hat of the importance weights is above "
+            f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above "
             f"0.7: log p(x) of these data is a lower bound in expectation; raise --samples.",
         )
-    curve = sorted((k, bound) for k, bound in ll.curve.items() if bound is not None)
+    curve = sorted((int(k), bound) for k, bound in (ll.curve or {}).items() if bound is not None)
     if len(curve) > 2:
         (few, low), (many, high) = curve[-2:]
         steep = high - low > STEEP
@@ -136,7 +137,7 @@ def _annealed(found: Results) -> Iterator[Verdict]:
 def _posterior(found: Results) -> Iterator[Verdict]:
     seen = found.diagnostics
     if seen is not None and seen.verdict:
-        active, units = seen.units
+        active, units = found.active_units
         dead = any(site.units and not site.active_units for site in seen.sites.values())
         doubtful = dead or active < ACTIVE_SHARE * units
         yield Verdict("doubtful" if doubtful else "good", seen.verdict)
@@ -152,11 +153,11 @@ def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
         )
 
 
-def _row(name: str, found: Mean) -> str:
+def _row(name: str, found: Record) -> str:
     return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
 
 
-def _estimate(name: str, found: Evidence) -> str:
+def _estimate(name: str, found: Record) -> str:
     error = number(found.data_standard_error)
     return f"{_row(name, found)} Monte Carlo, ± {error} over data"
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from torch import Tensor
-
 from pyrovae._tools import InputError, standard_error
-from pyrovae.evidence.result import Comparison, LogLikelihood, Verdict, compare_log_likelihood
+from pyrovae.evidence.result import Comparison, Verdict, compare_log_likelihood
 from pyrovae.runs import Run
-from pyrovae.runs.results import Evidence, Finding, load_finding, number
+from pyrovae.runs.results import Finding, Record, load_finding, number
 
 HEAD = ("run", "model", "guide", "objective", "ELBO", "log p(x)", "k-hat > 0.7", "rate", "active")
 
@@ -27,15 +25,12 @@ class Compared:
     run: Run
     config: Mapping[str, Any]
     finding: Finding
-    log_likelihood: LogLikelihood
-    elbo: Tensor
 
     @property
     def cells(self) -> list[str]:
         """Its row of the table."""
-        found, ll = self.finding.results, self.log_likelihood
-        share = None if found.log_likelihood is None else found.log_likelihood.heavy
-        seen = found.diagnostics
+        found, ll = self.finding.results, self.finding.log_likelihood
+        (active, units), share = found.active_units, found.heavy
         given = self.config.get("objective_settings") or {}
         settings = [f"{name}={value}" for name, value in given.items()]
         return [
@@ -46,7 +41,7 @@ class Compared:
             f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
             "unknown" if share is None else f"{share:.1%}",
             number(found.rate.mean),
-            "unknown" if seen is None or not seen.sites else "{} of {}".format(*seen.units),
+            f"{active} of {units}" if units else "unknown",
         ]
 
 
@@ -66,7 +61,7 @@ class RunComparison:
     @property
     def num_data(self) -> int:
         """How many data they were evaluated on."""
-        return len(self.runs[0].elbo)
+        return len(self.runs[0].finding.elbo)
 
     @property
     def joined(self) -> bool:
@@ -115,8 +110,9 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
     first = runs[0]
     for other in runs[1:]:
         _require_same_data(first, other, split)
-    found = [compare_log_likelihood(r.log_likelihood, first.log_likelihood) for r in runs[1:]]
-    paired = [run.elbo - first.elbo for run in runs[1:]]
+    one, *others = [run.finding for run in runs]
+    found = [compare_log_likelihood(each.log_likelihood, one.log_likelihood) for each in others]
+    paired = [each.elbo.double() - one.elbo.double() for each in others]
     bounds = [(each.mean().item(), standard_error(each).item()) for each in paired]
     return RunComparison(split, runs, tuple(found), tuple(bounds))
 
@@ -125,21 +121,20 @@ def _load(path: str | Path, name: str, split: str) -> Compared:
     run = Run.open(path)
     again = f"pyrovae evaluate {quote(str(run.path))} --split {split}"
     found = load_finding(run, split)
-    if found is None or found.log_likelihood is None:
+    if found is None:
         raise InputError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
     if found.weights != run.weights_checksum():
         raise InputError(f"{run.path} was trained further since it was evaluated; first: {again}")
-    ll, told = found.log_likelihood, found.results.log_likelihood or Evidence()
-    whole = (told.num_samples, found.results.data) == (ll.num_samples, ll.data)
-    if not whole or found.elbo is None:
+    ll, told = found.log_likelihood, found.results.log_likelihood or Record()
+    if (told.num_samples, found.results.data) != (ll.num_samples, ll.data):
         raise InputError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
-    return Compared(name, run, run.config, found, ll, found.elbo.double())
+    return Compared(name, run, run.config, found)
 
 
 def _require_same_data(first: Compared, other: Compared, split: str) -> None:
-    if first.log_likelihood.data == other.log_likelihood.data:
+    if first.finding.log_likelihood.data == other.finding.log_likelihood.data:
         return
-    sizes = len(first.elbo), len(other.elbo)
+    sizes = len(first.finding.elbo), len(other.finding.elbo)
     paths = [quote(str(each.run.path)) for each in (first, other)]
     if sizes[0] != sizes[1]:
         fewer = paths[sizes.index(min(sizes))]

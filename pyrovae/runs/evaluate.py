@@ -23,17 +23,7 @@ from pyrovae.objectives.elbo import ESTIMATORS, elbo
 from pyrovae.runs import Run
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.results import (
-    BOUND,
-    Annealed,
-    Finding,
-    Gap,
-    Mean,
-    Posterior,
-    Results,
-    first_data,
-    save_finding,
-)
+from pyrovae.runs.results import BOUND, Finding, Results, first_data, save_finding
 from pyrovae.training.distributed import World, join
 
 SEED = subseed(0, 1_000_003)
@@ -120,23 +110,23 @@ def evaluate(
             name: elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
             for name in ESTIMATORS
         }
-        more: dict[str, Any] = {}
+        found, tight = None, None
         if annealed is not None:
-            more["annealed"] = Annealed.over_samples(annealed, ll)
-            more["bidirectional"] = _sandwich(part, options, progress)
+            tight = _sandwich(part, options, progress)
         if not options.no_diagnostics:
             found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
-            more["diagnostics"] = Posterior.of(found, bounds[BOUND])
             about = {"split": options.split, "weights": weights}
             about["command"] = experiment.config["command"]
             _keep_draws(run.path / f"inference_{options.split}.nc", subject, ll, about)
         results = Results.of(
             ll,
             bounds,
-            binarize=experiment.data.binarize,
+            annealed=annealed,
+            bidirectional=tight,
+            diagnosis=found,
             num_data_of_split=len(every.rows[0]),
+            binarize=experiment.data.binarize,
             weights=weights,
-            **more,
         )
         values = ll, annealed, bounds[BOUND].elbo, weights
         save_finding(run, options.split, Finding(results, (), *values))
@@ -209,7 +199,7 @@ def _fingerprint(subject: _Subject, weights: str) -> dict[str, Any]:
     }
 
 
-def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> Gap:
+def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> dict[str, Any]:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
     n = min(len(x), SIMULATED)
@@ -226,9 +216,9 @@ def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> G
             progress=progress,
         )
     except InputError as error:
-        return Gap(verdict=f"There is no upper bound: {error}")
-    gap = Mean(mean=both.mean_gap, standard_error=both.mean_gap_standard_error)
-    return Gap(verdict=both.verdict, num_data=n, gap=gap)
+        return {"verdict": f"There is no upper bound: {error}"}
+    gap = {"mean": both.mean_gap, "standard_error": both.mean_gap_standard_error}
+    return {"verdict": both.verdict, "num_data": n, "gap": gap}
 
 
 def _keep_draws(path: Path, subject: _Subject, ll: LogLikelihood, about: dict[str, str]) -> None:

@@ -1,16 +1,16 @@
 """The record of results: what an evaluation of a run found on a split.
 
 :class:`Results` are the means that ``results.json`` holds, :class:`Finding` has the values of each
-datum as well. They are written here, and read here: nothing else knows the files' keys.
+datum as well. They are written here, and read here.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -18,31 +18,14 @@ from torch import Tensor
 from pyrovae._tools import standard_error
 from pyrovae._tools.files import reading
 from pyrovae.diagnostics import Diagnosis
-from pyrovae.evidence.result import (
-    HEAVY,
-    HEAVY_SHARE,
-    Curve,
-    Kind,
-    LogLikelihood,
-    Verdict,
-    compare_log_likelihood,
-)
+from pyrovae.evidence.result import HEAVY, Curve, LogLikelihood, Verdict, compare_log_likelihood
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
-# What an estimate holds of each datum, and how the rest of it is read from text.
-PER_DATUM = (
-    "log_prob", "standard_error", "ess", "khat", "smoothed", "guide_elbo", "acceptance",
-)  # fmt: skip
-TEXTS: dict[str, Callable] = {
-    "num_samples": int,
-    "method": str,
-    "seed": json.loads,
-    "data": str,
-    "uncovered": float,
-}
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
+# The parts of results that are records if they are there.
+PARTS = ("elbo", "log_likelihood", "amortization_gap", "annealed", "bidirectional", "diagnostics")
 
 
 def number(value: float | None) -> str:
@@ -50,247 +33,108 @@ def number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """Numbers under names, as JSON holds them; one that is not known is None.
+class Record(dict[str, Any]):
+    """A JSON object whose entries are attributes as well; one that is missing is None."""
 
-    ``more`` are entries of a file that no field is for, from an earlier or a later version.
-    """
-
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """NaN and infinity, which JSON does not know, become None."""
-        for each in fields(self):
-            object.__setattr__(self, each.name, _known(getattr(self, each.name)))
-
-    @classmethod
-    def read(cls, found: Mapping[str, Any]) -> Self:
-        """The record that :meth:`write` made a dictionary of, by the types of its fields."""
-        names, hints = {_key(each): each.name for each in fields(cls)}, get_type_hints(cls)
-        values = {
-            names[key]: _read(hints[names[key]], value)
-            for key, value in found.items()
-            if key in names and value is not None
-        }
-        more = {key: value for key, value in found.items() if key not in names}
-        return cls(**values | {"more": more})
-
-    def write(self) -> dict[str, Any]:
-        """A dictionary ready for JSON, without the parts that are None."""
-        found, hints = {}, get_type_hints(type(self))
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name != "more" and (value is not None or not _record_in(hints[each.name])):
-                found[_key(each)] = _plain(value)
-        return found | dict(self.more)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mean(Record):
-    """A mean over data, in nats per datum, and its standard error."""
-
-    mean: float | None = None
-    standard_error: float | None = None
-
-    @classmethod
-    def over(cls, each: Tensor) -> Mean:
-        """The mean of values ``[N]`` with its error over data."""
-        each = each.double()
-        return cls(mean=each.mean().item(), standard_error=standard_error(each).item())
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
 
     def __str__(self) -> str:
-        """The mean, and its error if it is known."""
+        """Of a mean over data: the mean, and its error if it is known."""
         error = self.standard_error
         return number(self.mean) + ("" if error is None else f" ± {number(error)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence(Mean):
-    """An estimate of log p(x), whose standard error is the Monte Carlo error, and its diagnosis."""
-
-    data_standard_error: float | None = None
-    method: str | None = None
-    seed: int | None = None
-    ess_median: float | None = None
-    num_samples: int | None = None
-    khat_median: float | None = None
-    heavy: float | None = field(default=None, metadata={"key": "khat_over_0.7"})
-    smoothed_mean: float | None = None
-    mean_bias: float | None = None
-    uncovered: float | None = None
-    curve: Mapping[int, float | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, ll: LogLikelihood, **more: Any) -> Self:
-        """The means over data of an estimate; ``more`` are further fields."""
-        heavy = (ll.khat > HEAVY).double().where(~ll.khat.isnan(), torch.nan)
-        same = ("mean", "data_standard_error", "method", "seed", "num_samples", "smoothed_mean")
-        return cls(
-            **{name: getattr(ll, name) for name in (*same, "mean_bias", "uncovered")},
-            standard_error=ll.mean_standard_error,
-            ess_median=ll.ess.median().item(),
-            khat_median=ll.khat.median().item(),
-            heavy=heavy.mean().item(),
-            curve={} if ll.curve is None else ll.curve.mean,
-            **more,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Annealed(Evidence):
-    """What annealing found, and by how much that is more than importance sampling found."""
-
-    verdict: str = ""
-    num_data: int | None = None
-    num_chains: int | None = None
-    acceptance: float | None = None
-    over_importance_sampling: Mean | None = None
-
-    @classmethod
-    def over_samples(cls, ais: LogLikelihood, ll: LogLikelihood) -> Self:
-        """The means over data of an annealed estimate, and what it has over another."""
-        n, more = len(ais.log_prob), None
-        if n > 1:
-            both = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
-            more = Mean(mean=both.difference, standard_error=both.monte_carlo_standard_error)
-        return cls.of(
-            ais,
-            verdict=ais.verdict,
-            num_data=n,
-            num_chains=ais.num_samples,
-            acceptance=None if ais.acceptance is None else ais.acceptance.mean().item(),
-            over_importance_sampling=more,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap(Record):
-    """How far annealing can be below log p(x), on data of the model's own."""
-
-    verdict: str = ""
-    num_data: int | None = None
-    gap: Mean | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site(Record):
-    """What becomes of a latent site: its KL, and how many of its units depend on the data."""
-
-    kl: Sequence[float | None] = ()
-    kl_total: float | None = None
-    active_units: int = 0
-    units: int = 0
-    posterior_mean_variance: Sequence[float | None] = ()
-    factorized: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Posterior(Record):
-    """What the posterior does, as :func:`pyrovae.diagnose` found it."""
-
-    num_data: int | None = None
-    elbo: Mean | None = None
-    rate: Mean | None = None
-    distortion: Mean | None = None
-    sites: Mapping[str, Site] = field(default_factory=dict)
-    mutual_information: Mean | None = None
-    marginal_kl: float | None = None
-    remainder: float | None = None
-    calibration: Mapping[str, Any] | None = None
-    probe: Mapping[str, Mapping[str, Any]] | None = None
-    bits_per_dimension: float | None = None
-    verdict: str = ""
-
-    @classmethod
-    def of(cls, found: Diagnosis, bound: ElboResult) -> Posterior:
-        """A diagnosis, whose rate and distortion are the two parts of the ELBO beside it."""
-        bits = found.bits_per_dimension
-        if bits is not None:
-            bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
-        rate, distortion = bound.kl, -bound.reconstruction
-        found = replace(found, rate=rate, distortion=distortion, bits_per_dimension=bits)
-        return cls.read(found.summary())
-
-    @property
-    def units(self) -> tuple[int, int]:
-        """How many units depend on the data, of how many."""
-        sites = self.sites.values()
-        return sum(site.active_units for site in sites), sum(site.units for site in sites)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Results(Record):
     """What an evaluation found on a split, in nats per datum.
 
     ``elbo`` has both estimators; ``kl`` and ``reconstruction`` are the parts of estimator B, the
-    rate and the negative distortion. ``weights`` are those of the run when it was evaluated.
+    rate and the negative distortion. ``log_likelihood`` and ``annealed`` are estimates of log p(x)
+    whose standard errors are Monte Carlo errors. ``weights`` are those of the run when it was
+    evaluated. What was not asked for is missing.
     """
 
-    text: str = field(default="", metadata={"key": "verdict"})
-    kind: Kind | None = field(default=None, metadata={"key": "verdict_kind"})
-    num_data: int | None = None
-    num_data_of_split: int | None = None
-    units: str = "nats per datum"
-    data: str | None = None
-    binarize: str | None = None
-    weights: str | None = None
-    elbo: Mapping[str, Mean] = field(default_factory=dict)
-    reconstruction: float | None = None
-    kl: float | None = None
-    log_likelihood: Evidence | None = None
-    amortization_gap: Mean | None = None
-    annealed: Annealed | None = None
-    bidirectional: Gap | None = None
-    diagnostics: Posterior | None = None
+    @classmethod
+    def of(
+        cls,
+        ll: LogLikelihood,
+        bounds: Mapping[str, ElboResult],
+        *,
+        annealed: LogLikelihood | None = None,
+        bidirectional: Mapping[str, Any] | None = None,
+        diagnosis: Diagnosis | None = None,
+        **about: Any,
+    ) -> Self:
+        """An estimate of log p(x), and the ELBO by the estimators' names, of the same data.
+
+        ``about`` are entries that say of which data and weights.
+        """
+        gap, closed = ll.amortization_gap, bounds[BOUND]
+        means = {name: _mean(bound.elbo) for name, bound in bounds.items()}
+        parts = {
+            "amortization_gap": None if gap is None else _mean(gap),
+            "annealed": None if annealed is None else _annealed(annealed, ll),
+            "bidirectional": bidirectional,
+            "diagnostics": None if diagnosis is None else _posterior(diagnosis, closed),
+        }
+        found = {
+            "verdict": ll.verdict,
+            "verdict_kind": ll.verdict.kind,
+            "num_data": len(ll.log_prob),
+            "units": "nats per datum",
+            "data": ll.data,
+            **about,
+            "elbo": means,
+            "reconstruction": closed.reconstruction.double().mean().item(),
+            "kl": closed.kl.double().mean().item(),
+            "log_likelihood": _estimate(ll),
+        }
+        return cls.read(found | {name: part for name, part in parts.items() if part is not None})
 
     @classmethod
-    def of(cls, ll: LogLikelihood, bounds: Mapping[str, ElboResult], **more: Any) -> Results:
-        """An estimate of log p(x), and the ELBO by the estimators' names, of the same data."""
-        gap, closed = ll.amortization_gap, bounds[BOUND]
-        return cls(
-            text=ll.verdict,
-            kind=ll.verdict.kind,
-            num_data=len(ll.log_prob),
-            data=ll.data,
-            elbo={name: Mean.over(bound.elbo) for name, bound in bounds.items()},
-            reconstruction=closed.reconstruction.double().mean().item(),
-            kl=closed.kl.double().mean().item(),
-            log_likelihood=Evidence.of(ll),
-            amortization_gap=None if gap is None else Mean.over(gap),
-            **more,
-        )
+    def read(cls, found: Mapping[str, Any]) -> Self:
+        """The results that ``results.json`` holds of a split, or that it is to hold."""
+        results = cls(_record(found))
+        results.setdefault("elbo", Record())
+        parts = [results[name] for name in PARTS if name in results]
+        if not all(isinstance(part, Record) for part in (*parts, *results.elbo.values())):
+            raise TypeError("a part of it is no JSON object")
+        return results
 
     @property
     def verdict(self) -> Verdict:
-        """Whether log p(x) can be trusted; files of earlier versions hold the text alone."""
-        return Verdict(self.kind or self._kind(), self.text)
-
-    def _kind(self) -> Kind:
-        ll = self.log_likelihood or Evidence()
-        biased = -(ll.mean_bias or 0.0) > (ll.standard_error or 0.0)
-        if ll.mean is None or (ll.heavy or 0.0) > HEAVY_SHARE or ll.uncovered or biased:
-            return "doubtful"
-        return "good" if ll.heavy == 0 else "fair"
+        """Whether log p(x) can be trusted."""
+        return Verdict(self.verdict_kind or "fair", self.get("verdict", ""))
 
     @property
-    def bound(self) -> Mean | None:
+    def bound(self) -> Record | None:
         """The ELBO by estimator B, or else by A."""
         return self.elbo.get(BOUND) or self.elbo.get("trace_elbo")
 
     @property
-    def rate(self) -> Mean:
-        """The rate, with its error if it is known."""
-        seen = self.diagnostics
-        return seen.rate if seen is not None and seen.rate is not None else Mean(mean=self.kl)
+    def heavy(self) -> float | None:
+        """The share of the data with a k-hat above 0.7, if it is known."""
+        return (self.log_likelihood or {}).get("khat_over_0.7")
 
     @property
-    def distortion(self) -> Mean:
+    def rate(self) -> Record:
+        """The rate, with its error if it is known."""
+        return (self.diagnostics or {}).get("rate") or Record(mean=self.kl)
+
+    @property
+    def distortion(self) -> Record:
         """The distortion, with its error if it is known."""
-        seen, lost = self.diagnostics, self.reconstruction
-        if seen is not None and seen.distortion is not None:
-            return seen.distortion
-        return Mean(mean=None if lost is None else -lost)
+        lost = self.reconstruction
+        known = (self.diagnostics or {}).get("distortion")
+        return known or Record(mean=None if lost is None else -lost)
+
+    @property
+    def active_units(self) -> tuple[int, int]:
+        """How many latent units depend on the data, of how many; of none if that is not known."""
+        sites = ((self.diagnostics or {}).get("sites") or {}).values()
+        return sum(site.active_units for site in sites), sum(site.units for site in sites)
 
 
 class Finding(NamedTuple):
@@ -300,11 +144,11 @@ class Finding(NamedTuple):
     """
 
     results: Results
-    history: Sequence[Mapping[str, Any]] = ()
-    log_likelihood: LogLikelihood | None = None
-    annealed: LogLikelihood | None = None
-    elbo: Tensor | None = None
-    weights: str | None = None
+    history: Sequence[Mapping[str, Any]]
+    log_likelihood: LogLikelihood
+    annealed: LogLikelihood | None
+    elbo: Tensor
+    weights: str
 
 
 def load_results(run: Run) -> dict[str, Results]:
@@ -316,37 +160,29 @@ def load_results(run: Run) -> dict[str, Results]:
 def load_finding(run: Run, split: str | None = None) -> Finding | None:
     """What an evaluation found on a split, by default on the test data if on those; or None."""
     results = load_results(run)
-    split = split or next((s for s in ("test", "valid", "train") if s in results), None)
-    if split is None or split not in results:
+    split = split or next((s for s in ("test", "valid", "train") if s in results), "")
+    values = run.load_values(split) if split in results else None
+    if values is None:
         return None
-    tensors, about = run.load_values(split) or ({}, {})
     with reading(run.path / "evaluation"):
-        estimates = from_tensors(tensors, about), from_tensors(tensors, about, "annealed.")
-    elbo, weights = tensors.get("elbo"), about.get("weights")
-    return Finding(results[split], run.history(), *estimates, elbo, weights)
+        ll, annealed = from_tensors(*values), from_tensors(*values, "annealed.")
+        elbo, weights = values[0]["elbo"], values[1]["weights"]
+    return Finding(results[split], run.history(), ll, annealed, elbo, weights) if ll else None
 
 
 def save_finding(run: Run, split: str, found: Finding) -> None:
     """Write what an evaluation found: the values of each datum, and then the means."""
-    tensors: dict[str, Tensor] = {} if found.elbo is None else {"elbo": found.elbo}
-    about = {} if found.weights is None else {"weights": found.weights}
+    tensors, about = {"elbo": found.elbo}, {"weights": found.weights, "units": "nats"}
     for prefix, ll in (("", found.log_likelihood), ("annealed.", found.annealed)):
         if ll is not None:
-            more = _to_tensors(ll, prefix)
-            tensors, about = tensors | more[0], about | more[1]
+            values = {n: v for n, v in vars(ll).items() if isinstance(v, Tensor)}
+            texts = {n: v for n, v in vars(ll).items() if n not in values and v is not None}
+            if ll.curve is not None:
+                texts["curve"], values["curve"] = ll.curve
+            tensors |= {prefix + name: value for name, value in values.items()}
+            about |= {prefix + name: json.dumps(value) for name, value in texts.items()}
     run.save_values(split, tensors, about)
-    run.write_json("results.json", run.results | {split: found.results.write()})
-
-
-def _to_tensors(ll: LogLikelihood, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Everything that an estimate holds: tensors ``[..., N]`` and texts, by names with a prefix."""
-    found = {name: getattr(ll, name) for name in PER_DATUM}
-    points, found["curve"] = ((), None) if ll.curve is None else ll.curve
-    texts = {name: getattr(ll, name) for name in TEXTS} | {"curve": points, "units": "nats"}
-    return (
-        {prefix + n: v for n, v in found.items() if v is not None},
-        {prefix + n: v if isinstance(v, str) else json.dumps(v) for n, v in texts.items()},
-    )
+    run.write_json("results.json", run.results | {split: found.results})
 
 
 def from_tensors(
@@ -355,53 +191,80 @@ def from_tensors(
     """The estimate that a run's values have under a prefix, if they have one."""
     if prefix + "log_prob" not in tensors:
         return None
-    points = tuple(json.loads(about[prefix + "curve"]))
-    parts: dict[str, Any] = {name: tensors.get(prefix + name) for name in PER_DATUM}
-    parts |= {name: read(about[prefix + name]) for name, read in TEXTS.items()}
-    return LogLikelihood(
-        **parts, curve=Curve(points, tensors[prefix + "curve"]) if points else None
-    )
+    parts: dict[str, Any] = {}
+    for name in (each.name for each in fields(LogLikelihood)):
+        if (key := prefix + name) in about:
+            parts[name] = json.loads(about[key])
+        if key in tensors:
+            parts[name] = (
+                Curve(tuple(parts[name]), tensors[key]) if name == "curve" else tensors[key]
+            )
+    return LogLikelihood(**parts)
 
 
 def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:
     """The estimate for the first n data alone, without their digest."""
-    parts = {name: v[:n] for name in PER_DATUM if (v := getattr(ll, name)) is not None}
+    parts: dict[str, Any] = {k: v[:n] for k, v in vars(ll).items() if isinstance(v, Tensor)}
     curve = ll.curve and Curve(ll.curve.num_samples, ll.curve.log_prob[:, :n])
     return replace(ll, **parts, curve=curve, data="")
 
 
-def _key(each: Field) -> str:
-    return each.metadata.get("key", each.name)
-
-
-def _record_in(hint: Any) -> type[Record] | None:
-    """The kind of record that a field holds, if it holds one: ``Mean | None``."""
-    parts = get_args(hint) or (hint,)
-    return next((p for p in parts if isinstance(p, type) and issubclass(p, Record)), None)
-
-
-def _read(hint: Any, value: Any) -> Any:
-    record, parts = _record_in(hint), get_args(hint)
-    if get_origin(hint) is Mapping:
-        # JSON spells every key as a string.
-        key = parts[0]
-        return {key(name): record.read(each) if record else each for name, each in value.items()}
-    return value if record is None else record.read(value)
-
-
-def _known(value: Any) -> Any:
-    """A value without NaN and infinity."""
+def _record(value: Any) -> Any:
+    """A value as JSON has it: None for NaN and infinity, and records for mappings."""
     if isinstance(value, Mapping):
-        return {name: _known(part) for name, part in value.items()}
+        return Record({str(name): _record(part) for name, part in value.items()})
     if isinstance(value, list | tuple):
-        return [_known(part) for part in value]
+        return [_record(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    if isinstance(value, Record):
-        return value.write()
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    return str(value) if isinstance(value, str) else value
+def _mean(each: Tensor) -> dict[str, float]:
+    """The mean of values ``[N]`` with its error over data."""
+    each = each.double()
+    return {"mean": each.mean().item(), "standard_error": standard_error(each).item()}
+
+
+def _estimate(ll: LogLikelihood) -> dict[str, Any]:
+    """The means over data of an estimate of log p(x)."""
+    heavy = (ll.khat > HEAVY).double().where(~ll.khat.isnan(), torch.nan)
+    return {
+        "mean": ll.mean,
+        "standard_error": ll.mean_standard_error,
+        "data_standard_error": ll.data_standard_error,
+        "method": ll.method,
+        "seed": ll.seed,
+        "ess_median": ll.ess.median().item(),
+        "num_samples": ll.num_samples,
+        "khat_median": ll.khat.median().item(),
+        "khat_over_0.7": heavy.mean().item(),
+        "smoothed_mean": ll.smoothed_mean,
+        "mean_bias": ll.mean_bias,
+        "uncovered": ll.uncovered,
+        "curve": {} if ll.curve is None else ll.curve.mean,
+    }
+
+
+def _annealed(ais: LogLikelihood, ll: LogLikelihood) -> dict[str, Any]:
+    """The means over data of an annealed estimate, and what it has over another."""
+    n = len(ais.log_prob)
+    found = _estimate(ais) | {
+        "verdict": ais.verdict,
+        "num_data": n,
+        "num_chains": ais.num_samples,
+        "acceptance": None if ais.acceptance is None else ais.acceptance.mean().item(),
+    }
+    if n > 1:
+        over = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
+        error = over.monte_carlo_standard_error
+        found["over_importance_sampling"] = {"mean": over.difference, "standard_error": error}
+    return found
+
+
+def _posterior(found: Diagnosis, bound: ElboResult) -> dict[str, Any]:
+    """A diagnosis, whose rate and distortion are the two parts of the ELBO beside it."""
+    bits = found.bits_per_dimension
+    if bits is not None:
+        bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
+    rate, distortion = bound.kl, -bound.reconstruction
+    found = replace(found, rate=rate, distortion=distortion, bits_per_dimension=bits)
+    return found.summary()

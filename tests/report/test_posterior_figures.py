@@ -1,5 +1,7 @@
 """Figures of evaluations show the numbers that they were given, and the lines to read them by."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,13 +20,14 @@ from pyrovae.report.posterior_figures import (
     kl_by_dimension,
     rate_distortion,
 )
-from pyrovae.runs.results import Finding, Mean, Results, Site
+from pyrovae.runs.results import Finding, Record, Results
 
-SITE = Site(
+SITE = Record(
     kl=[0.5, 2.0, 0.1, None],
     posterior_mean_variance=[0.0, 0.9, 0.02, 0.0],
     active_units=2,
     units=4,
+    factorized=True,
 )
 COVERED = {"levels": [0.5, 0.9], "coverage": [0.55, 0.8], "standard_error": [0.01, 0.02]}
 
@@ -42,9 +45,13 @@ def results(rate=4.0, lost=20.0, **more):
     return Results.read({"kl": rate, "reconstruction": -lost, "log_likelihood": {}, **more})
 
 
+def finding(found, ll, annealed=None):
+    return Finding(found, [], ll, annealed, torch.zeros(40), "weights")
+
+
 def point(rate, distortion, *errors):
     means = zip((rate, distortion), errors or (None, None), strict=True)
-    return tuple(Mean(mean=mean, standard_error=error) for mean, error in means)
+    return tuple(Record(mean=mean, standard_error=error) for mean, error in means)
 
 
 def test_the_curve_is_the_bound_and_says_what_each_tenfold_adds():
@@ -104,13 +111,13 @@ def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
 
 
 def test_bars_are_sorted_and_active_dimensions_are_blue():
-    figure = kl_by_dimension({"z": SITE, "u": Site(kl=[1.5], posterior_mean_variance=[0.0])})
+    figure = kl_by_dimension({"z": SITE, "u": Record(kl=[1.5], posterior_mean_variance=[0.0])})
     bars = [[(b.get_height(), to_hex(b.get_facecolor())) for b in a.patches] for a in figure.axes]
     assert bars[0] == [(2.0, BLUE), (0.5, GREY), (0.1, BLUE), (0.0, GREY)]
     assert bars[1] == [(1.5, GREY)]
     assert "z: 2 of 4 dimensions active" in text(figure)
     whole = {"kl": [3.0], "posterior_mean_variance": [0.5, 0.0], "active_units": 1, "units": 2}
-    figure = kl_by_dimension({"z": Site.read(whole | {"factorized": False})})
+    figure = kl_by_dimension({"z": Record(whole)})
     assert "z: 1 of 2 dimensions active; its KL has no parts" in text(figure)
 
 
@@ -121,16 +128,17 @@ def test_coverage_lies_beside_the_diagonal():
 
 
 def test_what_is_known_is_drawn_and_nothing_else():
-    seen = {"sites": {"z": SITE.write()}, "calibration": COVERED}
+    unknown = replace(estimate(), khat=torch.full((40,), torch.nan), curve=None)
+    seen = {"sites": {"z": SITE}, "calibration": COVERED}
     seen |= {key: {"mean": 3.0, "standard_error": 0.1} for key in ("rate", "distortion")}
-    whole = Finding(results(diagnostics=seen), [], estimate(), estimate())
+    whole = finding(results(diagnostics=seen), estimate(), estimate())
     assert set(draw_findings({"": whole})) == set(FINDING_PICTURES)
-    bare = Finding(results())
+    bare = finding(results(), unknown)
     assert set(draw_findings({"": bare})) == {"rate_distortion"}
     assert set(draw_findings({"a": whole, "b": bare})) == set(FINDING_PICTURES) - {
         "kl_by_dimension"
     }
-    assert draw_findings({"": Finding(Results())}) == {}
+    assert draw_findings({"": finding(Results(), unknown)}) == {}
     assert results(4.0, 20.0).distortion.mean == 20.0
     assert whole.results.rate.mean == 3.0
 
@@ -155,7 +163,7 @@ def test_every_text_lies_inside_the_figure():
     [
         (lambda: bound_curves({}), "estimate with a curve"),
         (lambda: khat_curves({}), "estimate with a k-hat"),
-        (lambda: kl_by_dimension({"z": Site()}), "latent site with a KL"),
+        (lambda: kl_by_dimension({"z": Record()}), "latent site with a KL"),
     ],
 )
 def test_nothing_to_draw_is_refused(draw, message):

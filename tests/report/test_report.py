@@ -309,7 +309,7 @@ def test_hostile_text_stays_text(picture):
 def test_hostile_text_stays_text_in_a_comparison(picture):
     evil = "<img src=x onerror=alert('&\"')>"
     ll = LogLikelihood(*torch.rand(4, 30), num_samples=10)
-    results = deepcopy(RESULTS["test"]) | {"kl": 3.0, "verdict": evil}
+    results = deepcopy(RESULTS["test"]) | {"kl": 3.0, "verdict": evil, "verdict_kind": "doubtful"}
     results["log_likelihood"]["khat_over_0.7"] = 0.5
     runs = [
         Compared(
@@ -319,9 +319,7 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
                 "command": evil, "objective": evil, evil: f"{evil}{i}",
                 "model": {"name": evil}, "guide": {"name": evil},
             },
-            finding=Finding(Results.read(results)),
-            log_likelihood=ll,
-            elbo=torch.zeros(30),
+            finding=Finding(Results.read(results), [], ll, None, torch.zeros(30), "weights"),
         )
         for i in range(2)
     ]  # fmt: skip
