@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Size, Tensor, nn
@@ -19,7 +17,7 @@ from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.source_lines import failed_message, steps
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, is_bookkeeping, samples, scored
+from pyrovae.pairs.traces import Layout, Site, drawn, is_bookkeeping, samples, scored
 
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
@@ -39,52 +37,40 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     with torch.no_grad(), _blames_data(x):
         guide_trace = pair.trace_guide(x, *context)
         model_trace = _try_replay(pair, guide_trace, x, *context)
-    model_sites, guide_sites = samples(model_trace), samples(guide_trace)
-    observed = {n: s for n, s in model_sites.items() if s["is_observed"]}
-    hidden = {n: s for n, s in model_sites.items() if not s["is_observed"]}
-    enumerated = [n for n, s in hidden.items() if n not in guide_sites and enumerates(s)]
-    latents = {n: s for n, s in hidden.items() if n not in enumerated}
+    sites, guide_sites = samples(model_trace), samples(guide_trace)
+    hidden = {name: site for name, site in sites.items() if not site["is_observed"]}
+    enumerated = tuple(n for n, s in hidden.items() if n not in guide_sites and enumerates(s))
+    latents = tuple(name for name in hidden if name not in enumerated)
     check_sites(latents, guide_sites)
     for name in latents:
-        check_event(name, latents[name], guide_sites[name])
-    every = [*model_sites.items(), *guide_sites.items()]
+        check_event(name, hidden[name], guide_sites[name])
     dense = scored(model_trace, guide_trace)
-    plates = batch_plates(dense, len(x))
-    if len(plates) > 1 and len(x) > 1:
-        plates = [inspect_pair(pair, x[1:], *(c[1:] for c in context)).plate]
-    frame = batch_frame(dense, plates[0])
-    for name, site in dense:
-        if site["is_observed"]:
-            _check_observed(name, site)
-    dims = [f.dim for _, site in every for f in site["cond_indep_stack"] if f.vectorized]
-    layout = Layout(frame.name, frame.dim, min(dims) - 1, tuple(latents), tuple(observed))
-    scaled = is_scaled(dense, layout)
-    plate_scale = (frame.full_size or frame.size) / frame.size
-    layout = layout._replace(plate_scale=plate_scale, scaled=scaled, enumerated=tuple(enumerated))
-    pair.layout = layout
-    return layout
+    fitting = batch_plates(dense, len(x))
+    if len(fitting) > 1 and len(x) > 1:
+        fitting = [inspect_pair(pair, x[1:], *(c[1:] for c in context)).plate]
+    frame = batch_frame(dense, fitting[0])
+    _check_observed(dense)
+    dims = [f.dim for s in (*sites.values(), *guide_sites.values()) for f in plates(s).values()]
+    observed = tuple(name for name in sites if name not in hidden)
+    layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
+    scales = [_site_scale(site, layout) for _, site in dense]
+    pair.layout = layout._replace(
+        plate_scale=subsampling(frame),
+        scaled=any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales),
+        enumerated=enumerated,
+    )
+    return pair.layout
 
 
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
-    """Check a whole data set against the supports of the sites that observe it.
-
-    Raises:
-        ValueError: Naming the site, its support and a value outside it.
-    """
+    """Check a whole data set against the supports of the sites that observe it."""
     with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
-            model_trace, _ = pair.trace(*rows)
-            for name, site in scored(model_trace):
-                if site["is_observed"]:
-                    _check_observed(name, site)
+            _check_observed(scored(pair.trace(*rows)[0]))
 
 
 def check_objective(layout: Layout, objective: Any) -> None:
-    """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
-
-    Raises:
-        ValueError: Naming the latents and the objective that sums over them.
-    """
+    """Refuse one of Pyro's objectives that draws latents which the model is to sum over."""
     sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)
     if layout.enumerated and not sums:
         raise InputError(
@@ -95,11 +81,7 @@ def check_objective(layout: Layout, objective: Any) -> None:
 
 
 def check_reach(pair: Pair, surrogate: Tensor, args: tuple = ()) -> None:
-    """Refuse a loss that depends on parameters which belong to no module and no statement.
-
-    Raises:
-        ValueError: With the shapes of those parameters and the mend.
-    """
+    """Refuse a loss that depends on parameters which belong to no module and no statement."""
     known = {id(leaf) for leaf in (*pair.named().values(), *args)}
     lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
     if lost:
@@ -128,9 +110,8 @@ def _try_replay(pair: Pair, guide_trace: Trace, x: Tensor, *context: Any) -> Tra
         return pair.replay_model(guide_trace, x, *context)
     except (ValueError, RuntimeError):
         guide_sites = samples(guide_trace)
-        free = samples(poutine.trace(pair.run_model).get_trace(x, *context))
-        for name, site in free.items():
-            if name in guide_sites and not site["is_observed"]:
+        for name, site in drawn(pair.trace_given(pair.run_model, (x, *context), None)).items():
+            if name in guide_sites:
                 check_event(name, site, guide_sites[name])
         raise
 
@@ -199,20 +180,16 @@ def misfit(error: Exception) -> Site | None:
     if site is None or not isinstance(error, ValueError):
         return None
     batch = getattr(site["fn"], "batch_shape", Size())
-    return None if sizes_fit(batch, _plates(site).values()) else site
+    return None if sizes_fit(batch, plates(site).values()) else site
 
 
-def sizes_fit(batch: Size, plates: Iterable[Any]) -> bool:
+def sizes_fit(batch: Size, frames: Iterable[Any]) -> bool:
     """Whether a batch shape has the sizes of plates, or ones."""
-    return all(len(batch) < -f.dim or batch[f.dim] in (1, f.size) for f in plates)
+    return all(len(batch) < -f.dim or batch[f.dim] in (1, f.size) for f in frames)
 
 
 def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
-    """Check that the guide samples the model's latents, and no others.
-
-    Raises:
-        ValueError: Naming the first that is missing, or too many.
-    """
+    """Check that the guide samples the model's latents, and no others."""
     for name in latents:
         if name not in guide_sites:
             raise InputError(
@@ -234,11 +211,7 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
 
 
 def check_event(name: str, model_site: Site, guide_site: Site) -> None:
-    """Check that a latent is of one shape in both programs.
-
-    Raises:
-        ValueError: If its event dimensions or sizes differ.
-    """
+    """Check that a latent has the same event dimensions and sizes in both programs."""
     ours, theirs = model_site["fn"], guide_site["fn"]
     if ours.event_dim != theirs.event_dim:
         raise InputError(
@@ -253,12 +226,8 @@ def check_event(name: str, model_site: Site, guide_site: Site) -> None:
 
 
 def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
-    """The plates that may hold the batch: those of its size, around every site if there is one.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    stacks = [_plates(site) for _, site in sites]
+    """The plates that may hold the batch: those of its size, around every site if there is one."""
+    stacks = [plates(site) for _, site in sites]
     fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
     if not fitting:
         raise InputError(
@@ -271,40 +240,46 @@ def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
 
 
 def batch_frame(sites: list[tuple[str, Site]], plate: str) -> Any:
-    """The frame of the plate that holds the batch.
-
-    Raises:
-        ValueError: If a site lies outside it.
-    """
+    """The frame of the plate that holds the batch, and every site."""
     for name, site in sites:
-        if plate not in _plates(site):
+        if plate not in plates(site):
             raise InputError(
                 f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "
                 f"log-probability belongs to no datum: sample it inside that plate."
             )
-    return next(frames[plate] for _, site in sites if plate in (frames := _plates(site)))
+    return plates(sites[0][1])[plate]
 
 
-def _plates(site: Site) -> dict[str, Any]:
+def plates(site: Site) -> dict[str, Any]:
+    """The frames of the plates around a site, by name; plates that are looped over are none."""
     return {frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized}
 
 
-def _check_observed(name: str, site: Site) -> None:
-    fn, value = site["fn"], site["value"]
-    batch = value.shape[: value.dim() - fn.event_dim]
-    if value.shape[value.dim() - fn.event_dim :] != fn.event_shape:
-        raise InputError(
-            f"Site {name!r} observes events of shape {list(value.shape[1:])}, but its distribution "
-            f"has events {list(fn.event_shape)} and batch {list(fn.batch_shape)}: check the "
-            f"model's data shape, and declare event dimensions with .to_event(n)."
-        )
-    inside = fn.support.check(value)
-    mask = site["mask"]
-    if isinstance(mask, Tensor):
-        inside = inside | ~mask.expand(batch)
-    if mask is not False and not bool(inside.all()):
-        row = tuple((~inside).nonzero()[0].tolist())
-        raise InputError(_outside(name, fn, value, row))
+def subsampling(frame: Any) -> float:
+    """How often an index of a plate counts: the plate's full size over that of its subsample."""
+    return (frame.full_size or frame.size) / frame.size
+
+
+def _check_observed(sites: list[tuple[str, Site]]) -> None:
+    """Check that what is observed has the shape of its distribution's events, and is possible."""
+    for name, site in sites:
+        if not site["is_observed"]:
+            continue
+        fn, value, mask = site["fn"], site["value"], site["mask"]
+        split = value.dim() - fn.event_dim
+        if value.shape[split:] != fn.event_shape:
+            raise InputError(
+                f"Site {name!r} observes events of shape {list(value.shape[1:])}, but its "
+                f"distribution has events {list(fn.event_shape)} and batch "
+                f"{list(fn.batch_shape)}: check the model's data shape, and declare event "
+                f"dimensions with .to_event(n)."
+            )
+        inside = fn.support.check(value)
+        if isinstance(mask, Tensor):
+            inside = inside | ~mask.expand(value.shape[:split])
+        if mask is not False and not bool(inside.all()):
+            row = tuple((~inside).nonzero()[0].tolist())
+            raise InputError(_outside(name, fn, value, row))
 
 
 def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
@@ -330,26 +305,16 @@ def base_of(fn: Any) -> Any:
     return fn
 
 
-def is_scaled(sites: Iterable[tuple[str, Site]], layout: Layout) -> bool:
-    """Whether some site carries a scale beside the batch's subsampling."""
-    scales = [site_scale(site, layout) for _, site in sites]
-    return any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales)
-
-
 def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
     """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
 
     It belongs outside any log-sum-exp.
     """
-    return site_scale(check_scales(traces), layout)
+    return _site_scale(check_scales(traces), layout)
 
 
 def check_scales(traces: Iterable[Trace]) -> Site:
-    """Refuse sites that do not share one scale, comparing values; the first of them.
-
-    Raises:
-        ValueError: Naming two sites whose scales differ, so that no log p(x) is defined.
-    """
+    """Refuse sites that do not share one scale, comparing values; the first of them."""
     (first, site), *rest = scored(*traces)
     for name, other in rest:
         if not bool((torch.as_tensor(site["scale"]) == torch.as_tensor(other["scale"])).all()):
@@ -361,23 +326,15 @@ def check_scales(traces: Iterable[Trace]) -> Site:
     return site
 
 
-def site_scale(site: Site, layout: Layout) -> Tensor | float:
+def _site_scale(site: Site, layout: Layout) -> Tensor | float:
     """A site's scale beside the batch's subsampling, a number or ``[N]``."""
-    plate = prod(
-        f.full_size / f.size
-        for f in site["cond_indep_stack"]
-        if f.name == layout.plate and f.full_size is not None
-    )
-    scale = cell_scale(site["scale"], layout, {layout.dim}) / plate
+    scale = cell_scale(site["scale"], layout, {layout.dim})
+    scale = scale / subsampling(plates(site)[layout.plate])
     return scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else float(scale)
 
 
 def cell_scale(scale: Tensor | float, layout: Layout, kept: Collection[int]) -> Tensor | float:
-    """A scale as a number, or with every plate's dimension, where those not ``kept`` are 1.
-
-    Raises:
-        ValueError: If it varies along another dimension.
-    """
+    """A scale as a number, or with every plate's dimension; only along ``kept`` it may vary."""
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     rank = max(scale.dim(), -layout.particle_dim - 1)

@@ -45,7 +45,7 @@ class Pair(Parameters):
         self.model, self.guide = model, guide
         super().__init__(model, guide)
         each = zip(self.owned, self.found, strict=True)
-        self._serve = [OwnParameters(*one, store=store) for one in each]
+        self._serve = [nullcontext() if store else OwnParameters(*one) for one in each]
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its modules' own parameters."""
@@ -72,8 +72,7 @@ class Pair(Parameters):
 
     def trace_guide(self, *rows: Any, particles: int | None = None) -> Trace:
         """Trace the guide alone; arguments as in :meth:`trace`."""
-        with self._plate(particles):
-            return poutine.trace(self.run_guide).get_trace(*rows)
+        return self.trace_given(self.run_guide, rows, particles)
 
     def replay_model(
         self,
@@ -85,14 +84,12 @@ class Pair(Parameters):
         """Trace the model with the latents of a guide's trace; arguments as in :meth:`trace`."""
         summed = self.known.enumerated if (particles is not None if sums is None else sums) else ()
         program = poutine.replay(self._summing(summed), trace=guide_trace)
-        with self._plate(particles):
-            trace = poutine.trace(program).get_trace(*rows)
+        trace = self.trace_given(program, rows, particles)
         return sum_out(trace, summed) if summed else trace
 
     def replay_guide(self, trace: Trace, *rows: Any, particles: int | None = None) -> Trace:
         """Trace the guide with the latents of another trace; arguments as in :meth:`trace`."""
-        with self._plate(particles):
-            return poutine.trace(poutine.replay(self.run_guide, trace=trace)).get_trace(*rows)
+        return self.trace_given(poutine.replay(self.run_guide, trace=trace), rows, particles)
 
     def trace_posterior(self, *rows: Any) -> Trace:
         """Trace the model at one draw of every latent given the batch.
@@ -108,21 +105,19 @@ class Pair(Parameters):
         return poutine.trace(given).get_trace(*rows)
 
     def trace_given(
-        self, program: Callable, rows: tuple, particles: int, given: Messenger
+        self, program: Callable, rows: tuple, particles: int | None, given: Given | None = None
     ) -> Trace:
         """Trace one of the programs with K particles, its sites set as ``given`` says."""
-        with given, self._plate(particles):
+        plate: AbstractContextManager = nullcontext()
+        if particles is not None:
+            plate = pyro.plate("particles", particles, dim=self.known.particle_dim)
+        with given or nullcontext(), plate:
             return poutine.trace(program).get_trace(*rows)
 
     def _summing(self, summed: tuple[str, ...]) -> Callable:
         if not summed:
             return self.run_model
         return in_parallel(self.run_model, left_of=self.known.particle_dim)
-
-    def _plate(self, particles: int | None) -> AbstractContextManager:
-        if particles is None:
-            return nullcontext()
-        return pyro.plate("particles", particles, dim=self.known.particle_dim)
 
     @property
     def known(self) -> Layout:
@@ -133,13 +128,12 @@ class Pair(Parameters):
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
         """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
-        trace = self.trace_given(self.run_guide, rows, particles, Given({}))
+        trace = self.trace_guide(*rows, particles=particles)
         return self._latents(trace), site_scores(trace, self.known, particles, len(rows[0]))
 
-    def draw_prior(self, rows: tuple, particles: int, observed: Values | None = None) -> Values:
+    def draw_prior(self, rows: tuple, particles: int) -> Values:
         """Draw K latents of each datum from the model's prior."""
-        given = Given({}, observed)
-        return self._latents(self.trace_given(self.run_model, rows, particles, given))
+        return self._latents(self.trace_given(self.run_model, rows, particles))
 
     def score_guide(self, rows: tuple, particles: int, values: Values) -> Values:
         """The guide's scores ``[K, N]`` by site, at given latents."""
@@ -195,15 +189,11 @@ class OwnParameters(Messenger):
     ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
     """
 
-    def __init__(
-        self, modules: list[nn.Module], found: dict[str, Tensor], *, store: bool = False
-    ) -> None:
+    def __init__(self, modules: list[nn.Module], found: dict[str, Tensor]) -> None:
         super().__init__()
-        self.modules, self.found, self.store = modules, found, store
+        self.modules, self.found = modules, found
 
     def __enter__(self) -> OwnParameters:
-        if self.store:
-            return self
         store = pyro.get_param_store()
         self._own_names = _pyro_param_names(self.modules)
         foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
@@ -217,8 +207,6 @@ class OwnParameters(Messenger):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.store:
-            return
         super().__exit__(*error)
         if self._local:
             pyro.settings.set(module_local_params=True)

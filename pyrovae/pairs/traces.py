@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 from typing import Any, NamedTuple
 
@@ -40,9 +41,8 @@ class Layout(NamedTuple):
 def take_particles(guide_trace: Trace, part: slice) -> Trace:
     """The same trace with some of its particles; the plate of particles is leftmost."""
     taken = guide_trace.copy()
-    for name, site in samples(guide_trace).items():
-        if not site["is_observed"]:
-            taken.nodes[name] = site | {"value": site["value"][part]}
+    for name, site in drawn(guide_trace).items():
+        taken.nodes[name] = site | {"value": site["value"][part]}
     return taken
 
 
@@ -93,11 +93,16 @@ def _divisor(size: int) -> int:
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -> Tensor:
     """Sum over every plate but the particles' and the batch's, to ``[K, N]``."""
+    total = sum_plates(log_prob, layout, {layout.dim})
+    return total.reshape(len(total), -1).expand(particles, num_data)
+
+
+def sum_plates(log_prob: Tensor, layout: Layout, kept: Collection[int]) -> Tensor:
+    """Sum over every plate but the particles' and those ``kept``; all dimensions stay."""
     rank = -layout.particle_dim
     log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
-    inner = [d for d in range(1, rank) if d != rank + layout.dim]
-    total = log_prob.sum(inner) if inner else log_prob
-    return total.expand(particles, num_data)
+    summed = [d for d in range(1, rank) if d - rank not in kept]
+    return log_prob.sum(summed, keepdim=True) if summed else log_prob
 
 
 def unscaled(layout: Layout, *traces: Trace) -> None:
@@ -120,6 +125,11 @@ def samples(trace: Trace) -> dict[str, Site]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
     }
+
+
+def drawn(trace: Trace) -> dict[str, Site]:
+    """The sites of a trace whose values were drawn, and not observed."""
+    return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
 
 
 def is_bookkeeping(site: Site) -> bool:
