@@ -17,7 +17,7 @@ from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.parameters import owners
-from pyrovae.pairs.traces import samples, site_scores, take_particles
+from pyrovae.pairs.traces import samples, site_scores
 
 SETTINGS = {
     "warm_up_elbo": {"warm_up": 3},
@@ -48,6 +48,15 @@ def make(name, seed=0):
 
 def made(objective):
     return make_objective(objective, **SETTINGS.get(objective, {}))
+
+
+def part_of(guide_trace, part):
+    """The same trace with some of its particles, or of its data, whichever come first."""
+    drawn = prune_subsample_sites(guide_trace)
+    for name, site in samples(guide_trace).items():
+        if not site["is_observed"]:
+            drawn.nodes[name] = site | {"value": site["value"][part]}
+    return drawn
 
 
 def bound(iwae, parameters, args):
@@ -145,7 +154,7 @@ def test_scores_of_k_particles_are_a_loop_over_single_ones(name):
         model_trace = parameters.replay_model(guide_trace, *args, particles=k)
         together = [site_scores(t, layout, k, n) for t in (guide_trace, model_trace)]
         for i in range(k):
-            drawn = prune_subsample_sites(take_particles(guide_trace, i))
+            drawn = part_of(guide_trace, i)
             with poutine.replay(trace=drawn):
                 guide_alone = parameters.trace_guide(*args)
             alone = guide_alone, parameters.replay_model(drawn, *args)
@@ -163,9 +172,7 @@ def test_scores_of_a_datum_do_not_depend_on_its_batch(name):
     rows = [arg[part] for arg in args]
     with torch.no_grad():
         whole = parameters.trace_guide(*args)
-        drawn = prune_subsample_sites(whole)
-        for site, node in samples(whole).items():
-            drawn.nodes[site] = node | {"value": node["value"][part]}
+        drawn = part_of(whole, part)
         with poutine.replay(trace=drawn):
             few = parameters.trace_guide(*rows)
         traces = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,19 +12,10 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.source_lines import error_place
-from pyrovae.checking.bounds import (
-    analytic_kl,
-    bounds_are_ordered,
-    capture_is_possible,
-    estimators_agree,
-    reparameterized,
-    samples_are_data,
-)
+from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
-from pyrovae.checking.scores import gradients, independent_data, particles_broadcast
-from pyrovae.checking.structure import plates_and_events, programs_run, sites_match
-from pyrovae.checking.values import data_support, finite, latent_support
 from pyrovae.pairs.contract import sentence
+from pyrovae.pairs.pair import Pair
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
 
@@ -42,26 +33,26 @@ FIT = ("sites", "plates and events")
 SCORE = (*FIT, "data in support")
 NUMBER = (*SCORE, "latents in support", "numbers")
 CHECKS = (
-    Check("runs", programs_run, ()),
-    Check("sites", sites_match, RUN),
-    Check("plates and events", plates_and_events, ()),
-    Check("data in support", data_support, FIT),
-    Check("latents in support", latent_support, FIT),
-    Check("numbers", finite, (*SCORE, "latents in support")),
-    Check("gradients", gradients, NUMBER),
-    Check("independent data", independent_data, SCORE),
-    Check("particles", particles_broadcast, SCORE),
-    Check("reparameterized", reparameterized, FIT),
-    Check("analytic KL", analytic_kl, (*FIT, "latents in support")),
-    Check("estimators agree", estimators_agree, (*NUMBER, "particles")),
-    Check("ELBO below IWAE", bounds_are_ordered, (*NUMBER, "particles")),
-    Check("samples", samples_are_data, FIT),
-    Check("capture", capture_is_possible, (*NUMBER, "gradients")),
+    Check("runs", structure.programs_run, ()),
+    Check("sites", structure.sites_match, RUN),
+    Check("plates and events", structure.plates_and_events, ()),
+    Check("data in support", values.data_support, FIT),
+    Check("latents in support", values.latent_support, FIT),
+    Check("numbers", values.finite, (*SCORE, "latents in support")),
+    Check("gradients", scores.gradients, NUMBER),
+    Check("independent data", scores.independent_data, SCORE),
+    Check("particles", scores.particles_broadcast, SCORE),
+    Check("reparameterized", bounds.reparameterized, FIT),
+    Check("analytic KL", bounds.analytic_kl, (*FIT, "latents in support")),
+    Check("estimators agree", bounds.estimators_agree, (*NUMBER, "particles")),
+    Check("ELBO below IWAE", bounds.bounds_are_ordered, (*NUMBER, "particles")),
+    Check("samples", bounds.samples_are_data, FIT),
+    Check("capture", bounds.capture_is_possible, (*NUMBER, "gradients")),
 )
 QUICK = (
     *CHECKS[:4],
-    Check("latents in support", partial(latent_support, covering=False), FIT),
-    Check("independent data", partial(independent_data, training=False, sizes=False), SCORE),
+    Check("latents in support", partial(values.latent_support, covering=False), FIT),
+    Check("independent data", partial(scores.independent_data, training=False, sizes=False), SCORE),
 )
 
 
@@ -124,12 +115,9 @@ def check(
     _require_data(x)
     if particles < 2:
         raise InputError(f"Expected particles >= 2, got {particles}.")
-    rows: dict[str, Row] = {}
-    with untouched(model, guide):
-        case = Case(model, guide, (x, *context), seed, particles)
-        for each in CHECKS:
-            rows[each.name] = _row(each, case, rows)
-    return Report(tuple(rows.values()))
+    pair = Pair(model, guide)
+    with untouched(pair):
+        return Report(tuple(_rows(CHECKS, Case(pair, (x, *context), seed, particles))))
 
 
 def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0) -> None:
@@ -148,11 +136,9 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
         ValueError: Saying how to fix it, with the line of source.
     """
     _require_data(x)
-    rows: dict[str, Row] = {}
-    with untouched(model, guide):
-        case = Case(model, guide, (x, *context), seed, particles=1, whole=True)
-        for each in QUICK:
-            row = rows[each.name] = _row(each, case, rows)
+    pair = Pair(model, guide)
+    with untouched(pair):
+        for row in _rows(QUICK, Case(pair, (x, *context), seed, particles=1, whole=True)):
             if row.status == "failed":
                 where = f" ({'; '.join(row.where)})" if row.where else ""
                 raise InputError(f"{row.message}{where}")
@@ -168,18 +154,17 @@ def _require_data(x: Any) -> None:
         raise InputError("Expected at least one datum, got an empty tensor.")
 
 
-def _row(each: Check, case: Case, done: dict[str, Row]) -> Row:
-    unmet = [name for name in each.needs if done[name].status not in ("passed", "warned")]
-    if unmet:
-        first = done[unmet[0]]
-        found = skipped(needs=first.needs or first.name)
-    else:
+def _rows(checks: Iterable[Check], case: Case) -> Iterator[Row]:
+    done: dict[str, Row] = {}
+    for name, function, needs in checks:
+        unmet = [done[n] for n in needs if done[n].status not in ("passed", "warned")]
         try:
-            found = each.function(case)
+            found = skipped(needs=unmet[0].needs or unmet[0].name) if unmet else function(case)
         except Exception as error:
             found = _raised(error, case)
-    message, where = " ".join(found.message.split()), tuple(filter(None, found.where))
-    return found._replace(name=each.name, message=message, where=where)
+        message, where = " ".join(found.message.split()), tuple(filter(None, found.where))
+        done[name] = found._replace(name=name, message=message, where=where)
+        yield done[name]
 
 
 def _raised(error: Exception, case: Case) -> Row:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -15,8 +15,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
-from pyro.poutine import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -26,7 +24,7 @@ from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, is_bookkeeping, samples, site_scores
+from pyrovae.pairs.traces import Site, Values, drawn, is_bookkeeping, samples
 
 # Batch sizes that few dimensions of data or networks share, so that a dimension is not taken for
 # the batch; with data of other sizes than these, as many rows.
@@ -61,22 +59,14 @@ class Row(NamedTuple):
         return f"\n{' ' * len(lead)}".join([lead + lines[0], *lines[1:], *self.where]).rstrip()
 
 
-# What a check returns: a row whose name its place in the table gives.
+def _found(status: Status, message: str, *where: str) -> Row:
+    """What a check returns: a row whose name its place in the table gives."""
+    return Row("", status, message, where)
 
 
-def passed(message: str) -> Row:
-    """Nothing is wrong."""
-    return Row("", "passed", message)
-
-
-def warned(message: str, *where: str) -> Row:
-    """The pair works, with a limit that its author should know."""
-    return Row("", "warned", message, where)
-
-
-def failed(message: str, *where: str) -> Row:
-    """A mistake."""
-    return Row("", "failed", message, where)
+passed = partial(_found, "passed")  # nothing is wrong
+warned = partial(_found, "warned")  # the pair works, with a limit that its author should know
+failed = partial(_found, "failed")  # a mistake
 
 
 def skipped(reason: str = "", *, needs: str = "") -> Row:
@@ -85,90 +75,67 @@ def skipped(reason: str = "", *, needs: str = "") -> Row:
 
 
 class Case:
-    """A pair with a batch whose size is no other dimension of the data, and its traces.
+    """A pair with a batch whose size is no other dimension of the data, each program run alone.
 
     Args:
-        model: The model program.
-        guide: The guide program.
+        pair: The pair.
         rows: The data ``[N, ...]`` and the programs' further arguments.
         seed: Seeds every draw, Python's and NumPy's as well as torch's.
         particles: The number of samples K of averages over draws.
         whole: Take the batch as it is, in place of some of its rows.
+
+    ``every`` are all data, ``rows`` the batch, and ``few`` of them do for averages over particles.
+    ``sites`` are the sample sites of each program, ``places`` the lines on which they stand, and
+    ``errors`` what a program raises that does not run.
     """
 
     def __init__(
-        self,
-        model: Callable,
-        guide: Callable,
-        rows: tuple,
-        seed: int,
-        particles: int,
-        whole: bool = False,
+        self, pair: Pair, rows: tuple, seed: int, particles: int, whole: bool = False
     ) -> None:
-        self.model, self.guide = model, guide
-        self.pair = Pair(model, guide)
-        self.seed, self.particles = seed, particles
-        device = self.pair.device
-        self.every = tuple(r.to(device) if isinstance(r, Tensor) else r for r in rows)
+        self.pair, self.seed, self.particles = pair, seed, particles
+        self.every = tuple(r.to(pair.device) if isinstance(r, Tensor) else r for r in rows)
         size = len(self.every[0]) if whole else _odd_size(self.every[0])
         self.rows = take(self.every, slice(size))
         self.few = take(self.rows, slice(FEW_ROWS))
-        self.places: dict[str, dict[str, str]] = {"model": {}, "guide": {}}
-
-    @cached_property
-    def _alone(self) -> tuple[dict[str, Trace], dict[str, Exception]]:
-        traces, errors = {}, {}
-        for kind, program in (("guide", self.pair.run_guide), ("model", self.pair.run_model)):
+        self.sites: dict[str, dict[str, Site]] = {}
+        self.errors: dict[str, Exception] = {}
+        self.places: dict[str, dict[str, str]] = {}
+        for kind, program in (("guide", pair.run_guide), ("model", pair.run_model)):
             places = Places()
+            self.places[kind] = places.found
             try:
                 with self.quietly(), places:
-                    traces[kind] = poutine.trace(program).get_trace(*self.rows)
+                    self.sites[kind] = samples(poutine.trace(program).get_trace(*self.rows))
             except Exception as error:
-                errors[kind] = error
-            self.places[kind] = places.found
-        return traces, errors
-
-    @property
-    def traces(self) -> dict[str, Trace]:
-        """The trace on the batch of each program that runs by itself."""
-        return self._alone[0]
-
-    @property
-    def errors(self) -> dict[str, Exception]:
-        """What each program raises that does not run by itself."""
-        return self._alone[1]
+                self.errors[kind] = error
 
     @cached_property
-    def layout(self) -> Layout:
-        """Where the batch lies, as the contract has it; the pair remembers it."""
+    def inspected(self) -> Pair:
+        """The pair, once it has been found to keep the contract."""
         with self.quietly():
-            return inspect_pair(self.pair, *self.rows)
+            inspect_pair(self.pair, *self.rows)
+        return self.pair
 
-    def sites(self, kind: str) -> dict[str, dict]:
-        """The sample sites of a program, run alone."""
-        return samples(self.traces[kind])
-
-    def observed(self) -> dict[str, dict]:
+    def observed(self) -> dict[str, Site]:
         """The model's observed sites, without a factor or a deterministic."""
-        found = self.sites("model").items()
+        found = self.sites["model"].items()
         return {n: s for n, s in found if s["is_observed"] and not is_bookkeeping(s)}
 
-    def latents(self) -> dict[str, tuple[dict, dict]]:
+    def latents(self) -> dict[str, tuple[Site, Site]]:
         """The sites of model and guide for each latent."""
-        guide = self.sites("guide")
-        found = self.sites("model").items()
+        guide, found = self.sites["guide"], self.sites["model"].items()
         return {n: (s, guide[n]) for n, s in found if n in guide and not s["is_observed"]}
 
     def enumerated(self) -> list[str]:
         """The latents that the model alone has, and sums over."""
-        guide, found = self.sites("guide"), self.sites("model").items()
+        guide, found = self.sites["guide"], self.sites["model"].items()
         return [name for name, site in found if name not in guide and enumerates(site)]
 
     def estimate(self, *rows: Any, particles: int = 1) -> tuple[Tensor, Tensor]:
         """The negative ELBO of a batch, and the scalar that has its gradient."""
         objective: ELBO = Trace_ELBO(num_particles=particles)
         if self.enumerated():
-            nesting = -self.layout.particle_dim - 1
+            nesting = -self.inspected.known.particle_dim - 1
             objective = TraceEnum_ELBO(num_particles=particles, max_plate_nesting=nesting)
         found = estimate(objective, self.pair, *rows)
         # None only for an objective that propagates by itself, which neither of these does.
@@ -181,19 +148,20 @@ class Case:
 
     def suspects(self, words: Iterable[str]) -> list[str]:
         """The lines of both programs, and of their modules' classes, with one of some words."""
-        return lines_with([self.model, self.guide, *self.pair.roots.values()], *words)
+        programs = [self.pair.model, self.pair.guide, *self.pair.roots.values()]
+        return lines_with(programs, *words)
 
     @contextmanager
     def quietly(
-        self, training: bool = False, gradients: bool = False, python_seed: int | None = None
+        self, training: bool = False, gradients: bool = False, other: int = 0
     ) -> Iterator[None]:
         """Run a block from the same seed each time, without warnings, and restore buffers.
 
-        Modules are in eval mode and nothing is differentiated, unless that is asked for.
+        Modules are in eval mode and nothing is differentiated, unless that is asked for; ``other``
+        gives the streams of Python and NumPy another seed.
         """
-        other = self.seed if python_seed is None else python_seed
-        random.seed(other)
-        np.random.seed(other % 2**32)
+        random.seed(self.seed + other)
+        np.random.seed((self.seed + other) % 2**32)
         with (
             self.pair.mode(training),
             undone(self.pair.modules, self.rows[0].device),
@@ -204,33 +172,23 @@ class Case:
             warnings.simplefilter("ignore")
             yield
 
-    def guide_trace(
-        self, rows: tuple, particles: int | None = None, *, training: bool = False
-    ) -> Trace:
-        """The guide's trace of some data, without the sites of subsampling plates."""
-        self.pair.layout = self.layout
+    def draw(self, particles: int | None = None, *, training: bool = False) -> Values:
+        """Latents of the batch from the guide, K of each datum or without a plate of particles."""
+        pair = self.inspected
         with self.quietly(training):
-            return prune_subsample_sites(self.pair.trace_guide(*rows, particles=particles))
+            sites = drawn(pair.trace_guide(*self.rows, particles=particles))
+        return {name: site["value"] for name, site in sites.items()}
 
     def scores(
-        self,
-        guide_trace: Trace,
-        rows: tuple,
-        particles: int | None = None,
-        *,
-        training: bool = False,
+        self, latents: Values, rows: tuple, particles: int | None = None, *, training: bool = False
     ) -> Scores:
-        """Every site's log-probability ``[K, N]`` at a guide's latents, by program and site."""
-        size = particles or 1, len(rows[0])
-        self.pair.layout = self.layout
+        """Every site's log-probability ``[K, N]`` at given latents, by program and site."""
+        pair = self.inspected
         with self.quietly(training):
-            guide = self.pair.replay_guide(guide_trace, *rows, particles=particles)
-            model = self.pair.replay_model(guide_trace, *rows, particles=particles, sums=True)
-            return {
-                (kind, name): score
-                for kind, trace in (("guide", guide), ("model", model))
-                for name, score in site_scores(trace, self.layout, *size).items()
-            }
+            guide = pair.score_guide(rows, particles, latents)
+            model, _ = pair.score_model(rows, particles, latents)
+        scores = {("guide", name): score for name, score in guide.items()}
+        return scores | {("model", name): score for name, score in model.items()}
 
 
 def take(rows: tuple, part: slice | Tensor) -> tuple:
@@ -245,15 +203,14 @@ def _odd_size(x: Tensor) -> int:
 
 
 @contextmanager
-def untouched(model: Callable, guide: Callable) -> Iterator[None]:
+def untouched(pair: Pair) -> Iterator[None]:
     """Run a block without validation, and leave nothing behind.
 
     Parameters, buffers and the other attributes of modules (their modes among them), Pyro's store,
     the setting of validation, and the random streams of torch, NumPy and Python are restored.
     Modules that take their sizes from the first batch keep what they found.
     """
-    modules = Pair(model, guide).modules
-    modules = [m for m in modules if not any(map(is_lazy, m.parameters(recurse=False)))]
+    modules = [m for m in pair.modules if not any(map(is_lazy, m.parameters(recurse=False)))]
     # A ParamStoreDict holds its entries in these three dictionaries (Pyro 1.9.2). Its public
     # get_state() copies values, and would give leaves another identity than optimizers know.
     store = pyro.get_param_store()

@@ -6,27 +6,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
+from numpy import s_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae._tools.source_lines import error_place, lines_with
-from pyrovae.checking.case import (
-    Case,
-    Row,
-    Scores,
-    failed,
-    passed,
-    skipped,
-    take,
-)
+from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take
 from pyrovae.pairs.contract import check_reach, sentence
-from pyrovae.pairs.traces import is_bookkeeping, samples, take_particles
+from pyrovae.pairs.traces import Values, is_bookkeeping, log_probs
 
 PARTICLES = 3
 # Two batches may round a float32 score differently by 1e-5 of it. A score that is steep in its
 # latents may differ by more, as much as ten times what moving these by 1e-6 changes.
 ROUNDING, NUDGE, STEEP = 1e-5, 1e-6, 10
+# Scores, each with what rounding may change in it.
+Bounded = dict[tuple[str, str], tuple[Tensor, Tensor]]
 # Words of source lines that may be to blame, shown beside the finding.
 REDUCTIONS = (".mean()", ".mean(0)", ".sum()", ".sum(0)", ".std(", ".var(", "dim=0", "BatchNorm")
 STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode")
@@ -34,78 +28,64 @@ STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode")
 
 def independent_data(case: Case, training: bool = True, sizes: bool = True) -> Row:
     """A datum's log-probabilities do not depend on its batch, in either mode and of any size."""
-    if len(case.rows[0]) < 2:
+    n = len(case.rows[0])
+    if n < 2:
         return skipped("only one data point was given")
+    half = n // 2
+    mixed = torch.cat([torch.arange(half), torch.arange(n - half) % half])
     for mode in (False, True)[: 1 + training]:
-        latents = case.guide_trace(case.rows, training=mode)
-        whole = case.scores(latents, case.rows, training=mode)
-        slack = _slack(whole, case.scores(_nudged(latents), case.rows, training=mode))
-        for rows, others, here, there in _other_batches(case, latents, sizes and not mode):
+        latents, whole = _reference(case, training=mode)
+        parts = (slice(1), slice(half, n)) if sizes and not mode else ()
+        others = [(take(case.rows, part), _part(case, latents, part), part) for part in parts]
+        for rows, values, part in [(take(case.rows, mixed), latents, slice(half)), *others]:
             try:
-                found = case.scores(others, rows, training=mode)
+                found = case.scores(values, rows, training=mode)
             except Exception as error:
                 return failed(
                     f"The pair fails on a batch of {len(rows[0])}, {sentence(error)}: take the "
                     f"size from len(x), and give squeeze() a dimension. Batches are of any size.",
                     error_place(error),
                 )
-            for key, score in whole.items():
-                change = _change(found[key][:, here], score[:, there], slack[key][:, there])
-                if change:
-                    return _depends(case, *key, change, mode)
+            if change := _change(found, whole, s_[:, part]):
+                return _depends(case, *change, mode)
     return passed("beside other data, and alone")
 
 
-def _other_batches(
-    case: Case, latents: Trace, sizes: bool
-) -> Iterator[tuple[tuple, Trace, slice, slice]]:
-    """Batches that share rows with the first: rows, latents, and where those lie in either."""
-    n = len(case.rows[0])
-    half = n // 2
-    mixed = torch.cat([torch.arange(half), torch.arange(n - half) % half])
-    yield take(case.rows, mixed), latents, slice(half), slice(half)
-    for part in (slice(1), slice(half, n)) if sizes else ():
-        yield take(case.rows, part), _latents_of(case, latents, part), slice(None), part
-
-
-def _latents_of(case: Case, trace: Trace, part: slice) -> Trace:
-    """The same trace with the latents of some of its data."""
-    taken = trace.copy()
-    for name, site in samples(trace).items():
-        value = site["value"]
-        dim = value.dim() - getattr(site["fn"], "event_dim", 0) + case.layout.dim
-        if not site["is_observed"] and dim >= 0 and value.shape[dim] == len(case.rows[0]):
-            index = torch.arange(value.shape[dim], device=value.device)[part]
-            _set_value(taken, name, value.index_select(dim, index))
+def _part(case: Case, latents: Values, part: slice) -> Values:
+    """The latents of some of the data."""
+    taken, n = dict(latents), len(case.rows[0])
+    for name, value in latents.items():
+        dim = case.inspected.known.dim - getattr(case.sites["guide"][name]["fn"], "event_dim", 0)
+        if value.dim() >= -dim and value.shape[dim] == n:
+            taken[name] = value.index_select(dim, torch.arange(n, device=value.device)[part])
     return taken
 
 
-def _nudged(trace: Trace) -> Trace:
-    """The same trace with its latents changed by a little more than rounding."""
-    nudged = trace.copy()
-    for name, site in samples(trace).items():
-        if not site["is_observed"] and site["value"].is_floating_point():
-            _set_value(nudged, name, site["value"] * (1 + NUDGE))
-    return nudged
+def _reference(
+    case: Case, particles: int | None = None, training: bool = False
+) -> tuple[Values, Bounded]:
+    """Latents of the batch, their scores, and what rounding may change in these."""
+    latents = case.draw(particles, training=training)
+    nudged = {n: v * (1 + NUDGE) if v.is_floating_point() else v for n, v in latents.items()}
+    scores = case.scores(latents, case.rows, particles, training=training)
+    moved = case.scores(nudged, case.rows, particles, training=training)
+    whole = {}
+    for key, score in scores.items():
+        steep = (moved[key] - score).abs().nan_to_num(0.0)
+        whole[key] = score, ROUNDING * (1 + score.abs()) + STEEP * steep
+    return latents, whole
 
 
-def _set_value(trace: Trace, name: str, value: Tensor) -> None:
-    """Exchange a site's value in a copied trace, whose sites are those of the original."""
-    site: Any = dict(trace.nodes[name])
-    trace.nodes[name] = site | {"value": value}
-
-
-def _slack(scores: Scores, nudged: Scores) -> Scores:
-    """What rounding may change in scores."""
-    steep = {key: (nudged[key] - score).abs().nan_to_num(0.0) for key, score in scores.items()}
-    return {key: ROUNDING * (1 + s.abs()) + STEEP * steep[key] for key, s in scores.items()}
-
-
-def _change(found: Tensor, expected: Tensor, slack: Tensor) -> float:
-    """The largest difference of two scores, or 0 where rounding explains it."""
-    known = expected.isfinite() & found.isfinite()
-    difference = (found - expected)[known].abs()
-    return difference.max().item() if bool((difference > slack[known]).any()) else 0.0
+def _change(found: Scores, whole: Bounded, part: Any) -> tuple[str, str, float] | None:
+    """The first scores that a part has otherwise: program, site, and the nats, beyond rounding."""
+    for (kind, name), (score, slack) in whole.items():
+        expected = score[part]
+        alone = found[kind, name][:, : expected.shape[1]]
+        known = expected.isfinite() & alone.isfinite()
+        difference = (alone - expected)[known].abs()
+        if bool((difference > slack[part][known]).any()):
+            return kind, name, difference.max().item()
+    return None
 
 
 def _depends(case: Case, kind: str, name: str, change: float, training: bool) -> Row:
@@ -125,9 +105,7 @@ def _depends(case: Case, kind: str, name: str, change: float, training: bool) ->
 def particles_broadcast(case: Case) -> Row:
     """Scores of K particles at once are those of a loop over them."""
     try:
-        together = case.guide_trace(case.rows, PARTICLES)
-        whole = case.scores(together, case.rows, PARTICLES)
-        slack = _slack(whole, case.scores(_nudged(together), case.rows, PARTICLES))
+        together, whole = _reference(case, PARTICLES)
     except Exception as error:
         return failed(
             f"With a plate of {PARTICLES} particles to the left of the batch the pair fails, "
@@ -136,16 +114,16 @@ def particles_broadcast(case: Case) -> Row:
             error_place(error),
         )
     for k in range(PARTICLES):
-        alone = case.scores(take_particles(together, slice(k, k + 1)), case.rows, 1)
-        for (kind, name), score in whole.items():
-            change = _change(alone[kind, name][0], score[k], slack[kind, name][k])
-            if change:
-                return failed(
-                    f"The log-probability at site {name!r} of the {kind} differs by {change:.3g} "
-                    f"nats between {PARTICLES} particles at once and each alone: keep the "
-                    f"particles' dimension, leftmost, apart from the others.",
-                    *case.where(name),
-                )
+        part = slice(k, k + 1)
+        alone = case.scores({n: v[part] for n, v in together.items()}, case.rows, 1)
+        if change := _change(alone, whole, part):
+            kind, name, nats = change
+            return failed(
+                f"The log-probability at site {name!r} of the {kind} differs by {nats:.3g} nats "
+                f"between {PARTICLES} particles at once and each alone: keep the particles' "
+                f"dimension, leftmost, apart from the others.",
+                *case.where(name),
+            )
     return passed(f"[K, N] = [{PARTICLES}, {len(case.rows[0])}] as a loop")
 
 
@@ -165,15 +143,14 @@ def gradients(case: Case) -> Row:
         named = case.pair.named()
         if not named:
             return skipped("the pair has no parameters")
-        found = _slopes(surrogate, list(named.values()))
-    if missing := [name for name, g in zip(named, found, strict=True) if g is None]:
+        found = dict(zip(named, _slopes(surrogate, list(named.values())), strict=True))
+    if missing := [name for name, g in found.items() if g is None]:
         return failed(
             f"No gradient reaches {_list(missing)}: use it in the program, take it out, or freeze "
             f"it with requires_grad_(False).",
             *case.suspects(STOPS),
         )
-    known = zip(named, found, strict=True)
-    if broken := [n for n, g in known if g is not None and not bool(g.isfinite().all())]:
+    if broken := [n for n, g in found.items() if g is not None and not bool(g.isfinite().all())]:
         return failed(
             f"The gradient is NaN or infinite for {_list(broken)}: look for a root, a norm or a "
             f"where() at a point without a slope."
@@ -204,13 +181,11 @@ def _unused_latents(case: Case) -> list[str]:
             if guide_site["fn"].has_rsample and not is_bookkeeping(site):
                 node: Any = guide_trace.nodes[name]
                 latents[name] = node["value"] = node["value"].detach().requires_grad_()
-        trace = case.pair.replay_model(guide_trace, *case.rows)
-        trace.compute_log_prob()
-        scores = {name: site["log_prob"].sum() for name, site in samples(trace).items()}
+        scores = log_probs(case.pair.replay_model(guide_trace, *case.rows))
         return [
             name
             for name, value in latents.items()
-            if _slopes(sum(s for n, s in scores.items() if n != name), [value]) == [None]
+            if _slopes(sum(s.sum() for n, s in scores.items() if n != name), [value]) == [None]
         ]
 
 

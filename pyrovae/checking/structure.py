@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import dropwhile
 from typing import Any
 
 from torch import Size, Tensor
@@ -10,35 +11,26 @@ from torch.distributions import Independent
 from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, skipped
-from pyrovae.pairs.contract import (
-    batch_frame,
-    batch_plates,
-    check_event,
-    check_sites,
-    mended,
-    misfit,
-    sentence,
-    sizes_fit,
-)
+from pyrovae.pairs import contract
 from pyrovae.pairs.traces import is_bookkeeping
 
 
 def programs_run(case: Case) -> Row:
     """Both programs run on a batch, each by itself."""
     for kind, error in case.errors.items():
-        if misfit(error):
+        if contract.misfit(error):
             return skipped(needs="plates and events")
-        text = f"{type(error).__name__}: {mended(error, case.rows[0])}"
+        text = f"{type(error).__name__}: {contract.mended(error, case.rows[0])}"
         return failed(f"The {kind} fails with {text}", error_place(error))
     return passed(f"on {len(case.rows[0])} data points")
 
 
 def sites_match(case: Case) -> Row:
     """Both programs sample the same latents, and the model observes something."""
-    model, summed = case.sites("model"), case.enumerated()
+    model, summed = case.sites["model"], case.enumerated()
     hidden = [name for name, site in model.items() if not site["is_observed"]]
     latents = [name for name in hidden if name not in summed]
-    check_sites(latents, case.sites("guide"))
+    contract.check_sites(latents, case.sites["guide"])
     observed = [name for name, site in model.items() if site["is_observed"]]
     if not observed:
         return failed(
@@ -52,15 +44,15 @@ def sites_match(case: Case) -> Row:
 def plates_and_events(case: Case) -> Row:
     """One plate holds the batch, and every dimension is a plate's or an event's."""
     if case.errors:
-        errors = case.errors.values()
-        found = [_explain(case, error, site) for error in errors if (site := misfit(error))]
+        unfit = [(error, contract.misfit(error)) for error in case.errors.values()]
+        found = [_explain(case, error, site) for error, site in unfit if site]
         if not found:
             return skipped(needs="runs")
         where = dict.fromkeys(line for each in found for line in each.where)
         return failed(" ".join(each.message for each in found), *where)
-    every = [item for kind in ("model", "guide") for item in case.sites(kind).items()]
+    every = [item for kind in ("model", "guide") for item in case.sites[kind].items()]
     every = [(name, site) for name, site in every if not is_bookkeeping(site)]
-    frame = batch_frame(every, batch_plates(every, len(case.rows[0]))[0])
+    frame = contract.batch_frame(every, contract.batch_plates(every, len(case.rows[0]))[0])
     for look in (_ranks, _events, _values, _replays):
         if outcome := look(case):
             return outcome
@@ -71,7 +63,11 @@ def plates_and_events(case: Case) -> Row:
 
 def _explain(case: Case, error: Exception, site: dict) -> Row:
     name, fn, n = site["name"], site["fn"], len(case.rows[0])
-    plates, batch, place = _plates(site), site["fn"].batch_shape, error_place(error)
+    plates, batch, place = (
+        [*contract.plates(site).values()],
+        site["fn"].batch_shape,
+        error_place(error),
+    )
     if all(f.size != n for f in plates):
         sizes = ", ".join(f"{f.name!r} of size {f.size}" for f in plates)
         text = (
@@ -81,13 +77,9 @@ def _explain(case: Case, error: Exception, site: dict) -> Row:
         return failed(text, *case.where(plates[0].name), place)
     for extra in range(1, len(batch) + 1):
         rest = batch[: len(batch) - extra]
-        if len(rest) <= max(-f.dim for f in plates) and sizes_fit(rest, plates):
+        if len(rest) <= max(-f.dim for f in plates) and contract.sizes_fit(rest, plates):
             return _too_many(name, fn, extra, plates, place)
     return failed(f"{error}: give site {name!r} the batch shape [{n}].", place)
-
-
-def _plates(site: dict) -> list[Any]:
-    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
 def _too_many(name: str, fn: Any, extra: int, plates: list[Any], *where: str) -> Row:
@@ -103,8 +95,11 @@ def _too_many(name: str, fn: Any, extra: int, plates: list[Any], *where: str) ->
 def _ranks(case: Case) -> Row | None:
     """No site has more batch dimensions than plates."""
     for kind in ("model", "guide"):
-        for name, site in case.sites(kind).items():
-            plates, batch = _plates(site), getattr(site["fn"], "batch_shape", Size())
+        for name, site in case.sites[kind].items():
+            plates, batch = (
+                [*contract.plates(site).values()],
+                getattr(site["fn"], "batch_shape", Size()),
+            )
             extra = len(batch) - max((-f.dim for f in plates), default=0)
             if extra > 0 and plates and not is_bookkeeping(site):
                 return _too_many(name, site["fn"], extra, plates, case.places[kind].get(name, ""))
@@ -116,7 +111,7 @@ def _events(case: Case) -> Row | None:
     for name, (model_site, guide_site) in case.latents().items():
         ours, theirs = model_site["fn"], guide_site["fn"]
         try:
-            check_event(name, model_site, guide_site)
+            contract.check_event(name, model_site, guide_site)
         except InputError as error:
             return failed(f"{error}{_event_to_write(ours, theirs)}", *case.where(name))
         if _squeezed(ours.batch_shape) != _squeezed(theirs.batch_shape):
@@ -131,9 +126,8 @@ def _events(case: Case) -> Row | None:
 def _event_to_write(ours: Any, theirs: Any) -> str:
     if ours.event_dim == theirs.event_dim:
         return ""
-    kind, fewer, more = (
-        ("model", ours, theirs) if ours.event_dim < theirs.event_dim else ("guide", theirs, ours)
-    )
+    fewer, more = sorted((ours, theirs), key=lambda fn: fn.event_dim)
+    kind = "model" if fewer is ours else "guide"
     number = _written(fewer) + more.event_dim - fewer.event_dim
     expand = "" if fewer.event_shape else f".expand({list(more.event_shape)})"
     return f" Here the {kind}'s lacks dimensions: {expand}.to_event({number})."
@@ -145,7 +139,7 @@ def _values(case: Case) -> Row | None:
         fn, value = site["fn"], site["value"]
         if not isinstance(value, Tensor) or value.shape in (fn.shape(), Size()):
             continue
-        extra = fn.event_dim - (value.dim() - max(-f.dim for f in _plates(site)))
+        extra = fn.event_dim - (value.dim() - max(-f.dim for f in contract.plates(site).values()))
         if 0 < extra <= _written(fn):
             fix = f"the event swallows the batch, end it in .to_event({_written(fn) - extra})."
         elif value.numel() == len(value) * fn.event_shape.numel():
@@ -165,11 +159,11 @@ def _replays(case: Case) -> Row | None:
     """The model runs on the guide's latents."""
     try:
         with case.quietly():
-            case.pair.replay_model(case.traces["guide"], *case.rows)
+            case.pair.trace(*case.rows)
     except Exception as error:
         return failed(
             f"The model runs on its own latents, and with the guide's it fails, "
-            f"{sentence(error)}: give both one shape and one dtype.",
+            f"{contract.sentence(error)}: give both one shape and one dtype.",
             error_place(error),
         )
     return None
@@ -184,9 +178,6 @@ def _written(fn: Any) -> int:
     return number
 
 
-def _squeezed(shape: Size) -> tuple[int, ...]:
+def _squeezed(shape: Size) -> list[int]:
     """A shape without its leading ones, which broadcast."""
-    kept = list(shape)
-    while kept and kept[0] == 1:
-        kept.pop(0)
-    return tuple(kept)
+    return list(dropwhile(lambda size: size == 1, shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, take
 from pyrovae.pairs.contract import base_of, check_support
-from pyrovae.pairs.traces import is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, is_bookkeeping, samples
 
 DRAWS = 16
 # How many of their ranges beyond the data's edges are tried.
 FAR = 3.0
 SEARCH = "look for a log of 0, a division by 0 or an overflow in what makes it"
+BOUND = "bound it, as softplus(s) + 1e-3 does"
 # Values beside draws at which two supports are compared: of either sign, near zero and far from
 # it, and off every grid, so that bounded, positive, unit-interval and real supports all differ.
 REALS, INTEGERS = (-987.6, -1.37, 0.41, 1.63, 987.6), (-1.0, 0.0, 1.0, 2.0, 3.0, 9.0, 999.0)
@@ -50,17 +52,15 @@ def latent_support(case: Case, covering: bool = True) -> Row:
             outside = _only_in(guide, prior)
             missed = _only_in(prior, guide) if covering else None
         if outside is not None:
-            return failed(
+            raise InputError(
                 f"The support of {name!r} is {kinds}: the guide can draw {outside:.4g}, where "
                 f"the prior has no mass and the ELBO is minus infinity. Draw it from a "
-                f"distribution with the prior's support.",
-                *case.where(name),
+                f"distribution with the prior's support."
             )
         if missed is not None:
-            return failed(
+            raise InputError(
                 f"The support of {name!r} is {kinds}: the guide never draws {missed:.4g}, which "
-                f"the prior allows, so log p(x) leaves that part out. Widen the guide's support.",
-                *case.where(name),
+                f"the prior allows, so log p(x) leaves that part out. Widen the guide's support."
             )
     return passed("guide and prior agree")
 
@@ -89,90 +89,72 @@ def finite(case: Case) -> Row:
     On the batch as it is, and on data at and beyond the edges of what was given.
     """
     with case.quietly():
-        found = _first_bad(case.pair.trace(*case.rows), ())
-    if found is not None:
-        return failed(f"With these weights {found[1]}", *case.where(found[0]))
+        if bad := _first_bad(case.pair.trace(*case.rows), ()):
+            raise InputError(f"With these weights {bad}")
     names, extreme = zip(*_extremes(case), strict=True)
-    each = torch.arange(max(len(names), len(case.rows[0])))
-    _, *context = take(case.rows, each % len(case.rows[0]))
+    n, each = len(case.rows[0]), torch.arange(max(len(names), len(case.rows[0])))
+    _, *context = take(case.rows, each % n)
     try:
         with case.quietly():
             x = torch.stack(extreme)[each % len(names)]
-            traces = case.pair.trace(x, *context)
-            found = _first_bad(traces, names)
+            bad = _first_bad(case.pair.trace(x, *context), names)
     except Exception as error:
         text = f"The pair fails on data {', '.join(names)}: {type(error).__name__}: {error}"
         return failed(text, error_place(error))
-    if found is not None:
-        return failed(f"On data {found[1]}", *case.where(found[0]))
+    if bad:
+        raise InputError(f"On data {bad}")
     return passed(f"on the batch, and on data {', '.join(names)}")
 
 
 def _extremes(case: Case) -> Iterator[tuple[str, Tensor]]:
     """Data with every feature at its least or greatest, and far beyond, within the support."""
     x = case.every[0]
-    low, high = x.amin(0), x.amax(0)
+    low, high, span = x.amin(0), x.amax(0), FAR * (x.max() - x.min())
     yield "all at their minimum", low
     yield "all at their maximum", high
-    span = FAR * (x.max() - x.min())
-    for name, value in (
-        ("far below their range", x.min() - span),
-        ("far above their range", x.max() + span),
-    ):
-        value = value.round() if bool((x == x.round()).all()) else value
-        if _allows(case, value.item()):
-            yield name, torch.full_like(low, value.item())
+    for side, value in (("below", x.min() - span), ("above", x.max() + span)):
+        value = (value.round() if bool((x == x.round()).all()) else value).item()
+        if _allows(case, value):
+            yield f"far {side} their range", torch.full_like(low, value)
 
 
 def _allows(case: Case, value: float) -> bool:
-    for site in case.observed().values():
-        try:
-            inside = site["fn"].support.check(torch.full_like(site["value"], value))
-        except NotImplementedError:
-            return False
-        if not bool(inside.all()):
-            return False
-    return bool(case.observed())
+    """Whether every observed site may have a value; False where that is not known."""
+    with suppress(NotImplementedError):
+        sites = case.observed().values()
+        found = [s["fn"].support.check(torch.full_like(s["value"], value)) for s in sites]
+        return bool(found) and all(bool(inside.all()) for inside in found)
+    return False
 
 
-def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first site that is no number: its name, and what is wrong, with the name of the row."""
+def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> str | None:
+    """What is wrong at the first site that is no number, with the name of the row."""
     for kind, trace in zip(("guide", "model"), reversed(traces), strict=True):
         for name, site in samples(trace).items():
-            for parameter, value, inside, asked in _parameters(site["fn"]):
+            for what, value, inside, asked in _numbers(name, site, kind):
                 if not bool(inside.all()):
-                    row, shown = _named(value, inside, names)
-                    fix = SEARCH if shown == "nan" else "bound it, as softplus(s) + 1e-3 does"
-                    return name, (
-                        f"{row}{parameter} at site {name!r} of the {kind} is {shown}, not {asked}: "
-                        f"{fix}."
-                    )
-            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-            if not bool(log_prob.isfinite().all()):
-                row, shown = _named(log_prob, log_prob.isfinite(), names)
-                return name, (
-                    f"{row}the log-probability of site {name!r} in the {kind} is {shown}: {SEARCH}."
-                )
+                    index = tuple((~inside).nonzero()[0].tolist())
+                    named = names and index and len(value) >= len(names)
+                    row = f"{names[index[0] % len(names)]}, " if named else ""
+                    shown = f"{value[index].reshape(-1)[0].item():.4g}"
+                    fix = SEARCH if shown == "nan" or not asked else BOUND
+                    return f"{row}{what} is {shown}{asked}: {fix}."
     return None
 
 
-def _named(value: Tensor, inside: Tensor, names: tuple[str, ...]) -> tuple[str, str]:
-    index = tuple((~inside).nonzero()[0].tolist())
-    row = index[0] if names and index and len(value) >= len(names) else None
-    return (
-        "" if row is None else f"{names[row % len(names)]}, ",
-        f"{value[index].reshape(-1)[0].item():.4g}",
-    )
-
-
-def _parameters(fn: Any) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """A distribution's parameters: name, value, whether it is allowed, and what is allowed."""
+def _numbers(name: str, site: Site, kind: str) -> Iterator[tuple[str, Tensor, Tensor, str]]:
+    """A site's parameters and log-probability: words, value, where it is allowed, what else is."""
+    fn = site["fn"]
     while fn is not None and not isinstance(fn, Unit):
-        for name, constraint in fn.arg_constraints.items():
-            value = vars(fn).get(name)
+        for parameter, constraint in fn.arg_constraints.items():
+            value = vars(fn).get(parameter)
             if isinstance(value, Tensor) and not is_dependent(constraint):
-                yield name, value, constraint.check(value), _spell(constraint)
+                what, asked = f"{parameter} at site {name!r} of the {kind}", _spell(constraint)
+                yield what, value, constraint.check(value), f", not {asked}"
         fn = getattr(fn, "_component_distribution", None) or getattr(fn, "base_dist", None)
+    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    what = f"the log-probability of site {name!r} in the {kind}"
+    yield what, log_prob, log_prob.isfinite(), ""
 
 
 def _support(fn: Any) -> str:

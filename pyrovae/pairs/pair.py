@@ -87,10 +87,6 @@ class Pair(Parameters):
         trace = self.trace_given(program, rows, particles)
         return sum_out(trace, summed) if summed else trace
 
-    def replay_guide(self, trace: Trace, *rows: Any, particles: int | None = None) -> Trace:
-        """Trace the guide with the latents of another trace; arguments as in :meth:`trace`."""
-        return self.trace_given(poutine.replay(self.run_guide, trace=trace), rows, particles)
-
     def trace_posterior(self, *rows: Any) -> Trace:
         """Trace the model at one draw of every latent given the batch.
 
@@ -135,13 +131,13 @@ class Pair(Parameters):
         """Draw K latents of each datum from the model's prior."""
         return self._latents(self.trace_given(self.run_model, rows, particles))
 
-    def score_guide(self, rows: tuple, particles: int, values: Values) -> Values:
+    def score_guide(self, rows: tuple, particles: int | None, values: Values) -> Values:
         """The guide's scores ``[K, N]`` by site, at given latents."""
         trace = self.trace_given(self.run_guide, rows, particles, Given(values))
         return site_scores(trace, self.known, particles, len(rows[0]))
 
     def score_model(
-        self, rows: tuple, particles: int, given: Given | Values, *, fused: bool = False
+        self, rows: tuple, particles: int | None, given: Given | Values, *, fused: bool = False
     ) -> tuple[Values, Values]:
         """The model's scores ``[K, N]`` by site at given latents, and those latents."""
         layout = self.known

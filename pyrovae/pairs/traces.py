@@ -38,16 +38,8 @@ class Layout(NamedTuple):
     enumerated: tuple[str, ...] = ()
 
 
-def take_particles(guide_trace: Trace, part: slice) -> Trace:
-    """The same trace with some of its particles; the plate of particles is leftmost."""
-    taken = guide_trace.copy()
-    for name, site in drawn(guide_trace).items():
-        taken.nodes[name] = site | {"value": site["value"][part]}
-    return taken
-
-
 def site_scores(
-    trace: Trace, layout: Layout, particles: int, num_data: int, *, fused: bool = False
+    trace: Trace, layout: Layout, particles: int | None, num_data: int, *, fused: bool = False
 ) -> Values:
     """Each site's log-probability ``[K, N]``, masked but not scaled, of a run with K particles."""
     found = log_probs(trace, fused=fused)
@@ -91,10 +83,10 @@ def _divisor(size: int) -> int:
     return next(n for n in range(8, 0, -1) if size % n == 0)
 
 
-def reduce_to(log_prob: Tensor, layout: Layout, particles: int, num_data: int) -> Tensor:
+def reduce_to(log_prob: Tensor, layout: Layout, particles: int | None, num_data: int) -> Tensor:
     """Sum over every plate but the particles' and the batch's, to ``[K, N]``."""
     total = sum_plates(log_prob, layout, {layout.dim})
-    return total.reshape(len(total), -1).expand(particles, num_data)
+    return total.reshape(len(total), -1).expand(particles or 1, num_data)
 
 
 def sum_plates(log_prob: Tensor, layout: Layout, kept: Collection[int]) -> Tensor:
