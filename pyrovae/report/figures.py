@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from math import ceil
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+F = TypeVar("F", bound="Figure | None")
 DPI, INK, BLUE, ORANGE, GREY = 200, "#333333", "#1f5fa8", "#d1700f", "#b4b4b4"
 PALETTE = (BLUE, ORANGE, "#2d8a4e", "#8b4fa0", "#b3261e", "#5f6b76")
 STYLE = {
@@ -39,16 +40,16 @@ PLANE = ("x[0]", "x[1]")
 TERMS = {"elbo": "ELBO", "reconstruction": "E_q[ln p(x|z)]", "kl": "KL(q(z|x) ‖ p(z))"}
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw a figure in this style, with nothing of the surrounding settings in it."""
+def styled(draw: Callable[P, F]) -> Callable[P, F]:
+    """Draw a figure, or None, in this style, with nothing of the surrounding settings in it."""
 
     @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> F:
         from matplotlib import style
 
         with style.context(["default", STYLE]):
             figure = draw(*args, **kwargs)
-            for axes in figure.axes:
+            for axes in figure.axes if figure is not None else ():
                 axes.spines[["top", "right"]].set_visible(False)
                 axes.tick_params(labelsize=8, color=GREY, labelcolor=INK)
             return figure
@@ -56,11 +57,18 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def panel(title: str, xlabel: str, ylabel: str, height: float = 3.2) -> tuple[Figure, Axes]:
-    """A figure of one pair of axes, narrow enough to be read on a telephone."""
+def blank(width: float, height: float) -> Figure:
+    """A figure of a size in inches, narrow enough to be read on a telephone."""
     from matplotlib.figure import Figure
 
-    figure = Figure((4.8, height), dpi=DPI, layout="constrained")
+    return Figure((width, height), dpi=DPI, layout="constrained")
+
+
+def panel(
+    title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.8, 3.2)
+) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes with a grid."""
+    figure = blank(*size)
     axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(True)
     return figure, axes
@@ -79,7 +87,6 @@ def learning_curves(history: Sequence[dict]) -> Figure:
 
     A row holds ``epoch``, and ``train_*`` and ``valid_*`` for ``elbo``, ``reconstruction``, ``kl``.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     terms = {name: curves for name in TERMS if (curves := _curves(history, name))}
@@ -87,7 +94,7 @@ def learning_curves(history: Sequence[dict]) -> Figure:
         raise InputError("Expected a history with an ELBO or one of its terms, got neither.")
     first, *others = terms
     layout: list[Any] = [[first] * len(others), others] if others else [[first]]
-    figure = Figure((5.4, 2.4 * len(layout)), dpi=DPI, layout="constrained")
+    figure = blank(5.4, 2.4 * len(layout))
     for name, axes in figure.subplot_mosaic(layout).items():
         for split, (epoch, value) in terms[name].items():
             colour, marker = BLUE if split == "train" else ORANGE, "." if len(epoch) < 12 else ""
@@ -230,12 +237,8 @@ def _points(
     equal: bool = False,
 ) -> Figure:
     """Draw points ``[..., 1 or 2]``, coloured by class or scale, over the lines joining them."""
-    from matplotlib.figure import Figure
-
     points, (xlabel, ylabel) = points.reshape(-1, len(names)), [*names, "count"][:2]
-    figure = Figure((5.4, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot(title=fill(title, 70), xlabel=xlabel, ylabel=ylabel)
-    axes.grid(True)
+    figure, axes = panel(fill(title, 70), xlabel, ylabel, (5.4, 4.2))
     classes = _classes(labels)
     if len(names) == 1:
         edges = np.histogram_bin_edges(points, min(60, ceil(len(points) ** 0.5))).tolist()

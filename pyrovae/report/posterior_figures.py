@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyrovae._tools import InputError
 from pyrovae.diagnostics.result import ACTIVE
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.report.figures import BLUE, DPI, GREY, INK, ORANGE, PALETTE, panel, styled
+from pyrovae.report.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
 from pyrovae.runs.results import Finding, Record
 
 if TYPE_CHECKING:
@@ -28,26 +27,16 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
     """Draw what there is to draw of evaluations on the same data, by the runs' names.
 
     The KL by dimension is drawn for one alone, and so is an annealed estimate of all its data.
+    Runs that lie on one curve over β have the ends of their paths ``joined``.
     """
-    estimates = {name: f.log_likelihood for name, f in findings.items()}
-    points = {n: (f.results.rate, f.results.distortion) for n, f in findings.items()}
-    points = {n: point for n, point in points.items() if None not in (each.mean for each in point)}
-    paths = {name: f.history for name, f in findings.items()}
-    seen = {name: each for name, f in findings.items() if (each := f.results.diagnostics)}
-    covered = {name: each.calibration for name, each in seen.items() if each.calibration}
-    drawn = {}
-    if any(ll.curve is not None for ll in estimates.values()):
-        drawn["bound_curve"] = bound_curves(estimates, _level(findings))
-    if any(bool(ll.khat.isfinite().any()) for ll in estimates.values()):
-        drawn["khat"] = khat_curves(estimates)
-    if points:
-        drawn["rate_distortion"] = rate_distortion(points, paths, joined=joined)
-    if covered:
-        drawn["calibration"] = calibration_curves(covered)
-    sites = next(iter(seen.values())).sites if len(findings) == len(seen) == 1 else {}
-    if any(site.kl for site in sites.values()):
-        drawn["kl_by_dimension"] = kl_by_dimension(sites)
-    return drawn
+    drawn = (
+        bound_curves(findings),
+        khat_curves(findings),
+        rate_distortion(findings, joined=joined),
+        kl_by_dimension(findings),
+        calibration_curves(findings),
+    )
+    return {name: each for name, each in zip(FINDING_PICTURES, drawn, strict=True) if each}
 
 
 def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
@@ -59,25 +48,24 @@ def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
 
 
 @styled
-def bound_curves(
-    estimates: Mapping[str, LogLikelihood], annealed: LogLikelihood | None = None
-) -> Figure:
+def bound_curves(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw the bound by number of samples, the annealed estimate being a level to reach.
 
     The last point, the estimate, has two Monte Carlo standard errors around it.
     """
-    curves = {name: ll.curve.mean for name, ll in estimates.items() if ll.curve is not None}
+    estimates = {name: f.log_likelihood for name, f in findings.items()}
+    curves = {name: (ll, ll.curve.mean) for name, ll in estimates.items() if ll.curve is not None}
     if not curves:
-        raise InputError("Expected an estimate with a curve, got none.")
+        return None
     figure, axes = panel("The bound by number of samples", "samples K", "nats per datum")
-    for (name, curve), colour in zip(curves.items(), cycle(PALETTE), strict=False):
-        ll, k, bound = estimates[name], list(curve), list(curve.values())
+    for (name, (ll, curve)), colour in zip(curves.items(), cycle(PALETTE), strict=False):
+        k, bound = list(curve), list(curve.values())
         axes.plot(k, bound, ".-", color=colour, label=name if len(curves) > 1 else None)
         if k[-1] == ll.num_samples and np.isfinite(ll.mean_standard_error):
             axes.errorbar(k[-1], ll.mean, 2 * ll.mean_standard_error, color=colour, capsize=3)
         if len(curves) == 1:
             _label_rises(axes, k, bound)
-    if annealed is not None:
+    if (annealed := _level(findings)) is not None:
         low, high = (annealed.mean + s * annealed.mean_standard_error for s in (-2, 2))
         axes.axhspan(low, high, color=ORANGE, alpha=0.25, lw=0)
         axes.axhline(annealed.mean, color=ORANGE, lw=1, label="annealed importance sampling")
@@ -90,12 +78,12 @@ def bound_curves(
 
 
 @styled
-def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
+def khat_curves(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw the Pareto shape of each datum, sorted, with the values above which errors fail."""
-    shapes = {name: ll.khat.double().cpu().numpy() for name, ll in estimates.items()}
+    shapes = {n: f.log_likelihood.khat.double().cpu().numpy() for n, f in findings.items()}
     shapes = {n: v for n, k in shapes.items() if (v := np.sort(k[np.isfinite(k)])).size}
     if not shapes:
-        raise InputError("Expected an estimate with a k-hat, got none: K is too small.")
+        return None
     figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
     for level, text in THRESHOLDS.items():
         axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)
@@ -114,24 +102,22 @@ def khat_curves(estimates: Mapping[str, LogLikelihood]) -> Figure:
 
 
 @styled
-def rate_distortion(
-    points: Mapping[str, tuple[Record, Record]],
-    paths: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    joined: bool = False,
-) -> Figure:
+def rate_distortion(findings: Mapping[str, Finding], *, joined: bool = False) -> Figure | None:
     r"""Draw rate and distortion, in nats per datum, with lines of constant ELBO.
 
     .. math:: \mathrm{ELBO} = -(\text{rate} + \text{distortion})
 
-    ``points`` is where each run ended, ``paths`` the rows of its training; where the runs lie on
-    one curve over β, their points are joined. See Alemi et al., Fixing a Broken ELBO (arXiv
-    1711.00464).
+    A point is where a run ended, and its path the rows of its training. See Alemi et al., Fixing
+    a Broken ELBO (arXiv 1711.00464).
     """
+    points = {n: (f.results.rate, f.results.distortion) for n, f in findings.items()}
+    points = {n: point for n, point in points.items() if None not in (each.mean for each in point)}
+    if not points:
+        return None
     title, ends = "Rate and distortion", []
-    figure, axes = panel(title, "rate, KL(q(z|x) ‖ p(z)), nats", "distortion, nats", 3.4)
+    figure, axes = panel(title, "rate, KL(q(z|x) ‖ p(z)), nats", "distortion, nats", (4.8, 3.4))
     for (name, point), colour in zip(points.items(), cycle(PALETTE), strict=False):
-        if (path := _path(paths.get(name, ()))) is not None:
+        if (path := _path(findings[name].history)) is not None:
             axes.plot(*path.T, "-", color=colour, alpha=0.45, lw=1)
             axes.scatter(path[:, 0], path[:, 1], 5, colour, alpha=0.45, linewidths=0)
             ends.append(_late(path))
@@ -149,16 +135,17 @@ def rate_distortion(
 
 
 @styled
-def kl_by_dimension(sites: Mapping[str, Record]) -> Figure:
+def kl_by_dimension(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.ticker import FixedLocator, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
+    seen = [each for f in findings.values() if (each := f.results.diagnostics)]
+    sites = seen[0].sites if len(seen) == len(findings) == 1 else {}
     drawn = {name: site for name, site in sites.items() if site.kl}
     if not drawn:
-        raise InputError("Expected a latent site with a KL, got none.")
-    figure = Figure((4.8, 0.6 + 2.4 * len(drawn)), dpi=DPI, layout="constrained")
+        return None
+    figure = blank(4.8, 0.6 + 2.4 * len(drawn))
     panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
     for axes, (name, site) in zip(panels, drawn.items(), strict=True):
         kl = np.array([np.nan if each is None else each for each in site.kl], float)
@@ -170,8 +157,9 @@ def kl_by_dimension(sites: Mapping[str, Record]) -> Figure:
         note = "" if site.factorized else "; its KL has no parts"
         axes.set_title(f"{name}: {site.active_units} of {site.units} dimensions active{note}")
         axes.set_xlim(0.3, max(len(kl), 5) + 0.7)
-        few = range(1, len(kl) + 1) if len(kl) <= 10 else None
-        axes.xaxis.set_major_locator(FixedLocator(few) if few else MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(kl) <= 10:
+            axes.set_xticks(range(1, len(kl) + 1))
         axes.grid(True, axis="y")
     names = {BLUE: f"active: its mean varies by more than {ACTIVE}", GREY: "not active"}
     handles = [Patch(color=colour, label=text) for colour, text in names.items()]
@@ -180,8 +168,12 @@ def kl_by_dimension(sites: Mapping[str, Record]) -> Figure:
 
 
 @styled
-def calibration_curves(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+def calibration_curves(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw how many data lie in the central intervals of p(x|z), z ~ q(z|x)."""
+    seen = {name: f.results.diagnostics for name, f in findings.items()}
+    found = {name: each.calibration for name, each in seen.items() if each and each.calibration}
+    if not found:
+        return None
     title = "Calibration of predictive intervals"
     figure, axes = panel(title, "nominal coverage", "share of values inside")
     axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", label="calibrated")
@@ -204,10 +196,8 @@ def _active(site: Record, count: int) -> np.ndarray:
 def _path(rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Rate and distortion after each epoch, ``[E, 2]``; None where the training has no such."""
     for split in ("valid", "train"):
-        names = f"{split}_kl", f"{split}_reconstruction"
-        found = [[row.get(n) for n in names] for row in rows]
-        found = [each for each in found if None not in each]
-        if found:
+        pairs = [(row.get(f"{split}_kl"), row.get(f"{split}_reconstruction")) for row in rows]
+        if found := [pair for pair in pairs if None not in pair]:
             return np.array(found, float) * [1, -1]
     return None
 

@@ -45,17 +45,30 @@ def results(rate=4.0, lost=20.0, **more):
     return Results.read({"kl": rate, "reconstruction": -lost, "log_likelihood": {}, **more})
 
 
-def finding(found, ll, annealed=None):
-    return Finding(found, [], ll, annealed, torch.zeros(40), "weights")
+def finding(found, ll, annealed=None, history=()):
+    return Finding(found, history, ll, annealed, torch.zeros(40), "weights")
 
 
-def point(rate, distortion, *errors):
+def estimated(ll, annealed=None):
+    """What was found of one run's log p(x)."""
+    return {"a": finding(Results.read({}), ll, annealed)}
+
+
+def point(rate, distortion, *errors, history=()):
+    """What was found of a run that ended at a rate and a distortion, with their errors."""
     means = zip((rate, distortion), errors or (None, None), strict=True)
-    return tuple(Record(mean=mean, standard_error=error) for mean, error in means)
+    ends = [{"mean": mean, "standard_error": error} for mean, error in means]
+    seen = dict(zip(("rate", "distortion"), ends, strict=True))
+    return finding(Results.read({"diagnostics": seen}), estimate(), None, history)
+
+
+def posterior(**seen):
+    """What was found of one run's posterior."""
+    return {"": finding(Results.read({"diagnostics": seen}), estimate())}
 
 
 def test_the_curve_is_the_bound_and_says_what_each_tenfold_adds():
-    figure = bound_curves({"a": estimate()})
+    figure = bound_curves(estimated(estimate()))
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[1, -30], [10, -26], [100, -25]])
     assert "+4" in text(figure)
@@ -64,9 +77,9 @@ def test_the_curve_is_the_bound_and_says_what_each_tenfold_adds():
     low, high = bars[2][0].get_segments()[0][:, 1]
     assert high - low == pytest.approx(4 * 0.2 / 40**0.5)
     assert axes.get_xscale() == "log"
-    level = bound_curves({"a": estimate()}, estimate(shift=0.5)).axes[0].lines[-1].get_ydata()
+    level = bound_curves(estimated(estimate(), estimate(shift=0.5))).axes[0].lines[-1].get_ydata()
     np.testing.assert_allclose(level, -24.5)
-    both = bound_curves({"a": estimate(), "b": estimate(-2.0)})
+    both = bound_curves(estimated(estimate()) | {"b": finding(Results.read({}), estimate(-2.0))})
     curves = [line.get_ydata() for line in both.axes[0].lines if len(line.get_ydata()) == 3]
     np.testing.assert_allclose(curves, [[-30, -26, -25], [-32, -28, -27]])
     assert [t.get_text() for t in both.legends[0].get_texts()] == ["a", "b"]
@@ -76,7 +89,7 @@ def test_khat_is_sorted_with_its_two_thresholds_and_the_share_above():
     shuffled = estimate()
     order = torch.randperm(40)
     shuffled = LogLikelihood(*(t[order] for t in (shuffled.log_prob,) * 3), shuffled.khat[order], 9)
-    axes = khat_curves({"a": shuffled}).axes[0]
+    axes = khat_curves(estimated(shuffled)).axes[0]
     levels = {line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1}
     assert levels == {0.5, 0.7}
     curve = max(axes.lines, key=lambda line: len(line.get_ydata()))
@@ -86,7 +99,7 @@ def test_khat_is_sorted_with_its_two_thresholds_and_the_share_above():
 
 def test_constant_elbo_is_a_line_of_slope_minus_one_and_the_end_has_its_errors():
     path = [{"epoch": e, "valid_kl": 5.0 - e, "valid_reconstruction": -20.0 - e} for e in (2, 1)]
-    figure = rate_distortion({"a": point(4.0, 21.0, 0.1, 0.3)}, {"a": path})
+    figure = rate_distortion({"a": point(4.0, 21.0, 0.1, 0.3, history=path)})
     axes = figure.axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[3, 22], [4, 21]])
     spans = [np.ptp(s, 0) for c in axes.collections for s in getattr(c, "get_segments", list)()]
@@ -103,26 +116,27 @@ def test_constant_elbo_is_a_line_of_slope_minus_one_and_the_end_has_its_errors()
 
 def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
     points = {"a": point(5.0, 20.0), "b": point(1.0, 26.0), "c": point(3.0, 22.0)}
-    figure = rate_distortion(points, {}, joined=True)
+    figure = rate_distortion(points, joined=True)
     joined = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     np.testing.assert_allclose(joined[0].get_xydata(), [[1, 26], [3, 22], [5, 20]])
-    plain = rate_distortion(points, {}).axes[0].lines
+    plain = rate_distortion(points).axes[0].lines
     assert not [line for line in plain if line.get_linestyle() == "--"]
 
 
 def test_bars_are_sorted_and_active_dimensions_are_blue():
-    figure = kl_by_dimension({"z": SITE, "u": Record(kl=[1.5], posterior_mean_variance=[0.0])})
+    other = Record(kl=[1.5], posterior_mean_variance=[0.0])
+    figure = kl_by_dimension(posterior(sites={"z": SITE, "u": other}))
     bars = [[(b.get_height(), to_hex(b.get_facecolor())) for b in a.patches] for a in figure.axes]
     assert bars[0] == [(2.0, BLUE), (0.5, GREY), (0.1, BLUE), (0.0, GREY)]
     assert bars[1] == [(1.5, GREY)]
     assert "z: 2 of 4 dimensions active" in text(figure)
     whole = {"kl": [3.0], "posterior_mean_variance": [0.5, 0.0], "active_units": 1, "units": 2}
-    figure = kl_by_dimension({"z": Record(whole)})
+    figure = kl_by_dimension(posterior(sites={"z": Record(whole)}))
     assert "z: 1 of 2 dimensions active; its KL has no parts" in text(figure)
 
 
 def test_coverage_lies_beside_the_diagonal():
-    axes = calibration_curves({"test": COVERED}).axes[0]
+    axes = calibration_curves(posterior(calibration=COVERED)).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[0, 0], [1, 1]])
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[0.5, 0.55], [0.9, 0.8]])
 
@@ -145,11 +159,11 @@ def test_what_is_known_is_drawn_and_nothing_else():
 
 def test_every_text_lies_inside_the_figure():
     figures = [
-        bound_curves({"a": estimate(), "a rather long name": estimate(-1.0)}),
-        khat_curves({"a": estimate()}),
-        rate_distortion({"a": point(4.0, 20.0)}, {}),
-        kl_by_dimension({"z": SITE}),
-        calibration_curves({"test": COVERED}),
+        bound_curves({"a": point(4.0, 20.0), "a rather long name": point(4.0, 20.0)}),
+        khat_curves({"a": point(4.0, 20.0)}),
+        rate_distortion({"a": point(4.0, 20.0)}),
+        kl_by_dimension(posterior(sites={"z": SITE})),
+        calibration_curves(posterior(calibration=COVERED)),
     ]
     for figure in figures:
         printed = dots(figure)
@@ -159,13 +173,11 @@ def test_every_text_lies_inside_the_figure():
 
 
 @pytest.mark.parametrize(
-    ("draw", "message"),
-    [
-        (lambda: bound_curves({}), "estimate with a curve"),
-        (lambda: khat_curves({}), "estimate with a k-hat"),
-        (lambda: kl_by_dimension({"z": Record()}), "latent site with a KL"),
-    ],
+    "draw", [bound_curves, khat_curves, rate_distortion, kl_by_dimension, calibration_curves]
 )
-def test_nothing_to_draw_is_refused(draw, message):
-    with pytest.raises(ValueError, match=message):
-        draw()
+def test_nothing_to_draw_is_not_drawn(draw):
+    unknown = replace(estimate(), khat=torch.full((40,), torch.nan), curve=None)
+    assert draw({}) is None
+    assert draw(estimated(unknown)) is None
+    empty = Results.read({"diagnostics": {"sites": {"z": {}}}})
+    assert draw({"a": finding(empty, unknown)}) is None
