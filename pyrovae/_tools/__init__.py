@@ -62,7 +62,7 @@ def require_same(
     Raises:
         InputError: Naming the first entry that differs.
     """
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     for key in sorted(old.keys() | new.keys()):
         if any(f"{key}.".startswith(f"{each}.") for each in free):
             continue
@@ -70,12 +70,12 @@ def require_same(
             raise InputError(message.format(key=key, before=old.get(key), now=new.get(key)))
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their paths, ``a.b.c``; an empty mapping is a leaf."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
-        found |= inner or {prefix + key: value}
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {f"{prefix}{key}": value}
     return found
 
 

@@ -8,7 +8,9 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
+from itertools import starmap, takewhile
 from pathlib import Path
+from traceback import walk_stack, walk_tb
 from types import FrameType
 from typing import Any
 
@@ -38,8 +40,9 @@ class Places(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] not in self.found:
-            place = next(filter(None, map(_place, _callers(sys._getframe(1)))), "")
-            self.found[msg["name"]] = place
+            steps = walk_stack(sys._getframe(1))
+            inner = takewhile(lambda step: _module(step[0]) != "pyrovae.checking.case", steps)
+            self.found[msg["name"]] = next(filter(None, starmap(_place, inner)), "")
 
 
 def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
@@ -50,7 +53,7 @@ def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
     while error is not None:
         places = [
             place
-            for frame, line in steps(error)
+            for frame, line in walk_tb(error.__traceback__)
             if (place := _place(frame, line)) and (shipped or not _is_shipped(_module(frame)))
         ]
         if places:
@@ -61,7 +64,7 @@ def error_place(error: BaseException | None, *, shipped: bool = True) -> str:
 
 def failed_message(error: BaseException) -> dict | None:
     """Pyro's message of the sample statement that an error came out of, if there is one."""
-    messages = [frame.f_locals.get("msg") for frame, _ in steps(error)]
+    messages = [frame.f_locals.get("msg") for frame, _ in walk_tb(error.__traceback__)]
     messages = [m for m in messages if isinstance(m, dict) and m.get("type") == "sample"]
     return messages[-1] if messages else None
 
@@ -109,28 +112,11 @@ def _referred(program: Any) -> list[Any]:
     return [v for v in found if inspect.isfunction(v) and v.__module__ == program.__module__]
 
 
-def steps(error: BaseException) -> Iterator[tuple[FrameType, int]]:
-    """The frames that an error passed through and their lines, the innermost last."""
-    step = error.__traceback__
-    while step is not None:
-        yield step.tb_frame, step.tb_lineno
-        step = step.tb_next
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    """The frames that led to one, up to those of the check itself."""
-    while frame is not None and _module(frame) != "pyrovae.checking.case":
-        yield frame
-        frame = frame.f_back
-
-
-def _place(frame: FrameType, line: int | None = None) -> str:
+def _place(frame: FrameType, line: int) -> str:
     """A line of a frame of a user's file; nothing for a library's."""
     file = frame.f_code.co_filename
-    if not _is_users(file, _module(frame)):
-        return ""
-    line = frame.f_lineno if line is None else line
-    return _spelled(file, line, linecache.getline(file, line))
+    users = _is_users(file, _module(frame))
+    return _spelled(file, line, linecache.getline(file, line)) if users else ""
 
 
 def _module(frame: FrameType) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
-from pyrovae._tools.source_lines import failed_message, steps
+from pyrovae._tools.source_lines import failed_message
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, drawn, is_bookkeeping, samples, scored
@@ -143,7 +144,7 @@ def _blames_data(x: Tensor) -> Iterator[None]:
 
 def mended(error: Exception, x: Tensor) -> str:
     """An error's text with what to change, where that is known."""
-    *_, (frame, _) = steps(error)
+    *_, (frame, _) = walk_tb(error.__traceback__)
     inner, text = dict(frame.f_locals), sentence(error)
     if misfit(error) is not None:
         return f"{text}: declare the dimensions of one event with .to_event(n)."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, flat
 from pyrovae._tools.seeding import subseed
 from pyrovae.report import figures as plots
 from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
@@ -52,9 +52,9 @@ SPLITS = {"train": "training", "valid": "validation"}
 def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
     """Draw the run's test data and its evaluation, save the pictures, return the PNG by name."""
     seed = subseed(experiment.config["seed"], PICTURE_STREAM)
+    finding = load_finding(run)
     drawn = _draw_pictures(experiment, run.history(), seed)
-    if (finding := load_finding(run)) is not None:
-        drawn |= draw_findings({"": finding})
+    drawn |= draw_findings({"": finding} if finding else {})
     found = {name: plots.png(figure) for name, figure in drawn.items()}
     for name in FINDING_PICTURES:
         (run.path / "figures" / f"{name}.png").unlink(missing_ok=True)
@@ -67,9 +67,7 @@ def sample_picture(
     model: Callable, like: Tensor, *context: Tensor, n: int, seed: int | None
 ) -> Figure:
     """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
-    rows = [
-        tensor.repeat(-(-n // len(tensor)), *(1,) * (tensor.dim() - 1))[:n] for tensor in context
-    ]
+    rows = [tensor[torch.arange(n) % len(tensor)] for tensor in context]
     images = _first(sample(model, *rows, like=like, n=n, mean=True, seed=seed))
     return plots.image_grid(
         images.reshape(n, *like.shape[1:]), title="Samples, E[x | z] with z from the prior"
@@ -90,17 +88,11 @@ def render_report(
     run's weights, by which results of others are told.
     """
     model, guide, data = (_name_of(config.get(part)) for part in ("model", "guide", "data"))
-    order = ["test", "valid", "train", *results]
-    splits = [
-        {
-            "name": SPLITS.get(split, split),
-            "found": results[split],
-            "statements": statements(
-                results[split], history=() if place else history, weights=weights
-            ),
-        }
-        for place, split in enumerate(sorted(results, key=order.index))
-    ]
+    splits: list[dict[str, Any]] = []
+    for split in sorted(results, key=["test", "valid", "train", *results].index):
+        found, rows = results[split], () if splits else history
+        said = statements(found, history=rows, weights=weights)
+        splits.append({"name": SPLITS.get(split, split), "found": found, "statements": said})
     return _render(
         "report.html.j2",
         title=f"{model} with guide {guide}, trained on {data}",
@@ -113,8 +105,10 @@ def render_report(
 
 def render_comparison(found: RunComparison) -> str:
     """Write a comparison as one self-contained HTML page: what differs, then the pictures."""
-    names = [run.name for run in found.runs]
-    curves = draw_findings({run.name: run.finding for run in found.runs}, joined=found.joined)
+    names, runs = [run.name for run in found.runs], found.runs
+    curves = draw_findings({run.name: run.finding for run in runs}, joined=found.joined)
+    said = [(run.name, each) for run in runs for each in statements(run.finding.results)]
+    pictures = [(run.name, *each) for run in runs for each in run.run.figures().items()]
     return _render(
         "comparison.html.j2",
         title=f"{', '.join(names[:-1])} and {names[-1]}, compared on {found.split} data",
@@ -122,20 +116,11 @@ def render_comparison(found: RunComparison) -> str:
         verdicts=found.verdicts,
         names=names,
         numbers=_numbers(found),
-        doubts=[
-            (run.name, said)
-            for run in found.runs
-            for said in statements(run.finding.results)
-            if said.kind == "doubtful"
-        ],
+        doubts=[(name, each) for name, each in said if each.kind == "doubtful"],
         curves=[_picture(name, plots.png(figure)) for name, figure in curves.items()],
-        figures=[
-            _picture(name, png, of=run.name)
-            for run in found.runs
-            for name, png in run.run.figures().items()
-        ],
-        settings=_differing([run.config for run in found.runs]),
-        commands=[_plain(run.config["command"]) for run in found.runs],
+        figures=[_picture(name, png, of=run) for run, name, png in pictures],
+        settings=_differing([run.config for run in runs]),
+        commands=[_plain(run.config["command"]) for run in runs],
     )
 
 
@@ -173,18 +158,12 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _leaves(value: Any, *without: str, path: str = "") -> list[tuple[str, Any]]:
+def _leaves(value: Any, *without: str) -> list[tuple[str, Any]]:
     """The leaves of nested mappings by their paths, ``a.b.c``, but for some keys of the first."""
-    if not value and not path:
-        return []
     if not isinstance(value, Mapping):
-        return [(path or "name", value)]
-    return [
-        leaf
-        for key, part in value.items()
-        if key not in without
-        for leaf in _leaves(part, path=f"{path}.{key}" if path else str(key))
-    ]
+        value = {"name": value} if value else {}
+    kept = {key: part for key, part in value.items() if key not in without}
+    return [(path, leaf) for path, leaf in flat(kept).items() if leaf != {}]
 
 
 def _name_of(part: Any) -> str:
@@ -202,14 +181,8 @@ def _picture(name: str, png: bytes, of: str = "") -> dict[str, Any]:
     kind = next((kind for kind in CAPTIONS if f"{name}_".startswith(f"{kind}_")), "")
     caption = " ".join(filter(None, [CAPTIONS.get(kind), name[len(kind) :].strip("_")]))
     width, height = (int.from_bytes(png[at : at + 4], "big") // 2 for at in (16, 20))
-    return {
-        "of": of,
-        "kind": kind,
-        "caption": caption,
-        "data": b64encode(png).decode(),
-        "width": width,
-        "height": height,
-    }
+    data, size = b64encode(png).decode(), {"width": width, "height": height}
+    return {"of": of, "kind": kind, "caption": caption, "data": data} | size
 
 
 def _numbers(found: RunComparison) -> list[tuple[str, ...]]:
@@ -224,12 +197,9 @@ def _numbers(found: RunComparison) -> list[tuple[str, ...]]:
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The settings in which runs differ, a run a column."""
-    flat = [
-        {path: _plain(value) for path, value in _leaves(config, "command", "versions")}
-        for config in configs
-    ]
-    paths = dict.fromkeys(path for each in flat for path in each)
-    rows = [[path, *(each.get(path, "") for each in flat)] for path in paths]
+    runs = [dict(_leaves(config, "command", "versions")) for config in configs]
+    paths = dict.fromkeys(path for run in runs for path in run)
+    rows = [[path, *(_plain(run.get(path)) for run in runs)] for path in paths]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

@@ -14,6 +14,9 @@ NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanF
 # A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
 # worth a look.
 STEEP, ACTIVE_SHARE = 0.1, 0.5
+EARLIER = (
+    "These numbers are of earlier weights: the run was trained further since. Evaluate it again."
+)
 MORE = "pyrovae evaluate with --samples 10000, --refine 200 or --annealed 16"
 
 
@@ -27,16 +30,15 @@ def summarize(found: Results, split: str) -> str:
     n, of = found.num_data, found.num_data_of_split
     some = "" if n == of else f"the first {n} of "
     lines = [f"{split}, {some}{of} data, nats per datum (higher is better)"]
-    lines += [
-        _row(f"ELBO, estimator {NAMES[name]}", found.elbo[name]) + " over data"
-        for name in ESTIMATORS
-    ]
+    lines += [_over_data(f"ELBO, estimator {NAMES[name]}", found.elbo[name]) for name in ESTIMATORS]
     if ll := found.log_likelihood:
         lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll))
         size = f"median effective sample size {ll.ess_median or 0:.0f} of {ll.num_samples}"
-        lines += [f"  {_khat(found.heavy)}; {size}", _wrapped(found.verdict)]
+        few = "k-hat needs more samples"
+        heavy = few if found.heavy is None else f"k-hat > 0.7 for {found.heavy:.1%} of the data"
+        lines += [f"  {heavy}; {size}", _wrapped(found.verdict)]
     if found.amortization_gap:
-        lines.append(_row("amortization gap", found.amortization_gap) + " over data")
+        lines.append(_over_data("amortization gap", found.amortization_gap))
     if ais := found.annealed:
         lines.append(_estimate(f"log p(x), {ais.num_chains} chains, {ais.num_data} data", ais))
         if over := ais.over_importance_sampling:
@@ -44,9 +46,8 @@ def summarize(found: Results, split: str) -> str:
         tight = found.bidirectional.verdict if found.bidirectional else ""
         lines.append(_wrapped(f"{ais.verdict} {tight}"))
     if seen := found.diagnostics:
-        lines.append(_row("rate, KL(q(z|x) ‖ p(z))", found.rate) + " over data")
-        lines.append(_row("distortion", found.distortion) + " over data")
-        lines.append(_wrapped(seen.verdict))
+        lines.append(_over_data("rate, KL(q(z|x) ‖ p(z))", found.rate))
+        lines += [_over_data("distortion", found.distortion), _wrapped(seen.verdict)]
     return "\n".join(lines)
 
 
@@ -60,14 +61,9 @@ def statements(
 
     ``weights`` is the digest of the run's weights as they are now, if it is known.
     """
-    parts = (_evidence(found), _annealed(found), _posterior(found), _training(history))
-    said = [each for part in parts for each in part]
+    said = [*_evidence(found), *_annealed(found), *_posterior(found), *_training(history)]
     if weights is not None and found.weights not in (None, weights):
-        text = (
-            "These numbers are of earlier weights: the run was trained further since. Evaluate "
-            "it again."
-        )
-        said.append(Verdict("doubtful", text))
+        said.append(Verdict("doubtful", EARLIER))
     return sorted(said, key=lambda each: each.kind != "doubtful")
 
 
@@ -157,15 +153,12 @@ def _row(name: str, found: Record) -> str:
     return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
 
 
+def _over_data(name: str, found: Record) -> str:
+    return f"{_row(name, found)} over data"
+
+
 def _estimate(name: str, found: Record) -> str:
-    error = number(found.data_standard_error)
-    return f"{_row(name, found)} Monte Carlo, ± {error} over data"
-
-
-def _khat(share: float | None) -> str:
-    if share is None:
-        return "k-hat needs more samples"
-    return f"k-hat > 0.7 for {share:.1%} of the data"
+    return f"{_row(name, found)} Monte Carlo, ± {number(found.data_standard_error)} over data"
 
 
 def _wrapped(text: str) -> str:
