@@ -13,16 +13,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = [
-    "InputError",
-    "InputTypeError",
-    "did_you_mean",
-    "progress_bar",
-    "require_same",
-    "should_compile",
-    "standard_error",
-]
-
 
 class InputError(ValueError):
     """What the caller did wrong, in one sentence that says how to fix it.
