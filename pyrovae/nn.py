@@ -28,7 +28,9 @@ class MLP(nn.Module):
         in_shape: The event shape of the input, ``[D]`` or ``[C, H, W]``; an int means ``[D]``.
         out_shape: The event shape of the output.
         hidden: The widths of the hidden layers; ``()`` makes the map affine.
-        activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class.
+        activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class. ``"GLU"`` gates
+            every hidden layer, h · sigmoid(g) with h and g affine, of the widths as given.
+        gated: The same as ``activation="GLU"``.
 
     Raises:
         ValueError: If a width is not positive or the activation is not in :mod:`torch.nn`.
@@ -44,17 +46,20 @@ class MLP(nn.Module):
         out_shape: int | Sequence[int],
         hidden: int | Sequence[int] = (400,),
         activation: str | type[nn.Module] = "ReLU",
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
         widths = [prod(self.in_shape), *_shape(hidden), prod(self.out_shape)]
         if min(widths) < 1:
             raise InputError(f"Expected layers of positive width, got {widths}.")
-        activation = _activation(activation)
+        activation = _activation("GLU" if gated else activation)
+        # torch.nn.GLU halves the last dimension.
+        doubled = 2 if activation is nn.GLU else 1
         layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), activation()]
-        self.layers = nn.Sequential(*layers[:-1])
+        for fan_in, width in pairwise(widths[:-1]):
+            layers += [nn.Linear(fan_in, doubled * width), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
     @property
     def last(self) -> nn.Linear:

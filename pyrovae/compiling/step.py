@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from pyrovae._tools import should_compile
 from pyrovae._tools.seeding import undone
 from pyrovae.compiling.graph import CaptureError, Graph, compare
-from pyrovae.compiling.update import Update, UpdateError
+from pyrovae.compiling.update import Average, Update, UpdateError
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.pairs.pair import Pair
 
@@ -47,6 +47,9 @@ class _Trainable(Protocol):
 
     named: dict[str, Tensor]
     clips: bool
+
+    @property
+    def average(self) -> Average | None: ...
 
     @property
     def optimizer(self) -> Optimizer: ...
@@ -138,7 +141,9 @@ class CompiledSteps:
         self, args: tuple, load: Callable | None, leaves: list[Tensor], update: bool
     ) -> Capture:
         clip = self.trained.clip if self.trained.clips else None
-        updates = Update(self.trained.optimizer, leaves, clip) if update else None
+        updates = (
+            Update(self.trained.optimizer, leaves, clip, self.trained.average) if update else None
+        )
         started = time.perf_counter()
         self.announce("compiling the step")
         capture = Capture(self.objective, self.pair, leaves, args, load, updates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,17 @@ class UpdateError(RuntimeError):
     """An optimizer's step is no function of tensors alone."""
 
 
+class Average(Protocol):
+    """What :class:`pyrovae.training.optimizer.Average` is here: each leaf's average."""
+
+    of: dict[Tensor, Tensor]
+
+    def update(self) -> None:
+        """Move every average towards its leaf."""
+
+
 class Update:
-    """Clips gradients and steps a torch optimizer, in a form that a tracer can record.
+    """Clips gradients, steps a torch optimizer and averages, in a form that a tracer can record.
 
     The optimizer has stepped before. Its learning rate becomes a tensor, so that a schedule may
     change it between calls; the other hyperparameters are fixed in the record. On a CPU, Adam's is
@@ -30,9 +40,13 @@ class Update:
     """
 
     def __init__(
-        self, optimizer: Optimizer, leaves: list[Tensor], clip: Callable[[], None] | None
+        self,
+        optimizer: Optimizer,
+        leaves: list[Tensor],
+        clip: Callable[[], None] | None,
+        average: Average | None = None,
     ) -> None:
-        self.optimizer, self.leaves, self.clip = optimizer, leaves, clip
+        self.optimizer, self.leaves, self.clip, self.average = optimizer, leaves, clip, average
         device = leaves[0].device
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._values = [math.nan] * len(self._rates)
@@ -60,7 +74,8 @@ class Update:
     def changed(self) -> tuple[Tensor, ...]:
         """Every tensor that a step writes to."""
         entries = [v for entry in self.optimizer.state.values() for v in entry.values()]
-        return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)))
+        averages = [] if self.average is None else self.average.of.values()
+        return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)), *averages)
 
     def refresh(self) -> None:
         """Bring what the record reads up to the optimizer's learning rates and counts of steps."""
@@ -110,6 +125,8 @@ class Update:
                 self.clip()
             with torch.no_grad():
                 step()
+            if self.average is not None:
+                self.average.update()
         finally:
             for leaf in self.leaves:
                 leaf.grad = None

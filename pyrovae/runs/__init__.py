@@ -187,7 +187,7 @@ class Run:
         checkpoint = self.load_checkpoint()
         if checkpoint is None:
             raise InputError(f"{self.path} has no weights yet: go on with --resume.")
-        return checkpoint["weights"]
+        return checkpoint.get("average") or checkpoint["weights"]
 
     def weights_checksum(self) -> str:
         """A short name for the weights, by which an evaluation is known to be of them."""

@@ -12,17 +12,15 @@ import inspect
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from functools import partial
 from types import UnionType
 from typing import Any, Self, get_args, get_type_hints
-
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pyrovae._tools import InputError
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import fit
 from pyrovae.training.optimizer import PRECISIONS
+from pyrovae.training.schedules import SCHEDULES
 
 PAGE = """\
 Every command also takes `--help` and `--traceback`, which shows where an error came from. This page
@@ -157,10 +155,23 @@ class PairConfig(Options):
         return {name: getattr(self, name) for name in SHOWN}
 
 
+# Options that --recipe stands for; those that are given beside it count.
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "long": {"schedule": "cosine", "lr_warm_up": 1, "average": 0.999},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(PairConfig):
     """What a run is asked to do."""
 
+    recipe: str = option(
+        "options for a long training: "
+        + ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in RECIPES["long"].items()),
+        "none",
+        choices=tuple(RECIPES),
+    )
     objective: str = _fitted("objective", "what is maximized, see pyrovae list", metavar="O")
     epochs: int = _fitted("epochs", "passes over the training data", metavar="E")
     batch_size: int | None = option(
@@ -173,15 +184,30 @@ class RunConfig(PairConfig):
         "particles", "samples of each datum", metavar="L", said="of the objective"
     )
     lr: float = _fitted("lr", "learning rate of Adam")
-    schedule: str = option("schedule of the learning rate", "none", choices=("none", "cosine"))
+    schedule: str = _fitted("schedule", "schedule of the learning rate", choices=SCHEDULES)
+    lr_warm_up: int = _fitted("lr_warm_up", "epochs in which the rate rises", metavar="E")
     clip_norm: float | None = _fitted("clip_norm", "the largest norm of a gradient", said="none")
+    normalize_gradients: bool = _fitted(
+        "normalize_gradients", "divide the gradient of each parameter by its norm"
+    )
+    average: float | None = _fitted(
+        "average", "decay of a moving average of the weights, such as 0.999", said="none"
+    )
     patience: int | None = _fitted(
-        "patience", "stop after so many epochs without a better validation ELBO", said="never"
+        "patience", "stop after so many epochs without a better validation bound", said="never"
+    )
+    valid_samples: int = _fitted(
+        "valid_samples", "samples of the validation bound; 1: the ELBO", metavar="K"
     )
     compile: str = _fitted(
         "compile", "compile the step; auto: where it pays", choices=tuple(COMPILE)
     )
     precision: str = _fitted("precision", f"precision of matrix products: {', '.join(PRECISIONS)}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Self:
+        """What is asked for, with the options that a recipe stands for."""
+        return super().of(RECIPES[given.get("recipe", "none")] | dict(given), stored)
 
     def stored(self, num_data: int) -> dict[str, Any]:
         """The entries of ``config.json`` that say how to train on so many data."""
@@ -195,10 +221,8 @@ class RunConfig(PairConfig):
         """The arguments of :func:`pyrovae.fit` that a run's ``config.json`` holds."""
         names = [n for n in TRAINING if n in FIT and n not in ("objective", "particles")]
         found = {name: config[name] for name in names}
-        cosine = partial(CosineAnnealingLR, T_max=config["epochs"])
         return found | {
             "compile": COMPILE[config["compile"]],
-            "scheduler": cosine if config["schedule"] == "cosine" else None,
             "device": config["device"],
             "seed": config["seed"],
         }

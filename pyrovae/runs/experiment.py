@@ -115,14 +115,15 @@ def train(
     config, state = experiment.config, None
     if resume and run.exists():
         # Where the data lie, the device and the number of epochs may change; the last only if the
-        # learning rate does not depend on it.
+        # learning rate does not depend on it. An older run lacks what is an option since.
         free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
+        free += config.keys() - run.config.keys()
         require_same(
             run.config,
             config,
             "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
             "option out, or choose another --out.",
-            free=free if config["schedule"] != "none" else [*free, "epochs"],
+            free=free if config["schedule"] in ("cosine", "iwae") else [*free, "epochs"],
         )
         state = run.load_checkpoint()
     else:

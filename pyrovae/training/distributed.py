@@ -131,7 +131,8 @@ class World:
                 f"got {len(args[0])}: enlarge the batch, or start fewer processes."
             )
         self._averages = _averages(svi.pair, args)
-        self._copy_first(svi.pair.leaves())
+        averages = svi.trained.average.of.values() if svi.trained.average else ()
+        self._copy_first([*svi.pair.leaves(), *averages])
         self.settle(svi.pair)
         svi.reduce = self.reduce
 

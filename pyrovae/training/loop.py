@@ -22,6 +22,7 @@ from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
 from pyrovae.training.monitor import Fit, Monitor
 from pyrovae.training.optimizer import check_precision, make_optim, matmul_precision
+from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI
 
 
@@ -36,9 +37,13 @@ def fit(
     particles: int | None = None,
     optimizer: type[Optimizer] | PyroOptim | Optimizer | Callable | None = None,
     lr: float = 1e-3,
-    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None = None,
+    schedule: str | Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] = "none",
+    lr_warm_up: int = 0,
     clip_norm: float | None = None,
+    normalize_gradients: bool = False,
+    average: float | None = None,
     patience: int | None = None,
+    valid_samples: int = 1,
     compile: bool | str = "auto",
     precision: str = "float32",
     device: str | torch.device | None = None,
@@ -63,11 +68,19 @@ def fit(
         optimizer: A torch optimizer's class, called with ``lr``; a Pyro or torch optimizer; or a
             function of the parameters. Adam by default.
         lr: The learning rate of an optimizer given by class, or of the default.
-        scheduler: Makes a torch learning-rate schedule from the optimizer; stepped each epoch
-            (``ReduceLROnPlateau`` on the validation loss). Pyro's schedulers too step each epoch.
+        schedule: Of the learning rate, stepped each epoch: a name in
+            :data:`pyrovae.training.schedules.SCHEDULES`, or makes a torch schedule from the
+            optimizer (``ReduceLROnPlateau`` on the validation loss). Pyro's schedulers too step
+            each epoch.
+        lr_warm_up: The epochs in which the rate of a named schedule rises to ``lr``.
         clip_norm: The largest norm of the gradient of the batch's summed loss.
-        patience: Stop when the validation ELBO has not risen for so many epochs, and restore the
+        normalize_gradients: Divide the gradient of each parameter by its norm before the update.
+        average: The decay d of an exponential moving average of the weights, such as 0.999. The
+            pair has the averaged weights when an epoch is validated and at the end.
+        patience: Stop when the validation bound has not risen for so many epochs, and restore the
             best weights. None trains to the end and keeps the last weights.
+        valid_samples: With more than one, the validation bound is that of so many importance
+            samples, ``valid_bound`` in the history; else it is the ELBO.
         compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
         precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
             :func:`pyrovae.training.optimizer.matmul_precision`.
@@ -97,19 +110,23 @@ def fit(
     loss = make_objective(objective, particles)
     data = Dataset.of(data)
     check_precision(precision)
-    _check_sizes(data, epochs, batch_size, patience, lr)
+    _check_sizes(
+        data, batch_size, lr, epochs=epochs, patience=patience, valid_samples=valid_samples
+    )
     epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
         model, guide, make_optim(optimizer, lr), loss,
-        clip_norm=clip_norm, compile=compile, steps=epochs * epoch_steps,
+        clip_norm=clip_norm, normalize_gradients=normalize_gradients, average=average,
+        compile=compile, steps=epochs * epoch_steps,
     )  # fmt: skip
     world = join()
     svi.pair.to(world.place(svi.pair.device if device is None else device))
     data = data.to(svi.pair.device)
     seed = world.share(draw_seed(seed)) if state is None else state["seed"]
-    result = Fit(model, guide, svi, seed, world=world)
+    result = Fit(model, guide, svi, seed, valid_samples=valid_samples, world=world)
     _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
-    result.scheduler = scheduler(svi.optimizer) if scheduler else svi.trained.scheduler
+    made = make_schedule(schedule, svi.optimizer, epochs, lr_warm_up)
+    result.scheduler = made or svi.trained.scheduler
     if state is not None:
         result.load_state_dict(state)
     first = len(result.history) + 1
@@ -128,6 +145,7 @@ def fit(
             with seeded(subseed(result.seed, epoch), svi.pair.device):
                 row = {"epoch": epoch} | _train(result, data, batch_size, epoch)
             world.settle(svi.pair)
+            svi.trained.show_average()
             if world.first:
                 row |= result.validate(data.split("valid"))
             row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
@@ -136,6 +154,7 @@ def fit(
             bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
             if on_epoch is not None and world.first:
                 on_epoch(result)
+    svi.trained.show_average()
     if result.best_state is not None:
         svi.pair.load_state_dict(result.best_state)
     return result
@@ -171,10 +190,8 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         svi.build(*first)
 
 
-def _check_sizes(
-    data: Dataset, epochs: int, batch_size: int, patience: int | None, lr: float
-) -> None:
-    for name, count in (("epochs", epochs), ("patience", patience)):
+def _check_sizes(data: Dataset, batch_size: int, lr: float, **counts: int | None) -> None:
+    for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"Expected {name} >= 1, got {count}.")
     if not 1 <= batch_size <= len(data.train):
@@ -184,5 +201,5 @@ def _check_sizes(
         )
     if not lr > 0:
         raise InputError(f"Expected a learning rate > 0, got {lr}.")
-    if patience is not None and data.valid is None:
+    if counts["patience"] is not None and data.valid is None:
         raise InputError("Expected validation data for patience; got training data alone.")

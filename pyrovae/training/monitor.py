@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools.seeding import subseed
+from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
@@ -38,9 +39,11 @@ class Fit:
         guide: The guide program.
         history: One row an epoch: ``epoch``; ``train_loss``, the objective; ``train_`` and
             ``valid_`` ``elbo``, ``reconstruction`` and ``kl`` at β = 1 (None where the objective
-            is no ELBO or sites are scaled), all in nats per datum; ``lr``; ``seconds``.
+            is no ELBO or sites are scaled), all in nats per datum; ``valid_bound`` if it has
+            several samples; ``lr``; ``seconds``.
         seed: The seed that every draw of the training derives from.
-        best_epoch: The epoch of the highest validation ELBO so far, if there is one.
+        best_epoch: The epoch of the highest validation bound so far, if there is one.
+        valid_samples: The samples of that bound; with one it is the ELBO.
         world: The processes that train it.
     """
 
@@ -52,6 +55,7 @@ class Fit:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
     best_state: dict[str, Tensor] | None = None
+    valid_samples: int = 1
     world: World = field(default_factory=World)
 
     @property
@@ -63,8 +67,10 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: weights, optimizer, schedule, history, seed."""
         # No random states: every epoch draws from a stream derived from the seed and its number.
+        weights, average = self._weights()
         return {
-            "weights": self.svi.pair.state_dict(),
+            "weights": weights,
+            "average": average,
             "optimizer": self.svi.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "history": self.history,
@@ -73,8 +79,24 @@ class Fit:
             "best_state": self.best_state,
         }
 
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """The weights that a step goes on from, and their average if there is one."""
+        average, pair = self.svi.trained.average, self.svi.pair
+        if average is None:
+            return pair.state_dict(), None
+        shown, found = average.shown, []
+        for each in (False, True, shown):
+            average.show(each)
+            found.append(pair.state_dict())
+        return found[0], found[1]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`, or raise a ValueError if it is of another pair."""
+        average = self.svi.trained.average
+        if average is not None:
+            average.show(True)
+            self.svi.pair.load_state_dict(state.get("average") or state["weights"])
+            average.show(False)
         self.svi.pair.load_state_dict(state["weights"])
         self.svi.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler and state["scheduler"]:
@@ -83,7 +105,7 @@ class Fit:
         self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
 
     def validate(self, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
-        """The mean ELBO of validation data at β = 1, with its parts, as ``history`` has them."""
+        """The mean bounds of validation data at β = 1, as ``history`` has them."""
         if not rows:
             return {"valid_elbo": None, "valid_reconstruction": None, "valid_kl": None}
         loss = self.svi.objective
@@ -92,14 +114,20 @@ class Fit:
         # One stream for all epochs: what changes from one to the next is the weights.
         seed = subseed(self.seed, 0)
         parts = elbo(self.model, self.guide, *rows, objective=name, seed=seed)
-        return {f"valid_{n}": getattr(parts, n).double().mean().item() for n in parts._fields}
+        found = {f"valid_{n}": getattr(parts, n).double().mean().item() for n in parts._fields}
+        if self.valid_samples > 1:
+            found["valid_bound"] = log_likelihood(
+                self.model, self.guide, *rows,
+                num_samples=self.valid_samples, seed=seed, compile=False,
+            ).mean  # fmt: skip
+        return found
 
     def record(self, row: dict[str, Any], keep_best: bool) -> None:
         """End an epoch: add its row to the history, keep the best weights, step the schedule."""
-        value = row["valid_elbo"]
-        best = None if self.best_epoch is None else self.history[self.best_epoch - 1]
+        value = _bound(row)
+        best = None if self.best_epoch is None else _bound(self.history[self.best_epoch - 1])
         self.history.append(row)
-        if value is not None and (best is None or value > best["valid_elbo"]):
+        if value is not None and (best is None or value > best):
             self.best_epoch = row["epoch"]
             if keep_best:
                 self.best_state = self.svi.pair.state_dict()
@@ -109,10 +137,15 @@ class Fit:
             self.scheduler.step()
 
     def exhausted(self, patience: int | None) -> bool:
-        """Whether the validation ELBO has not risen for so many epochs."""
+        """Whether the validation bound has not risen for so many epochs."""
         if patience is None or self.best_epoch is None:
             return False
         return len(self.history) - self.best_epoch >= patience
+
+
+def _bound(row: dict[str, Any]) -> float | None:
+    """What an epoch is judged by."""
+    return row.get("valid_bound", row["valid_elbo"])
 
 
 class NonFiniteLoss(ArithmeticError):

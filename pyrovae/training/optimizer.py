@@ -1,8 +1,8 @@
-"""One torch optimizer over all parameters of a pair, and the precision of matrix products."""
+"""One torch optimizer over a pair's parameters, their average, and the precision of products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,29 +18,89 @@ from pyrovae._tools import InputError, InputTypeError
 from pyrovae.data.sources import unknown
 from pyrovae.pairs.pair import Pair
 
+# What is added to a norm before it divides, as in the code of arXiv 1705.07120.
+TINY = 1e-7
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
+
+
+class Average:
+    r"""An exponential moving average of weights, which may stand in their place for a while.
+
+    .. math:: \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t) \theta_t, \qquad
+              d_t = \min\bigl(d, \tfrac{t}{t + 9}\bigr)
+
+    so that the first weights are forgotten within the first steps.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise InputError(f"Expected 0 < average < 1, such as 0.999, got {decay}.")
+        self.decay, self.shown = decay, False
+        # By leaf; while the average is shown, the leaf has it and the weight is here.
+        self.of: dict[Tensor, Tensor] = {}
+        # A tensor, so that a captured step takes it for an input.
+        self.weight, self._filled = torch.zeros(()), 0.0
+
+    def add(self, leaves: Iterable[Tensor]) -> None:
+        """Begin the averages of some leaves at their values."""
+        for leaf in leaves:
+            self.of[leaf] = leaf.detach().clone()
+            self.weight = self.weight.to(leaf.device)
+
+    def at_step(self, step: int) -> None:
+        """Get ready for a step, counted from 0: the weights in their place, and 1 - d."""
+        self.show(False)
+        weight = 1 - min(self.decay, (step + 1) / (step + 10))
+        if weight != self._filled:
+            self.weight.fill_(weight)
+            self._filled = weight
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average towards its leaf, in a form that a tracer can record."""
+        for leaf, average in self.of.items():
+            average.add_((leaf - average) * self.weight)
+
+    @torch.no_grad()
+    def show(self, shown: bool) -> None:
+        """Put the averages into the leaves, or the weights back, if they are not there yet."""
+        for leaf, other in self.of.items() if shown != self.shown else ():
+            kept = leaf.clone()
+            leaf.copy_(other)
+            other.copy_(kept)
+        self.shown = shown
 
 
 class Trained:
     """The parameters of a pair that are trained, and the torch optimizer that steps them.
 
-    ``optim`` and ``clip_norm`` are as for :class:`pyrovae.SVI`.
+    Arguments are as for :class:`pyrovae.SVI`.
     """
 
     def __init__(
-        self, optim: PyroOptim | Optimizer | Callable, pair: Pair, clip_norm: float | None = None
+        self,
+        optim: PyroOptim | Optimizer | Callable,
+        pair: Pair,
+        clip_norm: float | None = None,
+        normalize_gradients: bool = False,
+        average: float | None = None,
     ) -> None:
         if not (isinstance(optim, PyroOptim | Optimizer) or callable(optim)):
             raise InputTypeError(f"Expected a Pyro or torch optimizer, got {optim!r}.")
         if clip_norm is not None and not 0 < clip_norm < float("inf"):
             raise InputError(f"Expected clip_norm > 0, got {clip_norm}.")
+        if clip_norm is not None and normalize_gradients:
+            raise InputError("Expected clip_norm or normalize_gradients, got both: leave one out.")
         self.optim, self.pair, self.clip_norm = optim, pair, clip_norm
+        self.normalizes = normalize_gradients
+        self.average = None if average is None else Average(average)
         self.named: dict[str, Tensor] = {}
         # How often parameters have come beside those that the optimizer was made with.
         self.grown = 0
         self._optimizer: Optimizer | None = None
         self.scheduler: LRScheduler | None = None
-        self.clips = clip_norm is not None or bool(getattr(optim, "pt_clip_args", None))
+        own = bool(getattr(optim, "pt_clip_args", None))
+        self.clips = own or normalize_gradients or clip_norm is not None
         self._met = -1
 
     @property
@@ -65,6 +125,8 @@ class Trained:
         self._met = met
         fresh = {n: p for n, p in self.pair.named().items() if n not in self.named}
         self.named |= fresh
+        if self.average is not None:
+            self.average.add(fresh.values())
         spelled = self._pyro_names(fresh)
         if self._optimizer is None:
             self._optimizer = _make_optimizer(self.optim, spelled)
@@ -76,22 +138,32 @@ class Trained:
                 self._optimizer.add_param_group(group)
 
     def step(self) -> None:
-        """Clip the gradients, step on them and clear them."""
+        """Clip the gradients, step on them, average the weights and clear the gradients."""
         self.collect()
         if self.clips:
             self.clip()
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
         for parameter in self.named.values():
             parameter.grad = None
 
+    def show_average(self) -> None:
+        """Put the average into the pair, if there is one, until the next step."""
+        if self.average is not None:
+            self.average.show(True)
+
     def clip(self) -> None:
-        """Clip gradients in place: each as a Pyro optimizer says, then their common norm."""
+        """Scale gradients in place: each as a Pyro optimizer says, then each or all by norm."""
         options = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
         for name, parameter in self._pyro_names(self.named).items() if options else ():
             if parameter.grad is not None:
                 own = options(*_split(name)) if callable(options) else options
                 # What Pyro 1.9.2 does before a step of its own, which is not taken here.
                 PyroOptim._clip_grad(parameter, **own)
+        for parameter in self.named.values() if self.normalizes else ():
+            if parameter.grad is not None:
+                parameter.grad.div_(parameter.grad.norm() + TINY)
         if self.clip_norm is not None:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)

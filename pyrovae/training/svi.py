@@ -41,6 +41,8 @@ class SVI:
             x, *context)`` to differentiate.
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
+        normalize_gradients: Divide the gradient of each parameter by its norm before the update.
+        average: The decay of an exponential moving average of the weights; None keeps none.
         compile: Run the step as one graph, compiled for a shape of a batch: True from the second
             step on, False never, ``"auto"`` after 3,000 steps, or at once if ``steps`` are that
             many. Another shape, or the same after a change to the modules, is compiled when it has
@@ -70,6 +72,8 @@ class SVI:
         loss_and_grads: Callable | None = None,
         *,
         clip_norm: float | None = None,
+        normalize_gradients: bool = False,
+        average: float | None = None,
         compile: bool | str = "auto",
         steps: int = 0,
     ) -> None:
@@ -79,7 +83,7 @@ class SVI:
         self.objective, self.loss_and_grads = loss, loss_and_grads
         self.pair = Pair(model, guide)
         self._programs = self.pair.run_model, self.pair.run_guide
-        self.trained = Trained(optim, self.pair, clip_norm)
+        self.trained = Trained(optim, self.pair, clip_norm, normalize_gradients, average)
         self.steps_taken = 0
         self.reduce: Callable[[Estimate, list[Tensor]], Estimate] | None = None
         self.compiled: CompiledSteps | None = None
@@ -124,6 +128,8 @@ class SVI:
         """
         if isinstance(self.objective, Objective):
             self.objective.at_step(self.steps_taken)
+        if self.trained.average is not None:
+            self.trained.average.at_step(self.steps_taken)
         self.steps_taken += 1
         result, updated = self._assess(args, kwargs, load, update=self.reduce is None)
         if updated or self.reduce is not None:

@@ -105,7 +105,7 @@ def normalized():
 SAME = {
     "dynamic": (
         shipped_bernoulli,
-        {"patience": 2, "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+        {"patience": 2, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau},
     ),
     "dropout": (
         convolved,

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from commands import TRAIN, config, history, outcome, refusal, run, snapshot
 
 import pyrovae
@@ -17,6 +18,8 @@ from pyrovae.runs import Run, experiment
 VARIANTS = {
     "adam": [],
     "cosine": ["--schedule", "cosine"],
+    "recipe": ["--recipe", "long", "--average", "0.9", "--valid-samples", "3"],
+    "normalized": ["--schedule", "iwae", "--normalize-gradients"],
     "particles": ["--particles", "3", "--objective", "trace_mean_field_elbo"],
     "clipped": ["--clip-norm", "10", "--seed", "5"],
     "grey": ["--model", "gaussian", "--binarize", "none", "--set", "model.scale=pixel"],
@@ -65,6 +68,10 @@ def launch(*arguments, **options):
     command = [sys.executable, "-m", "pyrovae", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, **options)
+
+
+def alike(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def interrupted(signum, epoch, *arguments):
@@ -169,6 +176,29 @@ def test_more_epochs(workspace, stop_in):
     before = snapshot(workspace / "r")
     assert run("train", "--out", "r", "--resume") == 0
     assert snapshot(workspace / "r") == before
+
+
+def test_a_recipe_is_recorded_as_the_options_that_it_stands_for(workspace):
+    assert run(*TRAIN, "--recipe", "long", "--average", "0.9", "--out", "r") == 0
+    found = config(workspace / "r")
+    assert found["recipe"] == "long"
+    assert (found["schedule"], found["lr_warm_up"], found["average"]) == ("cosine", 1, 0.9)
+    state = Run("r").load_checkpoint()
+    assert alike(Run("r").load_weights(), state["average"])
+    assert not alike(state["average"], state["weights"])
+    (workspace / "r" / "weights.safetensors").unlink()
+    assert alike(Run("r").load_weights(), state["average"])
+
+
+def test_a_run_of_before_an_option_goes_on(workspace):
+    assert run(*TRAIN, "--out", "r") == 0
+    older = config(workspace / "r")
+    for name in ("recipe", "average", "lr_warm_up", "normalize_gradients", "valid_samples"):
+        del older[name]
+    Run("r").write_json("config.json", older)
+    assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
+    assert run(*TRAIN, "--epochs", "3", "--out", "whole") == 0
+    assert outcome(workspace / "r") == outcome(workspace / "whole")
 
 
 def test_resume_of_no_run_starts_one(workspace):

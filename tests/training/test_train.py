@@ -96,7 +96,7 @@ def test_going_on_from_a_state_is_bit_identical(make):
         pyro.set_rng_seed(11)
         return make()
 
-    options = {"batch_size": 16, "seed": 3, "scheduler": lambda o: CosineAnnealingLR(o, 6)}
+    options = {"batch_size": 16, "seed": 3, "schedule": lambda o: CosineAnnealingLR(o, 6)}
     whole = pyrovae.fit(*start(), _data(), epochs=6, **options)
     half = pyrovae.fit(*start(), _data(), epochs=3, **options).state_dict()
     resumed = pyrovae.fit(*start(), _data(), epochs=6, state=half, **options)
@@ -200,9 +200,9 @@ def test_schedules_change_the_rate_each_epoch():
             ).history
         ]
 
-    step = rates(lr=1.0e-2, scheduler=lambda o: StepLR(o, 2, gamma=0.1))
+    step = rates(lr=1.0e-2, schedule=lambda o: StepLR(o, 2, gamma=0.1))
     assert step == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
-    plateau = rates(lr=1e-3, scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=1.0))
+    plateau = rates(lr=1e-3, schedule=lambda o: ReduceLROnPlateau(o, patience=0, threshold=1.0))
     assert plateau[-1] < plateau[0]
     theirs = pyro.optim.StepLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "step_size": 2, "gamma": 0.1}
@@ -378,7 +378,7 @@ def test_validation_is_by_the_estimator_of_the_objective(objective):
 def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
     history = pyrovae.fit(
         *shipped_bernoulli_seeded(), _data(), epochs=4, batch_size=20, lr=1e-3, seed=0,
-        scheduler=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.0),
+        schedule=lambda o: ReduceLROnPlateau(o, patience=0, threshold=0.0),
     ).history  # fmt: skip
     elbos = [row["valid_elbo"] for row in history]
     assert elbos == sorted(elbos)

@@ -1,0 +1,228 @@
+"""What long trainings are made of: averaged weights, schedules, normalized gradients, gates."""
+
+import copy
+import math
+from functools import partial
+
+import pyro
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+import pyrovae
+from pairs import LATENT, SHAPE, binary, functions, shipped_bernoulli
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.models.bernoulli import Bernoulli
+from pyrovae.nn import MLP
+from pyrovae.objectives import make_objective
+from pyrovae.training.schedules import make_schedule
+
+
+def _data(rows=48):
+    return pyrovae.Dataset("x", torch.Size(SHAPE), binary(rows), binary(16, 2), binary(8, 3))
+
+
+def _gated():
+    options = {"latent": LATENT, "hidden": (8, 8), "activation": "GLU"}
+    return Bernoulli(SHAPE, **options), MeanField(SHAPE, **options)
+
+
+def _fit(make=shipped_bernoulli, data=None, **options):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(11)
+    options = {"batch_size": 16, "seed": 3, "compile": False, "progress": False} | options
+    return pyrovae.fit(*make(), _data() if data is None else data, **options)
+
+
+def _states(**options):
+    """What a checkpoint after each epoch holds."""
+    states = []
+    _fit(on_epoch=lambda r: states.append(copy.deepcopy(r.state_dict())), **options)
+    return states
+
+
+def _weights(result):
+    return result.svi.pair.state_dict()
+
+
+def _same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _history(result):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
+
+
+def _recorded(patch):
+    """Run the record itself, not what Inductor makes of it."""
+    patch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+
+
+EVERYTHING = {"average": 0.9, "schedule": "cosine", "lr_warm_up": 2, "normalize_gradients": True}
+OPTIONS = {
+    "average": {"average": 0.9},
+    "cosine": {"schedule": "cosine", "lr_warm_up": 1},
+    "iwae": {"schedule": "iwae"},
+    "plateau": {"schedule": "plateau", "valid_samples": 5},
+    "torch": {"schedule": partial(StepLR, step_size=2), "average": 0.5},
+    "normalized": {"normalize_gradients": True},
+    "kl": {"objective": "warm_up_elbo", "average": 0.9},
+    "stopped": {"patience": 2, "valid_samples": 5, "average": 0.9, "lr": 0.2},
+    "everything": EVERYTHING | {"objective": "warm_up_elbo", "make": _gated},
+    "functions": {"average": 0.9, "make": functions},
+}
+
+
+def _options(name):
+    options = dict(OPTIONS[name])
+    if options.get("objective"):
+        options["objective"] = make_objective(options["objective"], warm_up=9)
+    return options
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_of_them_resumes_bit_identical(name):
+    whole = _fit(epochs=6, **_options(name))
+    states = _states(epochs=6, **_options(name))
+    for state in (states[0], states[2]):
+        resumed = _fit(epochs=6, state=state, **_options(name))
+        assert _same(_weights(whole), _weights(resumed))
+        assert _history(whole) == _history(resumed)
+
+
+@pytest.mark.parametrize("name", ["average", "normalized", "everything"])
+def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
+    _recorded(monkeypatch)
+    eager = _fit(epochs=6, **_options(name))
+    captured = _fit(epochs=6, **_options(name) | {"compile": True})
+    (capture,) = captured.svi.compiled.captures.values()
+    assert capture.calls == 17
+    assert capture.update is not None
+    for name, value in _weights(eager).items():
+        torch.testing.assert_close(_weights(captured)[name], value, rtol=1e-4, atol=1e-5)
+    raw = eager.state_dict()["weights"]
+    for name, value in captured.state_dict()["weights"].items():
+        torch.testing.assert_close(value, raw[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_run_with_everything_resumes_bit_identical():
+    options = {"compile": True, "make": _gated, **EVERYTHING}
+    warm = partial(make_objective, "warm_up_elbo", warm_up=7)
+    whole = _fit(epochs=4, objective=warm(), **options)
+    state = _states(epochs=4, objective=warm(), **options)[1]
+    resumed = _fit(epochs=4, objective=warm(), state=state, **options)
+    assert [c.calls for c in whole.svi.compiled.captures.values()] == [11]
+    assert [c.calls for c in resumed.svi.compiled.captures.values()] == [6]
+    assert _same(_weights(whole), _weights(resumed))
+    assert _same(whole.state_dict()["weights"], resumed.state_dict()["weights"])
+
+
+def test_the_average_is_that_of_the_weights_after_each_step():
+    pyro.set_rng_seed(11)
+    pair, x = shipped_bernoulli(), binary(16)
+    svi = pyrovae.SVI(*pair, partial(torch.optim.Adam, lr=0.01), pyro.infer.Trace_ELBO(),
+                      average=0.8)  # fmt: skip
+    svi.build(x)
+    expected = svi.pair.state_dict()
+    for step in range(1, 60):
+        svi.step(x)
+        weights, decay = svi.pair.state_dict(), min(0.8, step / (step + 9))
+        expected = {n: decay * v + (1 - decay) * weights[n] for n, v in expected.items()}
+    svi.trained.show_average()
+    for name, value in svi.pair.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    svi.trained.average.show(False)
+    assert _same(svi.pair.state_dict(), weights)
+
+
+def test_what_is_validated_kept_and_returned_is_the_average():
+    seen = []
+    result = _fit(epochs=3, average=0.9, on_epoch=lambda r: seen.append(_weights(r)))
+    plain = _fit(epochs=3)
+    assert _same(seen[-1], _weights(result))
+    state = result.state_dict()
+    assert _same(state["average"], _weights(result))
+    assert _same(state["weights"], _weights(plain))
+    assert not _same(state["average"], state["weights"])
+    assert result.history[-1]["train_elbo"] == plain.history[-1]["train_elbo"]
+    assert result.elbo == result.validate((_data().valid,))["valid_elbo"] != plain.elbo
+
+
+def test_early_stopping_is_by_the_bound_of_several_samples():
+    states = {}
+    result = _fit(
+        epochs=60, lr=0.05, patience=3, valid_samples=20,
+        on_epoch=lambda r: states.update({len(r.history): _weights(r)}),
+    )  # fmt: skip
+    bounds = [row["valid_bound"] for row in result.history]
+    assert len(bounds) < 60
+    assert result.best_epoch == 1 + bounds.index(max(bounds)) == len(bounds) - 3
+    assert all(row["valid_bound"] > row["valid_elbo"] - 0.2 for row in result.history)
+    assert _same(states[result.best_epoch], _weights(result))
+
+
+def test_a_normalized_gradient_has_length_one_for_each_parameter():
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "data": binary(16)}
+    pyro.set_rng_seed(11)
+    before = pyrovae.SVI(*shipped_bernoulli(), torch.optim.Adam, pyro.infer.Trace_ELBO()).pair
+    after = _weights(_fit(epochs=1, normalize_gradients=True, **options))
+    for name, value in before.state_dict().items():
+        assert (after[name] - value).norm().item() == pytest.approx(0.1, rel=1e-4)
+    with pytest.raises(ValueError, match="clip_norm or normalize_gradients"):
+        _fit(epochs=1, normalize_gradients=True, clip_norm=1.0, **options)
+
+
+def _rates(schedule, epochs, warm_up=0):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    made = make_schedule(schedule, optimizer, epochs, warm_up)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        made.step()
+    return rates
+
+
+def test_the_ladder_has_three_times_as_many_passes_at_each_stage():
+    rates = _rates("iwae", 3280)
+    stages = [round(-7 * math.log10(rate)) for rate in rates]
+    assert stages == [stage for stage in range(8) for _ in range(3**stage)]
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    # Shorter trainings have the same shares of them.
+    assert [round(-7 * math.log10(rate)) for rate in _rates("iwae", 82)].count(7) == 54
+
+
+def test_a_warm_up_goes_before_a_named_schedule():
+    rates = _rates("cosine", 6, warm_up=2)
+    cosine = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *cosine])
+    assert _rates("none", 4, warm_up=1) == pytest.approx([0.5, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"schedule": "cosine", "lr_warm_up": 2}, "lr_warm_up < 2 epochs"),
+        ({"schedule": "plateau", "lr_warm_up": 1}, "no lr_warm_up with"),
+        ({"average": 1.0}, "0 < average < 1"),
+        ({"valid_samples": 0}, "valid_samples >= 1"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        _fit(epochs=2, **options)
+
+
+def test_a_gated_layer_is_h_times_the_sigmoid_of_g():
+    pyro.set_rng_seed(0)
+    net = MLP(5, 3, (4, 6), gated=True)
+    x = h = torch.randn(2, 7, 5)
+    for layer in (net.layers[0], net.layers[2]):
+        signal, gate = layer(h).chunk(2, -1)
+        h = signal * gate.sigmoid()
+    assert h.shape[-1] == 6
+    torch.testing.assert_close(net(x), net.last(h))
+    assert MLP(5, 3, (), gated=True).last.weight.shape == (3, 5)
