@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyrovae._tools import InputError
@@ -30,9 +27,9 @@ from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Found, digest, opened
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest, opened
 from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.traces import Values, is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
 if TYPE_CHECKING:
     import arviz
@@ -115,31 +112,30 @@ def to_inference_data(
             NaN, or labels or estimate are not of these data.
     """
     _check(len(x), num_samples, num_prior, first, labels)
-    seed = draw_seed(seed)
+    seed, start = draw_seed(seed), 0
     if log_likelihood is None:
-        draw = partial(estimate, num_samples=num_samples, seed=seed, compile=False)
-        log_likelihood, start = draw(model, guide, x, *context), 0
+        options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "compile": False}
+        log_likelihood = estimate(model, guide, x, *context, **options)
     else:
         start = _place(log_likelihood, digest(x, *context), len(x), first)
-    counts = {"num_samples": num_samples, "num_prior": num_prior}
     with opened(model, guide, (x, *context), seed=seed) as task:
         with seeded(seed, task.device):
             require_density(task.pair, task.first)
-        draws = _Draws(task.pair, seed, task.tile, **counts, resample=resample)
         for index, rows in task.tiles():
-            task.keep(index, draws(index, rows))
+            task.keep(index, _draws(task, index, rows, num_samples, num_prior, resample))
         found = task.found()
     for name in PER_DATUM:
         if (each := getattr(log_likelihood, name)) is not None:
             found[f"sample_stats/{name}"] = each[start : start + len(x)]
     names = _arguments(model, len(context))
     found |= {f"constant_data/{n}": c for n, c in zip(names, context, strict=True)}
-    programs = {"model": model, "guide": guide}
     about = {
-        **{n: getattr(p, "__qualname__", type(p).__name__) for n, p in programs.items()},
+        "model": getattr(model, "__qualname__", type(model).__name__),
+        "guide": getattr(guide, "__qualname__", type(guide).__name__),
         "seed": seed,
         "data": task.data,
-        **counts,
+        "num_samples": num_samples,
+        "num_prior": num_prior,
         "units": "nats",
         "draws": RESAMPLED if resample else PROPOSED,
         "log_prob_method": log_likelihood.method,
@@ -207,36 +203,30 @@ def loo(idata: InferenceData) -> Any:
     """
     stats: Any = idata["sample_stats"]
     terms: Any = idata["log_likelihood"]
-    likelihood = sum(terms[name].values for name in terms.data_vars)
-    weight, each, khat = stats.log_weight.values, stats.log_prob, stats.khat
-    lppd = _log_sum(weight + likelihood) - _log_sum(weight)
-    k, n = int(idata.attrs["log_prob_num_samples"]), each.size
+    weight, each, khat = torch.as_tensor(stats.log_weight.values), stats.log_prob, stats.khat
+    likelihood = sum(torch.as_tensor(terms[name].values) for name in terms.data_vars)
+    lppd = (weight + likelihood).logsumexp((0, 1)) - weight.logsumexp((0, 1))
+    elpd, error = float(each.sum()), float(np.sqrt(each.size * each.values.var()))
+    extra, k = float(lppd.sum() - elpd), int(idata.attrs["log_prob_num_samples"])
     good = min(1 - 1 / np.log10(k), 0.7) if k > 1 else 0.0
-    return _elpd(
-        float(each.sum()),
-        float(np.sqrt(n * each.values.var())),
-        float(lppd.sum() - each.sum()),
-        each,
-        n_samples=k,
-        n_data_points=n,
-        warning=bool((khat > good).any()),
-        pareto_k=khat,
-        scale="log",
-        good_k=good,
-    )
-
-
-def _log_sum(terms: np.ndarray) -> np.ndarray:
-    return torch.as_tensor(terms).logsumexp((0, 1)).numpy()
-
-
-# The versions of ArviZ differ here in two things alone, which the next three functions hold. 0.x
-# (0.23 is the last for Python 3.11) has a container of its own and a pandas Series for what loo
-# finds; 1.x (Python 3.12 and later) takes xarray's DataTree and has a dataclass, with other names.
+    about = {
+        "n_samples": k,
+        "n_data_points": each.size,
+        "warning": bool((khat > good).any()),
+        "pareto_k": khat,
+        "scale": "log",
+        "good_k": good,
+    }
+    arviz, old = _arviz()
+    if not old:
+        return arviz.ELPDDataLOO(elpd=elpd, se=error, p=extra, elpd_i=each, **about)
+    return arviz.ELPDData({"elpd_loo": elpd, "se": error, "p_loo": extra, **about, "loo_i": each})
 
 
 def _arviz() -> tuple[Any, bool]:
     """ArviZ, and whether it is 0.x."""
+    # 0.x (0.23 is the last for Python 3.11) has a container of its own and a pandas Series for
+    # what loo finds; 1.x takes xarray's DataTree and has a dataclass, with other names.
     import arviz
 
     return arviz, arviz.__version__.startswith("0.")
@@ -245,14 +235,6 @@ def _arviz() -> tuple[Any, bool]:
 def _container(tree: xarray.DataTree) -> InferenceData:
     arviz, old = _arviz()
     return arviz.InferenceData.from_datatree(tree) if old else tree
-
-
-def _elpd(total: float, error: float, extra: float, each: Any, **about: Any) -> Any:
-    arviz, old = _arviz()
-    if not old:
-        return arviz.ELPDDataLOO(elpd=total, se=error, p=extra, elpd_i=each, **about)
-    about = {"elpd_loo": total, "se": error, "p_loo": extra, **about, "loo_i": each}
-    return arviz.ELPDData(list(about.values()), list(about))
 
 
 def _tree(found: Found, coords: dict, about: dict[str, Any]) -> InferenceData:
@@ -266,8 +248,8 @@ def _tree(found: Found, coords: dict, about: dict[str, Any]) -> InferenceData:
         "created_at": datetime.now(UTC).isoformat(),
     }
     versions = {"torch_version": version("torch"), "pyro_version": version("pyro-ppl")}
-    about = {name: _attribute(value) for name, value in (stamp | versions | about).items()}
-    groups: dict[str, Any] = {"/": xarray.Dataset(attrs=about)}
+    attrs = {name: _attribute(value) for name, value in (stamp | versions | about).items()}
+    groups: dict[str, Any] = {"/": xarray.Dataset(attrs=attrs)}
     for group, description in GROUPS.items():
         inside = {k.partition("/")[2]: v for k, v in found.items() if k.startswith(f"{group}/")}
         if inside:
@@ -349,118 +331,94 @@ def _attribute(value: Any) -> str | int | float:
     return value if plain else json.dumps(value, default=str)
 
 
-@dataclass(frozen=True)
-class _Draws:
+def _draws(
+    task: Evaluation, index: int, rows: tuple, num_samples: int, num_prior: int, resample: bool
+) -> Found:
     """Draw K latents of each datum of a tile, weight them, and predict new data from them.
 
-    Called with a tile's number and its rows, it returns ``group/site`` by name: ``[N, K, ...]``,
-    and ``[N, ...]`` of what is observed. The guide draws ``tile`` particles at once, as for
-    :func:`pyrovae.log_likelihood`, so that both have the same draws for a seed.
+    Returns ``[N, K, ...]`` by ``group/site``, and ``[N, ...]`` of what is observed.
     """
+    pair, seed = task.pair, subseed(task.seed, index)
+    with seeded(seed, task.device):
+        sites = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
 
-    pair: Pair
-    seed: int
-    tile: int
-    num_samples: int
-    num_prior: int
-    resample: bool
+    def forward(particles: int, values: Values, stream: int) -> dict[str, Site]:
+        program = poutine.uncondition(pair.run_model)
+        with seeded(seed, task.device, stream):
+            return samples(pair.trace_given(program, rows, particles, Given(values)))
 
-    def __call__(self, index: int, rows: tuple) -> Found:
-        pair, seed = self.pair, subseed(self.seed, index)
-        with seeded(seed, rows[0].device):
-            given = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
-        deterministic = {n for n, site in given.items() if site["infer"].get("_deterministic")}
-        seen = [name for name in pair.known.observed if name not in deterministic]
-        data = [name for name in seen if not is_bookkeeping(given[name])]
-        values, scores, log_weight = self._posterior(rows, seed, index * DATA_TILE)
-        if self.resample:
-            values, scores, log_weight = self._resampled(given, values, scores, log_weight, seed)
-        found = {"sample_stats/log_weight": log_weight.T}
-        found |= {f"log_likelihood/{name}": scores[name].double().T for name in seen}
-        found |= {f"posterior/{n}": self._plain(v, given[n]) for n, v in values.items()}
-        predicted = self._forward(rows, self.num_samples, values, subseed(seed, POSTERIOR_STREAM))
-        found |= self._values("posterior_predictive", predicted, data, given)
-        if self.num_prior:
-            imagined = self._forward(rows, self.num_prior, {}, subseed(seed, PRIOR_STREAM))
-            found |= self._values("prior", imagined, values, given)
-            found |= self._values("prior_predictive", imagined, data, given)
-        return found | self._values("observed_data", given, data, given)
-
-    def _posterior(self, rows: tuple, seed: int, first: int) -> tuple[Values, Values, Tensor]:
-        """Latents, the model's scores ``[K, N]`` by site, and the log-weights ``[K, N]``."""
-        pair, parts = self.pair, []
-        for number, start in enumerate(range(0, self.num_samples, self.tile)):
-            with seeded(subseed(seed, number), rows[0].device):
-                drawn = pair.draw(rows, self.tile)
-            stop = min(self.tile, self.num_samples - start)
-            parts.append([{n: v[:stop] for n, v in each.items()} for each in drawn])
-        values, guide = (
-            {n: torch.cat([p[n] for p in ps]) for n in ps[0]} for ps in zip(*parts, strict=True)
-        )
-        scored = joint_density(pair, rows, self.num_samples, values)
-        own = total(guide.values(), torch.zeros_like(scored.prior))
-        log_weight = scored.prior + scored.likelihood - own
-        if bool(log_weight.isnan().any()):
-            refuse_nan(guide, scored.sites, first)
-        if pair.known.enumerated:
-            with seeded(subseed(seed, SUMMED_STREAM), rows[0].device):
-                values = values | self._summed_out(rows, values)
-        return values, scored.sites, log_weight
-
-    def _summed_out(self, rows: tuple, values: Values) -> Values:
-        """Draws of what the model sums over, from its exact posterior given the other latents."""
-        layout = self.pair.known
-        model = poutine.condition(self.pair.run_model, data=values)
-
-        def with_particles(*args: Tensor) -> None:
-            with pyro.plate("particles", self.num_samples, dim=layout.particle_dim):
-                model(*args)
-
-        program = infer_discrete(with_particles, first_available_dim=layout.particle_dim - 1)
-        trace = poutine.trace(program).get_trace(*rows)
-        return {name: trace.nodes[name]["value"] for name in layout.enumerated}
-
-    def _resampled(
-        self, given: dict, values: Values, scores: Values, log_weight: Tensor, seed: int
-    ) -> tuple[Values, Values, Tensor]:
-        """The draws that systematic resampling keeps; each then weighs as much as the average."""
-        with seeded(subseed(seed, RESAMPLED_STREAM), log_weight.device):
-            index = systematic(log_weight)
-        values = {n: _take(v, index, self._axis(given[n])) for n, v in values.items()}
-        scores = {name: _take(score, index, -1) for name, score in scores.items()}
-        average = log_weight.logsumexp(0) - torch.tensor(len(log_weight)).log()
-        return values, scores, average.expand_as(log_weight)
-
-    def _forward(self, rows: tuple, particles: int, values: Values, seed: int) -> dict:
-        with seeded(seed, rows[0].device):
-            forward = poutine.uncondition(self.pair.run_model)
-            return samples(self.pair.trace_given(forward, rows, particles, Given(values)))
-
-    def _values(self, group: str, nodes: dict, names: Iterable[str], given: dict) -> Found:
+    seen = [n for n in pair.known.observed if not sites[n]["infer"].get("_deterministic")]
+    data = [name for name in seen if not is_bookkeeping(sites[name])]
+    values, scores, log_weight = _posterior(task, index, rows, num_samples)
+    if resample:
+        # Each draw that is kept weighs as much as the average.
+        with seeded(seed, task.device, RESAMPLED_STREAM):
+            kept = systematic(log_weight)
+        values = {n: _take(v, kept, _axis(pair, sites[n])) for n, v in values.items()}
+        scores = {name: _take(score, kept, -1) for name, score in scores.items()}
+        average = log_weight.logsumexp(0) - torch.tensor(num_samples).log()
+        log_weight = average.expand_as(log_weight)
+    found = {"sample_stats/log_weight": log_weight.T}
+    found |= {f"log_likelihood/{name}": scores[name].double().T for name in seen}
+    predicted = forward(num_samples, values, POSTERIOR_STREAM)
+    groups = {
+        "posterior": values,
+        "posterior_predictive": {name: predicted[name]["value"] for name in data},
+        "observed_data": {name: sites[name]["value"] for name in data},
+    }
+    if num_prior:
+        imagined = forward(num_prior, {}, PRIOR_STREAM)
+        groups["prior"] = {name: imagined[name]["value"] for name in values}
+        groups["prior_predictive"] = {name: imagined[name]["value"] for name in data}
+    for group, each in groups.items():
         masked = not group.endswith("predictive")
-        return {
-            f"{group}/{name}": self._plain(nodes[name]["value"], given[name], masked=masked)
-            for name in names
-        }
+        for name, value in each.items():
+            found[f"{group}/{name}"] = _plain(pair, value, sites[name], masked)
+    return found
 
-    def _plain(self, value: Tensor, site: dict, *, masked: bool = True) -> Tensor:
-        """A site's value with the datum first and its particles second, without idle plates."""
-        event_dim, mask = site["fn"].event_dim, site["mask"]
-        value = _typed(value, site["fn"])
-        if masked and isinstance(mask, Tensor) and not bool(mask.all()):
-            here = mask.reshape(*mask.shape, *[1] * event_dim)
-            value = torch.where(
-                here, value if value.is_floating_point() else value.float(), torch.nan
-            )
-        used = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
-        idle = [d - event_dim for d in range(event_dim - value.dim(), 0) if d not in used]
-        axis = self._axis(site)
-        kept = [axis, *(d for d in range(-value.dim(), 0) if d != axis and d not in idle)]
-        return value.permute(*kept, *idle).reshape([value.shape[d] for d in kept])
 
-    def _axis(self, site: dict) -> int:
-        """Where the batch lies in a site's value, counted from the right."""
-        return self.pair.known.dim - site["fn"].event_dim
+def _posterior(
+    task: Evaluation, index: int, rows: tuple, num_samples: int
+) -> tuple[Values, Values, Tensor]:
+    """Latents, the model's scores ``[K, N]`` by site, and the log-weights ``[K, N]``."""
+    pair, seed, parts = task.pair, subseed(task.seed, index), []
+    # As many at once as log_likelihood draws, so that both have the same draws for a seed.
+    for number in range(math.ceil(num_samples / task.tile)):
+        with seeded(seed, task.device, number):
+            parts.append(pair.draw(rows, task.tile))
+    values, guide = (
+        {name: torch.cat([part[name] for part in each])[:num_samples] for name in each[0]}
+        for each in zip(*parts, strict=True)
+    )
+    scored = joint_density(pair, rows, num_samples, values)
+    own = total(guide.values(), torch.zeros_like(scored.prior))
+    log_weight = scored.prior + scored.likelihood - own
+    if bool(log_weight.isnan().any()):
+        refuse_nan(guide, scored.sites, index * DATA_TILE)
+    if pair.known.enumerated:
+        with seeded(seed, task.device, SUMMED_STREAM):
+            drawn = samples(pair.trace_summed(values, *rows, particles=num_samples))
+        values |= {name: drawn[name]["value"] for name in pair.known.enumerated}
+    return values, scored.sites, log_weight
+
+
+def _plain(pair: Pair, value: Tensor, site: Site, masked: bool) -> Tensor:
+    """A site's value with the datum first and its particles second, without idle plates."""
+    event_dim, mask = site["fn"].event_dim, site["mask"]
+    value = _typed(value, site["fn"])
+    if masked and isinstance(mask, Tensor) and not bool(mask.all()):
+        here = mask.reshape(*mask.shape, *[1] * event_dim)
+        value = torch.where(here, value if value.is_floating_point() else value.float(), torch.nan)
+    used = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
+    idle = [d - event_dim for d in range(event_dim - value.dim(), 0) if d not in used]
+    axis = _axis(pair, site)
+    kept = [axis, *(d for d in range(-value.dim(), 0) if d != axis and d not in idle)]
+    return value.permute(*kept, *idle).reshape([value.shape[d] for d in kept])
+
+
+def _axis(pair: Pair, site: Site) -> int:
+    """Where the batch lies in a site's value, counted from the right."""
+    return pair.known.dim - site["fn"].event_dim
 
 
 def systematic(log_weight: Tensor) -> Tensor:
@@ -491,7 +449,7 @@ def systematic(log_weight: Tensor) -> Tensor:
 def _take(value: Tensor, index: Tensor, axis: int) -> Tensor:
     shape = [1] * value.dim()
     shape[0], shape[axis] = index.shape
-    return value.gather(0, index.reshape(shape).expand_as(value))
+    return value.take_along_dim(index.reshape(shape), 0)
 
 
 def _typed(value: Tensor, fn: Any) -> Tensor:

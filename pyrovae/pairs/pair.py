@@ -93,12 +93,21 @@ class Pair(Parameters):
         The guide draws what it samples; what the model sums over is drawn from its exact
         posterior given the guide's draw.
         """
-        guide_trace, layout = self.trace_guide(*rows), self.known
-        if not layout.enumerated:
+        guide_trace = self.trace_guide(*rows)
+        if not self.known.enumerated:
             return self.replay_model(guide_trace, *rows, sums=False)
-        given = poutine.condition(self.run_model, data=self._latents(guide_trace))
-        given = infer_discrete(given, first_available_dim=layout.particle_dim)
-        return poutine.trace(given).get_trace(*rows)
+        return self.trace_summed(self._latents(guide_trace), *rows)
+
+    def trace_summed(self, values: Values, *rows: Any, particles: int | None = None) -> Trace:
+        """Trace the model at given latents, with those that it sums over drawn given them."""
+        given = poutine.condition(self.run_model, data=values)
+
+        def program(*args: Any) -> None:
+            with self._plate(particles):
+                given(*args)
+
+        left = self.known.particle_dim - (particles is not None)
+        return poutine.trace(infer_discrete(program, first_available_dim=left)).get_trace(*rows)
 
     def trace_given(
         self, program: Callable, rows: tuple, particles: int | None, given: Given | None = None
