@@ -340,7 +340,7 @@ def _draws(
     """
     pair, seed = task.pair, subseed(task.seed, index)
     with seeded(seed, task.device):
-        sites = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
+        sites = samples(pair.trace_given(pair.run_model, rows, 1))
 
     def forward(particles: int, values: Values, stream: int) -> dict[str, Site]:
         program = poutine.uncondition(pair.run_model)

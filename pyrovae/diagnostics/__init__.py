@@ -12,23 +12,11 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint, indepen
 
 from pyrovae._tools import InputError, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.diagnostics.aggregate import (
-    Aggregate,
-    Gaps,
-    aggregate_posterior,
-    inference_gaps,
-    mix,
-)
-from pyrovae.diagnostics.calibration import (
-    Calibration,
-    Probe,
-    calibrate,
-    fit_probe,
-    is_probable,
-)
+from pyrovae.diagnostics.aggregate import Aggregate, Gaps, aggregate_posterior, inference_gaps, mix
+from pyrovae.diagnostics.calibration import Calibration, Probe, calibrate, fit_probe, is_probable
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
-from pyrovae.evidence.tiles import Evaluation, opened
+from pyrovae.evidence.tiles import Evaluation, at_least, opened
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
@@ -112,7 +100,7 @@ def diagnose(
     ):
         rate, distortion, sites = _examine(task, num_samples, bar.update)
         aggregate, remarks = _aggregate(task, bar.update)
-        with seeded(subseed(task.seed, 0, INTERVAL_STREAM), task.device):
+        with seeded(task.seed, task.device, 0, INTERVAL_STREAM):
             calibration = None
             if intervals:
                 chosen = torch.randperm(len(x))[:CALIBRATED].to(task.device)
@@ -145,8 +133,7 @@ def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
         raise InputError(
             f"Expected at least two data points, got {len(x)}: diagnose more of them together."
         )
-    if not isinstance(num_samples, int) or num_samples < 2:
-        raise InputError(f"Expected an integer num_samples >= 2, got {num_samples!r}.")
+    at_least({"num_samples": 2}, num_samples)
     labels = None if labels is None else torch.as_tensor(labels)
     if labels is not None and len(labels) != len(x):
         raise InputError(f"Expected a label for each of {len(x)} data points, got {len(labels)}.")
@@ -160,7 +147,7 @@ def _examine(
     parts = []
     size = max(1, ROWS // particles)
     tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
-    with seeded(subseed(task.seed, 0, DRAW_STREAM), task.device):
+    with seeded(task.seed, task.device, 0, DRAW_STREAM):
         for rows in tiles:
             parts.append(examine(task.pair, rows, particles))
             tick(len(rows[0]))
@@ -209,18 +196,16 @@ def _draws(num_data: int) -> int:
 
 def _eight_bit_dimensions(pair: Pair, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
-    trace = pair.trace_posterior(*rows)
-    sites = samples(trace)
-    seen = [s for s in sites.values() if s["is_observed"]]
+    sites = samples(pair.trace_posterior(*rows)).values()
+    seen = [site for site in sites if site["is_observed"]]
     if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:
         return math.nan
     support = seen[0]["fn"].support
     while isinstance(support, independent | MixtureSameFamilyConstraint):
         support = support.base_constraint
-    levels = getattr(support, "levels", None)
+    levels = getattr(support, "levels", 0)
     if hasattr(support, "upper_bound") and support.is_discrete:
         levels = support.upper_bound - support.lower_bound + 1
-    eight_bit = levels is not None and bool((torch.as_tensor(levels) == 256).all())
-    if not eight_bit:
+    if not bool((torch.as_tensor(levels) == 256).all()):
         return math.nan
     return seen[0]["scale"] * seen[0]["value"].numel() / len(rows[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae._tools.seeding import seeded, subseed
+from pyrovae._tools.seeding import seeded
+from pyrovae.diagnostics.units import unmasked
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.evidence.proposals import guide_density, joint_density, require_scorable, total
+from pyrovae.evidence.proposals import Proposal, guide_density, joint_density, require_scorable
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import opened
-from pyrovae.pairs.pair import Given, Pair
+from pyrovae.evidence.tiles import at_least, opened
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Values, samples
 
 # How many pairs of a draw and a datum are scored at once; a GPU takes more to be busy.
@@ -98,24 +99,25 @@ def mix(
     tick: Callable[[int], Any] = lambda count: None,
 ) -> Aggregate:
     """What :func:`aggregate_posterior` computes; ``tick`` hears how many draws are finished."""
-    num_data, device = len(rows[0]), rows[0].device
-    information, marginal, upper = [], [], []
-    with seeded(subseed(seed, 0, STREAM), device):
+    num_data, device, parts = len(rows[0]), rows[0].device, []
+    with seeded(seed, device, 0, STREAM):
         require_scorable(pair, tuple(tensor[:DATA] for tensor in rows), UNKNOWN)
         axes = _axes(pair, rows)
-    with seeded(subseed(seed, 1, STREAM), device):
+    with seeded(seed, device, 1, STREAM):
         chosen = torch.randperm(num_data)[:num_draws].to(device)
         each = max(1, num_draws // num_data)
         together = max(1, (PAIRS if device.type == "cpu" else ON_DEVICE) // DATA // each)
         for index in chosen.split(together):
             own, prior, others = _score(pair, rows, index, each, axes)
             mixture = torch.logaddexp(own, others) - math.log(num_data)
-            information.append((own - mixture).mean(0))
-            marginal.append((mixture - prior).mean(0))
-            upper.append((own - others + math.log(max(num_data - 1, 1))).mean(0))
+            least = own - others + math.log(max(num_data - 1, 1))
+            parts.append([f.mean(0) for f in (own - mixture, mixture - prior, least)])
             tick(len(index) * each)
-    (i, i_error), (m, m_error), (u, _) = map(_average, (information, marginal, upper))
-    return Aggregate(i, i_error, m, m_error, u if math.isfinite(u) else math.nan, num_data)
+    found = [torch.cat(part) for part in zip(*parts, strict=True)]
+    information, marginal, upper = (part.mean().item() for part in found)
+    errors = [standard_error(part).item() for part in found]
+    upper = upper if math.isfinite(upper) else math.nan
+    return Aggregate(information, errors[0], marginal, errors[1], upper, num_data)
 
 
 def _score(
@@ -123,18 +125,14 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ln q of draws under their own datum, ln p(z), and ln Σ q over the other data, ``[K, n]``."""
     own_rows = tuple(tensor[index] for tensor in rows)
-    values, scores = pair.draw(own_rows, each)
-    zero = torch.zeros(each, len(index), dtype=torch.float64, device=index.device)
-    own = total(scores.values(), zero)
+    values, own = Proposal(pair, each).draw(own_rows, each)
     prior = joint_density(pair, own_rows, each, values).prior
     others = torch.full_like(own, -math.inf).flatten()
-    mine = index.repeat(each)
-    for start in range(0, len(rows[0]), DATA):
-        tile = tuple(tensor[start : start + DATA] for tensor in rows)
-        spread = _spread(values, axes, len(tile[0]))
-        found = guide_density(pair, tile, len(mine), spread)
-        column = torch.arange(start, start + len(tile[0]), device=index.device)
-        found = found.masked_fill(column == mine[:, None], -math.inf)
+    mine, number = index.repeat(each)[:, None], torch.arange(len(rows[0]), device=index.device)
+    for column, *tile in _tiles((number, *rows)):
+        spread = _spread(values, axes, len(column))
+        found = guide_density(pair, tuple(tile), len(mine), spread)
+        found = found.masked_fill(column == mine, -math.inf)
         others = torch.logaddexp(others, found.logsumexp(-1))
     return own, prior, others.reshape(own.shape)
 
@@ -157,14 +155,12 @@ def _axes(pair: Pair, rows: tuple) -> dict[str, int]:
     """
     axes: dict[str, int] = {}
     seen: dict[str, set[bool]] = {name: set() for name in pair.known.latents}
-    for start in range(0, len(rows[0]), DATA):
-        tile = tuple(tensor[start : start + DATA] for tensor in rows)
-        sites = samples(pair.trace_given(pair.run_guide, tile, 1, Given({})))
+    for tile in _tiles(rows):
+        sites = samples(pair.trace_guide(*tile, particles=1))
         for name, kinds in seen.items():
             site = sites[name]
             axes[name] = pair.known.dim - site["fn"].event_dim
-            mask = True if site["mask"] is None else site["mask"]
-            kinds.update(torch.as_tensor(mask).unique().tolist())
+            kinds.update(unmasked(site).unique().tolist())
     for name, kinds in seen.items():
         if len(kinds) > 1:
             raise InputError(
@@ -174,10 +170,8 @@ def _axes(pair: Pair, rows: tuple) -> dict[str, int]:
     return axes
 
 
-def _average(parts: list[Tensor]) -> tuple[float, float]:
-    """The mean over data, and its standard error."""
-    each = torch.cat(parts)
-    return each.mean().item(), standard_error(each).item()
+def _tiles(rows: tuple) -> Iterator[tuple]:
+    return zip(*(tensor.split(DATA) for tensor in rows), strict=True)
 
 
 @dataclass(frozen=True)
@@ -269,8 +263,7 @@ def inference_gaps(
     References:
         Cremer et al., Inference Suboptimality in Variational Autoencoders (arXiv 1801.03558).
     """
-    if not isinstance(refine_steps, int) or refine_steps < 1:
-        raise InputError(f"Expected an integer refine_steps >= 1, got {refine_steps!r}.")
+    at_least({"refine_steps": 1}, refine_steps)
     refined = log_likelihood(
         model, guide, x, *context, num_samples=num_samples, refine_steps=refine_steps, seed=seed
     )
@@ -281,8 +274,6 @@ def inference_gaps(
             f"{' that differ' if len(best.log_prob) == len(x) else ''}: estimate it on the x and "
             f"context given here, binarized once."
         )
-    amortization, before = refined.amortization_gap, refined.guide_elbo
-    if amortization is None or before is None:
-        raise RuntimeError("An estimate with refine_steps lacks the ELBO of its guide.")
-    bound = before + amortization
+    amortization: Any = refined.amortization_gap  # Known, as the guide was refined.
+    bound = amortization + refined.guide_elbo
     return Gaps(amortization, best.log_prob.to(bound) - bound, best)

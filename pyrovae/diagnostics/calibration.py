@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrovae._tools import standard_error
 from pyrovae._tools.seeding import subseed
+from pyrovae.diagnostics.units import by_datum, unmasked
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
@@ -102,14 +103,10 @@ def _shares(pair: Pair, rows: tuple) -> Tensor:
         if is_bookkeeping(site):
             continue
         fn, events = site["fn"], site["fn"].event_dim
-        seen = torch.ones(fn.batch_shape, dtype=torch.bool, device=half.device)
-        if site["mask"] is not None:
-            seen = seen & site["mask"]
-        seen = seen.reshape(*seen.shape, *[1] * events).expand(*seen.shape, *fn.event_shape)
-        ranks = randomized_ranks(fn, site["value"].expand(seen.shape))
-        ranks, seen = (
-            t.movedim(pair.known.dim - events, 0).reshape(n, -1).double() for t in (ranks, seen)
-        )
+        shape = fn.batch_shape + fn.event_shape
+        seen = unmasked(site, events).expand(shape)
+        ranks = randomized_ranks(fn, site["value"].expand(shape))
+        ranks, seen = (by_datum(t, events, pair.known, (1, n))[0].double() for t in (ranks, seen))
         inside += (((ranks - 0.5).abs() <= half) * seen).sum(-1)
         count += seen.sum(-1)
     return inside / count

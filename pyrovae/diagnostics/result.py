@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,8 @@ from pyrovae.diagnostics.calibration import Calibration, Probe
 ACTIVE = 0.01
 # A rate below this, in nats, is told as none at all.
 NOTHING = 0.05
+# What the parts of a calibration are called in JSON.
+COVERED = ("levels", "coverage", "standard_error")
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,15 @@ class SiteDiagnosis:
 
     def summary(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        return {
-            "kl": _numbers(self.kl),
-            "kl_total": _number(self.kl_total),
+        found = {
+            "kl": self.kl.tolist(),
+            "kl_total": self.kl_total,
             "active_units": self.active_units,
             "units": self.units,
-            "posterior_mean_variance": _numbers(self.posterior_mean_variance),
+            "posterior_mean_variance": self.posterior_mean_variance.tolist(),
             "factorized": self.factorized,
         }
+        return _known(found)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Diagnosis:
     calibration: Calibration | None = None
     probe: dict[str, Probe] | None = None
     bits_per_dimension: float | None = None
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()
 
     @property
     def elbo(self) -> Tensor:
@@ -136,29 +139,25 @@ class Diagnosis:
 
     def summary(self) -> dict[str, Any]:
         """The numbers and the verdict, ready for JSON: None where there is no number."""
-        calibration, probe = self.calibration, self.probe
-        return {
+        covered, probe = self.calibration, self.probe
+        found: dict[str, Any] = {
             "num_data": self.num_data,
             "elbo": _mean(self.elbo),
             "rate": _mean(self.rate),
             "distortion": _mean(self.distortion),
             "sites": {name: site.summary() for name, site in self.sites.items()},
             "mutual_information": {
-                "mean": _number(self.mutual_information),
-                "standard_error": _number(self.mutual_information_error),
+                "mean": self.mutual_information,
+                "standard_error": self.mutual_information_error,
             },
-            "marginal_kl": _number(self.marginal_kl),
-            "remainder": _number(self.remainder),
-            "calibration": calibration
-            and {
-                "levels": list(calibration.levels),
-                "coverage": [_number(share) for share in calibration.coverage],
-                "standard_error": [_number(error) for error in calibration.error],
-            },
+            "marginal_kl": self.marginal_kl,
+            "remainder": self.remainder,
+            "calibration": covered and dict(zip(COVERED, covered, strict=True)),
             "probe": probe and {name: each._asdict() for name, each in probe.items()},
             "bits_per_dimension": self.bits_per_dimension,
             "verdict": self.verdict,
         }
+        return _known(found)
 
     def _about_units(self) -> list[str]:
         if not self.sites:
@@ -202,15 +201,15 @@ class Diagnosis:
         )
 
 
-def _mean(each: Tensor) -> dict[str, float | None]:
+def _mean(each: Tensor) -> dict[str, float]:
     each = each.double()
-    error = standard_error(each).item()
-    return {"mean": _number(each.mean().item()), "standard_error": _number(error)}
+    return {"mean": each.mean().item(), "standard_error": standard_error(each).item()}
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    return [_number(value) for value in values.tolist()]
+def _known(value: Any) -> Any:
+    """A value as JSON has it: None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _known(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -103,8 +103,7 @@ class Pair(Parameters):
         given = poutine.condition(self.run_model, data=values)
 
         def program(*args: Any) -> None:
-            with self._plate(particles):
-                given(*args)
+            self.trace_given(given, args, particles)
 
         left = self.known.particle_dim - (particles is not None)
         return poutine.trace(infer_discrete(program, first_available_dim=left)).get_trace(*rows)
