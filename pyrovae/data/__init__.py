@@ -247,18 +247,12 @@ def draw_binary(
     Returns:
         float32 ``[M, *shape]``, zeros and ones.
     """
+    stream: dict[str, Any] = {"generator": generator, "device": intensities.device}
     if intensities.is_floating_point() or scale != int(scale):
         p = intensities.float() / scale
-        uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
-        return (uniform < p).float()
+        return (torch.rand(p.shape, dtype=p.dtype, **stream) < p).float()
     size, levels = intensities[0].numel(), 2**16
-    words = torch.randint(
-        -(2**63),
-        2**63 - 1,
-        (len(intensities), (size + 3) // 4),
-        generator=generator,
-        device=intensities.device,
-    )
+    words = torch.randint(-(2**63), 2**63 - 1, (len(intensities), (size + 3) // 4), **stream)
     # Viewed as signed, for torch draws and compares no unsigned 16-bit integers.
     uniform = words.view(torch.int16)[:, :size].reshape(intensities.shape)
     return ((uniform.int() + levels // 2) * int(scale) < intensities.int() * levels).float()

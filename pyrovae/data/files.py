@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
@@ -64,18 +65,29 @@ def read_arrays(path: Path) -> Arrays:
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"": loaded}
-            return {name: loaded[name] for name in loaded.files}
+        if not is_zipfile(path):
+            with path.open("rb") as file:
+                return {"": _array(file, path)}
+        with ZipFile(path) as archive:
+            names = archive.namelist()
+            return {n.removesuffix(".npy"): _array(archive.open(n), path) for n in names}
+    except InputError:
+        raise
     except Exception as error:
-        if "Object arrays" in str(error):
-            raise InputError(
-                f"Expected arrays of numbers in {path}, got Python objects, which are never "
-                "unpickled; save np.asarray(x, dtype=np.float32) instead."
-            ) from error
         raise _unreadable(path, error) from error
+
+
+def _array(file: IO[bytes], path: Path) -> np.ndarray:
+    """An array in NumPy's own format, whose header says whether it would have to be unpickled."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    if header(file)[2].hasobject:
+        raise InputError(
+            f"Expected arrays of numbers in {path}, got Python objects, which are never unpickled; "
+            f"save np.asarray(x, dtype=np.float32) instead."
+        )
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
@@ -116,17 +128,15 @@ def _is_header(fields: pd.Series) -> bool:
 def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
     from pandas import to_numeric
 
-    columns = []
-    for name, column in frame.items():
-        numbers = to_numeric(column, errors="coerce")
-        words = column[numbers.isna() & column.notna()]
-        if len(words):
-            raise InputError(
-                f"Expected numbers in column {name!r} of {path}, got {words.iloc[0]!r}; call the "
-                "column 'label' if it holds labels, and separate columns by commas."
-            )
-        columns.append(numbers.to_numpy(dtype=np.float64))
-    return np.stack(columns, 1) if columns else np.empty((len(frame), 0))
+    numbers = frame.apply(to_numeric, errors="coerce")
+    wrong = numbers.isna() & frame.notna()
+    for name in frame.columns[wrong.any()]:
+        raise InputError(
+            f"Expected numbers in column {name!r} of {path}, got "
+            f"{frame.loc[wrong[name], name].iloc[0]!r}; call the column 'label' if it holds "
+            f"labels, and separate columns by commas."
+        )
+    return numbers.to_numpy(np.float64)
 
 
 def _words(column: pd.Series, path: Path) -> np.ndarray:

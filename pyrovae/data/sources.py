@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +30,8 @@ DATASETS = {
     "cifar10": "60,000 colour photographs of ten classes, 3×32×32 (torchvision)",
     "svhn": "99,289 colour photographs of house numbers, 3×32×32 (torchvision)",
 }
-_IDX = [
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-]
+_KINDS = ("images-idx3", "labels-idx1")
+_IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in _KINDS]
 _CIFAR = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 IMAGES = {
     "mnist": ("MNIST", [f"MNIST/raw/{file}" for file in _IDX]),
@@ -95,20 +91,17 @@ def _images(name: str, root: str | Path | None) -> Arrays:
     kind, files = IMAGES[name]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae" / "data"
     folder = Path(root or os.environ.get("PYROVAE_DATA") or cache).expanduser()
-    if not all((folder / file).is_file() for file in files):
-        try:
-            with redirect_stdout(sys.stderr):
-                _part(kind, folder, "train", download=True)
-                _part(kind, folder, "test", download=True)
-        except Exception as error:
+    missing = not all((folder / file).is_file() for file in files)
+    try:
+        with redirect_stdout(sys.stderr):
+            parts = [_part(kind, folder, part, download=missing) for part in ("train", "test")]
+    except Exception as error:
+        if missing:
             raise FileNotFoundError(
                 f"Expected {', '.join(files)} in {folder}, and could not download them "
                 f"({one_line(error)}); put them there, or name another folder with --data-root, "
                 "root= or the environment variable PYROVAE_DATA."
             ) from error
-    try:
-        parts = [_part(kind, folder, part) for part in ("train", "test")]
-    except Exception as error:
         raise InputError(
             f"Expected the files of {name} in {folder}, got ones that are truncated or damaged "
             f"({one_line(error)}); delete {', '.join(files)} there and load again."
@@ -117,9 +110,7 @@ def _images(name: str, root: str | Path | None) -> Arrays:
     return Arrays(x, y, (len(parts[0][0]), 0, len(parts[1][0])))
 
 
-def _part(
-    kind: str, folder: Path, part: str, download: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def _part(kind: str, folder: Path, part: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
     from torchvision import datasets
 
     which = {"split": part} if kind == "SVHN" else {"train": part == "train"}
@@ -172,9 +163,7 @@ def _check_rows(rows: int, needed: int, what: str) -> None:
         raise InputError(f"Expected at least {needed} {what}, one for each split, got {rows}.")
 
 
-def unknown(what: str, got: str, known: Iterable[str]) -> str:
+def unknown(what: str, got: str, known: Collection[str]) -> str:
     """A sentence on a name that is none of the known ones, with the nearest of them."""
-    known = list(known)
-    return (
-        f"Expected {what} to be one of {', '.join(known)}, got {got!r}{did_you_mean(got, known)}."
-    )
+    names, near = ", ".join(known), did_you_mean(got, known)
+    return f"Expected {what} to be one of {names}, got {got!r}{near}."

@@ -112,12 +112,12 @@ def learning_curves(history: Sequence[dict]) -> Figure:
 
 
 @styled
-def image_grid(images: Tensor, *, title: str, columns: int | None = None) -> Figure:
-    """Draw events ``[n, C, H, W]`` or ``[n, D]`` in rows of ``columns``, the first row on top."""
+def image_grid(images: Tensor, *, title: str) -> Figure:
+    """Draw events ``[n, C, H, W]`` or ``[n, D]`` in about as many rows as columns."""
     x = _events(images, 1)
     if x[0].size <= 2:
         return _points(x, PLANE[: x[0].size], title)
-    return _mosaic(_rows(x, columns or ceil(len(x) ** 0.5)), title)
+    return _mosaic(_rows(x, ceil(len(x) ** 0.5)), title)
 
 
 @styled
@@ -200,9 +200,10 @@ def _events(x: Tensor, batch: int) -> np.ndarray:
 
 
 def _rows(x: np.ndarray, columns: int) -> np.ndarray:
-    columns = max(1, min(columns, len(x)))
-    blank = np.full((-len(x) % columns, *x.shape[1:]), np.nan)
-    return np.concatenate([x, blank]).reshape(-1, columns, *x.shape[1:])
+    """Events in rows of so many columns, or of as many as there are."""
+    columns = min(columns, len(x))
+    empty = np.full((-len(x) % columns, *x.shape[1:]), np.nan)
+    return np.concatenate([x, empty]).reshape(-1, columns, *x.shape[1:])
 
 
 def _principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -344,16 +345,12 @@ def _panel_of_size(
 
 def _tile(cells: np.ndarray, gap: int) -> np.ndarray:
     """Lay cells ``[r, c, C, H, W]`` out as one picture, grey or RGB, with white between them."""
-    from torch.nn.functional import pad
-    from torchvision.utils import make_grid
-
-    images = torch.from_numpy(cells.reshape(-1, *cells.shape[2:]).copy())
-    grid = make_grid(images, nrow=cells.shape[1], padding=gap, pad_value=np.nan)
-    if len(images) == 1:  # make_grid (torchvision 0.29) leaves a single image without its frame
-        grid = pad(grid, [gap] * 4, value=np.nan)
-    if images.shape[1] == 1:  # it repeats a grey image as three channels
-        return grid[0].numpy()
-    return grid.permute(1, 2, 0).nan_to_num(nan=1.0).clamp(0, 1).numpy()
+    r, c, channels, *size = cells.shape
+    white: dict[str, Any] = {"constant_values": np.nan}
+    framed = np.pad(cells, [(0, 0)] * 3 + [(gap, 0)] * 2, **white).transpose(0, 3, 1, 4, 2)
+    canvas = framed.reshape(r * (size[0] + gap), c * (size[1] + gap), channels)
+    canvas = np.pad(canvas, [(0, gap), (0, gap), (0, 0)], **white)
+    return canvas[..., 0] if channels == 1 else np.nan_to_num(canvas, nan=1.0).clip(0, 1)
 
 
 def _profiles(axes: Axes, cells: np.ndarray, behind: np.ndarray, low: float, high: float) -> None:

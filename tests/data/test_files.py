@@ -207,6 +207,15 @@ def test_pickles_are_never_executed(tmp_path, save):
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_damaged_archive_is_not_taken_for_python_objects(save, rows):
+    path = save(".npz", **{"Object arrays": rows[0]})
+    content = path.read_bytes()
+    # The name stands before the array and once more in the list of contents.
+    path.write_bytes(content.replace(b"Object arrays", b"Another array", 1))
+    with pytest.raises(ValueError, match="truncated, damaged or of another kind"):
+        load_data(path)
+
+
 @pytest.mark.parametrize(
     ("array", "match"),
     [

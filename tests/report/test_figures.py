@@ -38,11 +38,10 @@ def text(figure):
     return " ".join(each.get_text() for each in figure.findobj(matplotlib.text.Text))
 
 
-@pytest.mark.parametrize(("n", "columns"), [(12, None), (12, 5), (7, 3), (1, None), (3, 50)])
+@pytest.mark.parametrize(("n", "columns"), [(12, 4), (9, 3), (7, 3), (1, 1), (3, 2)])
 def test_the_grid_holds_every_image_in_reading_order(n, columns):
     x = torch.rand(n, 1, 5, 6)
-    figure = plots.image_grid(x, title="Samples", columns=columns)
-    columns = min(n, columns or int(np.ceil(np.sqrt(n))))
+    figure = plots.image_grid(x, title="Samples")
     for k in range(n):
         np.testing.assert_allclose(cell(figure, k // columns, k % columns, (5, 6)), x[k, 0])
     drawn = picture(figure)[1]
@@ -54,7 +53,7 @@ def test_the_grid_holds_every_image_in_reading_order(n, columns):
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (7, 19)])
 def test_the_printed_dots_are_the_data_without_interpolation(shape):
     x = torch.rand(6, 1, *shape)
-    figure = plots.image_grid(x, title="Samples", columns=3)
+    figure = plots.image_grid(x, title="Samples")
     printed = dots(figure)
     image, data = picture(figure)
     box = image.axes.get_window_extent()
