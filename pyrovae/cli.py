@@ -7,10 +7,10 @@ import json
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pyrovae import report
 from pyrovae._tools import InputError
@@ -75,12 +75,12 @@ def _run(arguments: list[str], world: World) -> int:
         text = options.__doc__
         options.add_to(commands.add_parser(name, help=text, description=text))
     given = vars(parser.parse_args(arguments))
-    _, command = COMMANDS[given.pop("command")]
+    options, command = COMMANDS[given.pop("command")]
     if world.size > 1 and command not in (_train, _evaluate):
         raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
-    return command(given, shlex.join([*world.command, *arguments])) or 0
+    return command(options.of(given), shlex.join([*world.command, *arguments])) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,16 @@ class _Train(RunConfig):
     resume: bool = option("go on with the run in DIR", False)
     tensorboard: bool = option("also write DIR/tensorboard", False)
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Self:
+        """What is asked for, where a run is resumed beside what it was made with."""
+        run = Run(given["out"])
+        return super().of(given, run.config if given.get("resume") and run.exists() else stored)
 
-def _train(given: dict[str, Any], line: str) -> None:
-    run, world = Run(given["out"]), join()
-    resumed = bool(given.get("resume")) and run.exists()
-    options = _Train.of(given, run.config if resumed else None)
+
+def _train(options: _Train, line: str) -> None:
+    run, world = Run(options.out), join()
+    resumed = options.resume and run.exists()
     if not resumed:
         run.require_new()
     try:
@@ -161,8 +166,7 @@ class _Check(PairConfig):
     particles: int = option("draws of each test", 64, metavar="K")
 
 
-def _check(given: dict[str, Any], line: str) -> int:
-    options = _Check.of(given)
+def _check(options: _Check, line: str) -> int:
     made = experiment.build(options)
     rows = made.data.split("train")
     found = check(made.model, made.guide, *rows, seed=options.seed, particles=options.particles)
@@ -191,8 +195,7 @@ class _Evaluate(EvaluationConfig, _OnRun):
     json: bool = option("print the results as JSON", False)
 
 
-def _evaluate(given: dict[str, Any], line: str) -> None:
-    options = _Evaluate.of(given)
+def _evaluate(options: _Evaluate, line: str) -> None:
     try:
         with join().in_turn():
             run, made = options.load()
@@ -214,8 +217,7 @@ class _Compare(Options):
     out: str = option("also write a page", "", metavar="FILE.html", said="none")
 
 
-def _compare(given: dict[str, Any], line: str) -> None:
-    options = _Compare.of(given)
+def _compare(options: _Compare, line: str) -> None:
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:
@@ -231,8 +233,7 @@ class _Sample(_OnRun):
     seed: int | None = option("seeds the draws", None, said="another each time")
 
 
-def _sample(given: dict[str, Any], line: str) -> None:
-    options = _Sample.of(given)
+def _sample(options: _Sample, line: str) -> None:
     run, made = options.load()
     rows = made.data.split("test")
     figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
@@ -244,8 +245,7 @@ class _Report(_OnRun):
     """Write DIR/report.html and its figures."""
 
 
-def _report(given: dict[str, Any], line: str) -> None:
-    options = _Report.of(given)
+def _report(options: _Report, line: str) -> None:
     run = Run.open(options.run)
     if not (results := load_results(run)):
         raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
@@ -260,7 +260,7 @@ class _List(Options):
     """List every shipped model, guide, objective and data set."""
 
 
-def _list(given: dict[str, Any], line: str) -> None:
+def _list(options: _List, line: str) -> None:
     kinds = {"models": shipped("model"), "guides": shipped("guide")}
     kinds["objectives"] = {name: line for name, (_, line) in OBJECTIVES.items()}
     kinds["data"] = DATASETS
@@ -270,7 +270,7 @@ def _list(given: dict[str, Any], line: str) -> None:
             print(f"  {name:<24}{line}")
 
 
-COMMANDS: dict[str, tuple[type[Options], Callable[[dict[str, Any], str], int | None]]] = {
+COMMANDS: dict[str, tuple[type[Options], Callable[[Any, str], int | None]]] = {
     "train": (_Train, _train),
     "check": (_Check, _check),
     "evaluate": (_Evaluate, _evaluate),

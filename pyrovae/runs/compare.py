@@ -123,7 +123,7 @@ def _load(path: str | Path, name: str, split: str) -> Compared:
     found = load_finding(run, split)
     if found is None:
         raise InputError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
-    if found.weights != run.weights_checksum():
+    if found.results.weights != run.weights_checksum():
         raise InputError(f"{run.path} was trained further since it was evaluated; first: {again}")
     ll, told = found.log_likelihood, found.results.log_likelihood or Record()
     if (told.num_samples, found.results.data) != (ll.num_samples, ll.data):

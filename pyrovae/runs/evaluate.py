@@ -51,13 +51,7 @@ class _Subject(NamedTuple):
         return self.model, self.guide, *self.rows
 
 
-def evaluate(
-    run: Run,
-    experiment: Experiment,
-    options: EvaluationConfig | None = None,
-    *,
-    progress: bool = True,
-) -> Results | None:
+def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Results | None:
     """Measure a run on a split, and write what is found into the run directory.
 
     ``results.json`` has the means with their errors, ``evaluation/<split>.safetensors`` what was
@@ -68,24 +62,19 @@ def evaluate(
     Args:
         run: The run directory.
         experiment: The run's pair and data.
-        options: What to measure; all defaults if it is None.
-        progress: Show a bar if standard error is a terminal.
+        options: What to measure.
 
     Returns:
         What is found on the split; None on processes other than the first.
     """
-    options, world = options or EvaluationConfig(), join()
-    every, weights = _subject(experiment, options.split), run.weights_checksum()
+    world, weights = join(), run.weights_checksum()
+    every = _subject(experiment, options.split)
     subject = every.first(options.images)
     if not options.no_diagnostics and len(subject.rows[0]) < 2:
         raise InputError("Diagnostics need two data at least: ask for more, or leave them out.")
     part = subject.first(options.images or ANNEALED)
     files = _Unfinished(run, options, world, _fingerprint(subject, weights))
-    common: dict[str, Any] = {
-        "processes": world.size > 1,
-        "seed": SEED,
-        "progress": progress and world.first,
-    }
+    common: dict[str, Any] = {"processes": world.size > 1, "seed": SEED, "progress": world.first}
     with files:
         annealed = None
         if options.annealed:
@@ -110,11 +99,10 @@ def evaluate(
             name: elbo(*subject.args, objective=name, particles=64, batch_size=128, seed=SEED)
             for name in ESTIMATORS
         }
-        found, tight = None, None
-        if annealed is not None:
-            tight = _sandwich(part, options, progress)
+        tight = None if annealed is None else _sandwich(part, options)
+        found = None
         if not options.no_diagnostics:
-            found = diagnose(*subject.args, labels=subject.labels, seed=SEED, progress=progress)
+            found = diagnose(*subject.args, labels=subject.labels, seed=SEED)
             about = {"split": options.split, "weights": weights}
             about["command"] = experiment.config["command"]
             _keep_draws(run.path / f"inference_{options.split}.nc", subject, ll, about)
@@ -128,8 +116,8 @@ def evaluate(
             binarize=experiment.data.binarize,
             weights=weights,
         )
-        values = ll, annealed, bounds[BOUND].elbo, weights
-        save_finding(run, options.split, Finding(results, (), *values))
+        every_datum = ll, annealed, bounds[BOUND].elbo
+        save_finding(run, options.split, Finding(results, (), *every_datum))
         files.remove()
     return results
 
@@ -199,7 +187,7 @@ def _fingerprint(subject: _Subject, weights: str) -> dict[str, Any]:
     }
 
 
-def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> dict[str, Any]:
+def _sandwich(subject: _Subject, options: EvaluationConfig) -> dict[str, Any]:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
     n = min(len(x), SIMULATED)
@@ -213,7 +201,6 @@ def _sandwich(subject: _Subject, options: EvaluationConfig, progress: bool) -> d
             num_chains=options.annealed,
             num_temperatures=options.temperatures,
             seed=SEED,
-            progress=progress,
         )
     except InputError as error:
         return {"verdict": f"There is no upper bound: {error}"}

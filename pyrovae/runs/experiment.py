@@ -52,7 +52,7 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
     data = load_data(options.data, root=root, **options.shown)
     model, guide = _build(programs, settings, data, options.seed)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
-    described = {
+    config: dict[str, Any] = {
         kind: {
             "name": program.name,
             "file": None if program.source is None else f"programs/{kind}.py",
@@ -60,12 +60,8 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
         }
         for kind, program in programs.items()
     }
-    config = {
-        **described,
-        "data": {"load": load, "root": root} | data.provenance,
-        "device": str(device),
-        "seed": options.seed,
-    }
+    config["data"] = {"load": load, "root": root} | data.provenance
+    config |= {"device": str(device), "seed": options.seed}
     return Experiment(config, model, guide, data.to(device), {} if run else files)
 
 
@@ -100,8 +96,7 @@ def train(
     experiment: Experiment,
     *,
     resume: bool = False,
-    on_epoch: Callable[[Fit], None] | None = None,
-    progress: bool = True,
+    on_epoch: Callable[[Fit], None],
 ) -> Fit:
     """Train an experiment into a run directory, with a checkpoint after each epoch.
 
@@ -110,7 +105,6 @@ def train(
         experiment: What.
         resume: Go on from the run's checkpoint.
         on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
-        progress: Show a bar if standard error is a terminal.
     """
     config, state = experiment.config, None
     if resume and run.exists():
@@ -134,8 +128,7 @@ def train(
             run.create(config, experiment.files)
         run.save_checkpoint(result.state_dict())
         run.save_metrics(result.history)
-        if on_epoch is not None:
-            on_epoch(result)
+        on_epoch(result)
 
     result = fit(
         experiment.model,
@@ -145,7 +138,6 @@ def train(
         **RunConfig.fit_arguments(config),
         state=state,
         on_epoch=after_epoch,
-        progress=progress,
     )
     if result.world.first:
         run.save_metrics(result.history)
@@ -200,7 +192,7 @@ def _build(
 ) -> tuple[Callable, Callable]:
     shape = tuple(data.shape)
     with seeded(subseed(seed, PROGRAM_STREAM)):
-        if programs["model"].takes("guide"):
+        if "guide" in programs["model"].arguments():
             guide = programs["guide"].build(shape, settings["guide"])
             return programs["model"].build(shape, settings["model"], guide=guide), guide
         model = programs["model"].build(shape, settings["model"])

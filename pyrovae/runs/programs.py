@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
-import importlib.util
 import inspect
 import json
-import pkgutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ class Program(NamedTuple):
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The constructor's keyword arguments, the given ones over those defaults JSON can hold."""
-        known, options = self._arguments(), {}
+        known, options = self.arguments(), {}
         for name in given:
             if name not in known:
                 raise InputError(
@@ -48,9 +47,9 @@ class Program(NamedTuple):
                 options[name] = plain(parameter.default)
         return options | given
 
-    def takes(self, argument: str) -> bool:
-        """Whether its constructor takes an argument of a name."""
-        return argument in self._arguments()
+    def arguments(self) -> dict[str, inspect.Parameter]:
+        """What its constructor takes beside the shape."""
+        return {p.name: p for p in _parameters(self.make)[self._takes_shape() :]}
 
     def build(self, shape: tuple[int, ...], settings: dict[str, Any], **parts: Any) -> Callable:
         """Construct the program for data of an event shape.
@@ -75,9 +74,6 @@ class Program(NamedTuple):
         first = next(iter(_parameters(self.make)), None)
         return first is not None and (first.name == "shape" or first.default is first.empty)
 
-    def _arguments(self) -> dict[str, inspect.Parameter]:
-        return {p.name: p for p in _parameters(self.make)[self._takes_shape() :]}
-
 
 def find_program(spec: str, kind: str) -> Program:
     """Find a program by a shipped name, ``file.py``, or ``file.py:Class``.
@@ -101,21 +97,16 @@ def find_program(spec: str, kind: str) -> Program:
 
 def shipped(kind: str) -> dict[str, str]:
     """Every shipped model or guide with the first line of its file."""
-    package = importlib.import_module(KINDS[kind])
-    lines = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        spec = importlib.util.find_spec(f"{package.__name__}.{info.name}")
-        source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
-        lines[info.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-    return lines
+    (folder,) = importlib.import_module(KINDS[kind]).__path__
+    files = {path.stem: path for path in sorted(Path(folder).glob("[!_]*.py"))}
+    parsed = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    return {name: (ast.get_docstring(m) or "").partition("\n")[0] for name, m in parsed.items()}
 
 
 def is_refusal(error: BaseException) -> bool:
     """Whether a shipped program raised a ValueError: it knows no error class of this package."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    module = step.tb_frame.f_globals.get("__name__", "") if step is not None else ""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals.get("__name__", "") if frames else ""
     return isinstance(error, ValueError) and module.startswith(tuple(KINDS.values()))
 
 

@@ -24,8 +24,9 @@ from pyrovae.runs import Run
 
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
-# The parts of results that are records if they are there.
+# The parts of results that are records if they are there, and of these parts the same.
 PARTS = ("elbo", "log_likelihood", "amortization_gap", "annealed", "bidirectional", "diagnostics")
+INNER = ("rate", "distortion", "sites", "curve", "over_importance_sampling")
 
 
 def number(value: float | None) -> str:
@@ -99,7 +100,9 @@ class Results(Record):
         results = cls(_record(found))
         results.setdefault("elbo", Record())
         parts = [results[name] for name in PARTS if name in results]
-        if not all(isinstance(part, Record) for part in (*parts, *results.elbo.values())):
+        inner = {n: each for part in parts for n, each in part.items() if n in INNER and each}
+        records = (*results.elbo.values(), *inner.values(), *inner.get("sites", {}).values())
+        if not all(isinstance(each, Record) for each in records):
             raise TypeError("a part of it is no JSON object")
         return results
 
@@ -140,7 +143,7 @@ class Results(Record):
 class Finding(NamedTuple):
     """The means, the rows of the training, and what was found of each datum.
 
-    ``elbo`` ``[N]`` is that of estimator B; ``weights`` is the digest of the evaluated weights.
+    ``elbo`` ``[N]`` is that of estimator B.
     """
 
     results: Results
@@ -148,7 +151,6 @@ class Finding(NamedTuple):
     log_likelihood: LogLikelihood
     annealed: LogLikelihood | None
     elbo: Tensor
-    weights: str
 
 
 def load_results(run: Run) -> dict[str, Results]:
@@ -166,13 +168,13 @@ def load_finding(run: Run, split: str | None = None) -> Finding | None:
         return None
     with reading(run.path / "evaluation"):
         ll, annealed = from_tensors(*values), from_tensors(*values, "annealed.")
-        elbo, weights = values[0]["elbo"], values[1]["weights"]
-    return Finding(results[split], run.history(), ll, annealed, elbo, weights) if ll else None
+        elbo = values[0]["elbo"]
+    return Finding(results[split], run.history(), ll, annealed, elbo) if ll else None
 
 
 def save_finding(run: Run, split: str, found: Finding) -> None:
     """Write what an evaluation found: the values of each datum, and then the means."""
-    tensors, about = {"elbo": found.elbo}, {"weights": found.weights, "units": "nats"}
+    tensors, about = {"elbo": found.elbo}, {"weights": found.results.weights or "", "units": "nats"}
     for prefix, ll in (("", found.log_likelihood), ("annealed.", found.annealed)):
         if ll is not None:
             values = {n: v for n, v in vars(ll).items() if isinstance(v, Tensor)}

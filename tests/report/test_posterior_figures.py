@@ -46,7 +46,7 @@ def results(rate=4.0, lost=20.0, **more):
 
 
 def finding(found, ll, annealed=None, history=()):
-    return Finding(found, history, ll, annealed, torch.zeros(40), "weights")
+    return Finding(found, history, ll, annealed, torch.zeros(40))
 
 
 def estimated(ll, annealed=None):

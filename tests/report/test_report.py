@@ -319,7 +319,7 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
                 "command": evil, "objective": evil, evil: f"{evil}{i}",
                 "model": {"name": evil}, "guide": {"name": evil},
             },
-            finding=Finding(Results.read(results), [], ll, None, torch.zeros(30), "weights"),
+            finding=Finding(Results.read(results), [], ll, None, torch.zeros(30)),
         )
         for i in range(2)
     ]  # fmt: skip

@@ -69,10 +69,10 @@ def test_what_is_written_is_read_again(tmp_path):
     assert -(found.rate.mean + found.distortion.mean) == pytest.approx(found.bound.mean)
     run = Run(tmp_path)
     assert load_finding(run) is None
-    save_finding(run, "valid", Finding(found, (), ll, ais, bounds()[BOUND].elbo, "abc"))
+    save_finding(run, "valid", Finding(found, (), ll, ais, bounds()[BOUND].elbo))
     again = load_finding(run)
     assert again.results == found
-    assert again.weights == "abc"
+    assert again.results.weights == "abc"
     assert torch.equal(again.elbo, bounds()[BOUND].elbo)
     assert torch.equal(again.annealed.log_prob, ais.log_prob)
     assert again.log_likelihood.verdict == found.verdict
@@ -104,7 +104,14 @@ def test_entries_are_attributes_and_what_is_missing_is_none():
 
 
 @pytest.mark.parametrize(
-    "damage", ['{"test": 3}', '{"test": {"elbo": 3}}', '{"test": {"elbo": {"a": 1}}}']
+    "damage",
+    [
+        '{"test": 3}',
+        '{"test": {"elbo": 3}}',
+        '{"test": {"elbo": {"a": 1}}}',
+        '{"test": {"diagnostics": {"sites": {"z": 1}}}}',
+        '{"test": {"log_likelihood": {"curve": 3}}}',
+    ],
 )
 def test_a_damaged_record_is_refused(tmp_path, damage):
     (tmp_path / "results.json").write_text(damage)
