@@ -44,8 +44,7 @@ browser: .venv/.installed-dev
 	$(PYTEST) -m browser
 
 options: .venv/.installed
-	$(BIN)/python -c "from pyrovae import cli; from pyrovae.runs.config import options_page; \
-		print(options_page({n: o for n, (o, _) in cli.COMMANDS.items()}), end='')" > docs/options.md
+	$(BIN)/python docs/_site/options.py > docs/options.md
 
 lines:
 	$(PYTHON) docs/_site/lines.py docs/*.md *.md

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,8 +107,8 @@ def _train(options: _Train, line: str) -> None:
     try:
         with world.in_turn():
             made = experiment.resolve(options, line, run if resumed else None)
-        log = _Log(run, options.tensorboard, options.epochs)
-        result = experiment.train(run, made, resume=options.resume, on_epoch=log)
+        tell = _log(run, options)
+        result = experiment.train(run, made, resume=options.resume, on_epoch=tell)
     except (KeyboardInterrupt, ProcessLost) as error:
         epochs = len(run.history())
         again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
@@ -128,35 +129,33 @@ def _train(options: _Train, line: str) -> None:
     print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
 
 
-class _Log:
-    """Tells of each epoch: a line where output is no terminal, and TensorBoard if asked."""
+def _log(run: Run, options: _Train) -> Callable[[Fit], None]:
+    """Tell of each epoch: a line where output is no terminal, and TensorBoard if asked."""
+    writer: Callable[[], Any] | None = None
+    if options.tensorboard:
+        # Found now, so that a missing package stops the command before it trains, and opened with
+        # the first epoch, when the run's folder is there.
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--tensorboard needs: pip install tensorboard") from error
+        writer = cache(partial(SummaryWriter, run.path / "tensorboard"))
 
-    def __init__(self, run: Run, tensorboard: bool, epochs: int) -> None:
-        self.run, self.epochs = run, epochs
-        self.writer_class: Callable | None = None
-        self.writer: Any = None
-        if tensorboard:
-            # Found now, so that a missing package stops the command before it trains.
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise InputError("--tensorboard needs: pip install tensorboard") from error
-            self.writer_class = SummaryWriter
-
-    def __call__(self, result: Fit) -> None:
+    def tell(result: Fit) -> None:
         row = result.history[-1]
         if not sys.stderr.isatty():
             print(
-                f"epoch {row['epoch']}/{self.epochs}  ELBO {number(row['train_elbo'])} (train)  "
+                f"epoch {row['epoch']}/{options.epochs}  ELBO {number(row['train_elbo'])} (train)  "
                 f"{number(row['valid_elbo'])} (validation)  {row['seconds']:.1f} s",
                 flush=True,
             )
-        if self.writer_class is not None:
-            self.writer = self.writer or self.writer_class(self.run.path / "tensorboard")
+        if writer is not None:
             for name, value in row.items():
                 if value is not None and name != "epoch":
-                    self.writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-            self.writer.flush()
+                    writer().add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+            writer().flush()
+
+    return tell
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,9 @@ from pyrovae.training.loop import fit
 from pyrovae.training.optimizer import PRECISIONS
 from pyrovae.training.schedules import SCHEDULES
 
-PAGE = """\
-Every command also takes `--help` and `--traceback`, which shows where an error came from. This page
-is written by `make options`; a test compares it with the options."""
-
-
 SPLITS = ("test", "valid", "train")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+# How the programs see the data: options that are arguments of load_data().
 SHOWN = ("binarize", "context", "labelled")
 FIT = inspect.signature(fit).parameters
 
@@ -94,6 +90,17 @@ class Options:
                 raise InputError(f"Expected {_flag(each)} >= {least}, got {value}.")
         return options
 
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str]]:
+        """Every option as it is written, its default, and what it means."""
+        rows = []
+        for each in fields(cls):
+            about, kind = each.metadata, _kind(cls, each)
+            value = about["metavar"] or "|".join(about["choices"] or [each.name.upper()])
+            words = (_flag(each), "" if kind is bool else value, "..." if kind is tuple else "")
+            rows.append((" ".join(filter(None, words)), _default(each), about["help"]))
+        return rows
+
 
 def _fitted(name: str, meaning: str, **more: Any) -> Any:
     """An option that is an argument of :func:`pyrovae.fit`, with its default."""
@@ -148,11 +155,6 @@ class PairConfig(Options):
             "settings": {kind: config[kind]["settings"] for kind in KINDS}
             | {"objective": config.get("objective_settings", {})},
         }
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """How the programs see the data: arguments of :func:`pyrovae.load_data`."""
-        return {name: getattr(self, name) for name in SHOWN}
 
 
 # Options that --recipe stands for; those that are given beside it count.
@@ -256,16 +258,6 @@ class EvaluationConfig(Options):
     fresh: bool = option("do not go on with an evaluation that was stopped", False)
 
 
-def options_page(commands: Mapping[str, type[Options]]) -> str:
-    """What ``docs/options.md`` holds: a table of options for each command by its name."""
-    lines = ["# Options of the command line", "", PAGE, ""]
-    for name, options in commands.items():
-        lines += [f"## pyrovae {name}", "", f"{options.__doc__}", ""]
-        if rows := [_row(options, each) for each in fields(options)]:
-            lines += ["| option | default | meaning |", "|---|---|---|", *rows, ""]
-    return "\n".join(lines)
-
-
 def _settings(
     given: Sequence[str], stored: Mapping[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
@@ -310,12 +302,3 @@ def _default(each: Field) -> str:
     if said is not None:
         return said
     return "" if not _flag(each) or isinstance(each.default, bool) else f"{each.default}"
-
-
-def _row(options: type[Options], each: Field) -> str:
-    """An option as it is written, its default, and what it means."""
-    about, kind = each.metadata, _kind(options, each)
-    value = about["metavar"] or "|".join(about["choices"] or [each.name.upper()])
-    words = (_flag(each), "" if kind is bool else value, "..." if kind is tuple else "")
-    cells = (f"`{' '.join(filter(None, words))}`", _default(each), about["help"])
-    return "| {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in cells))

@@ -116,8 +116,8 @@ def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Res
             binarize=experiment.data.binarize,
             weights=weights,
         )
-        every_datum = ll, annealed, bounds[BOUND].elbo
-        save_finding(run, options.split, Finding(results, (), *every_datum))
+        each = ll, annealed, bounds[BOUND].elbo
+        save_finding(run, options.split, Finding(results, (), *each))
         files.remove()
     return results
 

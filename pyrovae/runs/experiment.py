@@ -17,7 +17,7 @@ from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
-from pyrovae.runs.config import PairConfig, RunConfig
+from pyrovae.runs.config import SHOWN, PairConfig, RunConfig
 from pyrovae.runs.programs import KINDS, Program, find_program
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import fit
@@ -49,7 +49,8 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
     settings = {k: p.settings(options.settings.get(k, {})) for k, p in programs.items()}
     load = options.data if options.data in DATASETS else _absolute(options.data)
     root = options.data_root and _absolute(options.data_root)
-    data = load_data(options.data, root=root, **options.shown)
+    shown = {name: getattr(options, name) for name in SHOWN}
+    data = load_data(options.data, root=root, **shown)
     model, guide = _build(programs, settings, data, options.seed)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
     config: dict[str, Any] = {
@@ -207,9 +208,8 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
     stored = None if run is None else run.config[kind]["file"]
     if run is None or stored is None:
         return find_program(name, kind)
-    attribute = name.partition(":")[2]
-    file = str(run.path / stored)
-    return find_program(f"{file}:{attribute}" if attribute else file, kind)._replace(name=name)
+    _, colon, attribute = name.partition(":")
+    return find_program(f"{run.path / stored}{colon}{attribute}", kind)._replace(name=name)
 
 
 def _objective(config: dict[str, Any]) -> Any:

@@ -27,6 +27,8 @@ BOUND = "trace_mean_field_elbo"
 # The parts of results that are records if they are there, and of these parts the same.
 PARTS = ("elbo", "log_likelihood", "amortization_gap", "annealed", "bidirectional", "diagnostics")
 INNER = ("rate", "distortion", "sites", "curve", "over_importance_sampling")
+# What is text in an estimate. All else that is no tensor is written as JSON.
+TEXTS = ("method", "data")
 
 
 def number(value: float | None) -> str:
@@ -73,7 +75,6 @@ class Results(Record):
         ``about`` are entries that say of which data and weights.
         """
         gap, closed = ll.amortization_gap, bounds[BOUND]
-        means = {name: _mean(bound.elbo) for name, bound in bounds.items()}
         parts = {
             "amortization_gap": None if gap is None else _mean(gap),
             "annealed": None if annealed is None else _annealed(annealed, ll),
@@ -87,7 +88,7 @@ class Results(Record):
             "units": "nats per datum",
             "data": ll.data,
             **about,
-            "elbo": means,
+            "elbo": {name: _mean(bound.elbo) for name, bound in bounds.items()},
             "reconstruction": closed.reconstruction.double().mean().item(),
             "kl": closed.kl.double().mean().item(),
             "log_likelihood": _estimate(ll),
@@ -129,9 +130,8 @@ class Results(Record):
     @property
     def distortion(self) -> Record:
         """The distortion, with its error if it is known."""
-        lost = self.reconstruction
-        known = (self.diagnostics or {}).get("distortion")
-        return known or Record(mean=None if lost is None else -lost)
+        lost = None if self.reconstruction is None else -self.reconstruction
+        return (self.diagnostics or {}).get("distortion") or Record(mean=lost)
 
     @property
     def active_units(self) -> tuple[int, int]:
@@ -181,8 +181,8 @@ def save_finding(run: Run, split: str, found: Finding) -> None:
             texts = {n: v for n, v in vars(ll).items() if n not in values and v is not None}
             if ll.curve is not None:
                 texts["curve"], values["curve"] = ll.curve
-            tensors |= {prefix + name: value for name, value in values.items()}
-            about |= {prefix + name: json.dumps(value) for name, value in texts.items()}
+            tensors |= {prefix + n: v for n, v in values.items()}
+            about |= {prefix + n: v if n in TEXTS else json.dumps(v) for n, v in texts.items()}
     run.save_values(split, tensors, about)
     run.write_json("results.json", run.results | {split: found.results})
 
@@ -193,14 +193,13 @@ def from_tensors(
     """The estimate that a run's values have under a prefix, if they have one."""
     if prefix + "log_prob" not in tensors:
         return None
-    parts: dict[str, Any] = {}
-    for name in (each.name for each in fields(LogLikelihood)):
-        if (key := prefix + name) in about:
-            parts[name] = json.loads(about[key])
-        if key in tensors:
-            parts[name] = (
-                Curve(tuple(parts[name]), tensors[key]) if name == "curve" else tensors[key]
-            )
+    names = [each.name for each in fields(LogLikelihood)]
+    texts = {name: about[prefix + name] for name in names if prefix + name in about}
+    parts: dict[str, Any] = {n: t if n in TEXTS else json.loads(t) for n, t in texts.items()}
+    points = tuple(parts.pop("curve", ()))
+    parts |= {name: tensors[prefix + name] for name in names if prefix + name in tensors}
+    if points:
+        parts["curve"] = Curve(points, parts["curve"])
     return LogLikelihood(**parts)
 
 
