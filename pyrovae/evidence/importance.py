@@ -11,9 +11,8 @@ from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import (
-    Compiled,
-    Defensive,
     Proposal,
+    Sampler,
     joint_density,
     refuse_nan,
     require_density,
@@ -121,50 +120,51 @@ def log_likelihood(
         processes=processes,
     ) as task:
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
-            proposal = _proposal(task, defensive, refine_steps)
-        if compiled:
-            proposal = Compiled(proposal, task.tile)
+            proposal, uncovered = _proposal(task, defensive, refine_steps)
+        sampler = Sampler(proposal, task.tile, task.chunk, defensive, compiled)
         for index, rows in task.tiles(options, work=num_samples, progress=progress):
             # A stream for each tile of data and, below, of particles, drawn in full: so that
             # neither max_rows nor the number of samples or data changes a draw.
             stream = subseed(task.seed, index)
-            about = proposal.prepare(rows, stream)
+            about = sampler.prepare(rows, stream)
             sums = Sums(num_samples, points, rows[0])
             for number, start in enumerate(range(0, num_samples, task.tile)):
                 particles = min(task.tile, num_samples - start)
                 with seeded(stream, task.device, number):
-                    latents, own = proposal.draw(rows, task.tile)
-                    prior, likelihood = proposal.score(rows, particles, latents)
-                log_weight = prior + likelihood - proposal.density(own[:particles], prior)
+                    latents, own = sampler.draw(rows)
+                    prior, likelihood = sampler.score(rows, particles, latents)
+                log_weight = prior + likelihood - sampler.density(own[:particles], prior)
                 if bool(log_weight.isnan().any()):
-                    _refuse_nan(task, proposal, rows, subseed(stream, number), index)
+                    _refuse_nan(task, sampler, rows, subseed(stream, number), index)
                 sums.add(log_weight)
                 if task.bar is not None:
                     task.bar.update(particles)
             task.keep(index, sums.result() | about)
-        method = _method(defensive, refine_steps)
-        return task.estimate(points, method, proposal.uncovered)
+        return task.estimate(points, _method(defensive, refine_steps), uncovered)
 
 
-def _proposal(task: Evaluation, defensive: float, refine_steps: int) -> Proposal:
-    """The proposal that the options ask for, whose guide is known to have a density."""
-    pair, rows, chunk = task.pair, task.first, task.chunk
+def _proposal(task: Evaluation, defensive: float, refine_steps: int) -> tuple[Proposal, float]:
+    """The proposal that the options ask for, and the share of the prior that it misses.
+
+    A guide without a density is refused.
+    """
+    pair, rows = task.pair, task.first
     if not (defensive or refine_steps):
-        return Proposal(pair, chunk, uncovered_share(pair, rows))
+        return Proposal(pair), uncovered_share(pair, rows)
     require_density(pair, rows)
-    base = Refined(pair, rows, refine_steps, chunk) if refine_steps else Proposal(pair, chunk)
-    if defensive and not refine_steps:
-        require_scorable(pair, rows, "leave out defensive")
-    return Defensive(base, defensive) if defensive else base
+    if refine_steps:
+        return Refined(pair, rows, refine_steps, task.chunk), 0.0
+    require_scorable(pair, rows, "leave out defensive")
+    return Proposal(pair), 0.0
 
 
-def _refuse_nan(task: Evaluation, proposal: Proposal, rows: tuple, seed: int, index: int) -> None:
+def _refuse_nan(task: Evaluation, sampler: Sampler, rows: tuple, seed: int, index: int) -> None:
     """Say which site's log-probability is NaN in a tile's draws, and for which datum."""
     with seeded(seed, task.device):
         _, guide = task.pair.draw(rows, task.tile)
     with seeded(seed, task.device):
-        values, _ = proposal.draw(rows, task.tile)
-    space = proposal.unconstrained
+        values, _ = sampler.draw(rows)
+    space = sampler.proposal.unconstrained
     found = joint_density(task.pair, rows, task.tile, values, unconstrained=space)
     refuse_nan(guide, found.sites, index * DATA_TILE)
 

@@ -125,44 +125,24 @@ def to_support(name: str, fn: Any) -> Transform:
 
 
 class Proposal:
-    """Where the particles of importance sampling come from: here, from the guide.
+    """Where importance samples of each datum come from: here, from the guide.
 
-    ``chunk`` is how many particles are scored at once; ``uncovered`` is the share of the prior's
-    draws to which the proposal gives no density, NaN where that cannot be told; ``unconstrained``
-    says that its values are points u of real coordinates instead of latents.
+    ``unconstrained`` says that its values are points u of real coordinates instead of latents.
     """
 
     unconstrained = False
 
-    def __init__(self, pair: Pair, chunk: int, uncovered: float = 0.0) -> None:
-        self.pair, self.chunk, self.uncovered = pair, chunk, uncovered
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
 
-    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
+    def prepare(self, rows: tuple, seed: int) -> Values:
         """Get ready for other data; what there is to report of them, ``[N]`` by name."""
         return {}
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
-        """K values for each datum, and the log-density of each ``[K, N]`` that is cheap to have."""
+        """K values for each datum, and their log-densities ``[K, N]`` in float64."""
         values, scores = self.pair.draw(rows, particles)
-        zero = rows[0].new_zeros(particles, len(rows[0]), dtype=torch.float64)
-        return values, total(scores.values(), zero)
-
-    def score(
-        self, rows: tuple, particles: int, values: Values, *, fused: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
-        parts = [
-            joint_density(
-                self.pair, rows, count, some, unconstrained=self.unconstrained, fused=fused
-            )[:2]
-            for count, some in chunked(values, particles, self.chunk)
-        ]
-        prior, likelihood = (torch.cat(each) for each in zip(*parts, strict=True))
-        return prior, likelihood
-
-    def density(self, own: Tensor, prior: Tensor) -> Tensor:
-        """The log-density to weigh with, given what :meth:`draw` and :meth:`score` said."""
-        return own
+        return values, total(scores.values(), _zero(rows, particles))
 
     def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
         """The log-densities of values drawn elsewhere, ``[K, N]`` in float64."""
@@ -173,91 +153,63 @@ class Proposal:
         return self.pair.draw_prior(rows, particles)
 
 
-class Defensive(Proposal):
-    r"""Draws from a proposal, and for a share α of the particles from the prior.
+class Sampler:
+    r"""Draws from a proposal and, for a share α of the particles, from the prior; scores them.
 
     .. math:: m(z) = (1 - \alpha)\, q(z \mid x) + \alpha\, p(z), \qquad
               \frac{p(x, z)}{m(z)} \le \frac{p(x \mid z)}{\alpha}
 
     Whole traces are mixed, so that any structure of latents will do. The number of draws from
-    each of the two is fixed, and their order random: α is that number's share.
+    each of the two is fixed, and their order random: α is that number's share. ``tile`` particles
+    are drawn at once, and scored in chunks of a number that divides it.
 
     References:
         Hesterberg (1995), Weighted average importance sampling and defensive mixture
         distributions; Owen and Zhou (2000), Safe and effective importance sampling.
     """
 
-    def __init__(self, base: Proposal, share: float) -> None:
-        super().__init__(base.pair, base.chunk)
-        self.base, self.unconstrained = base, base.unconstrained
-        self.asked = self.share = share
-
-    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
-        """As the base."""
-        return self.base.prepare(rows, seed)
-
-    def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
-        """K values for each datum, and their log-densities under the base."""
+    def __init__(
+        self, proposal: Proposal, tile: int, chunk: int, share: float = 0.0, compiled: bool = False
+    ) -> None:
+        self.proposal, self.pair, self.tile, self.chunk = proposal, proposal.pair, tile, chunk
         # At least one draw of each: without the prior's nothing bounds the weights, and without
-        # the base's its log-share is minus infinity.
-        count = min(max(round(self.asked * particles), 1), particles - 1)
-        self.share = count / particles
-        drawn, density = self.base.draw(rows, particles - count)
-        prior = self.base.prior(rows, count)
-        order = torch.randperm(particles, device=density.device)
-        values = {name: torch.cat([drawn[name], prior[name]])[order] for name in drawn}
-        return values, torch.cat([density, self.base.log_prob(rows, count, prior)])[order]
+        # the proposal's its log-share is minus infinity.
+        self.from_prior = min(max(round(share * tile), 1), tile - 1) if share else 0
+        self.compiled = compiled
+        self._graphs: list[Callable[..., list[Tensor]]] = []
 
-    def density(self, own: Tensor, prior: Tensor) -> Tensor:
-        """The log-density of the mixture."""
-        return torch.logaddexp(own + math.log1p(-self.share), prior + math.log(self.share))
-
-
-class Compiled(Proposal):
-    """A proposal whose draws and scores are compiled graphs, made for the first data it is given.
-
-    ``tile`` is how many particles are drawn at once, a multiple of the chunk. Where a program
-    cannot be captured it warns, and works as the proposal does.
-    """
-
-    def __init__(self, base: Proposal, tile: int) -> None:
-        super().__init__(base.pair, base.chunk, base.uncovered)
-        self.base, self.unconstrained, self.tile = base, base.unconstrained, tile
-        self._graphs: list[Callable[..., list[Tensor]]] | None = None
-
-    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
-        """As the base; the first time, compile."""
-        about = self.base.prepare(rows, seed)
-        if self._graphs is None:
-            self._graphs = self._compile(rows)
+    def prepare(self, rows: tuple, seed: int) -> Values:
+        """Prepare the proposal; the first time, compile draws and scores of these shapes."""
+        about = self.proposal.prepare(rows, seed)
+        if self.compiled:
+            self.compiled, self._graphs = False, self._compile(rows)
         return about
 
-    def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
-        """As the base, for a whole tile of particles."""
-        if not self._graphs:
-            return self.base.draw(rows, particles)
-        *values, density = self._graphs[0](*rows)
+    def draw(self, rows: tuple) -> tuple[Values, Tensor]:
+        """A tile of values for each datum, and their log-densities under the proposal."""
+        *values, density = (self._graphs[0] if self._graphs else self._draw)(*rows)
         return self._named(values), density
 
-    def score(
-        self, rows: tuple, particles: int, values: Values, *, fused: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """As the base; a graph is for whole chunks, so the last one is cut afterwards."""
-        if not self._graphs:
-            return self.base.score(rows, particles, values)
-        parts = [
-            self._graphs[1](*rows, *(v[start : start + self.chunk] for v in values.values()))
-            for start in range(0, particles, self.chunk)
-        ]
+    def score(self, rows: tuple, particles: int, values: Values) -> tuple[Tensor, Tensor]:
+        """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
+        if self._graphs:  # which are for whole chunks, so the last one is cut afterwards
+            chunks = chunked(values, -(-particles // self.chunk) * self.chunk, self.chunk)
+            parts = [self._graphs[1](*rows, *some.values()) for _, some in chunks]
+        else:
+            chunks = chunked(values, particles, self.chunk)
+            parts = [self._scores(rows, *some) for some in chunks]
         prior, likelihood = (torch.cat(each)[:particles] for each in zip(*parts, strict=True))
         return prior, likelihood
 
     def density(self, own: Tensor, prior: Tensor) -> Tensor:
-        """As the base."""
-        return self.base.density(own, prior)
+        """The log-density to weigh with, given those under the proposal and the prior."""
+        if not self.from_prior:
+            return own
+        share = self.from_prior / self.tile
+        return torch.logaddexp(own + math.log1p(-share), prior + math.log(share))
 
     def _compile(self, rows: tuple) -> list[Callable[..., list[Tensor]]]:
-        """Graphs of a draw and of a score; none where that fails."""
+        """Graphs of a draw and of a score; none, and a warning, where that fails."""
         from pyrovae.compiling.graph import CaptureError, audited
 
         with seeded(0, rows[0].device):
@@ -272,28 +224,55 @@ class Compiled(Proposal):
             return []
 
     def _draw(self, *rows: Tensor) -> list[Tensor]:
-        values, density = self.base.draw(rows, self.tile)
+        count = self.from_prior
+        values, density = self.proposal.draw(rows, self.tile - count)
+        if count:
+            prior = self.proposal.prior(rows, count)
+            order = torch.randperm(self.tile, device=density.device)
+            values = {name: torch.cat([values[name], prior[name]])[order] for name in values}
+            density = torch.cat([density, self.proposal.log_prob(rows, count, prior)])[order]
         return [*values.values(), density]
 
     def _score(self, *args: Tensor) -> list[Tensor]:
         count = len(args) - len(self.pair.known.latents)
         values = self._named(list(args[count:]))
-        return list(self.base.score(args[:count], self.chunk, values, fused=True))
+        return self._scores(args[:count], self.chunk, values, fused=True)
+
+    def _scores(
+        self, rows: tuple, particles: int, values: Values, *, fused: bool = False
+    ) -> list[Tensor]:
+        space = self.proposal.unconstrained
+        found = joint_density(self.pair, rows, particles, values, unconstrained=space, fused=fused)
+        return [found.prior, found.likelihood]
 
     def _named(self, values: list[Tensor]) -> Values:
         return dict(zip(self.pair.known.latents, values, strict=True))
 
 
-def require_density(pair: Pair, rows: tuple) -> None:
-    """Refuse a guide with auxiliary latents of its own, or with point masses."""
-    _refuse_odd(*_odd_sites(pair, rows))
+def require_density(pair: Pair, rows: tuple) -> bool:
+    """Refuse a guide with auxiliary latents of its own or with point masses, unless it has both.
 
-
-def require_scorable(pair: Pair, rows: tuple, mend: str) -> Tensor:
-    """Refuse a guide that cannot score latents that it did not draw; ``mend`` says what to do.
-
-    Returns the guide's log-densities of a few draws from the prior, ``[k, N]``.
+    Both together are how Pyro's AutoContinuous guides are written (1.9.2): auxiliary draws, and
+    points that are functions of them and carry the Jacobian as their log-density. Returns whether
+    it has neither.
     """
+    auxiliary, points = _odd_sites(pair, rows)
+    if auxiliary and not points:
+        raise InputError(
+            f"The guide's auxiliary sites {auxiliary} are no latents of the model, so that p(x, z) "
+            f"over the guide's density does not average to p(x): sample them in the model too, "
+            f"from a distribution of your choice."
+        )
+    if points and not auxiliary:
+        raise InputError(
+            f"The guide puts all its mass on one point at {points} (a Delta), so there are no "
+            f"importance weights: give it a distribution with a density."
+        )
+    return not auxiliary
+
+
+def require_scorable(pair: Pair, rows: tuple, mend: str) -> None:
+    """Refuse a guide that cannot score latents that it did not draw; ``mend`` says what to do."""
     auxiliary, points = _odd_sites(pair, rows)
     if auxiliary or points:
         raise InputError(
@@ -301,7 +280,7 @@ def require_scorable(pair: Pair, rows: tuple, mend: str) -> Tensor:
             f"{sorted({*auxiliary, *points})}: {mend}."
         )
     try:
-        return _at_prior_draws(pair, rows)
+        _at_prior_draws(pair, rows)
     except (NotImplementedError, KeyError) as error:
         raise InputError(
             f"The guide cannot score latents that it did not draw ({error}): {mend}."
@@ -313,9 +292,7 @@ def uncovered_share(pair: Pair, rows: tuple) -> float:
 
     NaN where the guide can score nothing but its own draws; one without a density is refused.
     """
-    auxiliary, points = _odd_sites(pair, rows)
-    _refuse_odd(auxiliary, points)
-    if auxiliary or points:
+    if not require_density(pair, rows):
         return math.nan
     try:
         found = _at_prior_draws(pair, rows)
@@ -329,26 +306,9 @@ def _at_prior_draws(pair: Pair, rows: tuple) -> Tensor:
     return guide_density(pair, rows, particles, pair.draw_prior(rows, particles))
 
 
-def _refuse_odd(auxiliary: list[str], points: list[str]) -> None:
-    # Both together are how Pyro's AutoContinuous guides are written (1.9.2): auxiliary draws, and
-    # points that are functions of them and carry the Jacobian as their log-density.
-    if auxiliary and not points:
-        raise InputError(
-            f"The guide's auxiliary sites {auxiliary} are no latents of the model, so that p(x, z) "
-            f"over the guide's density does not average to p(x): sample them in the model too, "
-            f"from a distribution of your choice."
-        )
-    if points and not auxiliary:
-        raise InputError(
-            f"The guide puts all its mass on one point at {points} (a Delta), so there are no "
-            f"importance weights: give it a distribution with a density."
-        )
-
-
 def _odd_sites(pair: Pair, rows: tuple) -> tuple[list[str], list[str]]:
     """The guide's auxiliary sites, and its latents that are points without a density."""
-    trace = pair.trace_guide(*rows, particles=1)
-    sites = dict(scored(trace))
+    sites = dict(scored(pair.trace_guide(*rows, particles=1)))
     points = [name for name, site in sites.items() if _is_delta(site["fn"])]
     return [name for name in sites if name not in pair.layout.latents], points
 

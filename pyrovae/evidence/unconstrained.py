@@ -17,6 +17,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.evidence import FIT_STREAM, GUIDE_STREAM
 from pyrovae.evidence.proposals import (
     Proposal,
+    Sampler,
     chunked,
     guide_density,
     joint_density,
@@ -103,27 +104,29 @@ class Refined(Proposal):
     unconstrained = True
 
     def __init__(self, pair: Pair, rows: tuple, steps: int, chunk: int) -> None:
-        super().__init__(pair, chunk)
+        super().__init__(pair)
         self.coordinates, self.steps = Coordinates(pair, rows), steps
-        self.loc = self.scale = rows[0].new_zeros(0)
+        self.guide = Sampler(Proposal(pair), MOMENT_DRAWS, chunk)
+        size = len(rows[0]), sum(self.coordinates.sizes)
+        # Set in place from tile to tile, as a compiled graph reads them.
+        self.loc = rows[0].new_zeros(size, dtype=self.coordinates.dtype)
+        self.scale = torch.ones_like(self.loc)
 
-    def prepare(self, rows: tuple, seed: int) -> dict[str, Tensor]:
+    def prepare(self, rows: tuple, seed: int) -> Values:
         """Fit, and estimate the ELBO of the guide as it was, ``guide_elbo`` ``[N]``."""
-        guide = Proposal(self.pair, self.chunk)
         with seeded(seed, rows[0].device, 0, GUIDE_STREAM):
-            drawn, density = guide.draw(rows, MOMENT_DRAWS)
-        prior, likelihood = guide.score(rows, MOMENT_DRAWS, drawn)
-        u = self.coordinates.of(rows, drawn, self.chunk)
+            drawn, density = self.guide.draw(rows)
+        prior, likelihood = self.guide.score(rows, MOMENT_DRAWS, drawn)
+        u = self.coordinates.of(rows, drawn, self.guide.chunk)
         with seeded(seed, rows[0].device, 0, FIT_STREAM):
-            self._set(*self._fit(rows, u.mean(0), u.std(0).clamp(min=1e-4)))
+            loc, scale = self._fit(rows, u.mean(0), u.std(0).clamp(min=1e-4))
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
         return {"guide_elbo": (prior + likelihood - density).mean(0)}
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Tensor]:
         """K points u for each datum, and their log-densities ``[K, N]`` in float64."""
-        noise = torch.randn(
-            particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
-        )
-        u = self.loc + self.scale * noise
+        u = Normal(self.loc, self.scale).rsample((particles,))
         return self.coordinates.split(u), self._density(u)
 
     def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
@@ -137,29 +140,23 @@ class Refined(Proposal):
     def _density(self, u: Tensor) -> Tensor:
         return Normal(self.loc, self.scale).log_prob(u).double().sum(-1)
 
-    def _set(self, loc: Tensor, scale: Tensor) -> None:
-        """Set both in place, where a compiled graph may read them."""
-        if self.loc.shape != loc.shape:
-            self.loc, self.scale = loc.clone(), scale.clone()
-        self.loc.copy_(loc)
-        self.scale.copy_(scale)
-
     def _fit(self, rows: tuple, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        shift = torch.zeros_like(loc, requires_grad=True)
-        stretch = torch.zeros_like(loc, requires_grad=True)
-        optimizer = Adam([shift, stretch], lr=FIT_RATE)
+        moments = loc.new_zeros(2, *loc.shape).requires_grad_()
+        optimizer = Adam([moments], lr=FIT_RATE)
         schedule = CosineAnnealingLR(optimizer, self.steps)
         for _ in range(self.steps):
             noise = torch.randn(PAIRS, *loc.shape, dtype=loc.dtype, device=loc.device)
             with torch.enable_grad():
+                shift, stretch = moments
                 wide = stretch.exp() * torch.cat([noise, -noise])
                 points = self.coordinates.split(loc + scale * (shift + wide))
                 found = joint_density(self.pair, rows, 2 * PAIRS, points, unconstrained=True)
                 loss = -((found.prior + found.likelihood).mean(0).sum() + stretch.sum())
-                shift.grad, stretch.grad = torch.autograd.grad(loss, (shift, stretch))
+                (moments.grad,) = torch.autograd.grad(loss, moments)
             optimizer.step()
             schedule.step()
-        return loc + scale * shift.detach(), scale * stretch.detach().exp()
+        shift, stretch = moments.detach()
+        return loc + scale * shift, scale * stretch.exp()
 
 
 class State(NamedTuple):
