@@ -131,9 +131,8 @@ def log_likelihood(
             for number, start in enumerate(range(0, num_samples, task.tile)):
                 particles = min(task.tile, num_samples - start)
                 with seeded(stream, task.device, number):
-                    latents, own = sampler.draw(rows)
-                    prior, likelihood = sampler.score(rows, particles, latents)
-                log_weight = prior + likelihood - sampler.density(own[:particles], prior)
+                    prior, likelihood, proposed = sampler.weigh(rows, particles)
+                log_weight = prior + likelihood - proposed
                 if bool(log_weight.isnan().any()):
                     _refuse_nan(task, sampler, rows, subseed(stream, number), index)
                 sums.add(log_weight)

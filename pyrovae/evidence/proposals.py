@@ -185,10 +185,20 @@ class Sampler:
             self.compiled, self._graphs = False, self._compile(rows)
         return about
 
+    def weigh(self, rows: tuple, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ln p(z), ln p(x | z) and ln m(z) of the first K of a tile's draws, ``[K, N]``."""
+        values, own = self.draw(rows)
+        prior, likelihood = self.score(rows, particles, values)
+        own = own[:particles]
+        if self.from_prior:
+            share = self.from_prior / self.tile
+            own = torch.logaddexp(own + math.log1p(-share), prior + math.log(share))
+        return prior, likelihood, own
+
     def draw(self, rows: tuple) -> tuple[Values, Tensor]:
         """A tile of values for each datum, and their log-densities under the proposal."""
         *values, density = (self._graphs[0] if self._graphs else self._draw)(*rows)
-        return self._named(values), density
+        return dict(zip(self.pair.layout.latents, values, strict=True)), density
 
     def score(self, rows: tuple, particles: int, values: Values) -> tuple[Tensor, Tensor]:
         """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
@@ -197,31 +207,9 @@ class Sampler:
             parts = [self._graphs[1](*rows, *some.values()) for _, some in chunks]
         else:
             chunks = chunked(values, particles, self.chunk)
-            parts = [self._scores(rows, *some) for some in chunks]
+            parts = [self._score(rows, *some) for some in chunks]
         prior, likelihood = (torch.cat(each)[:particles] for each in zip(*parts, strict=True))
         return prior, likelihood
-
-    def density(self, own: Tensor, prior: Tensor) -> Tensor:
-        """The log-density to weigh with, given those under the proposal and the prior."""
-        if not self.from_prior:
-            return own
-        share = self.from_prior / self.tile
-        return torch.logaddexp(own + math.log1p(-share), prior + math.log(share))
-
-    def _compile(self, rows: tuple) -> list[Callable[..., list[Tensor]]]:
-        """Graphs of a draw and of a score; none, and a warning, where that fails."""
-        from pyrovae.compiling.graph import CaptureError, audited
-
-        with seeded(0, rows[0].device):
-            some = [value[: self.chunk].clone() for value in self._draw(*rows)[:-1]]
-        try:
-            return [
-                audited(self._draw, rows, self.pair, repeat(("a draw", 0.0))),
-                audited(self._score, (*rows, *some), self.pair, repeat(("a score", 0.0))),
-            ]
-        except CaptureError as error:
-            warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=4)
-            return []
 
     def _draw(self, *rows: Tensor) -> list[Tensor]:
         count = self.from_prior
@@ -233,20 +221,31 @@ class Sampler:
             density = torch.cat([density, self.proposal.log_prob(rows, count, prior)])[order]
         return [*values.values(), density]
 
-    def _score(self, *args: Tensor) -> list[Tensor]:
-        count = len(args) - len(self.pair.known.latents)
-        values = self._named(list(args[count:]))
-        return self._scores(args[:count], self.chunk, values, fused=True)
-
-    def _scores(
+    def _score(
         self, rows: tuple, particles: int, values: Values, *, fused: bool = False
     ) -> list[Tensor]:
         space = self.proposal.unconstrained
         found = joint_density(self.pair, rows, particles, values, unconstrained=space, fused=fused)
         return [found.prior, found.likelihood]
 
-    def _named(self, values: list[Tensor]) -> Values:
-        return dict(zip(self.pair.known.latents, values, strict=True))
+    def _compile(self, rows: tuple) -> list[Callable[..., list[Tensor]]]:
+        """Graphs of a draw and of a score; none, and a warning, where that fails."""
+        from pyrovae.compiling.graph import CaptureError, audited
+
+        def score(*args: Tensor) -> list[Tensor]:
+            values = dict(zip(self.pair.layout.latents, args[len(rows) :], strict=True))
+            return self._score(args[: len(rows)], self.chunk, values, fused=True)
+
+        with seeded(0, rows[0].device):
+            some = [value[: self.chunk].clone() for value in self._draw(*rows)[:-1]]
+        try:
+            return [
+                audited(self._draw, rows, self.pair, repeat(("a draw", 0.0))),
+                audited(score, (*rows, *some), self.pair, repeat(("a score", 0.0))),
+            ]
+        except CaptureError as error:
+            warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=4)
+            return []
 
 
 def require_density(pair: Pair, rows: tuple) -> bool:
