@@ -27,7 +27,7 @@ from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest, opened
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
@@ -118,7 +118,7 @@ def to_inference_data(
         log_likelihood = estimate(model, guide, x, *context, **options)
     else:
         start = _place(log_likelihood, digest(x, *context), len(x), first)
-    with opened(model, guide, (x, *context), seed=seed) as task:
+    with Evaluation(model, guide, (x, *context), seed).opened() as task:
         with seeded(seed, task.device):
             require_density(task.pair, task.first)
         for index, rows in task.tiles():

@@ -16,7 +16,7 @@ from pyrovae.diagnostics.aggregate import Aggregate, Gaps, aggregate_posterior, 
 from pyrovae.diagnostics.calibration import Calibration, Probe, calibrate, fit_probe, is_probable
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.units import SitePosterior, examine
-from pyrovae.evidence.tiles import Evaluation, at_least, opened
+from pyrovae.evidence.tiles import Evaluation, at_least
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 
@@ -95,7 +95,7 @@ def diagnose(
     labels = _check(x, labels, num_samples)
     total = len(x) + _draws(len(x))
     with (
-        opened(model, guide, (x, *context), seed=seed) as task,
+        Evaluation(model, guide, (x, *context), seed).opened() as task,
         progress_bar((), enabled=progress, total=total, desc="diagnosis") as bar,
     ):
         rate, distortion, sites = _examine(task, num_samples, bar.update)

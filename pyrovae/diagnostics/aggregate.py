@@ -16,7 +16,7 @@ from pyrovae.diagnostics.units import unmasked
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.proposals import Proposal, guide_density, joint_density, require_scorable
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import at_least, opened
+from pyrovae.evidence.tiles import Evaluation, at_least
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Values, samples
 
@@ -87,7 +87,7 @@ def aggregate_posterior(
         lower bound (NIPS 2016 workshop); Poole et al., On Variational Bounds of Mutual Information
         (arXiv 1905.06922), section 2, for the two bounds.
     """
-    with opened(model, guide, (x, *context), seed=seed) as task:
+    with Evaluation(model, guide, (x, *context), seed).opened() as task:
         return mix(task.pair, task.rows, num_draws, task.seed)
 
 
@@ -125,7 +125,7 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ln q of draws under their own datum, ln p(z), and ln Σ q over the other data, ``[K, n]``."""
     own_rows = tuple(tensor[index] for tensor in rows)
-    values, own = Proposal(pair, each).draw(own_rows, each)
+    values, own = Proposal(pair).draw(own_rows, each)
     prior = joint_density(pair, own_rows, each, values).prior
     others = torch.full_like(own, -math.inf).flatten()
     mine, number = index.repeat(each)[:, None], torch.arange(len(rows[0]), device=index.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +22,15 @@ from pyrovae.evidence.proposals import (
     uncovered_share,
 )
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least, opened
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least
 from pyrovae.evidence.unconstrained import (
     Coordinates,
     GeometricPath,
+    Move,
     State,
     adapt,
     anneal,
+    transition,
 )
 from pyrovae.evidence.weights import Sums, curve_points
 
@@ -47,7 +49,6 @@ class Settings(NamedTuple):
     num_temperatures: int = 500
     num_steps: int = 5
     initial: str = "guide"
-    max_rows: int | None = None
 
     @property
     def betas(self) -> list[float]:
@@ -150,20 +151,13 @@ def annealed_log_likelihood(
         >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum. {ll.verdict}")
         -2... ± 0... nats per datum. At least ... of 4 chains count for every datum. ...
     """
-    settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
+    settings = Settings(num_chains, num_temperatures, num_steps, initial)
     options = settings.options(len(x), compile)
-    with opened(
-        model,
-        guide,
-        (x, *context),
-        seed=seed,
-        max_rows=max_rows,
-        checkpoint=checkpoint,
-        processes=processes,
-    ) as task:
+    task = Evaluation(model, guide, (x, *context), seed, max_rows, checkpoint, processes)
+    with task.opened():
         with seeded(task.seed, task.device):
             annealer = Annealer(task, settings, options["compiled"])
-        for index, rows in task.tiles(options, work=annealer.ticks, progress=progress):
+        for index, rows in task.tiles(annealer.ticks, progress, **options):
             task.keep(index, annealer.run(index, rows, annealer.tune(index, rows)))
         return annealer.result()
 
@@ -185,13 +179,13 @@ class Annealer:
     def tune(self, index: int, rows: tuple) -> list[Tensor]:
         """Find the step sizes of the transitions, ``[N, D]`` each, by chains of their own."""
         if self.compiled:
-            self._compile(rows)
-        seed, settings = subseed(self.task.seed, index), self.settings
-        if not settings.betas:
+            self.path.compile(rows, PILOT_CHAINS, self.tile)
+            self.compiled = False
+        if not self.settings.betas:
             return []
-        with seeded(seed, rows[0].device, 0, PILOT_STREAM):
+        with seeded(subseed(self.task.seed, index), rows[0].device, 0, PILOT_STREAM):
             state = self._start(index, rows, PILOT_CHAINS)
-            return adapt(self.path, rows, state, settings.betas, settings.num_steps, self._tick)
+            return adapt(self._move(rows), state, self.settings.betas, self.task.bar.update)
 
     def run(
         self, index: int, rows: tuple, strides: list[Tensor], end: Tensor | None = None
@@ -200,24 +194,24 @@ class Annealer:
         count, seed = self.settings.num_chains, subseed(self.task.seed, index)
         sums = Sums(count, curve_points(count), rows[0])
         accepted = rows[0].new_zeros(len(rows[0]), dtype=torch.float64)
+        how = self.settings.betas, strides, self.task.bar.update
         for number, first in enumerate(range(0, count, self.tile)):
             chains = min(self.tile, count - first)
             stream = (number,) if end is None else (number, BACKWARD_STREAM)
             with seeded(seed, rows[0].device, *stream):
-                log_weight, rate = self._anneal(index, rows, strides, chains, end)
+                if end is None:
+                    state = self._start(index, rows, chains)
+                    log_weight, rate = anneal(self._move(rows), state, *how)
+                else:
+                    state = self.path(rows, end.expand(chains, *end.shape))
+                    log_weight, rate = anneal(self._move(rows), state, *how, backward=True)
+                    log_weight = -log_weight
             sums.add(log_weight)
             accepted = accepted + rate * chains / count
         return sums.result() | {"acceptance": accepted}
 
-    def _anneal(
-        self, index: int, rows: tuple, strides: list[Tensor], chains: int, end: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        how = self.settings.betas, strides, self.settings.num_steps, self._tick
-        if end is None:
-            return anneal(self.path, rows, self._start(index, rows, chains), *how)
-        state = self.path(rows, end.expand(chains, *end.shape))
-        log_weight, rate = anneal(self.path, rows, state, *how, backward=True)
-        return -log_weight, rate
+    def _move(self, rows: tuple) -> Move:
+        return partial(transition, self.path, rows, self.settings.num_steps)
 
     def _start(self, index: int, rows: tuple, chains: int) -> State:
         """Where chains start: at the first draws that importance sampling would make."""
@@ -244,18 +238,3 @@ class Annealer:
             with seeded(task.seed, task.device, 0, PRIOR_STREAM):
                 uncovered = uncovered_share(task.pair, task.first)
         return task.estimate(points, self.settings.method, uncovered, found)
-
-    def _compile(self, rows: tuple) -> None:
-        from pyrovae.compiling.graph import CaptureError
-
-        self.compiled = False
-        try:
-            for chains in {PILOT_CHAINS, self.tile}:
-                self.path.compile(rows, chains)
-        except CaptureError as error:
-            self.path.graphs.clear()
-            warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=2)
-
-    def _tick(self) -> None:
-        if self.task.bar is not None:
-            self.task.bar.update()

@@ -20,7 +20,7 @@ from pyrovae.evidence.proposals import (
     uncovered_share,
 )
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least, opened
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least
 from pyrovae.evidence.unconstrained import Refined
 from pyrovae.evidence.weights import Sums, curve_points
 
@@ -101,28 +101,15 @@ def log_likelihood(
         raise InputError(f"Expected 0 <= defensive < 1, got {defensive}.")
     points = curve_points(num_samples, curve)
     compiled = should_compile(compile, len(x) * num_samples >= PAYS_AFTER)
-    options = {
-        "method": "importance sampling",
-        "num_samples": num_samples,
-        "curve": points,
-        "defensive": defensive,
-        "refine_steps": refine_steps,
-        "max_rows": max_rows,
-        "compiled": compiled,
-    }
-    with opened(
-        model,
-        guide,
-        (x, *context),
-        seed=seed,
-        max_rows=max_rows,
-        checkpoint=checkpoint,
-        processes=processes,
-    ) as task:
+    options = {"num_samples": num_samples, "curve": points, "compiled": compiled}
+    options |= {"method": "importance sampling", "defensive": defensive}
+    options |= {"refine_steps": refine_steps}
+    task = Evaluation(model, guide, (x, *context), seed, max_rows, checkpoint, processes)
+    with task.opened():
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             proposal, uncovered = _proposal(task, defensive, refine_steps)
-        sampler = Sampler(proposal, task.tile, task.chunk, defensive, compiled)
-        for index, rows in task.tiles(options, work=num_samples, progress=progress):
+        sampler = Sampler(task.pair, task.tile, task.chunk, proposal, defensive, compiled)
+        for index, rows in task.tiles(num_samples, progress, **options):
             # A stream for each tile of data and, below, of particles, drawn in full: so that
             # neither max_rows nor the number of samples or data changes a draw.
             stream = subseed(task.seed, index)
@@ -136,25 +123,26 @@ def log_likelihood(
                 if bool(log_weight.isnan().any()):
                     _refuse_nan(task, sampler, rows, subseed(stream, number), index)
                 sums.add(log_weight)
-                if task.bar is not None:
-                    task.bar.update(particles)
+                task.bar.update(particles)
             task.keep(index, sums.result() | about)
         return task.estimate(points, _method(defensive, refine_steps), uncovered)
 
 
-def _proposal(task: Evaluation, defensive: float, refine_steps: int) -> tuple[Proposal, float]:
-    """The proposal that the options ask for, and the share of the prior that it misses.
+def _proposal(
+    task: Evaluation, defensive: float, refine_steps: int
+) -> tuple[Proposal | None, float]:
+    """What to draw from in place of the guide, and which share of the prior the guide misses.
 
-    A guide without a density is refused.
+    A guide without a density is refused, and one that cannot score what the prior draws.
     """
     pair, rows = task.pair, task.first
     if not (defensive or refine_steps):
-        return Proposal(pair), uncovered_share(pair, rows)
+        return None, uncovered_share(pair, rows)
     require_density(pair, rows)
     if refine_steps:
         return Refined(pair, rows, refine_steps, task.chunk), 0.0
     require_scorable(pair, rows, "leave out defensive")
-    return Proposal(pair), 0.0
+    return None, 0.0
 
 
 def _refuse_nan(task: Evaluation, sampler: Sampler, rows: tuple, seed: int, index: int) -> None:

@@ -154,7 +154,7 @@ class Proposal:
 
 
 class Sampler:
-    r"""Draws from a proposal and, for a share α of the particles, from the prior; scores them.
+    r"""Draws from the guide or another proposal, for a share α from the prior, and weighs it all.
 
     .. math:: m(z) = (1 - \alpha)\, q(z \mid x) + \alpha\, p(z), \qquad
               \frac{p(x, z)}{m(z)} \le \frac{p(x \mid z)}{\alpha}
@@ -169,9 +169,16 @@ class Sampler:
     """
 
     def __init__(
-        self, proposal: Proposal, tile: int, chunk: int, share: float = 0.0, compiled: bool = False
+        self,
+        pair: Pair,
+        tile: int,
+        chunk: int,
+        proposal: Proposal | None = None,
+        share: float = 0.0,
+        compiled: bool = False,
     ) -> None:
-        self.proposal, self.pair, self.tile, self.chunk = proposal, proposal.pair, tile, chunk
+        self.pair, self.tile, self.chunk = pair, tile, chunk
+        self.proposal = proposal or Proposal(pair)
         # At least one draw of each: without the prior's nothing bounds the weights, and without
         # the proposal's its log-share is minus infinity.
         self.from_prior = min(max(round(share * tile), 1), tile - 1) if share else 0

@@ -14,7 +14,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, at_least, opened, tile_rows
+from pyrovae.evidence.tiles import Evaluation, at_least, tile_rows
 from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Values, is_bookkeeping, samples
 
@@ -110,17 +110,18 @@ def bidirectional(
         >>> print(both.verdict)
         On 5 data of the model's own, mean log p(x) lies between -2... and -2..., ...
     """
-    settings = Settings(num_chains, num_temperatures, num_steps, initial, max_rows)
+    settings = Settings(num_chains, num_temperatures, num_steps, initial)
     at_least({"n": 1}, n)
     options = settings.options(2 * n, compile)
     index = torch.arange(n) % max(len(like), 1)
     rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))
-    with opened(model, guide, rows, seed=seed, max_rows=max_rows) as task:
+    task = Evaluation(model, guide, rows, seed, max_rows)
+    with task.opened():
         with seeded(task.seed, task.device, 0, SIMULATION_STREAM):
             latents = _simulate(task, model, guide)
             annealer = Annealer(task, settings, options["compiled"])
             ends = tile_rows((annealer.coordinates.of(task.rows, latents)[0],))
-        for number, rows in task.tiles(work=2 * annealer.ticks, progress=progress):
+        for number, rows in task.tiles(2 * annealer.ticks, progress):
             tuned = annealer.tune(number, rows)
             lower = annealer.run(number, rows, tuned)
             above = annealer.run(number, rows, tuned, ends[number][0])

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, progress_bar, require_same
-from pyrovae._tools.files import write_atomic
+from pyrovae._tools.files import pack_tensors, write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
 from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.pairs.contract import common_scale, inspect_pair
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,54 +41,27 @@ PER_DATUM = ("log_prob", "smoothed", "guide_elbo", "upper")
 Found = dict[str, Tensor]
 
 
-@contextmanager
-def opened(
-    model: Callable,
-    guide: Callable,
-    rows: tuple,
-    *,
-    seed: int | None = None,
-    max_rows: int | None = None,
-    checkpoint: str | Path | None = None,
-    processes: bool = False,
-) -> Iterator[Evaluation]:
-    """Run a block with a pair in eval mode, without gradients and validation, its sites inspected.
-
-    Arguments are those of :func:`pyrovae.log_likelihood`, with the further ones in ``rows``.
-    """
-    task = Evaluation(model, guide, rows, seed, max_rows, checkpoint, processes)
-    with torch.no_grad(), task.pair.mode(training=False):
-        with seeded(task.seed, task.device):
-            task.layout = inspect_pair(task.pair, *task.first)
-        try:
-            with pyro.validation_enabled(False):
-                yield task
-        finally:
-            task.close()
-
-
 class Evaluation:
-    """A pair and the data to evaluate it on; :func:`opened` makes one.
+    """A pair and the data to evaluate it on; arguments as for :func:`pyrovae.log_likelihood`.
 
     ``rows`` are the data with further arguments of both programs on the pair's ``device``,
     ``first`` the first tile of them, ``data`` their digest and ``home`` the device that they came
     from. All draws derive from ``seed``. At once ``tile`` particles of each datum are drawn and
     ``chunk`` scored, powers of two, and ``max_rows`` (particle, datum) pairs at most. ``bar``
-    shows the time left, from :meth:`tiles` on, if that was asked for.
+    shows the time left, from :meth:`tiles` on.
     """
 
-    layout: Layout
-    bar: tqdm | None = None
+    bar: tqdm
 
     def __init__(
         self,
         model: Callable,
         guide: Callable,
         rows: tuple,
-        seed: int | None,
-        max_rows: int | None,
-        checkpoint: str | Path | None,
-        processes: bool,
+        seed: int | None = None,
+        max_rows: int | None = None,
+        checkpoint: str | Path | None = None,
+        processes: bool = False,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
@@ -102,10 +74,22 @@ class Evaluation:
         self.max_rows = max_rows or (SCORED if device.type == "cpu" else ON_DEVICE)
         self.set_rows(tuple(tensor.to(device) for tensor in rows))
         self.seed = self._agreed_seed(seed)
-        self.about: dict[str, Any] = {}
+        self.about: dict[str, Any] = {"max_rows": max_rows}
         self._tiles: list[tuple] = []
         self._found: list[Found] = []
         self._saved, self._saved_at = 0, time.monotonic()
+
+    @contextmanager
+    def opened(self) -> Iterator[Evaluation]:
+        """Run a block in eval mode, without gradients and validation, with the sites inspected."""
+        with torch.no_grad(), self.pair.mode(training=False):
+            with seeded(self.seed, self.device):
+                inspect_pair(self.pair, *self.first)
+            try:
+                with pyro.validation_enabled(False):
+                    yield self
+            finally:
+                self.close()
 
     def set_rows(self, rows: tuple) -> None:
         """Evaluate these data."""
@@ -116,26 +100,24 @@ class Evaluation:
         self.chunk = min(_power_of_two(self.max_rows // n), self.tile)
 
     def tiles(
-        self, options: dict[str, Any] | None = None, *, work: int = 1, progress: bool = False
+        self, work: int = 1, progress: bool = False, **options: Any
     ) -> list[tuple[int, tuple]]:
         """This process's tiles of data that are not finished, each with its number.
 
-        ``options`` is what the estimate depends on beside pair, data and seed, by name; ``work``
-        is how much the bar is moved on for each tile.
+        ``work`` is how much the bar is moved on for each tile; ``options`` are what the estimate
+        depends on beside pair, data and seed.
         """
         if self.file is not None:
-            self.about = {**(options or {}), **self._fingerprint()}
-            self._found = self._finished(self.file)
-            self._saved = len(self._found)
+            self.about |= options | self._fingerprint()
+            self._resume(self.file)
         self._tiles = tile_rows(self.rows)
         left = list(enumerate(self._tiles))[self.part[0] :: self.part[1]][len(self._found) :]
-        if progress:
-            self.bar = progress_bar(None, total=len(left) * work, desc="log p(x)")
+        self.bar = progress_bar(None, enabled=progress, total=len(left) * work, desc="log p(x)")
         return left
 
     def keep(self, index: int, found: Found) -> None:
         """Keep what was found for a tile, ``[64, ...]`` by name, times what programs scale by."""
-        if self.layout.scaled and "log_prob" in found:
+        if self.pair.layout.scaled and "log_prob" in found:
             found = self._scaled(self._tiles[index], found)
         left = len(self.rows[0]) - index * DATA_TILE
         self._found.append({name: value[:left] for name, value in found.items()})
@@ -165,7 +147,7 @@ class Evaluation:
 
     def close(self) -> None:
         """Write what is finished to the checkpoint, and take the bar away."""
-        if self.bar is not None:
+        if "bar" in vars(self):
             self.bar.close()
         self._save()
 
@@ -173,16 +155,14 @@ class Evaluation:
         """Replace the checkpoint, if there is one: all of it, or nothing."""
         if self.file is None or self._saved == len(self._found):
             return
-        from safetensors.torch import save
-
-        tensors = {name: v.contiguous().cpu() for name, v in _join(self._found).items()}
-        write_atomic(self.file, save(tensors, {"about": json.dumps(self.about)}))
+        content = pack_tensors(_join(self._found), {"about": json.dumps(self.about)})
+        write_atomic(self.file, content)
         self._saved, self._saved_at = len(self._found), time.monotonic()
 
-    def _finished(self, file: Path) -> list[Found]:
-        """The finished tiles of a checkpoint, which has to be of this evaluation."""
+    def _resume(self, file: Path) -> None:
+        """Take up the finished tiles of a checkpoint, which has to be of this evaluation."""
         if not file.exists():
-            return []
+            return
         from safetensors.torch import load_file
 
         different = (
@@ -191,13 +171,14 @@ class Evaluation:
         )
         require_same(read_about(file), self.about, different)
         done = load_file(file, device=str(self.device))
-        return [dict(zip(done, tile, strict=True)) for tile in _tiled(done.values())]
+        self._found = [dict(zip(done, tile, strict=True)) for tile in _tiled(done.values())]
+        self._saved = len(self._found)
 
     def _scaled(self, rows: tuple, found: Found) -> Found:
         """Estimates times the programs' common scale, which is outside of every log-sum-exp."""
         with seeded(0, self.device):
             traces = self.pair.trace(*rows, sums=True)
-        scale = torch.as_tensor(common_scale(traces, self.layout))
+        scale = torch.as_tensor(common_scale(traces, self.pair.layout))
         factors = dict.fromkeys(PER_DATUM, scale)
         factors |= {"standard_error": scale.abs(), "curve": scale[..., None]}
         return {name: factors.get(name, 1.0) * value for name, value in found.items()}
@@ -219,9 +200,8 @@ class Evaluation:
         with seeded(self.seed, self.device, 0, PROBE_STREAM):
             values, guide = self.pair.draw(self.first, 1)
             model, _ = self.pair.score_model(self.first, 1, values)
-        probe = sum(s[0, 0].item() for s in model.values()) - sum(
-            s[0, 0].item() for s in guide.values()
-        )
+        terms = [*model.values(), *(-score for score in guide.values())]
+        probe = sum(term[0, 0].item() for term in terms)
         return {
             "seed": self.seed,
             "data": self.data,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Normal
@@ -106,7 +107,7 @@ class Refined(Proposal):
     def __init__(self, pair: Pair, rows: tuple, steps: int, chunk: int) -> None:
         super().__init__(pair)
         self.coordinates, self.steps = Coordinates(pair, rows), steps
-        self.guide = Sampler(Proposal(pair), MOMENT_DRAWS, chunk)
+        self.guide = Sampler(pair, MOMENT_DRAWS, chunk)
         size = len(rows[0]), sum(self.coordinates.sizes)
         # Set in place from tile to tile, as a compiled graph reads them.
         self.loc = rows[0].new_zeros(size, dtype=self.coordinates.dtype)
@@ -200,24 +201,26 @@ class GeometricPath:
 
     def __call__(self, rows: tuple, u: Tensor) -> State:
         """Both densities and their gradients at u."""
-        parts = [self._at(rows, some) for some in u.split(self.chunk(rows))]
+        chunks = u.split(self.chunk(rows))
+        parts = [self.graphs.get(some.shape, self._eager)(some, *rows) for some in chunks]
         return State(u, *(torch.cat(part) for part in zip(*parts, strict=True)))
 
-    def compile(self, rows: tuple, particles: int) -> None:
-        """Compile densities and gradients for so many particles of data of these shapes."""
-        from pyrovae.compiling.graph import Graph
+    def compile(self, rows: tuple, *particles: int) -> None:
+        """Compile both for these numbers of particles of data of these shapes, or warn."""
+        from pyrovae.compiling.graph import CaptureError, Graph
 
-        coordinates, count = self.coordinates, min(particles, self.chunk(rows))
-        size = count, len(rows[0]), sum(coordinates.sizes)
-        u = rows[0].new_zeros(size, dtype=coordinates.dtype)
-        self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.pair)
+        size = len(rows[0]), sum(self.coordinates.sizes)
+        try:
+            for count in {min(each, self.chunk(rows)) for each in particles}:
+                u = rows[0].new_zeros(count, *size, dtype=self.coordinates.dtype)
+                self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.pair)
+        except CaptureError as error:
+            self.graphs.clear()
+            warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=4)
 
     def chunk(self, rows: tuple) -> int:
         """How many particles of these data are scored at once."""
         return max(1, self.max_rows // len(rows[0]))
-
-    def _at(self, rows: tuple, u: Tensor) -> list[Tensor]:
-        return self.graphs.get(u.shape, self._eager)(u, *rows)
 
     def _eager(self, u: Tensor, *rows: Tensor) -> list[Tensor]:
         with torch.enable_grad():
@@ -239,17 +242,14 @@ class GeometricPath:
 def _slope(density: Tensor, u: Tensor) -> Tensor:
     if not density.requires_grad:
         return torch.zeros_like(u)
-    slope = torch.autograd.grad(density.sum(), u, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(u) if slope is None else slope
+    return torch.autograd.grad(density.sum(), u, retain_graph=True, materialize_grads=True)[0]
+
+
+Move = Callable[[State, float, Tensor], tuple[State, Tensor]]
 
 
 def transition(
-    path: GeometricPath,
-    rows: tuple,
-    state: State,
-    beta: float,
-    stride: Tensor,
-    num_steps: int,
+    path: GeometricPath, rows: tuple, num_steps: int, state: State, beta: float, stride: Tensor
 ) -> tuple[State, Tensor]:
     r"""One Hamiltonian move that leaves the density at β invariant.
 
@@ -281,14 +281,7 @@ def transition(
     return moved.where(uniform < probability, state), probability
 
 
-def adapt(
-    path: GeometricPath,
-    rows: tuple,
-    state: State,
-    betas: list[float],
-    num_steps: int,
-    tick: Callable[[], None],
-) -> list[Tensor]:
+def adapt(move: Move, state: State, betas: list[float], tick: Callable[[], Any]) -> list[Tensor]:
     r"""Step sizes ``[N, D]`` for each temperature in rising order, found by a run of its own.
 
     .. math:: \epsilon_d = \epsilon \, \bigl(E[(\partial_d \ln f_\beta)^2]\bigr)^{-1/2}
@@ -308,7 +301,7 @@ def adapt(
             curvature = seen if curvature is None else torch.lerp(curvature, seen, FORGET)
             scale = curvature.clamp(min=FLAT).rsqrt()
             stride = step[:, None].to(scale.dtype) * scale
-            state, accepted = transition(path, rows, state, beta, stride, num_steps)
+            state, accepted = move(state, beta, stride)
             step = (step * (RATE * (accepted.mean(0) - TARGET)).exp()).clamp(1e-6, 10.0)
         found.append(found[-1] if index % kept else stride)
         tick()
@@ -316,13 +309,11 @@ def adapt(
 
 
 def anneal(
-    path: GeometricPath,
-    rows: tuple,
+    move: Move,
     state: State,
     betas: list[float],
     strides: list[Tensor],
-    num_steps: int,
-    tick: Callable[[], None],
+    tick: Callable[[], Any],
     *,
     backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -339,16 +330,14 @@ def anneal(
     References:
         Neal (2001), Annealed importance sampling; Grosse et al. (arXiv 1511.02543), section 3.
     """
-    knots = [0.0, *betas, 1.0]
-    order = list(range(len(betas)))
-    gaps = [after - before for before, after in pairwise(knots)]
+    order = list(zip(betas, strides, strict=True))
+    gaps = [after - before for before, after in pairwise([0.0, *betas, 1.0])]
     accepted = torch.zeros_like(state.target[0])
     if backward:
         order, gaps = order[::-1], gaps[::-1]
     log_weight = gaps[0] * (state.target - state.start)
-    for index, gap in zip(order, gaps[1:], strict=True):
-        at = betas[index], strides[index], num_steps
-        state, probability = transition(path, rows, state, *at)
+    for (beta, stride), gap in zip(order, gaps[1:], strict=True):
+        state, probability = move(state, beta, stride)
         log_weight = log_weight + gap * (state.target - state.start)
         accepted = accepted + probability.mean(0) / len(betas)
         tick()
