@@ -111,7 +111,13 @@ def to_inference_data(
         ValueError: If the pair breaks the contract, the guide has no density, a log-weight is
             NaN, or labels or estimate are not of these data.
     """
-    _check(len(x), num_samples, num_prior, first, labels)
+    if num_samples < 1 or num_prior < 0 or first < 0:
+        raise InputError(
+            f"Expected num_samples >= 1, num_prior >= 0 and first >= 0, got {num_samples}, "
+            f"{num_prior} and {first}."
+        )
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"Expected a label for each of {len(x)} data points, got {len(labels)}.")
     seed, start = draw_seed(seed), 0
     if log_likelihood is None:
         options: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "compile": False}
@@ -128,7 +134,7 @@ def to_inference_data(
         if (each := getattr(log_likelihood, name)) is not None:
             found[f"sample_stats/{name}"] = each[start : start + len(x)]
     names = _arguments(model, len(context))
-    found |= {f"constant_data/{n}": c for n, c in zip(names, context, strict=True)}
+    found |= {f"constant_data/{n}": rows for n, rows in zip(names, context, strict=True)}
     about = {
         "model": getattr(model, "__qualname__", type(model).__name__),
         "guide": getattr(guide, "__qualname__", type(guide).__name__),
@@ -143,7 +149,8 @@ def to_inference_data(
     }
     coords: dict[str, Any] = {"datum": np.arange(first, first + len(x))}
     if labels is not None:
-        coords["label"] = ("datum", _labels(labels))
+        known = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        coords["label"] = ("datum", known if known.dtype.kind in "iufU" else known.astype(str))
     return _tree(found, coords, about | dict(attrs or {}))
 
 
@@ -278,18 +285,6 @@ def _dataset(group: str, inside: Found, coords: dict, attrs: dict) -> xarray.Dat
     return xarray.Dataset(variables, coords, attrs)
 
 
-def _check(
-    n: int, num_samples: int, num_prior: int, first: int, labels: Tensor | Sequence | None
-) -> None:
-    if num_samples < 1 or num_prior < 0 or first < 0:
-        raise InputError(
-            f"Expected num_samples >= 1, num_prior >= 0 and first >= 0, got {num_samples}, "
-            f"{num_prior} and {first}."
-        )
-    if labels is not None and len(labels) != n:
-        raise InputError(f"Expected a label for each of {n} data points, got {len(labels)}.")
-
-
 def _place(found: LogLikelihood, data: str, n: int, first: int) -> int:
     """Where these data begin in an estimate."""
     given = len(found.log_prob)
@@ -310,11 +305,6 @@ def _arguments(model: Callable, count: int) -> list[str]:
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = named[1 : count + 1]
     return named + [f"context_{i}" for i in range(len(named), count)]
-
-
-def _labels(labels: Tensor | Sequence) -> np.ndarray:
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    return found if found.dtype.kind in "iufU" else found.astype(str)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -26,7 +25,7 @@ FLIPPED = 1e-4
 
 Sites = Tensor | dict[str, Tensor]
 Rows = tuple[Tensor, ...]
-Run = Callable[..., list[Tensor]]
+Read = Callable[..., dict[str, Site]]
 
 
 def sample(
@@ -63,7 +62,8 @@ def sample(
         n = len(context[0]) if context else 64
     if n < 1 or len(like) < 1:
         raise InputError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
-    return _one_or_all(_generate(model, {}, like, n, context, mean, seed, compile))
+    options = {"mean": mean, "seed": seed, "compile": compile}
+    return _one_or_all(_generate(model, {}, like, n, context, options))
 
 
 def decode(
@@ -95,7 +95,8 @@ def decode(
     if not latents:
         raise InputError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))
-    return _one_or_all(_generate(model, latents, like, n, context, mean, seed, compile))
+    options = {"mean": mean, "seed": seed, "compile": compile}
+    return _one_or_all(_generate(model, latents, like, n, context, options))
 
 
 def reconstruct(
@@ -131,7 +132,7 @@ def reconstruct(
         trace = pair.trace_posterior(*rows)
         return {name: trace.nodes[name] for name in pair.known.observed}
 
-    return _one_or_all(_Forward(pair, read, mean)((x, *context), seed, compile))
+    return _one_or_all(_forward(pair, read, (x, *context), mean, seed, compile))
 
 
 def encode(
@@ -159,7 +160,7 @@ def encode(
         sites = samples(pair.trace_guide(*rows))
         return {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
 
-    return _Forward(pair, read, mean=True)((x, *context), seed, compile)
+    return _forward(pair, read, (x, *context), True, seed, compile)
 
 
 def interpolate(
@@ -201,7 +202,7 @@ def interpolate(
         name: torch.lerp(z[:, None], end[name][:, None], t.reshape(-1, *[1] * (z.dim() - 1)))
         for name, z in start.items()
     }
-    return _decode_paths(model, path, context, x, seed, compile)
+    return _decode_paths(model, path, context, x, seed=seed, compile=compile)
 
 
 def traverse(
@@ -242,7 +243,7 @@ def traverse(
         raise InputError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
     path = {n: torch.stack([z] * len(values), 1) for n, z in latents.items()}
     path[site][..., dim] = values.to(x).reshape(-1, *[1] * (latents[site].dim() - 2))
-    return _decode_paths(model, path, context, x, seed, compile)
+    return _decode_paths(model, path, context, x, seed=seed, compile=compile)
 
 
 @torch.no_grad()
@@ -297,10 +298,9 @@ def _generate(
     like: Tensor,
     n: int,
     context: tuple,
-    mean: bool,
-    seed: int | None,
-    compile: bool | str,
+    options: dict[str, Any],
 ) -> dict[str, Tensor]:
+    """Values ``[n, ...]`` of observed sites; ``options`` are those of :func:`sample`."""
     given = (*context, *latents.values())
     if lengths := [len(tensor) for tensor in given if len(tensor) != n]:
         raise InputError(
@@ -320,22 +320,17 @@ def _generate(
         return observed
 
     template = like[:1].expand(n, *like.shape[1:])
-    return _Forward(pair, read, mean)((template, *given), seed, compile)
+    return _forward(pair, read, (template, *given), **options)
 
 
 def _decode_paths(
-    model: Callable,
-    path: dict[str, Tensor],
-    context: tuple,
-    like: Tensor,
-    seed: int | None,
-    compile: bool | str,
+    model: Callable, path: dict[str, Tensor], context: tuple, like: Tensor, **options: Any
 ) -> Sites:
     """E[x | z] at S latents of each datum, ``[N, S, ...]`` by site."""
     n, steps = next(iter(path.values())).shape[:2]
     latents = {name: z.flatten(0, 1) for name, z in path.items()}
     along = tuple(c.repeat_interleave(steps, 0) for c in context)
-    found = _generate(model, latents, like, n * steps, along, True, seed, compile)
+    found = _generate(model, latents, like, n * steps, along, {"mean": True, **options})
     return _one_or_all({name: value.unflatten(0, (n, steps)) for name, value in found.items()})
 
 
@@ -352,98 +347,90 @@ def tile_size(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 16_384
 
 
-@dataclass
-class _Forward:
+@torch.no_grad()
+def _forward(
+    pair: Pair, read: Read, rows: Rows, mean: bool, seed: int | None, compile: bool | str
+) -> dict[str, Tensor]:
     """Values ``[N, ...]`` of sites of a program, which runs on one tile of rows after another.
 
-    The first tile draws under the seed itself, every other under a seed of its own. All but the
-    first and a smaller last one may run as one compiled graph, which is checked against an eager
-    run with the same noise; a tile in which a NaN or data outside their support come up runs
-    eagerly again. A program that cannot be run on a part of the rows is run on all at once.
-
     ``read`` runs the program on a tile's rows and returns the sites, to take the mean or the draw
-    of. Before an eager run of both programs their rows are inspected.
+    of. The first tile draws under the seed itself, every other under a seed of its own. All but
+    the first and a smaller last one may run as one compiled graph, which is checked against an
+    eager run with the same noise; a tile in which a NaN or data outside their support come up
+    runs eagerly again. A program that cannot be run on a part of the rows is run on all at once.
     """
+    size, home = tile_size(pair.device), rows[0].device
+    pays = should_compile(compile, len(rows[0]) >= PAYS_AFTER)
+    tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))
+    with pair.mode(training=False):
+        if len(tiles) > 1:
+            try:
+                return _tiled(pair, read, tiles, mean, seed, pays)
+            except torch.OutOfMemoryError:
+                raise
+            except (ValueError, RuntimeError):
+                pass  # All rows at once may run, or else name what is wrong.
+        found = _eager(pair, read, rows, mean, seed)[0]
+    return {name: value.to(home) for name, value in found.items()}
 
-    pair: Pair
-    read: Callable[..., dict[str, Site]]
-    mean: bool
 
-    @torch.no_grad()
-    def __call__(self, rows: Rows, seed: int | None, compile: bool | str) -> dict[str, Tensor]:
-        pays = should_compile(compile, len(rows[0]) >= PAYS_AFTER)
-        with self.pair.mode(training=False):
-            found = self._tiled(rows, seed, pays) or self._eager(rows, seed)[0]
-        return {name: value.to(rows[0].device) for name, value in found.items()}
+def _eager(
+    pair: Pair, read: Read, rows: Rows, mean: bool, seed: int | None
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The sites' values, and the names of those whose mean that is."""
+    rows = tuple(tensor.to(pair.device) for tensor in rows)
+    with seeded(seed, rows[0].device):
+        if None not in (pair.model, pair.guide):
+            inspect_pair(pair, *rows)
+        sites = _sites(read, rows)
+    means = {name for name, site in sites.items() if mean and _has_mean(site)}
+    return _values(sites, means), means
 
-    def _eager(self, rows: Rows, seed: int | None) -> tuple[dict[str, Tensor], set[str]]:
-        """The sites' values, and the names of those whose mean that is."""
-        rows = self._placed(rows)
-        with seeded(seed, rows[0].device):
-            if None not in (self.pair.model, self.pair.guide):
-                inspect_pair(self.pair, *rows)
-            sites = self._sites(*rows)
-        means = {name for name, site in sites.items() if self.mean and _has_mean(site)}
-        return _values(sites, means), means
 
-    def _tiled(self, rows: Rows, seed: int | None, pays: bool) -> dict[str, Tensor]:
-        """All rows' values; none where the program fails on a part of them, or one tile does."""
-        size, found = tile_size(self.pair.device), {}
-        tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))
-        if len(tiles) == 1:
-            return {}
-        try:
-            first, means = self._eager(tiles[0], seed)
-            if any(value.shape[:1] != (size,) for value in first.values()):
-                return {}
-            seed, run = draw_seed(seed), partial(self._flat, means)
-            graph = self._compiled(run, tiles[0], first, means) if pays else run
-            for name, value in first.items():
-                shape = len(rows[0]), *value.shape[1:]
-                found[name] = value.new_empty(shape, device=rows[0].device)
-            for index, tile in enumerate(tiles):
-                fast = graph if len(tile[0]) == size else run
-                values = self._tile(tile, fast, first, subseed(seed, index)) if index else first
-                for name, value in values.items():
-                    found[name][index * size : (index + 1) * size] = value
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, RuntimeError):  # All rows at once may run, or else name what is wrong.
-            return {}
-        return found
+def _tiled(
+    pair: Pair, read: Read, tiles: list[Rows], mean: bool, seed: int | None, pays: bool
+) -> dict[str, Tensor]:
+    """All rows' values, ``[N, ...]`` where the rows are."""
+    first, means = _eager(pair, read, tiles[0], mean, seed)
+    size, total, home = len(tiles[0][0]), sum(len(tile[0]) for tile in tiles), tiles[0][0].device
+    if any(value.shape[:1] != (size,) for value in first.values()):
+        raise InputError(f"Expected a value for each of {size} rows.")
 
-    def _tile(self, tile: Rows, run: Run, names: Iterable[str], seed: int) -> dict[str, Tensor]:
-        rows = self._placed(tile)
-        with seeded(seed, rows[0].device):
-            *values, sound = run(*rows)
-        if not bool(sound):
-            return self._eager(tile, seed)[0]
-        return dict(zip(names, values, strict=True))
-
-    def _flat(self, means: set[str], *rows: Tensor) -> list[Tensor]:
+    def run(*rows: Tensor) -> list[Tensor]:
         """A tile's values, and whether they and the data are sound."""
-        sites = self._sites(*rows)
+        sites = _sites(read, rows)
         values = [*_values(sites, means).values()]
         sound = [~value.isnan().any() for value in values]
         observed = [site for site in sites.values() if site["is_observed"]]
         sound += [site["fn"].support.check(site["value"]).all() for site in observed]
         return [*values, torch.stack(sound).all()]
 
-    def _compiled(self, run: Run, tile: Rows, names: Iterable[str], means: set[str]) -> Run:
-        """The run of a tile as one graph; as it is, and a warning, where that fails."""
-        named = [(f"site {name!r}", 0.0 if name in means else FLIPPED) for name in names]
+    seed, graph = draw_seed(seed), run
+    if pays:
+        named = [(f"site {name!r}", 0.0 if name in means else FLIPPED) for name in first]
         try:
-            return audited(run, self._placed(tile), self.pair, named)
+            graph = audited(run, tuple(t.to(pair.device) for t in tiles[0]), pair, named)
         except CaptureError as error:
             text = f"The program runs eagerly, not compiled: {error}."
-            warnings.warn(text, stacklevel=6)  # The line that called a function of this module.
-            return run
+            warnings.warn(text, stacklevel=5)  # The line that called a function of this module.
+    shapes = {name: (total, *value.shape[1:]) for name, value in first.items()}
+    found = {name: first[name].new_empty(shape, device=home) for name, shape in shapes.items()}
+    for index, tile in enumerate(tiles):
+        part = first
+        if index:
+            rows = tuple(tensor.to(pair.device) for tensor in tile)
+            with seeded(seed, rows[0].device, index):
+                *values, sound = (graph if len(rows[0]) == size else run)(*rows)
+            part = dict(zip(first, values, strict=True))
+            if not bool(sound):
+                part, _ = _eager(pair, read, tile, mean, subseed(seed, index))
+        for name, value in part.items():
+            found[name][index * size : (index + 1) * size] = value
+    return found
 
-    def _sites(self, *rows: Tensor) -> dict[str, Site]:
-        return {n: site for n, site in self.read(*rows).items() if not is_bookkeeping(site)}
 
-    def _placed(self, tile: Rows) -> Rows:
-        return tuple(tensor.to(self.pair.device) for tensor in tile)
+def _sites(read: Read, rows: Rows) -> dict[str, Site]:
+    return {name: site for name, site in read(*rows).items() if not is_bookkeeping(site)}
 
 
 def _values(sites: dict[str, Site], means: set[str]) -> dict[str, Tensor]:

@@ -92,7 +92,14 @@ def diagnose(
         >>> print(found.verdict)
         4 of 4 units are active. Of the rate of ... nats, ...
     """
-    labels = _check(x, labels, num_samples)
+    if len(x) < 2:
+        raise InputError(
+            f"Expected at least two data points, got {len(x)}: diagnose more of them together."
+        )
+    at_least({"num_samples": 2}, num_samples)
+    labels = None if labels is None else torch.as_tensor(labels)
+    if labels is not None and len(labels) != len(x):
+        raise InputError(f"Expected a label for each of {len(x)} data points, got {len(labels)}.")
     total = len(x) + _draws(len(x))
     with (
         Evaluation(model, guide, (x, *context), seed).opened() as task,
@@ -128,39 +135,20 @@ def diagnose(
     )
 
 
-def _check(x: Tensor, labels: Any, num_samples: int) -> Tensor | None:
-    if len(x) < 2:
-        raise InputError(
-            f"Expected at least two data points, got {len(x)}: diagnose more of them together."
-        )
-    at_least({"num_samples": 2}, num_samples)
-    labels = None if labels is None else torch.as_tensor(labels)
-    if labels is not None and len(labels) != len(x):
-        raise InputError(f"Expected a label for each of {len(x)} data points, got {len(labels)}.")
-    return labels
-
-
 def _examine(
     task: Evaluation, particles: int, tick: Callable[[int], Any]
 ) -> tuple[Tensor, Tensor, dict[str, SitePosterior]]:
     """:func:`pyrovae.diagnostics.units.examine` of all data, a tile at a time."""
-    parts = []
-    size = max(1, ROWS // particles)
-    tiles = zip(*(tensor.split(size) for tensor in task.rows), strict=True)
+    parts, size = [], max(1, ROWS // particles)
     with seeded(task.seed, task.device, 0, DRAW_STREAM):
-        for rows in tiles:
+        for rows in zip(*(tensor.split(size) for tensor in task.rows), strict=True):
             parts.append(examine(task.pair, rows, particles))
             tick(len(rows[0]))
     rate, distortion, sites = zip(*parts, strict=True)
-    joined = {
-        name: sites[0][name]._replace(
-            **{
-                each: torch.cat([getattr(site[name], each) for site in sites])
-                for each in ("kl", "mean", "noise", "used")
-            }
-        )
-        for name in task.pair.known.latents
-    }
+    joined = {}
+    for name in task.pair.known.latents:
+        *tensors, factorized, width = zip(*(site[name] for site in sites), strict=True)
+        joined[name] = SitePosterior._make([*map(torch.cat, tensors), factorized[0], width[0]])
     return torch.cat(rate), torch.cat(distortion), joined
 
 
@@ -172,9 +160,8 @@ def _site(site: SitePosterior, home: torch.device) -> SiteDiagnosis:
     if int(used.sum()) > 1:
         variance = (mean[used].var(0) - noise[used].mean(0)).clamp(min=0)
     variance = variance.reshape(-1, site.width).sum(-1)
-    return SiteDiagnosis(
-        kl.mean(0), standard_error(kl), variance, variance > ACTIVE, site.factorized
-    )
+    error = standard_error(kl)
+    return SiteDiagnosis(kl.mean(0), error, variance, variance > ACTIVE, site.factorized)
 
 
 def _aggregate(

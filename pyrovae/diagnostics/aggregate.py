@@ -148,25 +148,20 @@ def _spread(values: Values, axes: dict[str, int], num_data: int) -> Values:
 
 
 def _axes(pair: Pair, rows: tuple) -> dict[str, int]:
-    """Where the batch lies in each latent's value, counted from the right.
-
-    Raises:
-        ValueError: If a latent is masked for some data and not for others.
-    """
+    """Where the batch lies in each latent's value, counted from the right."""
     axes: dict[str, int] = {}
     seen: dict[str, set[bool]] = {name: set() for name in pair.known.latents}
     for tile in _tiles(rows):
         sites = samples(pair.trace_guide(*tile, particles=1))
         for name, kinds in seen.items():
-            site = sites[name]
-            axes[name] = pair.known.dim - site["fn"].event_dim
-            kinds.update(unmasked(site).unique().tolist())
-    for name, kinds in seen.items():
-        if len(kinds) > 1:
-            raise InputError(
-                f"Latent {name!r} is masked for some data and not for others, so that {UNKNOWN}: "
-                f"take data that are alike in that, such as all labelled or all unlabelled."
-            )
+            axes[name] = pair.known.dim - sites[name]["fn"].event_dim
+            kinds.update(unmasked(sites[name]).unique().tolist())
+            if len(kinds) > 1:
+                raise InputError(
+                    f"Latent {name!r} is masked for some data and not for others, so that "
+                    f"{UNKNOWN}: take data that are alike in that, such as all labelled or all "
+                    f"unlabelled."
+                )
     return axes
 
 

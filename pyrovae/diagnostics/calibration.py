@@ -1,8 +1,4 @@
-"""Is the likelihood calibrated, and what can be read off the code?
-
-:func:`calibrate` measures the coverage of the likelihood's intervals, :func:`fit_probe` the
-accuracy of simple classifiers on posterior means.
-"""
+"""The coverage of the likelihood's intervals, and what classifiers read off posterior means."""
 
 from __future__ import annotations
 

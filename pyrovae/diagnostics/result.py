@@ -57,15 +57,8 @@ class SiteDiagnosis:
 
     def summary(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        found = {
-            "kl": self.kl.tolist(),
-            "kl_total": self.kl_total,
-            "active_units": self.active_units,
-            "units": self.units,
-            "posterior_mean_variance": self.posterior_mean_variance.tolist(),
-            "factorized": self.factorized,
-        }
-        return _known(found)
+        names = "kl", "kl_total", "active_units", "units", "posterior_mean_variance", "factorized"
+        return _known({name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -208,6 +201,8 @@ def _mean(each: Tensor) -> dict[str, float]:
 
 def _known(value: Any) -> Any:
     """A value as JSON has it: None for NaN and infinity."""
+    if isinstance(value, Tensor):
+        return _known(value.tolist())
     if isinstance(value, dict):
         return {name: _known(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -43,9 +43,6 @@ def examine(
 
     Divergences are in closed form where there is one and both programs sample their latents in
     one order, and means over draws elsewhere.
-
-    Raises:
-        ValueError: If a site's log-probability is NaN.
     """
     layout, size = pair.known, (particles, len(rows[0]))
     traces = pair.trace(*rows, particles=particles)
