@@ -1,0 +1,83 @@
+"""The script behind the table of the literature: it runs to its end, and goes on where it was."""
+
+import json
+import sys
+
+import literature
+import pytest
+
+import pyrovae
+from pyrovae.runs import Run
+
+TINY = ["--small", "--test", "10", "--images", "4", "--simulated", "2", "--chains", "2"]
+TINY += ["--temperatures", "2", "--samples", "20"]
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    def written(*arguments, runs="runs"):
+        out = tmp_path / f"{runs}.json"
+        given = ["literature.py", *TINY, "--runs", str(tmp_path / runs), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", [*given, *arguments])
+        literature.main()
+        return json.loads(out.read_text())["rows"]
+
+    return written
+
+
+def _lasting(row):
+    """What does not depend on the time that it took."""
+    return {k: v for k, v in row.items() if "seconds" not in k and "hours" not in k}
+
+
+def test_a_row_has_every_number_of_its_table(rows):
+    found = rows("--only", "gated-vamp", "iwae-5")
+    assert list(found) == ["iwae-5/0", "gated-vamp/0"]
+    for row in found.values():
+        assert row["steps"] == 26
+        assert row["NLL"] == row["curve"]["NLL"][-1] < row["curve"]["NLL"][0]
+        assert -row["ELBO"] == pytest.approx(row["rate"] + row["distortion"], rel=1e-4)
+        assert row["curve of training"]["epoch"] == [1, 2]
+        assert {"annealed NLL", "bidirectional gap", "amortization gap", "active units"} <= set(row)
+
+
+def test_a_stopped_row_goes_on_where_it_was(rows, monkeypatch, tmp_path):
+    whole = rows("--only", "vae", runs="whole")["vae/0"]
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    save = Run.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_checkpoint", lambda run, state: (save(run, state), stop()))
+        with pytest.raises(KeyboardInterrupt):
+            rows("--only", "vae")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(Run(folder).load_checkpoint()["history"]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(literature, "sandwich", stop)
+        with pytest.raises(KeyboardInterrupt):
+            rows("--only", "vae")
+    monkeypatch.setattr(literature, "sampled", stop)
+    monkeypatch.setattr(pyrovae.SVI, "update", stop)
+    assert _lasting(rows("--only", "vae")["vae/0"]) == _lasting(whole)
+
+
+def test_the_logits_start_at_the_means_of_all_that_is_trained_on(rows, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(run, made, **options):
+        seen.append(made)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(literature, "train_run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        rows("--only", "two-layer-vae", "--all")
+    (made,) = seen
+    assert (len(made.data.train), len(made.data.intensities), made.data.valid) == (1438, 1438, None)
+    assert made.config["objective_settings"] == {"warm_up": 30}
+    mean = made.model.decoder.last.bias.sigmoid().view(8, 8)
+    expected = made.data.train.mean((0, 1)).clamp(1e-3, 1 - 1e-3)
+    assert (mean - expected).abs().max() < 1e-5
+    grey = made.data.intensities.double().mean((0, 1, 2, 3)) / made.data.scale
+    assert abs(grey - made.data.train.double().mean()) < 0.01
