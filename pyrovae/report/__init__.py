@@ -46,7 +46,6 @@ CAPTIONS = {
     "interpolations": "From one datum to another along a line between their latents.",
     "manifold": "What the model decodes across the latent plane.",
 }
-SPLITS = {"train": "training", "valid": "validation"}
 
 
 def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
@@ -69,9 +68,8 @@ def sample_picture(
     """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
     rows = [tensor[torch.arange(n) % len(tensor)] for tensor in context]
     images = _first(sample(model, *rows, like=like, n=n, mean=True, seed=seed))
-    return plots.image_grid(
-        images.reshape(n, *like.shape[1:]), title="Samples, E[x | z] with z from the prior"
-    )
+    title = "Samples, E[x | z] with z from the prior"
+    return plots.image_grid(images.reshape(n, *like.shape[1:]), title=title)
 
 
 def render_report(
@@ -92,7 +90,7 @@ def render_report(
     for split in sorted(results, key=["test", "valid", "train", *results].index):
         found, rows = results[split], () if splits else history
         said = statements(found, history=rows, weights=weights)
-        splits.append({"name": SPLITS.get(split, split), "found": found, "statements": said})
+        splits.append({"name": split, "found": found, "statements": said})
     return _render(
         "report.html.j2",
         title=f"{model} with guide {guide}, trained on {data}",

@@ -227,12 +227,7 @@ def _label_rises(axes: Axes, k: Sequence[float], bound: Sequence[float]) -> None
     """Write at each point what it has over the one before, below the curve where points crowd."""
     for i in range(1, len(k)):
         crowded = k[i] < 5 * k[i - 1] and i > 1
-        axes.annotate(
-            f"{bound[i] - bound[i - 1]:+.2g}",
-            (k[i], bound[i]),
-            xytext=(3, -14) if crowded else (-3, 6),
-            textcoords="offset points",
-            ha="center" if crowded else "right",
-            fontsize=8,
-            color=INK,
-        )
+        place: dict[str, Any] = {"xytext": (3, -14), "ha": "center"} if crowded else {}
+        place = {"xytext": (-3, 6), "ha": "right", "textcoords": "offset points"} | place
+        rise, end = f"{bound[i] - bound[i - 1]:+.2g}", (k[i], bound[i])
+        axes.annotate(rise, end, fontsize=8, color=INK, **place)

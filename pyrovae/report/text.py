@@ -14,6 +14,10 @@ NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanF
 # A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
 # worth a look.
 STEEP, ACTIVE_SHARE = 0.1, 0.5
+LONGER = (
+    "The validation ELBO was best in the last epoch: longer training (pyrovae train --resume "
+    "--epochs) may raise it."
+)
 EARLIER = (
     "These numbers are of earlier weights: the run was trained further since. Evaluate it again."
 )
@@ -61,22 +65,24 @@ def statements(
 
     ``weights`` is the digest of the run's weights as they are now, if it is known.
     """
-    said = [*_evidence(found), *_annealed(found), *_posterior(found), *_training(history)]
+    said = [*_evidence(found), *_gap(found), *_annealed(found), *_posterior(found)]
+    bounds = [row.get("valid_elbo") for row in history]
+    known = [each for each in bounds if each is not None]
+    if len(bounds) > 1 and known and bounds[-1] == max(known):
+        said.append(Verdict("fair", LONGER))
     if weights is not None and found.weights not in (None, weights):
         said.append(Verdict("doubtful", EARLIER))
     return sorted(said, key=lambda each: each.kind != "doubtful")
 
 
 def _evidence(found: Results) -> Iterator[Verdict]:
-    ll = found.log_likelihood
-    if ll is None:
+    if not (ll := found.log_likelihood):
         return
-    share = found.heavy
-    heavy = share is not None and share > HEAVY_SHARE
+    share = found.heavy or 0.0
     if found.verdict:
-        advice = f" From the command line: {MORE}." if heavy else ""
+        advice = f" From the command line: {MORE}." if share > HEAVY_SHARE else ""
         yield Verdict(found.verdict.kind, found.verdict + advice)
-    if heavy:
+    if share > HEAVY_SHARE:
         yield Verdict(
             "doubtful",
             f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above "
@@ -91,13 +97,12 @@ def _evidence(found: Results) -> Iterator[Verdict]:
             f"From {few:,} to {many:,} samples the bound rises by {shown(high - low)} nats: more "
             f"samples will {'raise log p(x) further' if steep else 'hardly change log p(x)'}.",
         )
-    yield from _gap(found, ll.mean)
 
 
-def _gap(found: Results, mean: float | None) -> Iterator[Verdict]:
+def _gap(found: Results) -> Iterator[Verdict]:
     """The comparison of log p(x) with the ELBO of the smaller variance."""
     which = BOUND if BOUND in found.elbo else "trace_elbo"
-    bound = None if found.bound is None else found.bound.mean
+    mean, bound = (found.log_likelihood or Record()).mean, (found.bound or Record()).mean
     if bound is None or mean is None:
         return
     sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
@@ -113,8 +118,8 @@ def _gap(found: Results, mean: float | None) -> Iterator[Verdict]:
 
 
 def _annealed(found: Results) -> Iterator[Verdict]:
-    ais = found.annealed
-    if ais is not None and (over := ais.over_importance_sampling):
+    ais = found.annealed or Record()
+    if over := ais.over_importance_sampling:
         more, error = over.mean or 0.0, over.standard_error or 0.0
         # Below 0.05 nats a difference hides in what papers print, however sure it is.
         short = more > max(2 * error, 0.05)
@@ -124,29 +129,18 @@ def _annealed(found: Results) -> Iterator[Verdict]:
             f"Annealed importance sampling of {ais.num_data} data, less importance sampling of "
             f"the same: {over} nats, {end}.",
         )
-    elif ais is not None and ais.verdict:
+    elif ais.verdict:
         yield Verdict("fair", ais.verdict)
     if found.bidirectional is not None:
         yield Verdict("fair", found.bidirectional.verdict)
 
 
 def _posterior(found: Results) -> Iterator[Verdict]:
-    seen = found.diagnostics
-    if seen is not None and seen.verdict:
+    if (seen := found.diagnostics) and seen.verdict:
         active, units = found.active_units
         dead = any(site.units and not site.active_units for site in seen.sites.values())
         doubtful = dead or active < ACTIVE_SHARE * units
         yield Verdict("doubtful" if doubtful else "good", seen.verdict)
-
-
-def _training(history: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
-    bounds = [row["valid_elbo"] for row in history if row.get("valid_elbo") is not None]
-    if len(history) > 1 and bounds and history[-1].get("valid_elbo") == max(bounds):
-        yield Verdict(
-            "fair",
-            "The validation ELBO was best in the last epoch: longer training (pyrovae train "
-            "--resume --epochs) may raise it.",
-        )
 
 
 def _row(name: str, found: Record) -> str:
