@@ -170,7 +170,7 @@ def _aggregate(
     if not task.pair.known.latents:
         return None, ()
     try:
-        return mix(task.pair, task.rows, _draws(len(task.rows[0])), task.seed, tick), ()
+        return mix(task, _draws(len(task.rows[0])), tick), ()
     except InputError as error:
         return None, (str(error),)
 

@@ -88,22 +88,19 @@ def aggregate_posterior(
         (arXiv 1905.06922), section 2, for the two bounds.
     """
     with Evaluation(model, guide, (x, *context), seed).opened() as task:
-        return mix(task.pair, task.rows, num_draws, task.seed)
+        return mix(task, num_draws)
 
 
 def mix(
-    pair: Pair,
-    rows: tuple,
-    num_draws: int,
-    seed: int,
-    tick: Callable[[int], Any] = lambda count: None,
+    task: Evaluation, num_draws: int, tick: Callable[[int], Any] = lambda count: None
 ) -> Aggregate:
     """What :func:`aggregate_posterior` computes; ``tick`` hears how many draws are finished."""
-    num_data, device, parts = len(rows[0]), rows[0].device, []
-    with seeded(seed, device, 0, STREAM):
+    pair, rows, device = task.pair, task.rows, task.device
+    num_data, parts = len(rows[0]), []
+    with seeded(task.seed, device, 0, STREAM):
         require_scorable(pair, tuple(tensor[:DATA] for tensor in rows), UNKNOWN)
         axes = _axes(pair, rows)
-    with seeded(seed, device, 1, STREAM):
+    with seeded(task.seed, device, 1, STREAM):
         chosen = torch.randperm(num_data)[:num_draws].to(device)
         each = max(1, num_draws // num_data)
         together = max(1, (PAIRS if device.type == "cpu" else ON_DEVICE) // DATA // each)
