@@ -107,8 +107,7 @@ def _train(options: _Train, line: str) -> None:
     try:
         with world.in_turn():
             made = experiment.resolve(options, line, run if resumed else None)
-        tell = _log(run, options)
-        result = experiment.train(run, made, resume=options.resume, on_epoch=tell)
+        result = experiment.train(run, made, resume=options.resume, on_epoch=_log(run, options))
     except (KeyboardInterrupt, ProcessLost) as error:
         epochs = len(run.history())
         again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])

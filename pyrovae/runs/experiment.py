@@ -96,7 +96,7 @@ def train(
     run: Run,
     experiment: Experiment,
     *,
-    resume: bool = False,
+    resume: bool,
     on_epoch: Callable[[Fit], None],
 ) -> Fit:
     """Train an experiment into a run directory, with a checkpoint after each epoch.
