@@ -101,9 +101,8 @@ def log_likelihood(
         raise InputError(f"Expected 0 <= defensive < 1, got {defensive}.")
     points = curve_points(num_samples, curve)
     compiled = should_compile(compile, len(x) * num_samples >= PAYS_AFTER)
-    options = {"num_samples": num_samples, "curve": points, "compiled": compiled}
-    options |= {"method": "importance sampling", "defensive": defensive}
-    options |= {"refine_steps": refine_steps}
+    options = {"method": "importance sampling", "num_samples": num_samples, "curve": points}
+    options |= {"defensive": defensive, "refine_steps": refine_steps, "compiled": compiled}
     task = Evaluation(model, guide, (x, *context), seed, max_rows, checkpoint, processes)
     with task.opened():
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):

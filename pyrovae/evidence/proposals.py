@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -76,10 +76,8 @@ def joint_density(
     hidden = layout.latents + layout.enumerated
     prior = total((score for name, score in sites.items() if name in hidden), zero)
     likelihood = total((score for name, score in sites.items() if name not in hidden), zero)
-    if placed is None:
-        return Scored(prior, likelihood, zero, latents, sites)
-    parts = (reduce_to(each, layout, *zero.shape) for each in placed.log_det.values())
-    log_det = total(parts, zero)
+    jacobians = placed.log_det.values() if placed else ()
+    log_det = total((reduce_to(each, layout, *zero.shape) for each in jacobians), zero)
     return Scored(prior + log_det, likelihood, log_det, latents, sites)
 
 
@@ -204,17 +202,14 @@ class Sampler:
 
     def draw(self, rows: tuple) -> tuple[Values, Tensor]:
         """A tile of values for each datum, and their log-densities under the proposal."""
-        *values, density = (self._graphs[0] if self._graphs else self._draw)(*rows)
+        *values, density = (self._graphs or [self._draw])[0](*rows)
         return dict(zip(self.pair.layout.latents, values, strict=True)), density
 
     def score(self, rows: tuple, particles: int, values: Values) -> tuple[Tensor, Tensor]:
         """ln p(z) and ln p(x | z) of the first K of drawn values, ``[K, N]`` in float64."""
-        if self._graphs:  # which are for whole chunks, so the last one is cut afterwards
-            chunks = chunked(values, -(-particles // self.chunk) * self.chunk, self.chunk)
-            parts = [self._graphs[1](*rows, *some.values()) for _, some in chunks]
-        else:
-            chunks = chunked(values, particles, self.chunk)
-            parts = [self._score(rows, *some) for some in chunks]
+        # A graph is for whole chunks, so the last one is cut afterwards.
+        count = -(-particles // self.chunk) * self.chunk if self._graphs else particles
+        parts = [self._score(rows, *some) for some in chunked(values, count, self.chunk)]
         prior, likelihood = (torch.cat(each)[:particles] for each in zip(*parts, strict=True))
         return prior, likelihood
 
@@ -231,6 +226,8 @@ class Sampler:
     def _score(
         self, rows: tuple, particles: int, values: Values, *, fused: bool = False
     ) -> list[Tensor]:
+        if self._graphs:
+            return self._graphs[1](*rows, *values.values())
         space = self.proposal.unconstrained
         found = joint_density(self.pair, rows, particles, values, unconstrained=space, fused=fused)
         return [found.prior, found.likelihood]
@@ -279,11 +276,10 @@ def require_density(pair: Pair, rows: tuple) -> bool:
 
 def require_scorable(pair: Pair, rows: tuple, mend: str) -> None:
     """Refuse a guide that cannot score latents that it did not draw; ``mend`` says what to do."""
-    auxiliary, points = _odd_sites(pair, rows)
-    if auxiliary or points:
+    if odd := sorted({*chain(*_odd_sites(pair, rows))}):
         raise InputError(
-            f"The guide cannot score latents that it did not draw, because of its sites "
-            f"{sorted({*auxiliary, *points})}: {mend}."
+            f"The guide cannot score latents that it did not draw, because of its sites {odd}: "
+            f"{mend}."
         )
     try:
         _at_prior_draws(pair, rows)

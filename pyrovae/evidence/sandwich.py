@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pyro import poutine
@@ -151,21 +152,17 @@ def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
             f"Expected a site of the model that observes x itself, got {sorted(names)}, so that "
             f"data drawn from the model cannot be shown to the guide."
         )
-    pair.model = _observing(model, len(rows), axes)
+    pair.model = partial(_observing, model, len(rows), axes)
     pair.guide = lambda *given: guide(*given[: len(rows)])
     task.set_rows((*args, *data.values()))
     return {name: drawn[name]["value"] for name in layout.latents}
 
 
-def _observing(model: Callable, count: int, axes: dict[str, int]) -> Callable:
-    """A model whose sites observe what follows its arguments, the batch's dimension at ``axes``."""
-
-    def program(*rows: Tensor) -> None:
-        places = zip(axes.items(), rows[count:], strict=True)
-        with Given({}, {name: value.movedim(0, axis) for (name, axis), value in places}):
-            model(*rows[:count])
-
-    return program
+def _observing(model: Callable, count: int, axes: dict[str, int], *rows: Tensor) -> None:
+    """Run a model whose sites observe what follows its arguments, the batch at ``axes``."""
+    places = zip(axes.items(), rows[count:], strict=True)
+    with Given({}, {name: value.movedim(0, axis) for (name, axis), value in places}):
+        model(*rows[:count])
 
 
 def _replaced(arg: Tensor, was: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:

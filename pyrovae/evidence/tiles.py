@@ -109,7 +109,8 @@ class Evaluation:
         """
         if self.file is not None:
             self.about |= options | self._fingerprint()
-            self._resume(self.file)
+            if self.file.exists():
+                self._resume(self.file)
         self._tiles = tile_rows(self.rows)
         left = list(enumerate(self._tiles))[self.part[0] :: self.part[1]][len(self._found) :]
         self.bar = progress_bar(None, enabled=progress, total=len(left) * work, desc="log p(x)")
@@ -155,14 +156,12 @@ class Evaluation:
         """Replace the checkpoint, if there is one: all of it, or nothing."""
         if self.file is None or self._saved == len(self._found):
             return
-        content = pack_tensors(_join(self._found), {"about": json.dumps(self.about)})
-        write_atomic(self.file, content)
+        about = {"about": json.dumps(self.about)}
+        write_atomic(self.file, pack_tensors(_join(self._found), about))
         self._saved, self._saved_at = len(self._found), time.monotonic()
 
     def _resume(self, file: Path) -> None:
         """Take up the finished tiles of a checkpoint, which has to be of this evaluation."""
-        if not file.exists():
-            return
         from safetensors.torch import load_file
 
         different = (

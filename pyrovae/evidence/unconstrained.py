@@ -56,7 +56,7 @@ class Coordinates:
             n: pair.known.dim - to_support(n, fn).domain.event_dim for n, fn in fns.items()
         }
         example = self.points(rows, 1, pair.draw_prior(rows, 1))
-        self.dtype = torch.cat([value.reshape(-1) for value in example.values()]).dtype
+        self.dtype = self.join(example).dtype
         moved = {n: v.movedim(self.axes[n], 1) for n, v in example.items()}
         self.shapes = {name: value.shape[2:] for name, value in moved.items()}
         self.sizes = [prod(shape) for shape in self.shapes.values()]
@@ -180,13 +180,6 @@ class State(NamedTuple):
         """Its gradient."""
         return (1 - beta) * self.start_slope + beta * self.target_slope
 
-    def where(self, mask: Tensor, other: State) -> State:
-        """This state where a mask ``[K, N]`` holds, another one elsewhere."""
-        pairs = zip(self, other, strict=True)
-        return State(
-            *(torch.where(mask if a.dim() == 2 else mask[..., None], a, b) for a, b in pairs)
-        )
-
 
 class GeometricPath:
     r"""What lies between the guide, or the prior, and the posterior of each datum.
@@ -225,18 +218,14 @@ class GeometricPath:
     def _eager(self, u: Tensor, *rows: Tensor) -> list[Tensor]:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            densities = self._densities(rows, u)
+            points = self.coordinates.split(u)
+            found = joint_density(self.pair, rows, len(u), points, unconstrained=True)
+            start = found.prior
+            if self.initial == "guide":
+                start = guide_density(self.pair, rows, len(u), found.latents) + found.log_det
+            densities = found.prior + found.likelihood, start
             slopes = [_slope(density, u) for density in densities]
         return [*(density.detach() for density in densities), *slopes]
-
-    def _densities(self, rows: tuple, u: Tensor) -> tuple[Tensor, Tensor]:
-        points = self.coordinates.split(u)
-        scored = joint_density(self.pair, rows, len(u), points, unconstrained=True)
-        target = scored.prior + scored.likelihood
-        if self.initial == "prior":
-            return target, scored.prior
-        guide = guide_density(self.pair, rows, len(u), scored.latents)
-        return target, guide + scored.log_det
 
 
 def _slope(density: Tensor, u: Tensor) -> Tensor:
@@ -278,7 +267,9 @@ def transition(
     after = moved.density(beta) - 0.5 * momentum.double().square().sum(-1)
     gain = torch.where(sound, after - before, -torch.inf).nan_to_num(nan=-torch.inf)
     probability = gain.exp().clamp(max=1)
-    return moved.where(uniform < probability, state), probability
+    accept = uniform < probability
+    masks = [accept[..., None] if each.dim() == 3 else accept for each in state]
+    return State(*map(torch.where, masks, moved, state)), probability
 
 
 def adapt(move: Move, state: State, betas: list[float], tick: Callable[[], Any]) -> list[Tensor]:
