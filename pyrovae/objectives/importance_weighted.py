@@ -3,66 +3,26 @@ r"""Bounds on log p(x) from several samples, each with three estimators of its g
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import (
-    Cells,
+    Scores,
     Through,
-    cells,
     check_cells,
     check_density,
     held_still,
     is_hierarchical,
-    scored_latents,
+    weigh,
 )
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import log_probs, samples
-
-
-class Scores(NamedTuple):
-    """What a batch's particles score, by site, ``[T, *cells]`` each, in nats."""
-
-    where: Cells
-    model: dict[str, Tensor]
-    guide: dict[str, Tensor]
-
-    @property
-    def log_p(self) -> Tensor:
-        """ln p(x, z)."""
-        return total(self.model.values())
-
-    @property
-    def log_weights(self) -> Tensor:
-        """ln p(x, z) − ln q(z | x)."""
-        return self.log_p - total(self.guide.values())
-
-    @property
-    def terms(self) -> dict[str, Tensor]:
-        """The ELBO at β = 1 by site, scaled and summed over the batch."""
-        found = dict(self.model)
-        for name, log_q in self.guide.items():
-            found[name] = found[name] - log_q if name in found else -log_q
-        return {n: -self.where.loss(term.detach().mean(0)) for n, term in found.items()}
-
-
-def weigh(
-    pair: Pair, guide_trace: Trace, args: tuple, particles: int | None, seen: Trace | None = None
-) -> Scores:
-    """Score a guide's particles and the model on them, or on what it has ``seen`` of them."""
-    # Before the model runs: gradients add up in the order of the graph, another rounds otherwise.
-    log_q = log_probs(guide_trace)
-    model_trace = pair.replay_model(seen or guide_trace, *args, particles=particles, sums=True)
-    where = cells((model_trace, guide_trace), pair.known)
-    log_p = log_probs(model_trace)
-    model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
-    return Scores(where, model, guide)
+from pyrovae.pairs.traces import Site, drawn, samples
 
 
 class ImportanceWeighted(Objective):
@@ -124,14 +84,16 @@ class ImportanceWeighted(Objective):
         """Check the pair; the latents with a score, and whether the guide is to be run twice."""
         traces = pair.trace(*args)
         check_cells(traces, pair.known)
-        scored = scored_latents(traces[1])
+        latents = drawn(traces[1])
+        scored = tuple(n for n, s in latents.items() if not is_identically_zero(_score(s)))
         if self.gradient == "plain":
-            return tuple(scored), False
-        for name, family in scored.items():
+            return scored, False
+        for name in scored:
             raise InputError(
                 f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
-                f"draws {name!r} from a {family}: train with iwae, which has a score-function term "
-                f"for it, or with reweighted_wake_sleep, or enumerate it with trace_enum_elbo."
+                f"draws {name!r} from a {type(latents[name]['fn']).__name__}: train with iwae, "
+                f"which has a score-function term for it, or with reweighted_wake_sleep, or "
+                f"enumerate it with trace_enum_elbo."
             )
         hierarchical = is_hierarchical(pair, args)
         check_density(pair, args, hierarchical)
@@ -183,12 +145,10 @@ class ImportanceWeighted(Objective):
         """
         normal = log_weights.unflatten(0, (self.groups, -1)).mul(1 - self.alpha).softmax(1)
         share, rest = (1 - self.beta) / self.groups, self.beta / self.groups / self.particles
-        factor = self.alpha + (1 - self.alpha) * normal
         v = share * normal + rest
+        factor = self.alpha + (1 - self.alpha) * normal
         u = share * normal * factor + rest if self.gradient == "dreg" else v
-        if self.gradient == "stl":
-            factor = torch.ones_like(v)
-        elif rest:
+        if rest:
             factor = u / v
         return v.flatten(0, 1), u.flatten(0, 1), factor.flatten(0, 1)
 
@@ -206,9 +166,8 @@ class ImportanceWeighted(Objective):
         """The score-function term of latents that are not reparameterized, ``[*cells]``."""
         if not names:
             return 0.0
-        sites = [samples(guide_trace)[name] for name in names]
-        parts = [site["fn"].score_parts(site["value"]).score_function for site in sites]
-        scores = sum(found.where.fold(part) for part in parts)
+        sites = samples(guide_trace)
+        scores = sum(found.where.fold(_score(sites[name])) for name in names)
         return (self._gains(found.log_weights.detach()) * scores).sum(0)
 
     def _gains(self, log_weights: Tensor) -> Tensor:
@@ -228,3 +187,8 @@ class ImportanceWeighted(Objective):
         else:
             gains = bound.unsqueeze(1)
         return gains.flatten(0, 1) / groups
+
+
+def _score(site: Site) -> Tensor:
+    """ln q of a latent that is not reparameterized, whose gradient is its score; zero of others."""
+    return site["fn"].score_parts(site["value"]).score_function

@@ -10,20 +10,30 @@ so it is taken off again, with a second run of the guide if its distributions de
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
-from pyrovae.pairs.contract import cell_scale, check_scales
+from pyrovae.objectives.elbo import total
+from pyrovae.pairs.contract import cell_scale, check_scales, plates, subsampling
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, log_probs, samples, scored
+from pyrovae.pairs.traces import (
+    Layout,
+    Site,
+    drawn,
+    log_probs,
+    samples,
+    scored,
+    sum_plates,
+    with_values,
+)
 
 
 class Cells(NamedTuple):
@@ -31,27 +41,23 @@ class Cells(NamedTuple):
 
     A cell is one index of every plate that holds all sites: a datum, or a part of one that is
     independent of its other parts. Other plates are summed inside a log-sum-exp, cells outside.
-    ``rank`` is the number of dimensions with that of the particles, which is the first; ``kept``
-    are those of the cells, counted from the right; ``scale`` multiplies a cell's bound, a number
-    or ``[*cells]``; ``inner`` is the part of it that subsampling within a datum makes up.
+    ``kept`` are the dimensions of the cells, counted from the right; ``scale`` multiplies a cell's
+    bound, a number or ``[*cells]``; ``inner`` is the part of it that subsampling within a datum
+    makes up.
     """
 
     layout: Layout
-    rank: int
     kept: frozenset[int]
     scale: Tensor | float
     inner: float
 
     def fold(self, log_prob: Tensor) -> Tensor:
         """Sum a site's log-probabilities to the cells, ``[K, *cells]`` with every dimension."""
-        log_prob = log_prob.reshape((1,) * (self.rank - log_prob.dim()) + log_prob.shape)
-        summed = [d for d in range(1, self.rank) if d - self.rank not in self.kept]
-        return log_prob.sum(summed, keepdim=True) if summed else log_prob
+        return sum_plates(log_prob, self.layout, self.kept)
 
     def by_datum(self, bound: Tensor) -> Tensor:
         """Sum a bound ``[*cells]`` to the data, ``[N]``, before the scales of training."""
-        batch = self.rank - 1 + self.layout.dim
-        others = [d for d in range(self.rank - 1) if d != batch]
+        others = [d for d in range(-bound.dim(), 0) if d != self.layout.dim]
         return (bound.sum(others) if others else bound) * self.inner
 
     def loss(self, bound: Tensor) -> Tensor:
@@ -62,16 +68,50 @@ class Cells(NamedTuple):
 def cells(traces: Iterable[Trace], layout: Layout) -> Cells:
     """Find the cells in the traces of a model and its guide."""
     every = [site for _, site in scored(*traces)]
-    stacks = [{f.name: f for f in site["cond_indep_stack"] if f.vectorized} for site in every]
-    common = [
-        frame
-        for name, frame in stacks[0].items()
-        if frame.dim != layout.particle_dim and all(name in stack for stack in stacks)
-    ]
-    kept = frozenset(frame.dim for frame in common)
-    inner = [f.full_size / f.size for f in common if f.full_size and f.name != layout.plate]
-    scale = cell_scale(every[0]["scale"], layout, kept)
-    return Cells(layout, -layout.particle_dim, kept, scale, prod(inner))
+    first, *others = [plates(site) for site in every]
+    common = [f for name, f in first.items() if all(name in stack for stack in others)]
+    kept = frozenset(f.dim for f in common if f.dim != layout.particle_dim)
+    inner = prod(subsampling(f) for f in common if f.name != layout.plate)
+    return Cells(layout, kept, cell_scale(every[0]["scale"], layout, kept), inner)
+
+
+class Scores(NamedTuple):
+    """What a batch's particles score, by site, ``[T, *cells]`` each, in nats."""
+
+    where: Cells
+    model: dict[str, Tensor]
+    guide: dict[str, Tensor]
+
+    @property
+    def log_p(self) -> Tensor:
+        """ln p(x, z)."""
+        return total(self.model.values())
+
+    @property
+    def log_weights(self) -> Tensor:
+        """ln p(x, z) − ln q(z | x)."""
+        return self.log_p - total(self.guide.values())
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The ELBO at β = 1 by site, scaled and summed over the batch."""
+        found = dict(self.model)
+        for name, log_q in self.guide.items():
+            found[name] = found[name] - log_q if name in found else -log_q
+        return {n: -self.where.loss(term.detach().mean(0)) for n, term in found.items()}
+
+
+def weigh(
+    pair: Pair, guide_trace: Trace, args: tuple, particles: int | None, seen: Trace | None = None
+) -> Scores:
+    """Score a guide's particles and the model on them, or on what it has ``seen`` of them."""
+    # Before the model runs: gradients add up in the order of the graph, another rounds otherwise.
+    log_q = log_probs(guide_trace)
+    model_trace = pair.replay_model(seen or guide_trace, *args, particles=particles, sums=True)
+    where = cells((model_trace, guide_trace), pair.known)
+    log_p = log_probs(model_trace)
+    model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
+    return Scores(where, model, guide)
 
 
 def check_cells(traces: Sequence[Trace], layout: Layout) -> None:
@@ -85,11 +125,6 @@ def check_cells(traces: Sequence[Trace], layout: Layout) -> None:
                 f"datum: move it inside, or train with an ELBO."
             )
     check_scales(traces)
-
-
-def drawn(trace: Trace) -> dict[str, Site]:
-    """The latent sites of a guide's trace."""
-    return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
 
 
 class Still(Messenger):
@@ -112,24 +147,20 @@ class Through:
     It is ``[K, *cells]``, and set before the backward pass.
     """
 
+    factor: Tensor
+
     def __init__(self, guide_trace: Trace) -> None:
-        self.factor: Tensor | None = None
-        self.trace = guide_trace.copy()
-        for name, site in drawn(guide_trace).items():
-            if site["value"].requires_grad:
-                value = site["value"].view_as(site["value"])
-                value.register_hook(self._multiplied(site["fn"].event_dim))
-                self.trace.nodes[name] = site | {"value": value}
+        self.trace = with_values(guide_trace, self._hooked)
 
-    def _multiplied(self, event_dim: int) -> Any:
-        def hook(gradient: Tensor) -> Tensor:
-            factor = self.factor
-            if factor is None:
-                raise RuntimeError("Through.factor has to be set before the backward pass.")
-            batch = factor.shape[factor.dim() - gradient.dim() + event_dim :]
-            return gradient * factor.reshape(batch + (1,) * event_dim)
+    def _hooked(self, site: Site) -> Tensor:
+        value = site["value"].view_as(site["value"])
+        if value.requires_grad:
+            value.register_hook(partial(self._multiplied, event_dim=site["fn"].event_dim))
+        return value
 
-        return hook
+    def _multiplied(self, gradient: Tensor, event_dim: int) -> Tensor:
+        batch = self.factor.shape[self.factor.dim() - gradient.dim() + event_dim :]
+        return gradient * self.factor.reshape(batch + (1,) * event_dim)
 
 
 def held_still(
@@ -139,9 +170,7 @@ def held_still(
 
     A ``hierarchical`` guide, whose distributions depend on its own latents, is run again.
     """
-    still = guide_trace.copy()
-    for name, site in drawn(guide_trace).items():
-        still.nodes[name] = site | {"value": site["value"].detach()}
+    still = with_values(guide_trace, lambda site: site["value"].detach())
     if hierarchical:
         with poutine.replay(trace=still):
             still = pair.trace_guide(*args, particles=particles)
@@ -152,16 +181,12 @@ def held_still(
 def is_hierarchical(pair: Pair, args: tuple) -> bool:
     """Whether some site of the guide has a distribution that depends on another's latent."""
     with torch.enable_grad(), Still(leaves=True):
-        sites = drawn(pair.trace_guide(*args))
-    leaves = [s["value"] for s in sites.values() if s["value"].requires_grad]
-    with torch.enable_grad():
-        for site in sites.values():
-            log_prob = _log_prob(site, site["value"].detach())
-            if leaves and log_prob.requires_grad:
-                found = torch.autograd.grad(log_prob.sum(), leaves, allow_unused=True)
-                if any(gradient is not None for gradient in found):
-                    return True
-    return False
+        sites = drawn(pair.trace_guide(*args)).values()
+        leaves = [site["value"] for site in sites if site["value"].requires_grad]
+        log_q = total(_log_prob(site, site["value"].detach()).sum() for site in sites)
+    if not leaves or not log_q.requires_grad:
+        return False
+    return any(g is not None for g in torch.autograd.grad(log_q, leaves, allow_unused=True))
 
 
 def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
@@ -191,12 +216,3 @@ def _log_prob(site: Site, value: Tensor) -> Tensor:
             f"ln q at site {site['name']!r} is known at its own draws alone: its flow has no "
             f"inverse. Choose a flow that has one, or an objective that takes plain gradients."
         ) from error
-
-
-def scored_latents(guide_trace: Trace) -> dict[str, str]:
-    """The latents that need a score-function term, with the names of their families."""
-    return {
-        name: type(site["fn"]).__name__
-        for name, site in drawn(guide_trace).items()
-        if not is_identically_zero(site["fn"].score_parts(site["value"]).score_function)
-    }

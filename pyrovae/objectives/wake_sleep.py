@@ -12,10 +12,9 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import total
-from pyrovae.objectives.importance_weighted import Scores, weigh
-from pyrovae.objectives.log_weights import Still, check_cells, check_density, drawn
+from pyrovae.objectives.log_weights import Scores, Still, check_cells, check_density, weigh
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import samples, scored
+from pyrovae.pairs.traces import drawn, samples, scored
 
 
 class WakeSleep(Objective):

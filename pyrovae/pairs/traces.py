@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,6 +36,14 @@ class Layout(NamedTuple):
     plate_scale: float = 1.0
     scaled: bool = False
     enumerated: tuple[str, ...] = ()
+
+
+def with_values(trace: Trace, value: Callable[[Site], Tensor]) -> Trace:
+    """The same trace with another value at every site that was drawn."""
+    changed = trace.copy()
+    for name, site in drawn(trace).items():
+        changed.nodes[name] = site | {"value": value(site)}
+    return changed
 
 
 def site_scores(
