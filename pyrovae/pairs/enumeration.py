@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import is_identically_zero
 from pyro.infer.util import compute_site_dice_factor
@@ -30,6 +29,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyrovae.pairs.traces import samples
+
 Packed = Any  # a tensor that names its dimensions in an attribute of its own, as Pyro packs them
 
 
@@ -39,20 +40,12 @@ def enumerates(site: Any) -> bool:
     return marked and not site["is_observed"] and site["infer"].get("num_samples") is None
 
 
-def in_parallel(program: Callable, left_of: int) -> Callable:
-    """A program whose marked latents take all their values, along dimensions left of another."""
-    return poutine.enum(program, first_available_dim=left_of - 1)
-
-
 def sum_out(trace: Trace, latents: Iterable[str]) -> Trace:
     """Sum a model's trace over latents that it enumerates.
 
-    Of the sites that depend on one of them, the first latent then scores ln p of all remaining
-    latents, the first observed site ln p of the data given these, and the others 0.
-
-    Args:
-        trace: The trace of a program run :func:`in_parallel`.
-        latents: The sites to sum over.
+    In the trace they take all their values, as :func:`pyro.poutine.enum` has it. Of the sites that
+    depend on one of them, the first latent then scores ln p of all remaining latents, the first
+    observed site ln p of the data given these, and the others 0.
     """
     summed = prune_subsample_sites(trace)
     summed.compute_log_prob()
@@ -72,7 +65,7 @@ def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
     (DiCE, arXiv 1802.05098), as in :class:`pyro.infer.TraceEnum_ELBO`, whose traces these are.
     Nats by site, scaled and differentiable.
     """
-    model, guide = _sites(model_trace), _sites(guide_trace)
+    model, guide = samples(model_trace), samples(guide_trace)
     weights, repeated = [], []
     for site in guide.values():
         ordinal, packs = _ordinal(guide_trace, site), site["packed"]
@@ -110,19 +103,19 @@ def _marginal_scores(trace: Trace, latents: list[str]) -> dict[str, Tensor]:
     """Packed scores, masked and not scaled, of the sites that depend on ``latents``."""
     if not latents:
         return {}
-    sites = _sites(trace)
+    sites = samples(trace)
     symbols = {sites[name]["infer"]["_enumerate_symbol"] for name in latents}
-    factors = {
-        name: site["packed"]["unscaled_log_prob"]
-        if name in latents
-        else packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"])
-        for name, site in sites.items()
-        if name in latents or symbols & set(site["packed"]["unscaled_log_prob"]._pyro_dims)
-    }
-    hidden = [name for name in factors if not sites[name]["is_observed"]]
+    factors: dict[str, Packed] = {}
+    for name, site in sites.items():
+        score, mask = site["packed"]["unscaled_log_prob"], site["packed"]["mask"]
+        if name in latents:
+            factors[name] = score
+        elif symbols & set(score._pyro_dims):
+            factors[name] = packed.scale_and_mask(score, mask=mask)
     seen = [name for name in factors if sites[name]["is_observed"]]
-    prior = _contract(trace, {name: factors[name] for name in hidden}, symbols)
-    scores = {name: _zeros_like(prior) for name in factors}
+    hidden = {name: factor for name, factor in factors.items() if name not in seen}
+    prior: Packed = _contract(trace, hidden, symbols)
+    scores = {name: _named(torch.zeros_like(prior), prior._pyro_dims) for name in factors}
     scores[next((name for name in hidden if name not in latents), latents[0])] = prior
     if seen:
         joint = _contract(trace, factors, symbols)
@@ -132,7 +125,7 @@ def _marginal_scores(trace: Trace, latents: list[str]) -> dict[str, Tensor]:
 
 def _contract(trace: Trace, factors: dict[str, Tensor], symbols: set[str]) -> Tensor:
     """Sum a product of factors over symbols, and over the plates that not all sites are in."""
-    sites = _sites(trace)
+    sites = samples(trace)
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     for name, factor in factors.items():
         tree.setdefault(_ordinal(trace, sites[name]), []).append(factor)
@@ -174,10 +167,6 @@ def _add(terms: list[Packed]) -> Packed:
     return _named(sum(rest, first[...]), first._pyro_dims)
 
 
-def _zeros_like(term: Packed) -> Packed:
-    return _named(torch.zeros_like(term), term._pyro_dims)
-
-
 def _named(term: Packed, dims: str) -> Packed:
     term._pyro_dims = dims
     return term
@@ -194,10 +183,6 @@ def _expected(
     weight = packed.exp(_AddingRing().sumproduct(upstream, others))
     weight, cost = packed.broadcast_all(weight, cost)
     return (weight * torch.where(weight > 0, cost, 0.0)).sum()
-
-
-def _sites(trace: Trace) -> dict[str, Any]:
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def _ordinal(trace: Trace, site: Any) -> frozenset[str]:

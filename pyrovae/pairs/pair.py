@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
-from pyrovae.pairs.enumeration import in_parallel, sum_out
+from pyrovae.pairs.enumeration import sum_out
 from pyrovae.pairs.parameters import Parameters
 from pyrovae.pairs.traces import Layout, Site, Values, site_scores
 
@@ -121,7 +121,7 @@ class Pair(Parameters):
     def _summing(self, summed: tuple[str, ...]) -> Callable:
         if not summed:
             return self.run_model
-        return in_parallel(self.run_model, left_of=self.known.particle_dim)
+        return poutine.enum(self.run_model, first_available_dim=self.known.particle_dim - 1)
 
     @property
     def known(self) -> Layout:

@@ -35,19 +35,13 @@ class Parameters:
 
     def named(self) -> dict[str, Tensor]:
         """Every trainable leaf by name, each once."""
-        named: dict[str, Tensor] = {}
-        known: set[int] = set()
-        owned = (
-            (f"{prefix}.{name}", leaf)
-            for prefix, root in self.roots.items()
-            for name, leaf in root.named_parameters()
-        )
-        loose = ((f"param.{name}", leaf) for name, leaf in self._loose().items())
-        for name, leaf in (*owned, *loose):
-            if leaf.requires_grad and id(leaf) not in known:
-                known.add(id(leaf))
-                named[name] = leaf
-        return named
+        found: dict[int, tuple[str, Tensor]] = {}
+        for prefix, root in self.roots.items():
+            for name, parameter in root.named_parameters(prefix):
+                found.setdefault(id(parameter), (name, parameter))
+        for name, leaf in self.statements:
+            found.setdefault(id(leaf), (f"param.{name}", leaf))
+        return {name: leaf for name, leaf in found.values() if leaf.requires_grad}
 
     def leaves(self) -> Iterator[Tensor]:
         """Every parameter, frozen or not; one may come twice."""
@@ -55,15 +49,11 @@ class Parameters:
             yield from root.parameters()
         yield from (leaf for _, leaf in self.statements)
 
-    def _loose(self) -> dict[str, Tensor]:
-        """The leaves that only Pyro's store holds."""
-        owned = {id(p) for root in self.roots.values() for p in root.parameters()}
-        return {name: leaf for name, leaf in self.statements if id(leaf) not in owned}
-
     def _state(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer, as it is."""
         state = {f"{p}.{n}": v for p, r in self.roots.items() for n, v in r.state_dict().items()}
-        return state | {f"param.{name}": leaf for name, leaf in self._loose().items()}
+        owned = {id(leaf) for root in self.roots.values() for leaf in root.parameters()}
+        return state | {f"param.{n}": leaf for n, leaf in self.statements if id(leaf) not in owned}
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of every parameter and persistent buffer."""
@@ -92,10 +82,8 @@ class Parameters:
     @property
     def device(self) -> torch.device:
         """Where the first parameter or buffer lies; the CPU if there is none."""
-        for root in self.roots.values():
-            for tensor in (*root.parameters(), *root.buffers()):
-                return tensor.device
-        return torch.device("cpu")
+        every = (t for root in self.roots.values() for t in (*root.parameters(), *root.buffers()))
+        return next((tensor.device for tensor in every), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> None:
         """Move the modules to a device, in place."""
@@ -121,23 +109,19 @@ class Parameters:
                 module.training = flag
 
 
-def owners(program: Callable) -> list[nn.Module]:
-    """The modules that a program is made of, each once.
+def owners(program: Any, seen: set[int] | None = None) -> list[nn.Module]:
+    """The modules that a program is made of, each once, but for things that were ``seen``.
 
     A module itself, the ``self`` of a bound method, what a partial or a handler wraps, and the
     modules that a function or a plain object refers to by name.
     """
-    return _owners(program, set())
-
-
-def _owners(thing: Any, seen: set[int]) -> list[nn.Module]:
-    thing = poutine.unwrap(thing)
-    if id(thing) in seen:
+    program, seen = poutine.unwrap(program), set() if seen is None else seen
+    if id(program) in seen:
         return []
-    seen.add(id(thing))
-    if isinstance(thing, nn.Module):
-        return [thing]
-    return [module for inner in _inside(thing) for module in _owners(inner, seen)]
+    seen.add(id(program))
+    if isinstance(program, nn.Module):
+        return [program]
+    return [module for inner in _inside(program) for module in owners(inner, seen)]
 
 
 def _inside(thing: Any) -> list[Any]:
