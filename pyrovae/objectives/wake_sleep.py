@@ -14,7 +14,7 @@ from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import Scores, Still, check_cells, check_density, weigh
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import drawn, samples, scored
+from pyrovae.pairs.traces import Site, drawn, samples, scored
 
 
 class WakeSleep(Objective):
@@ -85,33 +85,33 @@ class WakeSleep(Objective):
         gain = log_weights.softmax(0) * (rest + self.insomnia * learnt)
         surrogate = found.where.loss(gain.sum(0))
         if self.insomnia < 1:
-            surrogate = surrogate - (1 - self.insomnia) * self._asleep(pair, args)
+            asleep = _asleep(pair, args, heard=self.known(pair, args))
+            surrogate = surrogate - (1 - self.insomnia) * asleep
         return Estimate(found.where.loss(self._bound(log_weights)), surrogate, found.terms)
 
     def _bound(self, log_weights: Tensor) -> Tensor:
         return log_weights.logsumexp(0) - math.log(self.particles)
 
-    def _awake(self, pair: Pair, args: tuple) -> tuple[Scores, list[str]]:
+    def _awake(self, pair: Pair, args: tuple) -> tuple[Scores, dict[str, Site]]:
         self.known(pair, args)
         with Still():
             guide_trace = pair.trace_guide(*args, particles=self.draws)
-        return weigh(pair, guide_trace, args, self.draws), list(drawn(guide_trace))
+        return weigh(pair, guide_trace, args, self.draws), drawn(guide_trace)
 
-    def _asleep(self, pair: Pair, args: tuple) -> Tensor:
-        """ln q of the latents of one dream a datum, scaled and summed over the batch."""
-        heard = self.known(pair, args)
-        with torch.no_grad():
-            dream = poutine.trace(poutine.uncondition(pair.run_model)).get_trace(*args)
-        sites = samples(dream)
-        values = {name: sites[name]["value"] for name in heard.values()}
-        dreamt = tuple(
-            values[heard[i]].reshape(arg.shape).to(arg.dtype) if i in heard else arg
-            for i, arg in enumerate(args)
-        )
-        with Still(), poutine.replay(trace=dream):
-            guide_trace = pair.trace_guide(*dreamt)
-        guide_trace.compute_log_prob()
-        return total(guide_trace.nodes[name]["log_prob_sum"] for name in drawn(guide_trace))
+
+def _asleep(pair: Pair, args: tuple, heard: dict[int, str]) -> Tensor:
+    """ln q of the latents of one dream a datum, scaled and summed over the batch."""
+    with torch.no_grad():
+        dream = pair.trace_given(poutine.uncondition(pair.run_model), args)
+    sites = samples(dream)
+    dreamt = tuple(
+        sites[heard[i]]["value"].reshape(arg.shape).to(arg.dtype) if i in heard else arg
+        for i, arg in enumerate(args)
+    )
+    with Still():
+        guide_trace = pair.replay_guide(dream, *dreamt)
+    guide_trace.compute_log_prob()
+    return total(site["log_prob_sum"] for site in drawn(guide_trace).values())
 
 
 def _heard(observed: dict[str, Tensor], args: tuple) -> dict[int, str]:

@@ -111,7 +111,7 @@ def _try_replay(pair: Pair, guide_trace: Trace, x: Tensor, *context: Any) -> Tra
         return pair.replay_model(guide_trace, x, *context)
     except (ValueError, RuntimeError):
         guide_sites = samples(guide_trace)
-        for name, site in drawn(pair.trace_given(pair.run_model, (x, *context), None)).items():
+        for name, site in drawn(pair.trace_given(pair.run_model, (x, *context))).items():
             if name in guide_sites:
                 check_event(name, site, guide_sites[name])
         raise

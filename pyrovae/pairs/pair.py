@@ -109,7 +109,11 @@ class Pair(Parameters):
         return poutine.trace(infer_discrete(program, first_available_dim=left)).get_trace(*rows)
 
     def trace_given(
-        self, program: Callable, rows: tuple, particles: int | None, given: Given | None = None
+        self,
+        program: Callable,
+        rows: tuple,
+        particles: int | None = None,
+        given: Given | None = None,
     ) -> Trace:
         """Trace one of the programs with K particles, its sites set as ``given`` says."""
         plate: AbstractContextManager = nullcontext()

@@ -82,8 +82,10 @@ class Parameters:
     @property
     def device(self) -> torch.device:
         """Where the first parameter or buffer lies; the CPU if there is none."""
-        every = (t for root in self.roots.values() for t in (*root.parameters(), *root.buffers()))
-        return next((tensor.device for tensor in every), torch.device("cpu"))
+        for root in self.roots.values():
+            for tensor in (*root.parameters(), *root.buffers()):
+                return tensor.device
+        return torch.device("cpu")
 
     def to(self, device: torch.device | str) -> None:
         """Move the modules to a device, in place."""
