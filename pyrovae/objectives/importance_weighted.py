@@ -173,7 +173,8 @@ class ImportanceWeighted(Objective):
     def _gains(self, log_weights: Tensor) -> Tensor:
         """What each particle adds to the bound, over what the others would make of it."""
         grouped = log_weights.unflatten(0, (self.groups, -1))
-        bound = self._of_group(grouped)
+        bound = self._of_group(grouped).unsqueeze(1)
+        without: Tensor | float = 0.0
         size, groups = self.particles, self.groups
         if size > 1:
             own = torch.eye(size, dtype=torch.bool, device=log_weights.device)
@@ -181,12 +182,9 @@ class ImportanceWeighted(Objective):
             each = grouped.unsqueeze(2).expand(-1, -1, size, *grouped.shape[2:])
             others = each.masked_fill(own, 0.0).sum(1, keepdim=True) / (size - 1)
             without = self._of_group(torch.where(own, others, each))
-            gains = bound.unsqueeze(1) - without
         elif groups > 1:
-            gains = (bound - (bound.sum(0) - bound) / (groups - 1)).unsqueeze(1)
-        else:
-            gains = bound.unsqueeze(1)
-        return gains.flatten(0, 1) / groups
+            without = (bound.sum(0) - bound) / (groups - 1)
+        return (bound - without).flatten(0, 1) / groups
 
 
 def _score(site: Site) -> Tensor:
