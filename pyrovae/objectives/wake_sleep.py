@@ -109,7 +109,7 @@ def _asleep(pair: Pair, args: tuple, heard: dict[int, str]) -> Tensor:
         for i, arg in enumerate(args)
     )
     with Still():
-        guide_trace = pair.replay_guide(dream, *dreamt)
+        guide_trace = pair.trace_given(poutine.replay(pair.run_guide, trace=dream), dreamt)
     guide_trace.compute_log_prob()
     return total(site["log_prob_sum"] for site in drawn(guide_trace).values())
 
