@@ -18,7 +18,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import (
-    Distribution,
     Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
@@ -31,12 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from pyrovae._tools import InputError
 
-__all__ = [
-    "DiscretizedLogistic",
-    "Grid",
-    "GridCategorical",
-    "kl_standard_normal",
-]
+__all__ = ["DiscretizedLogistic", "Grid", "GridCategorical", "kl_standard_normal"]
 
 
 class Grid(constraints.Constraint):
@@ -168,12 +162,7 @@ class DiscretizedLogistic(_OnGrid):
     arg_constraints: ClassVar = {"loc": constraints.real, "scale": constraints.positive}
 
     def __init__(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        levels: int = 256,
-        *,
-        validate_args: bool | None = None,
+        self, loc: Tensor, scale: Tensor, levels: int = 256, *, validate_args: bool | None = None
     ) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
         self.grid = Grid(levels)
@@ -235,41 +224,23 @@ def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:
 
 @register_kl(MultivariateNormal, Independent)
 @register_kl(LowRankMultivariateNormal, Independent)
-def _kl_multivariate_diagonal(p: Distribution, q: Independent) -> Tensor:
-    return _kl_gaussian(p, q, _normal(q).scale.square().reciprocal())
-
-
 @register_kl(Independent, LowRankMultivariateNormal)
-def _kl_diagonal_lowrank(p: Independent, q: LowRankMultivariateNormal) -> Tensor:
-    _normal(p)
-    return _kl_gaussian(p, q, _precision_diagonal(q))
-
-
-def _kl_gaussian(p: Distribution, q: Distribution, precision: Tensor) -> Tensor:
+def _kl_gaussian(p: Any, q: Any) -> Tensor:
     r"""The divergence where one covariance is diagonal, so that only diagonals meet.
 
     .. math:: \mathrm{KL}(p \| q) = \underbrace{\tfrac12 \mathrm{tr}(\Sigma_q^{-1} \Sigma_p)
               - \ln q(\mu_p)}_{H(p, q)} - H(p)
     """
+    diagonal = p if isinstance(p, Independent) else q
+    if not isinstance(diagonal.base_dist, Normal) or diagonal.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
     if p.event_shape != q.event_shape:
         raise InputError(
             f"Expected Gaussians of one event shape, got {list(p.event_shape)} and "
             f"{list(q.event_shape)}."
         )
+    if diagonal is q:
+        precision = q.variance.reciprocal()
+    else:
+        precision = q.precision_matrix.diagonal(dim1=-2, dim2=-1)
     return 0.5 * (p.variance * precision).sum(-1) - q.log_prob(p.mean) - p.entropy()
-
-
-def _precision_diagonal(q: LowRankMultivariateNormal) -> Tensor:
-    r"""The diagonal of :math:`(W W^\top + D)^{-1}`, ``[..., D]``, by the inversion lemma."""
-    scaled = q.cov_factor.mT / q.cov_diag.unsqueeze(-2)
-    capacitance = scaled @ q.cov_factor
-    eye = torch.eye(capacitance.shape[-1], dtype=scaled.dtype, device=scaled.device)
-    tril = torch.linalg.cholesky(eye + capacitance)
-    inner = torch.linalg.solve_triangular(tril, scaled, upper=False)
-    return q.cov_diag.reciprocal() - inner.square().sum(-2)
-
-
-def _normal(d: Independent) -> Normal:
-    if isinstance(d.base_dist, Normal) and d.reinterpreted_batch_ndims == 1:
-        return d.base_dist
-    raise NotImplementedError

@@ -113,9 +113,8 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
         batch = _batch(x, self.in_shape)
-        return self.head(self.layers(x.reshape(-1, *self.in_shape))).reshape(
-            *batch, *self.out_shape
-        )
+        seen = self.layers(x.reshape(-1, *self.in_shape))
+        return self.head(seen).reshape(*batch, *self.out_shape)
 
 
 class ConvDecoder(nn.Module):
@@ -161,9 +160,8 @@ class ConvDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
         batch = _batch(z, self.in_shape)
-        return self.layers(self.stem(z.reshape(-1, *self.in_shape))).reshape(
-            *batch, *self.out_shape
-        )
+        small = self.stem(z.reshape(-1, *self.in_shape))
+        return self.layers(small).reshape(*batch, *self.out_shape)
 
 
 def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
-from pyrovae.pairs.contract import sentence
+from pyrovae.pairs.contract import check_tensor, sentence
 from pyrovae.pairs.pair import Pair
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
@@ -145,11 +145,7 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
 
 
 def _require_data(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise InputTypeError(
-            f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
-            f"and .test."
-        )
+    check_tensor(x)
     if x.dim() == 0 or len(x) == 0:
         raise InputError("Expected at least one datum, got an empty tensor.")
 

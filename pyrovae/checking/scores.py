@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyrovae._tools.source_lines import error_place, lines_with
 from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take
 from pyrovae.pairs.contract import check_reach, sentence
-from pyrovae.pairs.traces import Values, is_bookkeeping, log_probs
+from pyrovae.pairs.traces import Values, log_probs
 
 PARTICLES = 3
 # Two batches may round a float32 score differently by 1e-5 of it. A score that is steep in its
@@ -129,13 +130,11 @@ def particles_broadcast(case: Case) -> Row:
 
 def gradients(case: Case) -> Row:
     """The objective reaches every parameter, with a number, and every latent reaches a score."""
-    loose = list(_unregistered(case))
-    if loose:
-        names, lines = zip(*loose, strict=True)
+    if loose := dict(_unregistered(case)):
         return failed(
-            f"{_list(names)} holds parameters that no module owns, so they are not trained: make a "
+            f"{_list(loose)} holds parameters that no module owns, so they are not trained: make a "
             f"list an nn.ModuleList, a tensor an nn.Parameter.",
-            *(line for found in lines for line in found),
+            *chain.from_iterable(loose.values()),
         )
     with case.quietly(training=True, gradients=True):
         _, surrogate = case.estimate(*case.rows, particles=PARTICLES)
@@ -177,8 +176,8 @@ def _unused_latents(case: Case) -> list[str]:
     with case.quietly(gradients=True):
         guide_trace = case.pair.trace_guide(*case.rows)
         latents = {}
-        for name, (site, guide_site) in case.latents().items():
-            if guide_site["fn"].has_rsample and not is_bookkeeping(site):
+        for name, (_, guide_site) in case.latents().items():
+            if guide_site["fn"].has_rsample:
                 node: Any = guide_trace.nodes[name]
                 latents[name] = node["value"] = node["value"].detach().requires_grad_()
         scores = log_probs(case.pair.replay_model(guide_trace, *case.rows))
@@ -215,7 +214,6 @@ def _modules(case: Case) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}.{name}".rstrip("."), module
 
 
-def _list(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
+def _list(names: Collection[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(islice(names, most)) + more

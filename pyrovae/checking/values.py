@@ -18,7 +18,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, take
 from pyrovae.pairs.contract import base_of, check_support
-from pyrovae.pairs.traces import Site, is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, samples
 
 DRAWS = 16
 # How many of their ranges beyond the data's edges are tried.
@@ -44,8 +44,6 @@ def data_support(case: Case) -> Row:
 def latent_support(case: Case, covering: bool = True) -> Row:
     """The guide proposes every value that the prior allows (if asked), and no other."""
     for name, (model_site, guide_site) in case.latents().items():
-        if is_bookkeeping(model_site):
-            continue
         prior, guide = model_site["fn"], guide_site["fn"]
         kinds = f"{_support(guide)} in the guide and {_support(prior)} under the prior"
         with case.quietly():

@@ -117,14 +117,19 @@ def _try_replay(pair: Pair, guide_trace: Trace, x: Tensor, *context: Any) -> Tra
         raise
 
 
-@contextmanager
-def _blames_data(x: Tensor) -> Iterator[None]:
-    """Where a program fails at first sight, say of the data or of the program what is wrong."""
+def check_tensor(x: Any) -> None:
+    """Check that data are a tensor, and no data set."""
     if not isinstance(x, Tensor):
         raise InputTypeError(
             f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
             f"and .test."
         )
+
+
+@contextmanager
+def _blames_data(x: Tensor) -> Iterator[None]:
+    """Where a program fails at first sight, say of the data or of the program what is wrong."""
+    check_tensor(x)
     try:
         yield
     except (ValueError, RuntimeError) as error:
