@@ -14,7 +14,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
-from pyrovae.pairs.contract import check_tensor, sentence
+from pyrovae.pairs.contract import sentence
 from pyrovae.pairs.pair import Pair
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
@@ -112,7 +112,6 @@ def check(
         skipped  the rest            needs data in support: ...
         7 passed, 1 failed, 7 skipped
     """
-    _require_data(x)
     if particles < 2:
         raise InputError(f"Expected particles >= 2, got {particles}.")
     pair = Pair(model, guide)
@@ -135,19 +134,12 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
     Raises:
         ValueError: Saying how to fix it, with the line of source.
     """
-    _require_data(x)
     pair = Pair(model, guide)
     with untouched(pair):
         for row in _rows(QUICK, Case(pair, (x, *context), seed, particles=1, whole=True)):
             if row.status == "failed":
                 where = f" ({'; '.join(row.where)})" if row.where else ""
                 raise InputError(f"{row.message}{where}")
-
-
-def _require_data(x: Any) -> None:
-    check_tensor(x)
-    if x.dim() == 0 or len(x) == 0:
-        raise InputError("Expected at least one datum, got an empty tensor.")
 
 
 def _rows(checks: Iterable[Check], case: Case) -> Iterator[Row]:
@@ -167,6 +159,6 @@ def _raised(error: Exception, case: Case) -> Row:
     """A check that raises has failed: the contract refuses the pair, or the pair's own code."""
     text, place = sentence(error), error_place(error)
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    # The contract's errors put the names of sites in quotes.
+    # The errors of the contract and of the checks put the names of sites in quotes.
     where = [place] if place else case.where(*re.findall(r"(?<!\w)'([^']+)'", text))
     return failed(f"{kind}{text}", *where)

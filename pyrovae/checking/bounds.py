@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae._tools import standard_error
+from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
@@ -134,10 +134,9 @@ def samples_are_data(case: Case) -> Row:
     for name in observed:
         fn, value = drawn[name]["fn"], drawn[name]["value"]
         if not bool(fn.support.check(value).all()):
-            return failed(
+            raise InputError(
                 f"Site {name!r} draws values outside its own support: its sample and its support "
-                f"do not belong to one distribution.",
-                *case.where(name),
+                f"do not belong to one distribution."
             )
         if not torch.equal(value, again[name]["value"]):
             return warned(

@@ -18,10 +18,11 @@ from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, undone
 from pyrovae._tools.source_lines import Places, lines_with
 from pyrovae.objectives import estimate
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import check_tensor, inspect_pair
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, Values, drawn, is_bookkeeping, samples
@@ -77,21 +78,18 @@ def skipped(reason: str = "", *, needs: str = "") -> Row:
 class Case:
     """A pair with a batch whose size is no other dimension of the data, each program run alone.
 
-    Args:
-        pair: The pair.
-        rows: The data ``[N, ...]`` and the programs' further arguments.
-        seed: Seeds every draw, Python's and NumPy's as well as torch's.
-        particles: The number of samples K of averages over draws.
-        whole: Take the batch as it is, in place of some of its rows.
-
-    ``every`` are all data, ``rows`` the batch, and ``few`` of them do for averages over particles.
-    ``sites`` are the sample sites of each program, ``places`` the lines on which they stand, and
-    ``errors`` what a program raises that does not run.
+    ``every`` are all data and the programs' further arguments, ``[N, ...]`` each, ``rows`` the
+    batch (all of them if ``whole``), and ``few`` do for averages over particles. ``sites`` are the
+    sample sites of each program, ``places`` the lines on which they stand, and ``errors`` what a
+    program raises that does not run.
     """
 
     def __init__(
         self, pair: Pair, rows: tuple, seed: int, particles: int, whole: bool = False
     ) -> None:
+        check_tensor(rows[0])
+        if rows[0].dim() == 0 or len(rows[0]) == 0:
+            raise InputError("Expected at least one datum, got an empty tensor.")
         self.pair, self.seed, self.particles = pair, seed, particles
         self.every = tuple(r.to(pair.device) if isinstance(r, Tensor) else r for r in rows)
         size = len(self.every[0]) if whole else _odd_size(self.every[0])

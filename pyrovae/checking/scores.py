@@ -11,7 +11,8 @@ from numpy import s_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyrovae._tools.source_lines import error_place, lines_with
+from pyrovae._tools import InputError
+from pyrovae._tools.source_lines import lines_with
 from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take
 from pyrovae.pairs.contract import check_reach, sentence
 from pyrovae.pairs.traces import Values, log_probs
@@ -42,11 +43,10 @@ def independent_data(case: Case, training: bool = True, sizes: bool = True) -> R
             try:
                 found = case.scores(values, rows, training=mode)
             except Exception as error:
-                return failed(
+                raise InputError(
                     f"The pair fails on a batch of {len(rows[0])}, {sentence(error)}: take the "
-                    f"size from len(x), and give squeeze() a dimension. Batches are of any size.",
-                    error_place(error),
-                )
+                    f"size from len(x), and give squeeze() a dimension. Batches are of any size."
+                ) from error
             if change := _change(found, whole, s_[:, part]):
                 return _depends(case, *change, mode)
     return passed("beside other data, and alone")
@@ -108,22 +108,20 @@ def particles_broadcast(case: Case) -> Row:
     try:
         together, whole = _reference(case, PARTICLES)
     except Exception as error:
-        return failed(
+        raise InputError(
             f"With a plate of {PARTICLES} particles to the left of the batch the pair fails, "
             f"{sentence(error)}: let leading dimensions through, as z.reshape(*z.shape[:-1], ...) "
-            f"does and z.reshape(len(x), ...) does not.",
-            error_place(error),
-        )
+            f"does and z.reshape(len(x), ...) does not."
+        ) from error
     for k in range(PARTICLES):
         part = slice(k, k + 1)
         alone = case.scores({n: v[part] for n, v in together.items()}, case.rows, 1)
         if change := _change(alone, whole, part):
             kind, name, nats = change
-            return failed(
+            raise InputError(
                 f"The log-probability at site {name!r} of the {kind} differs by {nats:.3g} nats "
                 f"between {PARTICLES} particles at once and each alone: keep the particles' "
-                f"dimension, leftmost, apart from the others.",
-                *case.where(name),
+                f"dimension, leftmost, apart from the others."
             )
     return passed(f"[K, N] = [{PARTICLES}, {len(case.rows[0])}] as a loop")
 

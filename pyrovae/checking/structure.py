@@ -53,9 +53,11 @@ def plates_and_events(case: Case) -> Row:
     every = [item for kind in ("model", "guide") for item in case.sites[kind].items()]
     every = [(name, site) for name, site in every if not is_bookkeeping(site)]
     frame = contract.batch_frame(every, contract.batch_plates(every, len(case.rows[0]))[0])
-    for look in (_ranks, _events, _values, _replays):
-        if outcome := look(case):
-            return outcome
+    if wrong := _ranks(case):
+        return wrong
+    _check_latents(case)
+    _check_observed(case)
+    _check_replay(case)
     sites = {name: site for name, (site, _) in case.latents().items()} | case.observed()
     shapes = ", ".join(f"{name} {list(site['fn'].event_shape)}" for name, site in sites.items())
     return passed(f"plate {frame.name!r} at dim {frame.dim}; {shapes}")
@@ -106,21 +108,19 @@ def _ranks(case: Case) -> Row | None:
     return None
 
 
-def _events(case: Case) -> Row | None:
-    """A latent has one event shape and one batch shape in both programs."""
+def _check_latents(case: Case) -> None:
+    """Check that a latent has one event shape and one batch shape in both programs."""
     for name, (model_site, guide_site) in case.latents().items():
         ours, theirs = model_site["fn"], guide_site["fn"]
         try:
             contract.check_event(name, model_site, guide_site)
         except InputError as error:
-            return failed(f"{error}{_event_to_write(ours, theirs)}", *case.where(name))
+            raise InputError(f"{error}{_event_to_write(ours, theirs)}") from None
         if _squeezed(ours.batch_shape) != _squeezed(theirs.batch_shape):
-            text = (
+            raise InputError(
                 f"Site {name!r} has batch shape {list(ours.batch_shape)} in the model and "
                 f"{list(theirs.batch_shape)} in the guide: open the same plates in both."
             )
-            return failed(text, *case.where(name))
-    return None
 
 
 def _event_to_write(ours: Any, theirs: Any) -> str:
@@ -133,8 +133,8 @@ def _event_to_write(ours: Any, theirs: Any) -> str:
     return f" Here the {kind}'s lacks dimensions: {expand}.to_event({number})."
 
 
-def _values(case: Case) -> Row | None:
-    """What is observed has the shape of what its distribution draws."""
+def _check_observed(case: Case) -> None:
+    """Check that what is observed has the shape of what its distribution draws."""
     for name, site in case.observed().items():
         fn, value = site["fn"], site["value"]
         if not isinstance(value, Tensor) or value.shape in (fn.shape(), Size()):
@@ -146,27 +146,23 @@ def _values(case: Case) -> Row | None:
             fix = "reshape the data or the network's output, so that both have one shape."
         else:
             fix = "let the network's output have the shape of what is observed."
-        return failed(
+        raise InputError(
             f"Site {name!r} observes {list(value.shape)}, but its distribution draws "
             f"{list(fn.shape())} (batch {list(fn.batch_shape)}, event {list(fn.event_shape)}): "
-            f"{fix}",
-            case.places["model"].get(name, ""),
+            f"{fix}"
         )
-    return None
 
 
-def _replays(case: Case) -> Row | None:
-    """The model runs on the guide's latents."""
+def _check_replay(case: Case) -> None:
+    """Check that the model runs on the guide's latents."""
     try:
         with case.quietly():
             case.pair.trace(*case.rows)
     except Exception as error:
-        return failed(
+        raise InputError(
             f"The model runs on its own latents, and with the guide's it fails, "
-            f"{contract.sentence(error)}: give both one shape and one dtype.",
-            error_place(error),
-        )
-    return None
+            f"{contract.sentence(error)}: give both one shape and one dtype."
+        ) from error
 
 
 def _written(fn: Any) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributions.constraints import is_dependent
 
 from pyrovae._tools import InputError
-from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, take
 from pyrovae.pairs.contract import base_of, check_support
 from pyrovae.pairs.traces import Site, samples
@@ -97,8 +96,8 @@ def finite(case: Case) -> Row:
             x = torch.stack(extreme)[each % len(names)]
             bad = _first_bad(case.pair.trace(x, *context), names)
     except Exception as error:
-        text = f"The pair fails on data {', '.join(names)}: {type(error).__name__}: {error}"
-        return failed(text, error_place(error))
+        kind = type(error).__name__
+        raise InputError(f"The pair fails on data {', '.join(names)}: {kind}: {error}") from error
     if bad:
         raise InputError(f"On data {bad}")
     return passed(f"on the batch, and on data {', '.join(names)}")
