@@ -28,13 +28,12 @@ class Check(NamedTuple):
     needs: tuple[str, ...]
 
 
-RUN = ("runs",)
 FIT = ("sites", "plates and events")
 SCORE = (*FIT, "data in support")
 NUMBER = (*SCORE, "latents in support", "numbers")
 CHECKS = (
     Check("runs", structure.programs_run, ()),
-    Check("sites", structure.sites_match, RUN),
+    Check("sites", structure.sites_match, ("runs",)),
     Check("plates and events", structure.plates_and_events, ()),
     Check("data in support", values.data_support, FIT),
     Check("latents in support", values.latent_support, FIT),

@@ -102,8 +102,8 @@ def bounds_are_ordered(case: Case) -> Row:
     programs: Any = case.pair.model, case.pair.guide
     with case.quietly():
         found = log_likelihood(*programs, *case.few, num_samples=k, seed=seed, compile=False)
-    estimators = _estimators(case)[: 1 + (analytic_kl(case).status == "passed")]
-    for name, bound in zip("AB", estimators, strict=False):
+    elbos = _estimators(case)[: 1 + (analytic_kl(case).status == "passed")]
+    for name, bound in zip("AB", elbos, strict=False):
         elbo, error = _mean_and_error(bound.mean(1))
         slack = ERRORS * (error**2 + found.mean_standard_error**2) ** 0.5 + ROUNDING
         if elbo > found.mean + slack:
@@ -111,9 +111,7 @@ def bounds_are_ordered(case: Case) -> Row:
                 f"The ELBO by estimator {name}, {elbo:.3f} ± {error:.2g}, is above the bound of "
                 f"{k} samples, {found.mean:.3f} ± {found.mean_standard_error:.2g} nats per datum."
             )
-    return passed(
-        f"ELBO {estimators[0].mean().item():.2f}, IWAE-{k} {found.mean:.2f} nats per datum"
-    )
+    return passed(f"ELBO {elbos[0].mean().item():.2f}, IWAE-{k} {found.mean:.2f} nats per datum")
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -176,9 +174,8 @@ def capture_is_possible(case: Case) -> Row:
             record(lambda *rows: _step(case, rows), case.rows, case.pair)
     except CaptureError as error:
         site = failed_message(error.__cause__) if error.__cause__ else None
-        found, source = failed, ""
-        if site:
-            found, source = warned, f", for {type(site['fn']).__name__} at site {site['name']!r}"
+        source = f", for {type(site['fn']).__name__} at site {site['name']!r}" if site else ""
+        found = warned if site else failed
         return found(f"A step runs eagerly, not compiled{source}: {error}.", error_place(error))
     return passed("a step is one graph")
 

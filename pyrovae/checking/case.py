@@ -146,8 +146,7 @@ class Case:
 
     def suspects(self, words: Iterable[str]) -> list[str]:
         """The lines of both programs, and of their modules' classes, with one of some words."""
-        programs = [self.pair.model, self.pair.guide, *self.pair.roots.values()]
-        return lines_with(programs, *words)
+        return lines_with([self.pair.model, self.pair.guide, *self.pair.roots.values()], *words)
 
     @contextmanager
     def quietly(

@@ -64,12 +64,8 @@ def plates_and_events(case: Case) -> Row:
 
 
 def _explain(case: Case, error: Exception, site: dict) -> Row:
-    name, fn, n = site["name"], site["fn"], len(case.rows[0])
-    plates, batch, place = (
-        [*contract.plates(site).values()],
-        site["fn"].batch_shape,
-        error_place(error),
-    )
+    name, fn, batch, n = site["name"], site["fn"], site["fn"].batch_shape, len(case.rows[0])
+    plates, place = [*contract.plates(site).values()], error_place(error)
     if all(f.size != n for f in plates):
         sizes = ", ".join(f"{f.name!r} of size {f.size}" for f in plates)
         text = (
@@ -98,10 +94,8 @@ def _ranks(case: Case) -> Row | None:
     """No site has more batch dimensions than plates."""
     for kind in ("model", "guide"):
         for name, site in case.sites[kind].items():
-            plates, batch = (
-                [*contract.plates(site).values()],
-                getattr(site["fn"], "batch_shape", Size()),
-            )
+            plates = [*contract.plates(site).values()]
+            batch = getattr(site["fn"], "batch_shape", Size())
             extra = len(batch) - max((-f.dim for f in plates), default=0)
             if extra > 0 and plates and not is_bookkeeping(site):
                 return _too_many(name, site["fn"], extra, plates, case.places[kind].get(name, ""))
@@ -167,11 +161,9 @@ def _check_replay(case: Case) -> None:
 
 def _written(fn: Any) -> int:
     """The number that stands in a distribution's ``to_event``."""
-    number = 0
-    while isinstance(fn, Independent):
-        number += fn.reinterpreted_batch_ndims
-        fn = fn.base_dist
-    return number
+    if isinstance(fn, Independent):
+        return fn.reinterpreted_batch_ndims + _written(fn.base_dist)
+    return 0
 
 
 def _squeezed(shape: Size) -> list[int]:
