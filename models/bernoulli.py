@@ -24,6 +24,8 @@ class Bernoulli(PyroModule):
         latent: The dimension of z.
         hidden: The widths of the decoder's hidden layers.
         activation: The name of a :mod:`torch.nn` activation.
+        mean: The mean of the data ``[*shape]``, for the pixels to start at; None starts them near
+            1/2. On the command line ``model.mean=data`` is that of the training data.
 
     References:
         Kingma and Welling, Auto-Encoding Variational Bayes (arXiv 1312.6114), appendix C.1.
@@ -35,9 +37,12 @@ class Bernoulli(PyroModule):
         latent: int = 20,
         hidden: Sequence[int] = (400,),
         activation: str = "ReLU",
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
     def forward(self, x: Tensor) -> None:

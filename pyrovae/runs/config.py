@@ -170,7 +170,7 @@ class RunConfig(PairConfig):
 
     recipe: str = option(
         "options for a long training: "
-        + ", ".join(f"--{n.replace('_', '-')} {v}" for n, v in RECIPES["long"].items()),
+        + ", ".join(f"{name}={value}" for name, value in RECIPES["long"].items()),
         "none",
         choices=tuple(RECIPES),
     )

@@ -191,12 +191,14 @@ def _choose_device(name: str) -> torch.device:
 def _build(
     programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
 ) -> tuple[Callable, Callable]:
-    shape = tuple(data.shape)
+    shape, parts = tuple(data.shape), {}
+    if settings["model"].get("mean") == "data":
+        parts["mean"] = data.train.mean(0)
     with seeded(subseed(seed, PROGRAM_STREAM)):
         if "guide" in programs["model"].arguments():
             guide = programs["guide"].build(shape, settings["guide"])
-            return programs["model"].build(shape, settings["model"], guide=guide), guide
-        model = programs["model"].build(shape, settings["model"])
+            return programs["model"].build(shape, settings["model"], guide=guide, **parts), guide
+        model = programs["model"].build(shape, settings["model"], **parts)
         return model, programs["guide"].build(shape, settings["guide"])
 
 

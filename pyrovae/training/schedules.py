@@ -14,14 +14,6 @@ from pyrovae.data.sources import unknown
 STAGES = 8
 
 
-def _constant(done: float) -> float:
-    return 1.0
-
-
-def _cosine(done: float) -> float:
-    return (1 + math.cos(math.pi * done)) / 2
-
-
 def _iwae(done: float) -> float:
     """Stage i has 3^i of the (3^8 - 1) / 2 passes, at 10^(-i/7) of the rate."""
     # Rounded, so that a share of 3,280 epochs gives the very number of passes.
@@ -32,8 +24,8 @@ def _iwae(done: float) -> float:
 # From the share of training that is done to that of the rate. A plateau is looked for in the
 # validation loss, by torch's own schedule.
 SHAPES: dict[str, Callable[[float], float]] = {
-    "none": _constant,
-    "cosine": _cosine,
+    "none": lambda done: 1.0,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "iwae": _iwae,
 }
 SCHEDULES = (*SHAPES, "plateau")

@@ -14,6 +14,7 @@ from commands import TRAIN, config, history, outcome, refusal, run, snapshot
 
 import pyrovae
 from pyrovae.runs import Run, experiment
+from pyrovae.runs.config import RunConfig
 
 VARIANTS = {
     "adam": [],
@@ -190,6 +191,19 @@ def test_a_recipe_is_recorded_as_the_options_that_it_stands_for(workspace):
     assert alike(Run("r").load_weights(), state["average"])
 
 
+def test_the_pixels_start_at_the_mean_of_the_training_data(workspace, capsys):
+    options = RunConfig.of({"model": "bernoulli", "guide": "mean_field", "data": "digits",
+                            "binarize": "dynamic", "settings": ["model.mean=data"]})  # fmt: skip
+    made = experiment.build(options)
+    bias = made.model.decoder.last.bias
+    expected = made.data.train.mean(0).flatten().clamp(1e-3, 1 - 1e-3)
+    torch.testing.assert_close(bias.sigmoid(), expected)
+    assert made.config["model"]["settings"]["mean"] == "data"
+    assert run(*TRAIN, "--set", "model.mean=data", "--out", "r") == 0
+    assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
+    assert run("evaluate", "r", "--samples", "1") == 0
+
+
 def test_a_run_of_before_an_option_goes_on(workspace):
     assert run(*TRAIN, "--out", "r") == 0
     older = config(workspace / "r")
@@ -230,7 +244,7 @@ def test_resume_of_no_run_starts_one(workspace):
 def test_contradictions_are_refused(cosine, workspace, capsys, option):
     shutil.copytree(cosine, workspace, dirs_exist_ok=True)
     error = refusal(capsys, "train", "--out", "r", "--resume", *option.split())
-    assert "The run was made with" in error or option.startswith("--guide")
+    assert "The run was made with" in error or option.startswith(("--guide", "--model"))
 
 
 def test_the_same_options_again_are_no_contradiction(cosine, workspace):
