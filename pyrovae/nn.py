@@ -28,12 +28,12 @@ class MLP(nn.Module):
         in_shape: The event shape of the input, ``[D]`` or ``[C, H, W]``; an int means ``[D]``.
         out_shape: The event shape of the output.
         hidden: The widths of the hidden layers; ``()`` makes the map affine.
-        activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class. ``"GLU"`` gates
+        activation: The name of a :mod:`torch.nn` activation (``"ReLU"``), or a class; "GLU" gates
             every hidden layer, h · sigmoid(g) with h and g affine, of the widths as given.
         gated: The same as ``activation="GLU"``.
 
     Raises:
-        ValueError: If a width is not positive or the activation is not in :mod:`torch.nn`.
+        ValueError: If a width is not positive, or there is no such activation.
 
     Example:
         >>> MLP(20, (1, 28, 28))(torch.zeros(5, 3, 20)).shape
@@ -192,7 +192,22 @@ def _shape(shape: int | Sequence[int]) -> torch.Size:
 
 
 def _activation(activation: str | type[nn.Module]) -> type[nn.Module]:
+    """A class that makes a nonlinearity; by name one of torch's own alone.
+
+    An empty "Sequential", which torch.nn has as well, would make a network linear in silence.
+    """
     found = getattr(nn, activation, None) if isinstance(activation, str) else activation
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise InputError(f"Expected an activation of torch.nn such as 'ReLU', got {activation!r}.")
-    return found
+    known = isinstance(found, type) and issubclass(found, nn.Module)
+    if known and isinstance(activation, str):
+        known = cast(type, found).__module__ in (nn.ReLU.__module__, nn.Identity.__module__)
+    try:
+        if known:
+            cast(type, found)()
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(
+            f"Expected an activation of torch.nn that takes no arguments, such as 'ReLU' or "
+            f"'Tanh', got {activation!r}."
+        )
+    return cast("type[nn.Module]", found)

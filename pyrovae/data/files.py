@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,15 @@ from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, physical_memory
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SUFFIXES = (".npy", ".npz", ".csv")
 LABELS = ("label", "labels", "y", "target", "class")
+# Rows by which a header is told from a datum.
+TOP_ROWS = 100
 
 
 class Arrays(NamedTuple):
@@ -70,6 +73,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
                 return {"": _array(file, path)}
         with ZipFile(path) as archive:
             names = archive.namelist()
+            _check_memory(sum(_header(archive.open(n), path) for n in names), path)
             return {n.removesuffix(".npy"): _array(archive.open(n), path) for n in names}
     except InputError:
         raise
@@ -78,16 +82,32 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
 
 
 def _array(file: IO[bytes], path: Path) -> np.ndarray:
-    """An array in NumPy's own format, whose header says whether it would have to be unpickled."""
+    """An array in NumPy's own format."""
+    _check_memory(_header(file, path), path)
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _header(file: IO[bytes], path: Path) -> int:
+    """The bytes that an array takes; its header says whether it would have to be unpickled."""
     first = np.lib.format.read_magic(file) == (1, 0)
     header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    if header(file)[2].hasobject:
+    shape, _, dtype = header(file)
+    if dtype.hasobject:
         raise InputError(
             f"Expected arrays of numbers in {path}, got Python objects, which are never unpickled; "
             f"save np.asarray(x, dtype=np.float32) instead."
         )
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
+    return math.prod(shape) * dtype.itemsize
+
+
+def _check_memory(size: int, path: Path) -> None:
+    """Refuse before reading what does not fit: a small file may inflate to a thousand times."""
+    if size > (limit := physical_memory()):
+        raise InputError(
+            f"Expected data that fit into the {limit / 2**30:.3g} GB of memory here, got {path} "
+            f"with arrays of {size / 2**30:.3g} GB: load a part of them."
+        )
 
 
 def _read_csv(path: Path) -> dict[str, np.ndarray]:
@@ -96,9 +116,12 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            first = pd.read_csv(path, header=None, nrows=1, dtype=str).iloc[0]
-            header = 0 if _is_header(first.dropna().str.strip()) else None
+            top = pd.read_csv(path, header=None, nrows=TOP_ROWS, dtype=str)
+            first = top.iloc[0]
+            header = 0 if _is_header(top, path) else None
             frame = pd.read_csv(path, header=header, index_col=False, low_memory=False)
+    except InputError:
+        raise
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         raise _unreadable(path, error) from error
     if header == 0 and first.isna().any():
@@ -115,14 +138,30 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _is_header(fields: pd.Series) -> bool:
-    """Whether a first row names its columns: by words, or by 0, 1, 2, … as pandas does."""
+def _is_header(top: pd.DataFrame, path: Path) -> bool:
+    """Whether the first of some rows names the columns: by words, or by 0, 1, 2, … as pandas does.
+
+    A row that may as well be a datum is refused, so that none is lost and none is made up.
+    """
     from pandas import to_numeric
 
+    fields, below = top.iloc[0].dropna().str.strip(), top.iloc[1:]
     numbers = fields[to_numeric(fields, errors="coerce").notna()].tolist()
-    counts = any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1))
+    if not any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1)):
+        return False
+    if len(numbers) < len(fields):
+        return True
+    # pandas writes a point into every number of a column of fractions, so 0 is none of those.
+    if len(below) and below.apply(lambda column: column.str.contains(".", regex=False)).all(None):
+        return True
+    if len(numbers) > 2:
+        raise InputError(
+            f"Expected names or data in the first row of {path}, got {','.join(numbers)}, which "
+            f"may be either: give the columns names, or leave them out with "
+            f"DataFrame.to_csv(header=False)."
+        )
     # One or two counting numbers, as in "0,1", are more likely to be a first datum.
-    return counts and (len(numbers) < len(fields) or len(numbers) > 2)
+    return False
 
 
 def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
@@ -196,6 +235,8 @@ def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
     if y.dtype.kind not in "biufUS":
         raise InputError(f"Expected numbers or words in {title}, got dtype {y.dtype}.")
     if y.dtype.kind in "biu":
+        if y.max() > np.iinfo(np.int64).max:
+            raise InputError(f"Expected labels below 2^63 in {title}, got {y.max()}.")
         return y.astype(np.int64)
     return _finite(y, title) if y.dtype.kind == "f" else y.astype(str)
 

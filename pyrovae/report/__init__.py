@@ -217,9 +217,11 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
     for name, z in vectors.items():
         key = "latent_space" if len(vectors) == 1 else f"latent_space_{name}"
         found[key] = plots.latent_space(z, labels, site=name)
-    if len(codes) == len(means):
-        half = [tensor[:5] for tensor in context]
-        rows = _first(interpolate(model, guide, x[:5], every[10:15], *half))
+    if len(codes) == len(means) and len(every) > 1:
+        # Few data have no row of others to end at: then the last are paired with the first.
+        n = min(5, len(every) // 2)
+        start, half = min(10, len(every) - n), [tensor[:n] for tensor in context]
+        rows = _first(interpolate(model, guide, x[:n], every[start : start + n], *half))
         found["interpolations"] = plots.interpolations(rows.reshape(*rows.shape[:2], *data.shape))
     if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
         found["manifold"] = _manifold(model, next(iter(codes)), every)

@@ -71,7 +71,10 @@ def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Res
     every = _subject(experiment, options.split)
     subject = every.first(options.images)
     if not options.no_diagnostics and len(subject.rows[0]) < 2:
-        raise InputError("Diagnostics need two data at least: ask for more, or leave them out.")
+        raise InputError(
+            f"Diagnostics need two data at least, and there is {len(subject.rows[0])}: ask for "
+            f"more, or leave them out with --no-diagnostics."
+        )
     part = subject.first(options.images or ANNEALED)
     files = _Unfinished(run, options, world, _fingerprint(subject, weights))
     common: dict[str, Any] = {"processes": world.size > 1, "seed": SEED, "progress": world.first}

@@ -291,3 +291,48 @@ def test_npz_that_do_not_fit_together_are_refused(save, arrays, match):
 def test_csv_that_are_no_table_of_numbers_are_refused(save, text, match):
     with pytest.raises(ValueError, match=match):
         load_data(save(".csv", text))
+
+
+@pytest.mark.parametrize("first", ["0,1,2", "1,2,3,4"])
+def test_a_csv_whose_first_row_may_be_a_header_or_a_datum_is_refused(save, first):
+    """Neither is a datum lost as a header, nor a header read as one."""
+    width = len(first.split(","))
+    whole = "\n".join([first, *[",".join("7" * width)] * 5])
+    with pytest.raises(ValueError, match="may be either"):
+        load_data(save(".csv", whole))
+    fractions = "\n".join([first, *[",".join(["7.5"] * width)] * 5])
+    assert sum(len(x) for x in splits(load_data(save(".csv", fractions)))) == 5
+    partly = fractions.replace("7.5\n", "7\n")
+    with pytest.raises(ValueError, match="may be either"):
+        load_data(save(".csv", partly))
+
+
+def test_an_unsigned_label_stays_what_it_is_or_is_refused(save):
+    """2⁶⁴ − 1 as int64 is −1, which stands for a hidden label."""
+    x = np.zeros((5, 2), np.float32)
+    for last, fits in ((2**63 - 1, True), (2**63, False), (2**64 - 1, False)):
+        path = save(".npz", x=x, y=np.array([0, 1, 2, 3, last], np.uint64))
+        if fits:
+            assert sorted(torch.cat(load_data(path).labels).tolist()) == [0, 1, 2, 3, last]
+        else:
+            with pytest.raises(ValueError, match="labels below 2"):
+                load_data(path)
+
+
+def test_arrays_that_do_not_fit_are_refused_before_they_are_read(save, monkeypatch):
+    np.savez_compressed(path := save(".npz", x=[0]), x=np.zeros((1000, 1000)), y=np.zeros(1000))
+    assert path.stat().st_size < 20_000
+    assert load_data(path).train.shape == (700, 1000)
+    monkeypatch.setattr("pyrovae.data.files.physical_memory", lambda: 7_999_999)
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(ValueError, match=r"fit into the 0\.00745 GB of memory here"):
+        load_data(path)
+
+
+def test_an_array_that_no_memory_holds_is_named(save):
+    path = save(".npy", np.zeros((2, 2)))
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2_000_000_000, 2_000_000)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match=r"with arrays of 2.98e\+07 GB"):
+        load_data(path)
