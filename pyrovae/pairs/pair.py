@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
-from pyrovae.pairs.parameters import Parameters
+from pyrovae.pairs.parameters import Parameters, registering
 from pyrovae.pairs.traces import Layout, Site, Values, site_scores
 
 
@@ -45,7 +45,8 @@ class Pair(Parameters):
         self.model, self.guide = model, guide
         super().__init__(model, guide)
         each = zip(self.owned, self.found, strict=True)
-        self._serve = [nullcontext() if store else OwnParameters(*one) for one in each]
+        own = (OwnParameters(*one, self.adopt) for one in each)
+        self._serve = [nullcontext() if store else one for one in own]
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its modules' own parameters."""
@@ -197,9 +198,10 @@ class OwnParameters(Messenger):
     ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
     """
 
-    def __init__(self, modules: list[nn.Module], found: dict[str, Tensor]) -> None:
+    def __init__(self, modules: list[nn.Module], found: dict[str, Tensor], adopt: Callable) -> None:
         super().__init__()
-        self.modules, self.found = modules, found
+        self.modules, self.found, self.adopt = modules, found, adopt
+        self._owned = [p for module in modules for p in module.parameters()]
 
     def __enter__(self) -> OwnParameters:
         store = pyro.get_param_store()
@@ -242,8 +244,14 @@ class OwnParameters(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         value = msg["value"]
         leaf = value if isinstance(value, nn.Parameter) else value.unconstrained()
-        if leaf is not None:
-            self.found[msg["name"]] = leaf
+        if leaf is None:
+            return
+        if msg["name"] not in self.found and not any(leaf is p for p in self._owned):
+            # pyro.module may be the only one to know of the module.
+            for name, module in registering():
+                self.adopt(name, module)
+                self.modules.append(module)
+        self.found[msg["name"]] = leaf
 
 
 def _pyro_param_names(modules: list[nn.Module]) -> list[str]:

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
+import pyro
 import torch
-from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyrovae._tools import InputError
+
+# What these define is no part of a program: a module that it holds belongs to somebody else.
+LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "pyrovae", "numpy"}
+# What keeps a program's things by name.
+HOLDERS = (Namespace, SimpleNamespace, Distribution)
+# What holds nothing, of which there may be very many in a list.
+PLAIN = (str, bytes, int, float, complex, Tensor, type(None))
+# A module's own attributes, in which it keeps what it has registered.
+_OWN = vars(nn.Module()).keys()
+Seen = dict[int, Any]
 
 
 class Parameters:
     """What two programs own: ``model.…`` and ``guide.…`` of their modules, ``param.…`` of a store.
 
     ``owned`` are the modules of each program, ``roots`` those of both by prefix, as
-    :func:`find_roots` has it; ``found`` has, for each program, the leaf of every parameter
-    statement that was met, by Pyro's name for it.
+    :func:`find_roots` has it, and ``module.…`` that a program registers as it runs; ``found`` has,
+    for each program, the leaf of every parameter statement that was met, by Pyro's name for it.
     """
 
     def __init__(self, model: Callable | None, guide: Callable | None) -> None:
-        self.owned = tuple([] if p is None else owners(p) for p in (model, guide))
-        self.roots = find_roots(*self.owned)
+        owned = [[] if p is None else owners(p) for p in (model, guide)]
+        self.roots = find_roots(*owned)
+        self.owned = tuple([m for root in each for m in (root, *_all_held(root))] for each in owned)
         self.found: tuple[dict[str, Tensor], ...] = ({}, {})
+        self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []
+
+    def adopt(self, name: str, module: nn.Module) -> None:
+        """Own a module that a program registers by :func:`pyro.module`, in the mode of the rest."""
+        known = self.modules
+        if any(module is other for other in known):
+            return
+        prefix = f"module.{name}"
+        while prefix in self.roots:
+            prefix += "_"
+        self.roots[prefix] = module
+        for training, before in self._modes:
+            before |= {m: m.training for m in module.modules()}
+            module.train(training)
 
     @property
     def statements(self) -> list[tuple[str, Tensor]]:
@@ -100,70 +132,126 @@ class Parameters:
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
         """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""
-        modules = self.modules
-        before = [module.training for module in modules]
+        before = {module: module.training for module in self.modules}
+        self._modes.append((training, before))
         try:
             for root in self.roots.values():
                 root.train(training)
             yield
         finally:
-            for module, flag in zip(modules, before, strict=True):
+            self._modes.pop()
+            for module, flag in before.items():
                 module.training = flag
 
 
-def owners(program: Any, seen: set[int] | None = None) -> list[nn.Module]:
-    """The modules that a program is made of, each once, but for things that were ``seen``.
+def owners(program: Any) -> list[nn.Module]:
+    """The modules that a program is made of, each once.
 
-    A module itself, the ``self`` of a bound method, what a partial or a handler wraps, and the
-    modules that a function or a plain object refers to by name.
+    A module itself; or those that it reaches: the ``self`` of a bound method, what a partial or a
+    handler wraps, what a function refers to in its closure, its defaults and its globals, and what
+    lists, dictionaries and plain objects among these hold.
     """
-    program, seen = poutine.unwrap(program), set() if seen is None else seen
-    if id(program) in seen:
-        return []
-    seen.add(id(program))
-    if isinstance(program, nn.Module):
-        return [program]
-    return [module for inner in _inside(program) for module in owners(inner, seen)]
+    return [module for _, module in _reach(program, "", {})]
 
 
-def _inside(thing: Any) -> list[Any]:
+def held(module: nn.Module, path: str, seen: Seen) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a module reaches without having registered them, with their names."""
+    for name, child in module.named_modules(prefix=path):
+        seen[id(child)] = child
+        for attribute, value in vars(child).items():
+            if attribute not in _OWN:
+                for where, other in _reach(value, f"{name}.{attribute}", seen):
+                    yield where, other
+                    yield from held(other, where, seen)
+
+
+def _all_held(module: nn.Module) -> Iterator[nn.Module]:
+    return (other for _, other in held(module, "", {}))
+
+
+def _reach(thing: Any, path: str, seen: Seen) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that anything refers to, with where they were found; not what these hold."""
+    if id(thing) in seen:
+        return
+    seen[id(thing)] = thing
+    if isinstance(thing, nn.Module):
+        yield path, thing
+        return
+    for name, inner in _inside(thing):
+        yield from _reach(inner, f"{path}.{name}", seen)
+
+
+def _inside(thing: Any) -> Iterable[tuple[Any, Any]]:
+    """What anything refers to, by name; nothing of what libraries define."""
     if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values()]
-    if inspect.ismethod(thing):
-        return [thing.__self__]
-    if inspect.isfunction(thing):
-        held = [_cell(cell) for cell in thing.__closure__ or ()]
-        held += [thing.__globals__.get(name) for name in thing.__code__.co_names]
-        return [v for v in held if isinstance(v, nn.Module) or _is_near(v, thing)]
-    if isinstance(thing, type) or not callable(thing):
-        return []
-    return [v for v in getattr(thing, "__dict__", {}).values() if isinstance(v, nn.Module)]
+        return enumerate((thing.func, *thing.args, *thing.keywords.values()))
+    if isinstance(thing, dict | list | tuple | set | frozenset | deque):
+        items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        return [(name, value) for name, value in items if not isinstance(value, PLAIN)]
+    if isinstance(thing, MethodType):
+        return [("self", thing.__self__), ("method", thing.__func__)]
+    if isinstance(thing, HOLDERS):
+        return vars(thing).items()
+    if _home(thing if isinstance(thing, FunctionType | type) else type(thing)) in LIBRARIES:
+        return ()
+    if isinstance(thing, FunctionType):
+        return _referred(thing)
+    if isinstance(thing, type):
+        return [(n, v) for n, v in vars(thing).items() if isinstance(v, nn.Module | list | dict)]
+    call = [("call", thing.__call__)] if callable(thing) else []
+    return [*getattr(thing, "__dict__", {}).items(), ("class", type(thing)), *call]
 
 
-def _cell(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """A function's closure, its defaults, and the globals that it names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a cell that has not been filled
+            yield name, cell.cell_contents
+    yield from enumerate(function.__defaults__ or ())
+    yield from (function.__kwdefaults__ or {}).items()
+    for name in _globals(function.__code__):
+        thing = function.__globals__.get(name)
+        # Functions of another file are somebody else's: what pyro.module says of them is met later.
+        if not isinstance(thing, FunctionType) or thing.__module__ == function.__module__:
+            yield name, thing
 
 
-def _is_near(thing: Any, function: Callable) -> bool:
-    """Whether a function's module also defines another function or method that it refers to."""
-    is_code = inspect.isfunction(thing) or inspect.ismethod(thing)
-    return is_code and thing.__module__ == function.__module__
+@functools.cache
+def _globals(code: CodeType) -> tuple[str, ...]:
+    """The names of globals that a function's code looks up, and those of the code inside it."""
+    own = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    inner = [name for c in code.co_consts if isinstance(c, CodeType) for name in _globals(c)]
+    return tuple(dict.fromkeys([*own, *inner]))
+
+
+def _home(thing: Any) -> str:
+    """The package in which a function or a class was defined."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0]
+
+
+def registering() -> list[tuple[str, nn.Module]]:
+    """The name and the module that :func:`pyro.module` is registering, if it is running."""
+    # It sends a message for each parameter, which does not say of which module (Pyro 1.9.2).
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not pyro.module.__code__:
+        frame = frame.f_back
+    return [(frame.f_locals["name"], frame.f_locals["nn_module"])] if frame else []
 
 
 def find_roots(ours: list[nn.Module], theirs: list[nn.Module]) -> dict[str, nn.Module]:
     """The modules of a model and its guide by the prefix of their parameters' names.
 
     ``model`` and ``guide``, ``pair`` where one module owns both programs, and ``model.0``,
-    ``model.1``, … where several own one; a module of both counts as the model's.
+    ``model.1``, … where several own one; a module of both counts as the model's. What one of them
+    holds unregistered follows under its attributes' names, as ``model.nets.0``.
     """
     shared = [m for m in theirs if any(m is other for other in ours)]
-    if len(ours) == len(shared) == 1:
-        return {"pair": ours[0]}
-    found = {}
-    for prefix, modules in (("model", ours), ("guide", [m for m in theirs if m not in shared])):
-        for index, module in enumerate(modules):
-            found[prefix if len(modules) == 1 else f"{prefix}.{index}"] = module
-    return found
+    found: dict[str, nn.Module] = {}
+    if len(ours) == len(theirs) == len(shared) == 1:
+        found["pair"] = ours[0]
+    else:
+        for prefix, modules in (("model", ours), ("guide", [m for m in theirs if m not in shared])):
+            for index, module in enumerate(modules):
+                found[prefix if len(modules) == 1 else f"{prefix}.{index}"] = module
+    seen: Seen = {id(m): m for root in found.values() for m in root.modules()}
+    return found | dict(chain(*[[*held(root, path, seen)] for path, root in found.items()]))

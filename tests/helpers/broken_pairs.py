@@ -1,6 +1,7 @@
 """Pairs with one mistake each, the row of the check that is meant to find it, and its mend."""
 
 import random
+import weakref
 from typing import NamedTuple
 
 import pyro
@@ -15,6 +16,7 @@ from pairs import LATENT, SHAPE, PlainGuide, PlainModel, binary
 from pyrovae.nn import MLP
 
 BROKEN = {}
+KEPT = []  # what no program refers to
 N = len(binary())
 
 
@@ -394,25 +396,29 @@ def unused_layer():
 
 
 @broken(
-    "gradients", r"model\.nets holds parameters that no module owns.*nn\.ModuleList", "self.nets"
+    "gradients",
+    r"model\.tables holds parameters that no module owns.*nn\.ModuleList",
+    "self.tables",
 )
-def networks_in_a_list():
-    class Listed(nn.Module):
+def tensors_in_a_list():
+    class Listed(PlainModel):
         def __init__(self):
             super().__init__()
-            self.nets = [decoder()]
+            self.tables = [torch.zeros(LATENT, requires_grad=True)]
 
         def forward(self, x):
             with pyro.plate("data", len(x)):
-                pixels(self.nets[0], pyro.sample("z", standard()), x)
+                z = pyro.sample("z", standard())
+                pixels(self.net, z + self.tables[0], x)
 
     return Listed(), PlainGuide()
 
 
 @broken("gradients", r"shapes \[\[.*\]\] that neither the model nor the guide owns.*pyro\.module")
-def networks_in_a_closed_dictionary():
-    nets = {"decoder": decoder()}
-    return with_model(lambda net, z, x: pixels(nets["decoder"], z, x), net=lambda z: z)
+def network_behind_a_weak_reference():
+    KEPT.append(decoder())
+    hidden = weakref.ref(KEPT[-1])
+    return with_model(lambda net, z, x: pixels(hidden(), z, x), net=lambda z: z)
 
 
 @broken("gradients", r"The gradient is NaN or infinite for model\.floor: look for a root")

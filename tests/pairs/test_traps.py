@@ -1,5 +1,7 @@
 """What goes wrong silently in Pyro 1.9: here it works, or an error names the mend."""
 
+import weakref
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -195,13 +197,13 @@ def test_grey_pixels_under_a_bernoulli_are_refused(validate):
 
 def test_parameters_that_nobody_owns_are_refused():
     decoder = MLP(LATENT, SHAPE, (8,))
-    nets = {"decoder": decoder}
+    hidden = weakref.ref(decoder)
     _, guide = shipped_bernoulli()
 
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=nets["decoder"](z)).to_event(3), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=hidden()(z)).to_event(3), obs=x)
 
     with pytest.raises(ValueError, match=r"\[16\].*pyro.module"):
         _svi((model, guide)).step(X)
