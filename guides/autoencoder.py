@@ -50,7 +50,7 @@ class Autoencoder(PyroModule):
         self.encoder = MLP(shape, latent, hidden, activation)
         self.scale = scale
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), self.scale).to_event(1))
+            pyro.sample("z", dist.Normal(self.encoder(x, mask), self.scale).to_event(1))

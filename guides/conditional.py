@@ -44,9 +44,9 @@ class Conditional(PyroModule):
             getattr(nn, activation)(), MLP(width, (2, latent), rest, activation)
         )
 
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]`` and ``y`` ``[N]``."""
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x``, ``mask`` ``[N, *shape]``, ``y``."""
         with pyro.plate("data", len(x)):
-            h = self.encoder(x) + self.label(y)
+            h = self.encoder(x, mask) + self.label(y)
             loc, log_scale = self.posterior(h).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

@@ -41,8 +41,8 @@ class Counts(PyroModule):
         super().__init__()
         self.encoder = MLP(shape, (2, latent), hidden, activation)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given the counts ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given the counts ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc, log_scale = self.encoder(x.log1p()).unbind(-2)
+            loc, log_scale = self.encoder(x.log1p(), mask).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

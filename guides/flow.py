@@ -61,10 +61,10 @@ class Flow(PyroModule):
         )
         self.register_buffer("turned", torch.arange(latent).flip(0), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc, log_scale, features = self.encoder(x).unbind(-2)
+            loc, log_scale, features = self.encoder(x, mask).unbind(-2)
             base = dist.Normal(loc, log_scale.exp()).to_event(1)
             flow = [step for each in self.couplings for step in (each, Permute(self.turned))]
             posterior = dist.ConditionalTransformedDistribution(base, flow)

@@ -45,10 +45,10 @@ class FullCovariance(PyroModule):
         torch.nn.init.zeros_(self.encoder.last.weight[latent:])
         torch.nn.init.zeros_(self.encoder.last.bias[latent:])
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            out = self.encoder(x)
+            out = self.encoder(x, mask)
             loc, raw = out[..., 0, :], out[..., 1:, :]
             scale = raw.diagonal(dim1=-2, dim2=-1).exp()
             scale_tril = torch.diag_embed(scale) + scale.unsqueeze(-1) * raw.tril(-1)

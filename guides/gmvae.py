@@ -49,11 +49,11 @@ class GMVAE(PyroModule):
             getattr(nn, activation)(), MLP(width, (2, latent), rest, activation)
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``y`` ``[N]``, then ``z`` ``[N, latent]``, given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``y`` ``[N]``, then ``z`` ``[N, latent]``, given ``x`` and ``mask``."""
         with pyro.plate("data", len(x)):
-            q = dist.Categorical(logits=self.classifier(x))
+            q = dist.Categorical(logits=self.classifier(x, mask))
             y = pyro.sample("y", q, infer={"enumerate": "parallel"})
-            h = self.encoder(x) + self.component(y)
+            h = self.encoder(x, mask) + self.component(y)
             loc, log_scale = self.posterior(h).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

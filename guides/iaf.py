@@ -67,10 +67,10 @@ class IAF(PyroModule):
             for step in range(steps)
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc, log_scale, features = self.encoder(x).unbind(-2)
+            loc, log_scale, features = self.encoder(x, mask).unbind(-2)
             base = dist.Normal(loc, log_scale.exp()).to_event(1)
             posterior = dist.ConditionalTransformedDistribution(base, list(self.flow))
             pyro.sample("z", posterior.condition(features))

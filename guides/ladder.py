@@ -58,9 +58,9 @@ class Ladder(PyroModule):
             MLP(above, (2, below), (width,), activation) for (below, above), width in steps
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``zL`` to ``z1`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
-        layers = [self.encoder(x)]
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``zL`` to ``z1`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
+        layers = [self.encoder(x, mask)]
         for encoder in self.encoders:
             layers.append(encoder(layers[-1]))
         evidence = [upward(h) for upward, h in zip(self.upward, layers, strict=True)]

@@ -35,10 +35,10 @@ class LinearGaussian(PyroModule):
             torch.eye(latent), constraint=constraints.softplus_lower_cholesky
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc = self.encoder(x)
+            loc = self.encoder(x, mask)
             pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.scale_tril))
 
     def match(self, model: PyroModule) -> "LinearGaussian":

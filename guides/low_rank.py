@@ -48,10 +48,10 @@ class LowRank(PyroModule):
         with torch.no_grad():
             self.encoder.last.weight[2 * latent :] *= 0.1
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            out = self.encoder(x)
+            out = self.encoder(x, mask)
             loc, scale, raw = out[..., 0, :], out[..., 1, :].exp(), out[..., 2:, :].mT
             factor = scale.unsqueeze(-1) * raw
             # The constant keeps the covariance positive definite in float32.

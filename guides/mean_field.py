@@ -37,8 +37,8 @@ class MeanField(PyroModule):
         super().__init__()
         self.encoder = MLP(shape, (2, latent), hidden, activation)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc, log_scale = self.encoder(x).unbind(-2)
+            loc, log_scale = self.encoder(x, mask).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

@@ -51,10 +51,10 @@ class Mixture(PyroModule):
             raise ValueError(f"Expected 2 <= latent <= 30, got {latent}: use a flow for others.")
         self.encoder = MLP(shape, (components, 2 * latent + 1), hidden, activation)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            out = self.encoder(x)
+            out = self.encoder(x, mask)
             logits, (loc, raw) = out[..., 0], out[..., 1:].chunk(2, -1)
             # The floor keeps the densities in the gradient within float32.
             scale = softplus(raw) + 0.03

@@ -61,12 +61,12 @@ class SemiSupervised(PyroModule):
             getattr(nn, activation)(), MLP(width, (2, latent), rest, activation)
         )
 
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """Sample ``y`` ``[N]`` where it is −1, and ``z`` ``[N, latent]``, given ``x``."""
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``y`` ``[N]`` where it is −1, and ``z`` ``[N, latent]``, given ``x``, ``mask``."""
         # Pyro's types ask for a torch.BoolTensor, which no comparison is said to return.
         hidden = y < 0
         with pyro.plate("data", len(x)):
-            logits = self.classifier(x)
+            logits = self.classifier(x, mask)
             q = dist.Categorical(logits=torch.where(hidden[:, None], logits, logits.detach()))
             with pyro.poutine.mask(mask=hidden):  # type: ignore[call-overload]
                 drawn = pyro.sample("y", q, infer={"enumerate": "parallel"})
@@ -74,6 +74,6 @@ class SemiSupervised(PyroModule):
                 with pyro.poutine.mask(mask=~hidden):  # type: ignore[call-overload]
                     known = dist.Categorical(logits=logits).log_prob(y.clamp(min=0))
                     pyro.factor("classifier", -self.alpha * known, has_rsample=True)
-            h = self.encoder(x) + self.label(torch.where(hidden, drawn, y))
+            h = self.encoder(x, mask) + self.label(torch.where(hidden, drawn, y))
             loc, log_scale = self.posterior(h).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))

@@ -43,10 +43,10 @@ class TwoLayer(PyroModule):
         self.encoder = MLP(shape, (2, z1), hidden, activation)
         self.encoder_top = MLP(z1, (2, z2), hidden_top, activation)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z1``, then ``z2`` ``[N, latent]`` given ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z1``, then ``z2`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, *shape]``."""
         with pyro.plate("data", len(x)):
-            loc, log_scale = self.encoder(x).unbind(-2)
+            loc, log_scale = self.encoder(x, mask).unbind(-2)
             z1 = pyro.sample("z1", dist.Normal(loc, log_scale.exp()).to_event(1))
             loc, log_scale = self.encoder_top(z1).unbind(-2)
             pyro.sample("z2", dist.Normal(loc, log_scale.exp()).to_event(1))

@@ -45,9 +45,9 @@ class Conditional(PyroModule):
         self.decoder = nn.Sequential(getattr(nn, activation)(), MLP(width, shape, rest, activation))
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` given ``y`` ``[N]``."""
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` where ``mask`` is true, given ``y``."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             logits = self.decoder(self.code(z) + self.label(y))
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

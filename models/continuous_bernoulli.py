@@ -53,10 +53,10 @@ class ContinuousBernoulli(PyroModule):
         self.decoder = MLP(latent, shape, hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             logits = self.limit * torch.tanh(self.decoder(z) / self.limit)
             likelihood = dist.ContinuousBernoulli(logits=logits)
-            pyro.sample("x", likelihood.to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", likelihood.mask(mask).to_event(x.dim() - 1), obs=x)

@@ -52,8 +52,8 @@ class DiscretizedLogistic(PyroModule):
         self.decoder = MLP(latent, (3, *shape, components), hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         event = x.dim() - 1
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
@@ -63,4 +63,4 @@ class DiscretizedLogistic(PyroModule):
                 loc, softplus(raw - 2) + 1e-4, self.levels
             )
             mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), logistics)
-            pyro.sample("x", mixture.to_event(event), obs=x)
+            pyro.sample("x", mixture.mask(mask).to_event(event), obs=x)

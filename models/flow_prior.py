@@ -59,12 +59,12 @@ class FlowPrior(PyroModule):
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
         self.register_buffer("turned", torch.arange(latent).flip(0), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         couplings = [AffineCoupling(self.keep, net) for net in self.couplings]
         flow = [step for coupling in couplings for step in (coupling, Permute(self.turned))]
         prior = dist.TransformedDistribution(dist.Normal(self.zero, 1.0).to_event(1), flow)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", prior)
             logits = self.decoder(z)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

@@ -58,12 +58,12 @@ class Gaussian(PyroModule):
                 )
             self.register_buffer("scale", torch.tensor(float(scale)))
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         event = x.dim() - 1
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             loc, *predicted = self.decoder(z).unbind(-1 - event)
             # The floor keeps the density of a pixel that never varies from growing without bound.
             scale = softplus(predicted[0]) + 1e-3 if predicted else self.scale
-            pyro.sample("x", dist.Normal(loc, scale).to_event(event), obs=x)
+            pyro.sample("x", dist.Normal(loc, scale).mask(mask).to_event(event), obs=x)

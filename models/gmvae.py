@@ -49,10 +49,10 @@ class GMVAE(PyroModule):
             torch.ones(components, latent), constraint=constraints.positive
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``y`` ``[N]`` and ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``y`` ``[N]``, ``z`` ``[N, latent]``; observe ``x`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", dist.Categorical(logits=self.logits))
             z = pyro.sample("z", dist.Normal(self.loc[y], self.scale[y]).to_event(1))
             logits = self.decoder(z)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

@@ -48,8 +48,8 @@ class Ladder(PyroModule):
         )
         self.register_buffer("zero", torch.zeros(latent[-1]), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``zL`` to ``z1`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``zL`` to ``z1`` ``[N, latent]`` and observe ``x`` where ``mask`` is true."""
         top = len(self.decoders) + 1
         with pyro.plate("data", len(x)):
             z = pyro.sample(f"z{top}", dist.Normal(self.zero, 1.0).to_event(1))
@@ -59,4 +59,4 @@ class Ladder(PyroModule):
                 prior = dist.Normal(loc, softplus(scale) + 1e-3).to_event(1)
                 z = pyro.sample(f"z{level}", prior)
             logits = self.decoder(z)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

@@ -48,9 +48,10 @@ class Laplace(PyroModule):
         self.scale = PyroParam(torch.tensor(float(scale)), constraint=constraints.positive)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         event = x.dim() - 1
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
-            pyro.sample("x", dist.Laplace(self.decoder(z), self.scale).to_event(event), obs=x)
+            likelihood = dist.Laplace(self.decoder(z), self.scale)
+            pyro.sample("x", likelihood.mask(mask).to_event(event), obs=x)

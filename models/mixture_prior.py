@@ -50,11 +50,11 @@ class MixturePrior(PyroModule):
             torch.ones(components, latent), constraint=constraints.greater_than(1e-3)
         )
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         weights = dist.Categorical(logits=self.logits)
         prior = dist.MixtureSameFamily(weights, dist.Normal(self.loc, self.scale).to_event(1))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", prior)
             logits = self.decoder(z)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

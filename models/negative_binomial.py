@@ -52,11 +52,11 @@ class NegativeBinomial(PyroModule):
         )
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             # The floor keeps ln(mean) finite where softplus underflows.
             mean, r = softplus(self.decoder(z)) + 1e-6, self.r
             likelihood = dist.NegativeBinomial(r, logits=mean.log() - r.log())
-            pyro.sample("x", likelihood.to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", likelihood.mask(mask).to_event(x.dim() - 1), obs=x)

@@ -45,10 +45,10 @@ class Poisson(PyroModule):
         self.decoder = MLP(latent, shape, hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             # The floor keeps ln(rate) finite where softplus underflows.
             rate = softplus(self.decoder(z)) + 1e-6
-            pyro.sample("x", dist.Poisson(rate).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Poisson(rate).mask(mask).to_event(x.dim() - 1), obs=x)

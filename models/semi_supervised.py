@@ -48,8 +48,8 @@ class SemiSupervised(PyroModule):
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
         self.register_buffer("logits", torch.zeros(classes), persistent=False)
 
-    def forward(self, x: Tensor, y: Tensor) -> None:
-        """Sample ``z``, and ``y`` where it is −1, and observe ``x`` ``[N, *shape]``, ``y`` ``[N]``.
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z``, and ``y`` where it is −1; observe ``x`` where ``mask`` is true, and ``y``.
 
         A factor, and no observed site, holds ln p(y) of the labels that are given, so that
         generation keeps them and draws the others.
@@ -64,4 +64,4 @@ class SemiSupervised(PyroModule):
                 pyro.factor("label", prior.log_prob(y.clamp(min=0)))
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
             logits = self.decoder(self.code(z) + self.label(torch.where(hidden, drawn, y)))
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

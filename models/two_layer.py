@@ -46,11 +46,11 @@ class TwoLayer(PyroModule):
         self.decoder_top = MLP(z2, (2, z1), hidden_top, activation)
         self.register_buffer("zero", torch.zeros(z2), persistent=False)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z2`` and ``z1`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z2`` and ``z1`` ``[N, latent]`` and observe ``x`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(self.zero, 1.0).to_event(1))
             loc, log_scale = self.decoder_top(z2).unbind(-2)
             z1 = pyro.sample("z1", dist.Normal(loc, log_scale.exp()).to_event(1))
             logits = self.decoder(z1)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

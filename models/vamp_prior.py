@@ -56,8 +56,8 @@ class VampPrior(PyroModule):
         )
         self.guide = (guide,)
 
-    def forward(self, x: Tensor) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]``."""
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         with poutine.block(hide_types=["sample"]):
             posteriors = poutine.trace(self.guide[0]).get_trace(self.pseudo).nodes["z"]["fn"]
         flow = isinstance(posteriors, dist.TransformedDistribution)
@@ -67,4 +67,4 @@ class VampPrior(PyroModule):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.MixtureSameFamily(weights, posteriors))
             logits = self.decoder(z)
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(x.dim() - 1), obs=x)

@@ -22,7 +22,8 @@ class MLP(nn.Module):
               y = W_L h_L + b_L
 
     Everything to the left of the input event is a batch dimension, so a plate of particles
-    costs no reshaping: ``[K, N, *in_shape]`` gives ``[K, N, *out_shape]``.
+    costs no reshaping: ``[K, N, *in_shape]`` gives ``[K, N, *out_shape]``. With a mask, the network
+    sees zeros where the input is missing.
 
     Args:
         in_shape: The event shape of the input, ``[D]`` or ``[C, H, W]``; an int means ``[D]``.
@@ -66,9 +67,9 @@ class MLP(nn.Module):
         """The last affine map, with ``weight`` W_L and ``bias`` b_L; the only one if affine."""
         return cast(nn.Linear, self.layers[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
-        batch = _batch(x, self.in_shape)
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> Tensor:
+        """Map ``[..., *in_shape]``, as 0 where ``mask`` is false, to ``[..., *out_shape]``."""
+        x, batch = _observed(x, mask), _batch(x, self.in_shape)
         return self.layers(x.reshape(*batch, -1)).reshape(*batch, *self.out_shape)
 
 
@@ -110,9 +111,9 @@ class ConvEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.head = MLP(last, out_shape, hidden, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., *in_shape]`` to ``[..., *out_shape]``."""
-        batch = _batch(x, self.in_shape)
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> Tensor:
+        """Map ``[..., *in_shape]``, as 0 where ``mask`` is false, to ``[..., *out_shape]``."""
+        x, batch = _observed(x, mask), _batch(x, self.in_shape)
         seen = self.layers(x.reshape(-1, *self.in_shape))
         return self.head(seen).reshape(*batch, *self.out_shape)
 
@@ -178,6 +179,11 @@ def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, 
         (width, shape[1] >> depth, shape[2] >> depth)
         for depth, width in enumerate((shape[0], *channels))
     ]
+
+
+def _observed(x: Tensor, mask: Tensor | bool) -> Tensor:
+    """x with zeros where it is missing, whatever stands there."""
+    return x if isinstance(mask, bool) else x.masked_fill(~mask, 0.0)
 
 
 def _batch(x: Tensor, shape: torch.Size) -> torch.Size:

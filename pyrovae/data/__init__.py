@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import subseed
-from pyrovae.data.files import Arrays
+from pyrovae.data.files import MISSING, Arrays
 from pyrovae.data.sources import DATASETS, SPLIT_SEED, find_source, split_rows, unknown
+from pyrovae.data.tables import Schema, measured
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "BINARIZE",
     "CONTEXTS",
     "DATASETS",
+    "MISSING",
     "SPLIT_SEED",
     "Dataset",
     "Splits",
@@ -59,7 +65,9 @@ class Dataset:
         intensities: What ``"dynamic"`` draws training batches from, ``[N, *shape]``, uint8 or
             float32; the probability of a one is ``intensities / scale``.
         scale: The intensity of a certain one.
-        context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``.
+        context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``;
+            the last of them is the mask where there is one.
+        columns: The columns of a table, one for each of the D numbers of a datum.
     """
 
     name: str
@@ -73,6 +81,7 @@ class Dataset:
     intensities: Tensor | None = None
     scale: float = 1.0
     context: Splits[tuple[Tensor, ...]] | None = None
+    columns: Schema | None = None
 
     @classmethod
     def of(cls, data: Any) -> Dataset:
@@ -148,7 +157,7 @@ class Dataset:
 
 
 def load_data(
-    name: str | Path,
+    name: str | Path | pd.DataFrame,
     *,
     binarize: str = "none",
     root: str | Path | None = None,
@@ -156,6 +165,8 @@ def load_data(
     seed: int = 0,
     context: str = "none",
     labelled: int | None = None,
+    missing: str = "refuse",
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Load a shipped data set or a file, split it, and binarize it as told.
 
@@ -169,8 +180,8 @@ def load_data(
     :meth:`Dataset.batch`. The fixed draws depend on ``seed`` and the split alone, on every device.
 
     Args:
-        name: One of :data:`DATASETS`, or a ``.npy``, ``.npz`` or ``.csv`` file as
-            :func:`pyrovae.data.files.read_arrays` describes it. In a file, uint8 are
+        name: One of :data:`DATASETS`, a pandas frame, or a ``.npy``, ``.npz``, ``.csv`` or
+            ``.arff`` file as :func:`pyrovae.data.files.read_arrays` has it. In a file, uint8 are
             intensities over 255 (or binary, where none is above 1), all else is taken as it is;
             ``[N, H, W]`` become ``[N, 1, H, W]`` and ``[N, H, W, C]`` with one or three channels
             ``[N, C, H, W]``.
@@ -184,6 +195,12 @@ def load_data(
         labelled: How many training labels the programs are shown, as many of each class and the
             same ones for every ``seed``; all other labels of ``context`` are −1, those of
             validation and test data among them. ``.labels`` keeps every one.
+        missing: ``"mask"`` takes NaN, or an empty field of a table, for a missing value: x is 0
+            there, and a mask ``[N, *shape]``, true where x is observed, goes to both programs as
+            their last argument: ``model(x, mask)``, ``guide(x, mask)``. ``"refuse"`` refuses.
+        columns: The kind of some columns of a table, by name: real, positive, count, binary,
+            categorical or ordinal; others are told by their dtype, as
+            :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.
 
     Raises:
         ValueError: If an argument or the data cannot be used; the message names the mend.
@@ -199,7 +216,9 @@ def load_data(
         raise InputError(unknown("context", str(context), CONTEXTS))
     if labelled is not None and context != "labels":
         raise InputError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
-    source = find_source(name, root)
+    if missing not in MISSING:
+        raise InputError(unknown("missing", str(missing), MISSING))
+    source = find_source(name, root, missing, columns)
     x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
         _check_intensities(x, source.scale, binarize)
@@ -221,10 +240,23 @@ def load_data(
         **classes,
     }
     data = Dataset(source.name, x.shape[1:], train, valid, test, labels, provenance, binarize)
+    mask = None if source.arrays.mask is None else torch.from_numpy(source.arrays.mask)
+    if source.arrays.columns is not None:
+        seen = None if mask is None else mask[index.train]
+        found = source.arrays.columns
+        found = measured(found, train, seen) if binarize == "none" else found
+        data = replace(data, columns=found)
+        provenance["columns"] = dict(columns or {})
     if binarize == "dynamic":
         data = replace(data, intensities=x[index.train], scale=source.scale)
     if context == "labels":
         data = _with_labels(data, labelled)
+    if mask is not None:
+        told = Splits(*(data.context or ((), (), ())))
+        masks = Splits(*((*rest, mask[rows]) for rest, rows in zip(told, index, strict=True)))
+        share = 1 - mask.float().mean().item()
+        data = replace(data, context=masks)
+        data.provenance.update(missing=missing, missing_share=share)
     return data.to(device)
 
 

@@ -1,10 +1,9 @@
-"""Read arrays from .npy, .npz and .csv files, and check them."""
+"""Read arrays from .npy, .npz, .csv and .arff files or a frame, and check them."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 from zipfile import ZipFile, is_zipfile
@@ -12,14 +11,14 @@ from zipfile import ZipFile, is_zipfile
 import numpy as np
 
 from pyrovae._tools import InputError, physical_memory
+from pyrovae.data.tables import Schema, Table, read_arff, read_csv, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".npy", ".npz", ".csv")
-LABELS = ("label", "labels", "y", "target", "class")
-# Rows by which a header is told from a datum.
-TOP_ROWS = 100
+TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".arff": read_arff}
+SUFFIXES = (".npy", ".npz", *TABLES)
+MISSING = ("refuse", "mask")
 
 
 class Arrays(NamedTuple):
@@ -27,23 +26,31 @@ class Arrays(NamedTuple):
 
     ``x`` is uint8 or float32 ``[N, ...]``; ``y`` is int64 or float32 ``[N]`` or None; ``sizes``
     counts the leading rows that are train, valid and test, with 0 for a valid left to the reader;
-    ``classes`` are the names behind the integers where the labels were words.
+    ``classes`` are the names behind the integers where the labels were words. ``mask`` is True
+    where x is observed, ``[N, ...]``, and x is 0 elsewhere; None where gaps are refused.
+    ``columns`` are those of a table.
     """
 
     x: np.ndarray
     y: np.ndarray | None = None
     sizes: tuple[int, int, int] | None = None
     classes: list[str] | None = None
+    mask: np.ndarray | None = None
+    columns: Schema | None = None
 
 
-def read_arrays(path: Path) -> Arrays:
-    """Read the rows and labels of a ``.npy``, ``.npz`` or ``.csv`` file; no pickle is executed.
+def read_arrays(
+    path: Path, missing: str = "refuse", kinds: Mapping[str, str] | None = None
+) -> Arrays:
+    """Read the rows and labels of a file; no pickle is executed.
 
     Args:
         path: ``.npy``: one array ``[N, ...]``. ``.npz``: ``x`` with ``y`` or ``labels`` if there
             are any, or ``x_train``, ``x_valid`` (may be missing), ``x_test`` with ``y_train``, …,
             or one array of any name. ``.csv``: one datum a row, with or without a header; a
-            column called label, labels, y, target or class holds the labels.
+            column called label, labels, y, target or class holds the labels. ``.arff``: the same.
+        missing: What NaN or an empty field is: ``"refuse"`` or ``"mask"``.
+        kinds: The kinds of a table's columns, as :func:`pyrovae.data.tables.read_table` has them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -54,16 +61,42 @@ def read_arrays(path: Path) -> Arrays:
         raise FileNotFoundError(f"Expected a data file at {path}, found {found} there.")
     if path.stat().st_size == 0:
         raise InputError(f"Expected data in {path}, got an empty file.")
-    arrays = _read_csv(path) if path.suffix.lower() == ".csv" else _read_numpy(path)
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        try:
+            frame = TABLES[suffix](path)
+        except InputError:
+            raise
+        except (ValueError, OSError, Warning, NotImplementedError) as error:
+            raise _unreadable(path, error) from error
+        return table_arrays(
+            read_table(frame, str(path), kinds, words=suffix != ".csv"), path, missing
+        )
+    if kinds:
+        raise InputError(f"Expected a table for columns={dict(kinds)}, got {path}.")
+    return _checked(_read_numpy(path), path, missing)
+
+
+def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
+    """The rows and labels of a table; the path is what to call it."""
+    arrays = {"x": table.x} | ({} if table.y is None else {"y": table.y})
+    return _checked(arrays, path, missing)._replace(columns=table.columns)
+
+
+def _checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:
     names = _roles(arrays, path)
-    xs = [_rows(arrays[x], _title(path, x)) for x, _ in names]
+    xs = [_rows(arrays[x], _title(path, x), missing) for x, _ in names]
     pairs = zip(names, xs, strict=True)
     ys = [_labels(arrays[y], len(x), _title(path, y)) for (_, y), x in pairs if y]
-    x, (y, classes) = _join(xs, path), _encode(ys, path)
-    if len(names) == 1:
-        return Arrays(x, y, None, classes)
-    train, *valid, test = map(len, xs)
-    return Arrays(x, y, (train, sum(valid), test), classes)
+    x, (y, classes), mask = _join(xs, path), _encode(ys, path), None
+    if missing == "mask":
+        mask = ~np.isnan(x)
+        x = x if mask.all() else np.where(mask, x, np.float32(0))
+    sizes = None
+    if len(names) > 1:
+        train, *valid, test = map(len, xs)
+        sizes = train, sum(valid), test
+    return Arrays(x, y, sizes, classes, mask)
 
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
@@ -110,86 +143,6 @@ def _check_memory(size: int, path: Path) -> None:
         )
 
 
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
-    import pandas as pd
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            top = pd.read_csv(path, header=None, nrows=TOP_ROWS, dtype=str)
-            first = top.iloc[0]
-            header = 0 if _is_header(top, path) else None
-            frame = pd.read_csv(path, header=header, index_col=False, low_memory=False)
-    except InputError:
-        raise
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:
-        raise _unreadable(path, error) from error
-    if header == 0 and first.isna().any():
-        raise InputError(
-            f"Expected a name for every column of {path}, got {int(first.isna().sum())} without; "
-            "leave a row index out with DataFrame.to_csv(index=False)."
-        )
-    labels = [c for c in frame.columns if str(c).strip().lower() in LABELS]
-    if len(labels) > 1:
-        raise InputError(f"Expected at most one column of labels in {path}, got {labels}.")
-    arrays = {"x": _numbers(frame.drop(columns=labels), path)}
-    if labels:
-        arrays["y"] = _words(frame[labels[0]], path)
-    return arrays
-
-
-def _is_header(top: pd.DataFrame, path: Path) -> bool:
-    """Whether the first of some rows names the columns: by words, or by 0, 1, 2, … as pandas does.
-
-    A row that may as well be a datum is refused, so that none is lost and none is made up.
-    """
-    from pandas import to_numeric
-
-    fields, below = top.iloc[0].dropna().str.strip(), top.iloc[1:]
-    numbers = fields[to_numeric(fields, errors="coerce").notna()].tolist()
-    if not any(numbers == [str(i + j) for j in range(len(numbers))] for i in (0, 1)):
-        return False
-    if len(numbers) < len(fields):
-        return True
-    # pandas writes a point into every number of a column of fractions, so 0 is none of those.
-    if len(below) and below.apply(lambda column: column.str.contains(".", regex=False)).all(None):
-        return True
-    if len(numbers) > 2:
-        raise InputError(
-            f"Expected names or data in the first row of {path}, got {','.join(numbers)}, which "
-            f"may be either: give the columns names, or leave them out with "
-            f"DataFrame.to_csv(header=False)."
-        )
-    # One or two counting numbers, as in "0,1", are more likely to be a first datum.
-    return False
-
-
-def _numbers(frame: pd.DataFrame, path: Path) -> np.ndarray:
-    from pandas import to_numeric
-
-    numbers = frame.apply(to_numeric, errors="coerce")
-    wrong = numbers.isna() & frame.notna()
-    for name in frame.columns[wrong.any()]:
-        raise InputError(
-            f"Expected numbers in column {name!r} of {path}, got "
-            f"{frame.loc[wrong[name], name].iloc[0]!r}; call the column 'label' if it holds "
-            f"labels, and separate columns by commas."
-        )
-    return numbers.to_numpy(np.float64)
-
-
-def _words(column: pd.Series, path: Path) -> np.ndarray:
-    """Labels: numbers as they are, everything else as strings."""
-    from pandas.api.types import is_numeric_dtype
-
-    if is_numeric_dtype(column):
-        return column.to_numpy()
-    if column.isna().any():
-        row = int(column.isna().to_numpy().argmax())
-        raise InputError(f"Expected a label in every row of {path}, got none in row {row}.")
-    return column.astype(str).to_numpy(dtype=str)
-
-
 def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]]:
     """The names of data and labels, split by split; ``""`` where there are no labels."""
     if "x_train" in arrays and "x_test" in arrays:
@@ -211,8 +164,8 @@ def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]
     )
 
 
-def _rows(x: np.ndarray, title: str) -> np.ndarray:
-    """Data ``[N, ...]`` as uint8 or finite float32."""
+def _rows(x: np.ndarray, title: str, missing: str) -> np.ndarray:
+    """Data ``[N, ...]`` as uint8 or finite float32, with NaN if that is to be masked."""
     if x.dtype.kind not in "biuf":
         raise InputError(f"Expected real numbers in {title}, got dtype {x.dtype}.")
     if not 2 <= x.ndim <= 4:
@@ -223,7 +176,7 @@ def _rows(x: np.ndarray, title: str) -> np.ndarray:
     if x.size == 0:
         what = "rows" if len(x) == 0 else "columns"
         raise InputError(f"Expected data in {title}, got no {what}: shape {list(x.shape)}.")
-    return x if x.dtype == np.uint8 else _finite(x, title)
+    return x if x.dtype == np.uint8 else _finite(x, title, missing)
 
 
 def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
@@ -241,15 +194,18 @@ def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
     return _finite(y, title) if y.dtype.kind == "f" else y.astype(str)
 
 
-def _finite(x: np.ndarray, title: str) -> np.ndarray:
+def _finite(x: np.ndarray, title: str, missing: str = "") -> np.ndarray:
+    """float32; ``missing`` says what NaN is in data, and nothing in labels."""
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
-    bad = ~np.isfinite(x)
+    bad = np.isinf(x) if missing == "mask" else ~np.isfinite(x)
     if bad.any():
         row = int(bad.reshape(len(x), -1).any(1).argmax())
+        mend = ", or take missing='mask' (--missing mask)" if missing == "refuse" else ""
+        kind = "infinite" if missing == "mask" else "NaN or infinite"
         raise InputError(
-            f"Expected finite float32 numbers in {title}, got {int(bad.sum())} NaN or infinite, "
-            f"the first in row {row} (counting from 0); drop or fill these rows."
+            f"Expected finite float32 numbers in {title}, got {int(bad.sum())} {kind}, "
+            f"the first in row {row} (counting from 0); drop or fill these rows{mend}."
         )
     return x
 

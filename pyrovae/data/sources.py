@@ -6,18 +6,22 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
-from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays
+from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays, table_arrays
+from pyrovae.data.tables import read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
 SPLIT_SEED = 0
@@ -52,18 +56,37 @@ class Source(NamedTuple):
     origin: dict[str, str]
 
 
-def find_source(name: str | Path, root: str | Path | None = None) -> Source:
-    """Read a shipped data set, or a file, as events of shape ``[D]`` or ``[C, H, W]``."""
+def find_source(
+    name: str | Path | pd.DataFrame,
+    root: str | Path | None = None,
+    missing: str = "refuse",
+    kinds: Mapping[str, str] | None = None,
+) -> Source:
+    """Read a shipped data set, a file or a frame, as events of shape ``[D]`` or ``[C, H, W]``."""
+    source = _read(name, root, missing, kinds)
+    x, mask = source.arrays.x, source.arrays.mask
+    if missing == "mask" and mask is None:
+        mask = np.ones(x.shape, bool)
+    mask = None if mask is None else _channels_first(mask)
+    return source._replace(arrays=source.arrays._replace(x=_channels_first(x), mask=mask))
+
+
+def _read(
+    name: str | Path | pd.DataFrame,
+    root: str | Path | None,
+    missing: str,
+    kinds: Mapping[str, str] | None,
+) -> Source:
+    # A frame is known by its module, so that pandas is imported by those alone who have one.
+    if type(name).__module__.partition(".")[0] == "pandas" and hasattr(name, "columns"):
+        return _frame(name, missing, kinds)
     if not isinstance(name, str | os.PathLike):
         raise InputTypeError(
-            f"Expected the name of a data set or a file, got {type(name).__name__}; save an array "
-            "with numpy.save, or give tensors to pyrovae.data.Dataset."
+            f"Expected the name of a data set, a file or a frame, got {type(name).__name__}; save "
+            "an array with numpy.save, or give tensors to pyrovae.data.Dataset."
         )
-    source = _read(name, root)
-    return source._replace(arrays=source.arrays._replace(x=_channels_first(source.arrays.x)))
-
-
-def _read(name: str | Path, root: str | Path | None) -> Source:
+    if kinds and str(name) in DATASETS:
+        raise InputError(f"Expected a table for columns={dict(kinds)}, got {name}.")
     if str(name) == "digits":
         from sklearn.datasets import load_digits
 
@@ -78,12 +101,21 @@ def _read(name: str | Path, root: str | Path | None) -> Source:
     if path.suffix.lower() not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise InputError(unknown("the data set", str(name), [*DATASETS, files]))
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, missing, kinds)
     with path.open("rb") as file:
         origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     grey = arrays.x.dtype == np.uint8 and arrays.x.max() > 1
     scale, scaling = (255.0, "uint8 / 255") if grey else (1.0, "none")
     return Source(path.stem, arrays, scale, scaling, origin)
+
+
+def _frame(frame: Any, missing: str, kinds: Mapping[str, str] | None) -> Source:
+    arrays = table_arrays(read_table(frame, "the frame", kinds), Path("the frame"), missing)
+    digest = hashlib.sha256()
+    for part in (arrays.x, arrays.y, arrays.mask):
+        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+    origin = {"source": "pandas.DataFrame", "sha256": digest.hexdigest()}
+    return Source("frame", arrays, 1.0, "none", origin)
 
 
 def _images(name: str, root: str | Path | None) -> Arrays:

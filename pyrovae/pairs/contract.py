@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from traceback import walk_tb
 from typing import Any
 
@@ -35,6 +36,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         ValueError: If a latent is in one program only, no plate holds the batch, a site lies
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
+    _check_arguments(pair, x, *context)
     with torch.no_grad(), _blames_data(x):
         guide_trace = pair.trace_guide(x, *context)
         model_trace = _try_replay(pair, guide_trace, x, *context)
@@ -61,6 +63,26 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         enumerated=enumerated,
     )
     return pair.layout
+
+
+def _check_arguments(pair: Pair, *rows: Any) -> None:
+    """Check that both programs take as many arguments as there are."""
+    for kind, program in (("model", pair.model), ("guide", pair.guide)):
+        entry = program.forward if isinstance(program, nn.Module) else program
+        try:
+            taken = signature(entry)  # type: ignore[arg-type]  # a pair under inspection has both
+        except (TypeError, ValueError):  # Python knows none of some callables written in C.
+            continue
+        try:
+            taken.bind(*rows)
+        except TypeError as error:
+            names = ", ".join(taken.parameters)
+            mask = rows[-1].dtype == torch.bool if isinstance(rows[-1], Tensor) else False
+            mend = f"forward(self, {names}, mask=True)" if mask else "the arguments that it needs"
+            raise InputError(
+                f"The {kind} takes ({names}), and it is given {len(rows)} arguments, x and its "
+                f"context: write {mend}."
+            ) from error
 
 
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:

@@ -76,6 +76,8 @@ def site_log_prob(site: Site, *, fused: bool = False) -> Tensor:
     base, events, value = site["fn"], 0, site["value"]
     while isinstance(base, torch.distributions.Independent):
         base, events = base.base_dist, events + base.reinterpreted_batch_ndims
+    if isinstance(base, dist.MaskedDistribution) and base._mask is True:  # hides nothing
+        base = base.base_dist
     if events == 0 or type(base) not in BERNOULLI or torch.is_grad_enabled():
         return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
     logits, value = base.logits.flatten(-events), value.flatten(-events).to(base.logits.dtype)

@@ -17,6 +17,7 @@ from typing import Any, Self, get_args, get_type_hints
 
 from pyrovae._tools import InputError
 from pyrovae.data import BINARIZE, CONTEXTS
+from pyrovae.data.files import MISSING as GAPS
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import fit
 from pyrovae.training.optimizer import PRECISIONS
@@ -25,7 +26,7 @@ from pyrovae.training.schedules import SCHEDULES
 SPLITS = ("test", "valid", "train")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 # How the programs see the data: options that are arguments of load_data().
-SHOWN = ("binarize", "context", "labelled")
+SHOWN = ("binarize", "context", "labelled", "missing", "columns")
 FIT = inspect.signature(fit).parameters
 
 
@@ -113,12 +114,16 @@ class PairConfig(Options):
 
     model: str = option("p(z)p(x|z): a shipped name, FILE.py or FILE.py:CLASS", "", metavar="M")
     guide: str = option("q(z|x), likewise", "", metavar="G")
-    data: str = option("a shipped name, or a .npy, .npz or .csv file", "", metavar="D")
+    data: str = option("a shipped name, or a .npy, .npz, .csv or .arff file", "", metavar="D")
     device: str = option("auto, cpu or cuda", "auto")
     seed: int = option("seeds every draw", 0)
     binarize: str = option(f"one of {', '.join(BINARIZE)}", "none")
     context: str = option(f"what the programs see beside x: {', '.join(CONTEXTS)}", "none")
     labelled: int | None = option("show N of the training labels", None, metavar="N", said="all")
+    missing: str = option(f"what NaN or an empty field is: {', '.join(GAPS)}", "refuse")
+    columns: Mapping[str, str] = option(
+        "the kind of a column: age=positive", dict, metavar="NAME=KIND", said="by its numbers"
+    )
     data_root: str | None = option("where the torchvision data are", None, said="$PYROVAE_DATA")
     settings: Mapping[str, dict[str, Any]] = option(
         "a setting: latent=5 (of both), model.scale=pixel, objective.beta=4",
@@ -141,7 +146,11 @@ class PairConfig(Options):
         if missing := [kind for kind in ("model", "guide", "data") if not getattr(options, kind)]:
             raise InputError(f"Expected --{', --'.join(missing)} as well: see pyrovae list.")
         pairs = given.get("settings", [])
-        return replace(options, settings=_settings(pairs, known.get("settings", {})))
+        kinds = [pair.rpartition("=")[::2] for pair in given.get("columns", [])]
+        columns = {**known.get("columns", {}), **dict(kinds)}
+        return replace(
+            options, settings=_settings(pairs, known.get("settings", {})), columns=columns
+        )
 
     @classmethod
     def _stored(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,15 +191,21 @@ def _choose_device(name: str) -> torch.device:
 def _build(
     programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
 ) -> tuple[Callable, Callable]:
-    shape, parts = tuple(data.shape), {}
+    shape = tuple(data.shape)
+    # Programs that ask for the columns of a table get them.
+    columns: dict[str, dict[str, Any]] = {
+        kind: {"columns": data.columns} if "columns" in program.arguments() else {}
+        for kind, program in programs.items()
+    }
+    parts = columns["model"]
     if settings["model"].get("mean") == "data":
         parts["mean"] = data.train.mean(0)
     with seeded(subseed(seed, PROGRAM_STREAM)):
         if "guide" in programs["model"].arguments():
-            guide = programs["guide"].build(shape, settings["guide"])
+            guide = programs["guide"].build(shape, settings["guide"], **columns["guide"])
             return programs["model"].build(shape, settings["model"], guide=guide, **parts), guide
         model = programs["model"].build(shape, settings["model"], **parts)
-        return model, programs["guide"].build(shape, settings["guide"])
+        return model, programs["guide"].build(shape, settings["guide"], **columns["guide"])
 
 
 def _absolute(path: str) -> str:

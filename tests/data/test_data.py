@@ -195,7 +195,7 @@ def test_to_moves_everything():
     [
         ("mnst", "digits, mnist, .*'mnst' .did you mean 'mnist'"),
         ("Fashion-MNIST", "did you mean 'fashion_mnist'"),
-        ("zzz", "or a file that ends in .npy, .npz or .csv, got 'zzz'[.]$"),
+        ("zzz", "or a file that ends in .npy, .npz, .csv or .arff, got 'zzz'[.]$"),
         ("pictures.zip", "got 'pictures.zip'"),
     ],
 )

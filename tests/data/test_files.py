@@ -274,7 +274,7 @@ def test_npz_that_do_not_fit_together_are_refused(save, arrays, match):
     ("text", "match"),
     [
         ("a,b\n1,2\n3,oops\n5,6\n", "column 'b' of .*, got 'oops'; call the column 'label'"),
-        ("1.5,?\n2,3\n4,5\n", "column 1 of .*, got '[?]'"),
+        ("1.5,?\n2,3\n4,5\n", "column '1' of .*, got '[?]'"),
         ("a,b\n1,2\n3,\n5,6\n", "got 1 NaN or infinite, the first in row 1"),
         ("a,b\n", r"no rows: shape \[0, 2\]"),
         ("label\n1\n2\n3\n", r"no columns: shape \[3, 0\]"),
