@@ -195,6 +195,8 @@ def sampled(pair: tuple, x: Tensor, samples: int, checkpoint: Path) -> dict[str,
     found = pyrovae.log_likelihood(
         *pair, x, num_samples=samples, seed=SEED, checkpoint=checkpoint, progress=True
     )
+    # For differences that are paired image by image.
+    torch.save(found.log_prob, checkpoint.with_name("literature-log-prob.pt"))
     assert found.curve is not None
     points = found.curve.mean
     return {

@@ -5,6 +5,7 @@ import sys
 
 import literature
 import pytest
+import torch
 
 import pyrovae
 from pyrovae.runs import Run
@@ -61,6 +62,8 @@ def test_a_stopped_row_goes_on_where_it_was(rows, monkeypatch, tmp_path):
     monkeypatch.setattr(literature, "sampled", stop)
     monkeypatch.setattr(pyrovae.SVI, "update", stop)
     assert _lasting(rows("--only", "vae")["vae/0"]) == _lasting(whole)
+    each = torch.load(folder / "literature-log-prob.pt", weights_only=True)
+    assert -each.double().mean().item() == pytest.approx(whole["NLL"], rel=1e-4)
 
 
 def test_the_logits_start_at_the_means_of_all_that_is_trained_on(rows, monkeypatch, tmp_path):
