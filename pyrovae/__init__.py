@@ -11,6 +11,7 @@ from pyrovae.diagnostics import Diagnosis, diagnose
 from pyrovae.distributions import kl_standard_normal
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
+from pyrovae.evidence.imputation import Imputation, impute
 from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.sandwich import Bidirectional, bidirectional
 from pyrovae.inference_data import to_inference_data
@@ -31,6 +32,7 @@ __all__ = [
     "Diagnosis",
     "ElboResult",
     "Fit",
+    "Imputation",
     "InputError",
     "LogLikelihood",
     "NonFiniteLoss",
@@ -46,6 +48,7 @@ __all__ = [
     "elbo",
     "encode",
     "fit",
+    "impute",
     "interpolate",
     "kl_standard_normal",
     "load_data",
