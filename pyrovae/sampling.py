@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyrovae._tools import InputError, should_compile
+from pyrovae._tools import InputError, InputTypeError, should_compile
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.pairs.contract import inspect_pair
-from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.generation import Simulator
+from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, is_bookkeeping, samples
 
 # Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
@@ -30,7 +32,7 @@ Read = Callable[..., dict[str, Site]]
 
 def sample(
     model: Callable,
-    *context: Tensor,
+    *context: Any,
     like: Tensor,
     n: int | None = None,
     mean: bool = False,
@@ -41,12 +43,17 @@ def sample(
 
     .. math:: z \sim p(z), \qquad x \sim p(x \mid z)
 
+    A site that observes a further argument, such as a label, keeps what it is given. A model whose
+    likelihood reads the values of x that come before, :math:`p(x_t \mid x_{<t}, z)`, is run once
+    for each of them, with what was drawn fed back.
+
     Args:
         model: The model program.
-        context: Its further arguments, ``[n, ...]``.
-        like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
+        context: Its further arguments, ``[n, ...]``; what is no such tensor is handed on as it is.
+        like: A batch ``[N, ...]`` of the shape that the model takes. Its values are not used, but
+            for those in the first row that the model reads and no site observes.
         n: How many data to draw; by default one for each row of the context, 64 without one.
-        mean: Return E[x | z] in place of x, where the likelihood knows it.
+        mean: Return E[x | z] in place of x, where the likelihood knows it and does not read x.
         seed: Seeds the draws; None continues torch's global stream.
         compile: Compile the model's run: True, False, or ``"auto"`` where n is at least 500,000,
             so that it pays. A model that cannot be captured runs eagerly, with one warning that
@@ -56,10 +63,12 @@ def sample(
         ``[n, ...]``, or a dictionary of them if the model observes several sites.
 
     Raises:
-        ValueError: If ``n`` is not positive, ``like`` is empty, or the context has not n rows.
+        ValueError: If ``n`` is not positive, ``like`` is empty, the context has not n rows, an
+            argument that is given is observed by a site that depends on latents, or the model
+            reads the x that it observes and there is no order to draw it in.
     """
     if n is None:
-        n = len(context[0]) if context else 64
+        n = next((len(each) for each in context if _has_rows(each)), 64)
     if n < 1 or len(like) < 1:
         raise InputError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
     options = {"mean": mean, "seed": seed, "compile": compile}
@@ -69,7 +78,7 @@ def sample(
 def decode(
     model: Callable,
     latents: dict[str, Tensor],
-    *context: Tensor,
+    *context: Any,
     like: Tensor,
     mean: bool = True,
     seed: int | None = None,
@@ -80,8 +89,8 @@ def decode(
     Args:
         model: The model program.
         latents: Values ``[n, ...]`` by site.
-        context: Its further arguments, ``[n, ...]``.
-        like: A batch ``[N, ...]`` of the shape that the model takes; its values are not used.
+        context: Its further arguments, as for :func:`sample`.
+        like: A batch ``[N, ...]``, as there.
         mean: Return E[x | z] in place of a draw, where the likelihood knows it.
         seed: Seeds the draws; None continues torch's global stream.
         compile: As for :func:`sample`.
@@ -90,7 +99,7 @@ def decode(
         ``[n, ...]``, or a dictionary of them if the model observes several sites.
 
     Raises:
-        ValueError: If a name is no latent site of the model.
+        ValueError: If a name is no latent site of the model, or as for :func:`sample`.
     """
     if not latents:
         raise InputError("Expected the values of a latent site at least, got none.")
@@ -103,7 +112,7 @@ def reconstruct(
     model: Callable,
     guide: Callable,
     x: Tensor,
-    *context: Tensor,
+    *context: Any,
     mean: bool = True,
     seed: int | None = None,
     compile: bool | str = "auto",
@@ -124,21 +133,30 @@ def reconstruct(
         ``[N, ...]``, or a dictionary of them if the model observes several sites.
 
     Raises:
-        ValueError: If the pair breaks the contract.
+        ValueError: If the pair breaks the contract, or the model reads the x that it observes and
+            there is no order to draw it in.
     """
     pair = Pair(model, guide)
+    rows, size = _bound(pair, (x, *context))
+    simulator = Simulator(pair)
 
     def read(*rows: Tensor) -> dict[str, Site]:
-        trace = pair.trace_posterior(*rows)
-        return {name: trace.nodes[name] for name in pair.known.observed}
+        sites, layout = dict(samples(pair.trace_posterior(*rows))), pair.known
+        latents = {n: sites[n]["value"] for n in (*layout.latents, *layout.enumerated)}
+        if simulator.reads is None:
+            simulator.look(rows, latents)
+        if simulator.reads:
+            sites, _ = simulator.draw(rows, latents)
+        seen = [n for n in layout.observed if n in sites and n not in simulator.kept]
+        return {n: sites[n] | {"reads": simulator.reads, "redrawn": True} for n in seen}
 
-    return _one_or_all(_forward(pair, read, (x, *context), mean, seed, compile))
+    return _one_or_all(_forward(pair, read, rows, mean, seed, compile, size))
 
 
 def encode(
     guide: Callable,
     x: Tensor,
-    *context: Tensor,
+    *context: Any,
     seed: int | None = None,
     compile: bool | str = "auto",
 ) -> dict[str, Tensor]:
@@ -155,12 +173,13 @@ def encode(
         below another one is conditioned on a draw of it.
     """
     pair = Pair(None, guide)
+    rows, size = _bound(pair, (x, *context))
 
     def read(*rows: Tensor) -> dict[str, Site]:
         sites = samples(pair.trace_guide(*rows))
         return {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
 
-    return _forward(pair, read, (x, *context), True, seed, compile)
+    return _forward(pair, read, rows, True, seed, compile, size)
 
 
 def interpolate(
@@ -168,7 +187,7 @@ def interpolate(
     guide: Callable,
     x: Tensor,
     y: Tensor,
-    *context: Tensor,
+    *context: Any,
     steps: int = 9,
     seed: int | None = None,
     compile: bool | str = "auto",
@@ -212,7 +231,7 @@ def traverse(
     site: str,
     dim: int,
     values: Tensor,
-    *context: Tensor,
+    *context: Any,
     seed: int | None = None,
     compile: bool | str = "auto",
 ) -> Sites:
@@ -233,11 +252,16 @@ def traverse(
         E[x | z], ``[N, V, ...]``.
 
     Raises:
-        ValueError: If the guide has no such site, or the site no such dimension.
+        ValueError: If the guide has no such site, or the site no such dimension or none at all.
     """
     latents = encode(guide, x, *context, seed=seed, compile=compile)
     if site not in latents:
         raise InputError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
+    if latents[site].dim() < 2:
+        raise InputError(
+            f"Site {site!r} is a single value for each datum and has no dimension to set: give its "
+            f"values to pyrovae.decode."
+        )
     size = latents[site].shape[-1]
     if not -size <= dim < size:
         raise InputError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
@@ -248,7 +272,7 @@ def traverse(
 
 @torch.no_grad()
 def classify(
-    guide: Callable, x: Tensor, *context: Tensor, site: str | None = None, seed: int | None = None
+    guide: Callable, x: Tensor, *context: Any, site: str | None = None, seed: int | None = None
 ) -> Tensor:
     """The posterior probabilities q(y|x) of a discrete latent, as the guide has them.
 
@@ -273,7 +297,7 @@ def classify(
         >>> accuracy = (q.argmax(-1) == data.labels.test).float().mean()
     """
     pair = Pair(None, guide)
-    rows = [tensor.to(pair.device) for tensor in (x, *context)]
+    rows = [tensor.to(pair.device) for tensor in _bound(pair, (x, *context))[0]]
     with pair.mode(training=False), seeded(seed, rows[0].device):
         trace = pair.trace_guide(*rows)
     found = {
@@ -301,26 +325,59 @@ def _generate(
     options: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Values ``[n, ...]`` of observed sites; ``options`` are those of :func:`sample`."""
-    given = (*context, *latents.values())
+    given = (*filter(_has_rows, context), *latents.values())
     if lengths := [len(tensor) for tensor in given if len(tensor) != n]:
         raise InputError(
             f"Expected a context of {n} rows, one for each datum to draw, got {lengths[0]}: give "
             f"n, the latents and the context the same number of rows."
         )
-    pair, split = Pair(model, None), 1 + len(context)
+    pair = Pair(model, None)
+    simulator = Simulator(pair)
+    template = like[:1].expand(n, *like.shape[1:])
+    rows, size = _bound(pair, (template, *context))
+    split = len(rows)
 
     def read(*rows: Tensor) -> dict[str, Site]:
         values = dict(zip(latents, rows[split:], strict=True))
-        program = poutine.uncondition(Given(values)(pair.run_model))
-        sites = samples(poutine.trace(program).get_trace(*rows[:split]))
-        observed = {n: s for n, s in sites.items() if s["infer"].get("was_observed")}
-        hidden = sites.keys() - observed.keys()
+        sites, _ = simulator.draw(rows[:split], values)
+        free = {n: s for n, s in sites.items() if not s["is_observed"]}
+        observed = {n: s for n, s in free.items() if s["infer"].get("was_observed")}
+        hidden = free.keys() - observed.keys()
         if unknown := sorted(values.keys() - hidden):
             raise InputError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
-        return observed
+        return {n: s | {"reads": simulator.reads} for n, s in observed.items()}
 
-    template = like[:1].expand(n, *like.shape[1:])
-    return _forward(pair, read, (template, *given), **options)
+    return _forward(pair, read, (*rows, *latents.values()), size=size, **options)
+
+
+def _has_rows(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dim() > 0
+
+
+def _bound(pair: Pair, args: tuple) -> tuple[Rows, int | None]:
+    """The arguments that have rows; the programs are handed the others as they are.
+
+    And how many rows to run at once, where an argument may hold all of them in another form.
+    """
+    if not _has_rows(args[0]):
+        raise InputTypeError(
+            f"Expected data as a tensor [N, ...], got {type(args[0]).__name__}: a data set's are "
+            f".train, .valid and .test."
+        )
+    fixed = {i: arg for i, arg in enumerate(args) if not _has_rows(arg)}
+    if fixed:
+        for name in ("model", "guide"):
+            if program := getattr(pair, name):
+                setattr(pair, name, partial(_run_with, program, fixed, len(args)))
+    plain = all(
+        arg is None or isinstance(arg, int | float | str | Tensor) for arg in fixed.values()
+    )
+    return tuple(filter(_has_rows, args)), None if plain else len(args[0])
+
+
+def _run_with(program: Callable, fixed: dict[int, Any], count: int, *rows: Tensor) -> Any:
+    left = iter(rows)
+    return program(*(fixed[i] if i in fixed else next(left) for i in range(count)))
 
 
 def _decode_paths(
@@ -329,7 +386,7 @@ def _decode_paths(
     """E[x | z] at S latents of each datum, ``[N, S, ...]`` by site."""
     n, steps = next(iter(path.values())).shape[:2]
     latents = {name: z.flatten(0, 1) for name, z in path.items()}
-    along = tuple(c.repeat_interleave(steps, 0) for c in context)
+    along = tuple(c.repeat_interleave(steps, 0) if _has_rows(c) else c for c in context)
     found = _generate(model, latents, like, n * steps, along, {"mean": True, **options})
     return _one_or_all({name: value.unflatten(0, (n, steps)) for name, value in found.items()})
 
@@ -347,9 +404,14 @@ def tile_size(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 16_384
 
 
-@torch.no_grad()
 def _forward(
-    pair: Pair, read: Read, rows: Rows, mean: bool, seed: int | None, compile: bool | str
+    pair: Pair,
+    read: Read,
+    rows: Rows,
+    mean: bool,
+    seed: int | None,
+    compile: bool | str,
+    size: int | None = None,
 ) -> dict[str, Tensor]:
     """Values ``[N, ...]`` of sites of a program, which runs on one tile of rows after another.
 
@@ -359,10 +421,10 @@ def _forward(
     eager run with the same noise; a tile in which a NaN or data outside their support come up
     runs eagerly again. A program that cannot be run on a part of the rows is run on all at once.
     """
-    size, home = tile_size(pair.device), rows[0].device
+    size, home = size or tile_size(pair.device), rows[0].device
     pays = should_compile(compile, len(rows[0]) >= PAYS_AFTER)
     tiles = list(zip(*(tensor.split(size) for tensor in rows), strict=True))
-    with pair.mode(training=False):
+    with torch.no_grad(), pair.mode(training=False):
         if len(tiles) > 1:
             try:
                 return _tiled(pair, read, tiles, mean, seed, pays)
@@ -383,8 +445,8 @@ def _eager(
         if None not in (pair.model, pair.guide):
             inspect_pair(pair, *rows)
         sites = _sites(read, rows)
-    means = {name for name, site in sites.items() if mean and _has_mean(site)}
-    return _values(sites, means), means
+        means = {name for name, site in sites.items() if mean and _has_mean(site)}
+        return _values(sites, means), means
 
 
 def _tiled(
@@ -412,7 +474,7 @@ def _tiled(
             graph = audited(run, tuple(t.to(pair.device) for t in tiles[0]), pair, named)
         except CaptureError as error:
             text = f"The program runs eagerly, not compiled: {error}."
-            warnings.warn(text, stacklevel=5)  # The line that called a function of this module.
+            warnings.warn(text, stacklevel=_callers_level())
     shapes = {name: (total, *value.shape[1:]) for name, value in first.items()}
     found = {name: first[name].new_empty(shape, device=home) for name, shape in shapes.items()}
     for index, tile in enumerate(tiles):
@@ -433,12 +495,31 @@ def _sites(read: Read, rows: Rows) -> dict[str, Site]:
     return {name: site for name, site in read(*rows).items() if not is_bookkeeping(site)}
 
 
-def _values(sites: dict[str, Site], means: set[str]) -> dict[str, Tensor]:
-    return {n: s["fn"].mean if n in means else s["value"] for n, s in sites.items()}
+def _values(sites: dict[str, Site], means: Iterable[str]) -> dict[str, Tensor]:
+    """The mean of a site, a draw where its value is an observation, or its value."""
+    return {
+        name: site["fn"].mean
+        if name in means
+        else site["fn"]()
+        if site["is_observed"] and site.get("redrawn")
+        else site["value"]
+        for name, site in sites.items()
+    }
 
 
 def _has_mean(site: Site) -> bool:
+    """Whether the mean is known; that given values of x drawn before is not E[x | z]."""
+    if site.get("reads"):
+        return False
     try:
         return not bool(site["fn"].mean.isnan().any())
     except NotImplementedError:
         return False
+
+
+def _callers_level() -> int:
+    """How many frames up, from who calls this, the line lies that called into this module."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level

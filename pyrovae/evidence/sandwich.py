@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
@@ -15,9 +14,14 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, at_least, tile_rows
+from pyrovae.evidence.tiles import Evaluation, at_least, require_rows, tile_rows
+from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Given
-from pyrovae.pairs.traces import Values, is_bookkeeping, samples
+from pyrovae.pairs.traces import Layout, Site, Values
+
+# An upper bound below the lower one by so many standard errors, and by more nats than float32
+# loses in a sum over an image, is no chance.
+CHANCE, ROUNDING = 4.0, 1e-2
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ def bidirectional(
         num_chains: As in :func:`pyrovae.annealed_log_likelihood`, as are all other arguments.
 
     Raises:
-        ValueError: As there, and if no site of the model observes x.
+        ValueError: As there; if no site of the model observes x, or the model reads the x that it
+            observes and there is no order to draw it in; and if the upper bound is below the
+            lower one by more than chance.
 
     References:
         Grosse, Ghahramani and Adams, Sandwiching the marginal likelihood using bidirectional
@@ -114,6 +120,7 @@ def bidirectional(
     settings = Settings(num_chains, num_temperatures, num_steps, initial)
     at_least({"n": 1}, n)
     options = settings.options(2 * n, compile)
+    require_rows((like, *context))
     index = torch.arange(n) % max(len(like), 1)
     rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))
     task = Evaluation(model, guide, rows, seed, max_rows)
@@ -129,7 +136,20 @@ def bidirectional(
             task.keep(number, lower | {"upper": -above["log_prob"]})
         found = task.found()
         upper = found.pop("upper")
-        return Bidirectional(annealer.result(found), upper, task.rows[0].to(task.home))
+        return _ordered(Bidirectional(annealer.result(found), upper, task.rows[0].to(task.home)))
+
+
+def _ordered(found: Bidirectional) -> Bidirectional:
+    """Refuse an upper bound that is below the lower one by more than chance."""
+    gap, error = found.mean_gap, found.mean_gap_standard_error
+    if gap < -max(CHANCE * error, ROUNDING):
+        raise InputError(
+            f"The upper bound is {-gap:.3f} ± {error:.3f} nats per datum below the lower one, so "
+            f"that the data are no draws from the density that was annealed: look for a "
+            f"pyro.factor in the model, which no draw follows, or for something that changes "
+            f"between two calls of a program."
+        )
+    return found
 
 
 def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
@@ -139,23 +159,26 @@ def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     tiles take them along.
     """
     pair, rows, layout = task.pair, task.rows, task.pair.known
-    before = samples(pair.trace_given(pair.run_model, rows, 1, Given({})))
-    free = poutine.uncondition(pair.run_model)
-    drawn = samples(pair.trace_given(free, rows, 1, Given({})))
-    names = [n for n in layout.observed if not is_bookkeeping(before[n])]
-    axes = {n: layout.dim - before[n]["fn"].event_dim for n in names}
-    data = {n: drawn[n]["value"][0].movedim(axes[n], 0) for n in names}
-    was = {n: before[n]["value"].movedim(axes[n], 0) for n in names}
-    args = [_replaced(arg, was, data) for arg in rows]
+    sites, args = Simulator(pair, keep=False).draw(rows)
+    axes = {
+        name: layout.dim - sites[name]["fn"].event_dim for name in layout.observed if name in sites
+    }
     if args[0] is rows[0]:
         raise InputError(
-            f"Expected a site of the model that observes x itself, got {sorted(names)}, so that "
+            f"Expected a site of the model that observes x itself, got {sorted(axes)}, so that "
             f"data drawn from the model cannot be shown to the guide."
         )
+    data = [sites[name]["value"].movedim(axis, 0) for name, axis in axes.items()]
     pair.model = partial(_observing, model, len(rows), axes)
     pair.guide = lambda *given: guide(*given[: len(rows)])
-    task.set_rows((*args, *data.values()))
-    return {name: drawn[name]["value"] for name in layout.latents}
+    task.set_rows((*args, *data))
+    return {name: _as_particle(sites[name], layout) for name in layout.latents}
+
+
+def _as_particle(site: Site, layout: Layout) -> Tensor:
+    """The value of a site as that of one particle, ``[1, ..., N, ...]``."""
+    value, rank = site["value"], site["fn"].event_dim - layout.particle_dim
+    return value.reshape((1,) * (rank - value.dim()) + value.shape)
 
 
 def _observing(model: Callable, count: int, axes: dict[str, int], *rows: Tensor) -> None:
@@ -163,12 +186,3 @@ def _observing(model: Callable, count: int, axes: dict[str, int], *rows: Tensor)
     places = zip(axes.items(), rows[count:], strict=True)
     with Given({}, {name: value.movedim(0, axis) for (name, axis), value in places}):
         model(*rows[:count])
-
-
-def _replaced(arg: Tensor, was: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
-    """What a site that observed an argument has drawn, in the argument's shape."""
-    for name, value in was.items():
-        same = value.numel() == arg.numel() and len(value) == len(arg)
-        if same and torch.equal(value.reshape(arg.shape).to(arg.dtype), arg):
-            return data[name].reshape(arg.shape).to(arg.dtype)
-    return arg

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, progress_bar, require_same
+from pyrovae._tools import InputError, InputTypeError, progress_bar, require_same
 from pyrovae._tools.files import pack_tensors, write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
@@ -65,6 +65,7 @@ class Evaluation:
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
+        require_rows(rows)
         if len(rows[0]) == 0:
             raise InputError("Expected at least one datum, got an empty tensor.")
         self.part = _part(processes)
@@ -236,6 +237,17 @@ def read_about(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of an evaluation, or a damaged one ({error}): choose "
             f"another file, or remove it."
         ) from error
+
+
+def require_rows(args: tuple) -> None:
+    """Refuse arguments that are no tensors with rows, as the data are taken a tile at a time."""
+    for place, arg in enumerate(args):
+        if not isinstance(arg, Tensor) or arg.dim() == 0:
+            raise InputTypeError(
+                f"Expected tensors [N, ...] for x and the further arguments of both programs, got "
+                f"{type(arg).__name__} as argument {place}: give a value for each row, or bind it "
+                f"to the programs before, as functools.partial does."
+            )
 
 
 def at_least(least: dict[str, int], *values: int) -> None:
