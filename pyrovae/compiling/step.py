@@ -99,7 +99,7 @@ class CompiledSteps:
         # A gradient that waits to be added to would be lost in a graph that has the update.
         update = update and self._records_updates and Update.can_record(optimizer)
         update = update and all(p.grad is None for p in self.trained.named.values())
-        if update and not optimizer.state:
+        if update and not any(optimizer.state.values()):
             # Optimizers make their state in their first step, which therefore is an eager one: a
             # captured step writes to tensors that are there.
             return None

@@ -160,6 +160,9 @@ def estimate(loss: Loss, pair: Pair, *args: Any, **kwargs: Any) -> Estimate:
     pyro_loss: Any = loss
     differentiable = pyro_loss.differentiable_loss if isinstance(loss, ELBO) else loss
     surrogate = differentiable(model, guide, *args, **kwargs)
+    if isinstance(surrogate, float | int):
+        # Pyro's ELBOs of programs without a site are numbers.
+        surrogate = torch.as_tensor(float(surrogate))
     if not isinstance(surrogate, Tensor):
         raise InputTypeError(
             f"Expected a loss that is a tensor to differentiate, got {surrogate!r}."

@@ -14,6 +14,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.source_lines import failed_message
@@ -103,10 +104,42 @@ def check_objective(layout: Layout, objective: Any) -> None:
         )
 
 
-def check_reach(pair: Pair, surrogate: Tensor, args: tuple = ()) -> None:
-    """Refuse a loss that depends on parameters which belong to no module and no statement."""
-    known = {id(leaf) for leaf in (*pair.named().values(), *args)}
-    lost = [list(leaf.shape) for leaf in _leaves(surrogate) if id(leaf) not in known]
+def check_step(pair: Pair, surrogate: Tensor | None, args: Any) -> None:
+    """Refuse to train programs by a step whose loss or latents show that they do not fit."""
+    _check_strangers(pair)
+    if surrogate is not None:
+        check_reach(pair, surrogate, args)
+
+
+def _check_strangers(pair: Pair) -> None:
+    """Refuse programs that have each drawn a latent which the other does not know."""
+    model, guide = pair.drawn
+    extra = [name for name, infer in guide.items() if not infer.get("is_auxiliary")]
+    extra = sorted(name for name in extra if name not in model)
+    missing = sorted(n for n, infer in model.items() if n not in guide and "enumerate" not in infer)
+    if extra and missing:
+        raise InputError(
+            f"The guide samples {extra}, which the model does not, and the model's latents "
+            f"{missing} are missing in the guide: give a latent one name in both"
+            f"{did_you_mean(extra[0], missing)}, or mark what the guide alone has with "
+            f"infer={{'is_auxiliary': True}}."
+        )
+
+
+def check_reach(pair: Pair, surrogate: Tensor, args: Any = ()) -> None:
+    """Refuse a loss that depends on a module's parameters which neither program owns.
+
+    What ``args``, nested as they come, depend on is their maker's to train, and what
+    :func:`pyro.poutine.block` hides is frozen.
+    """
+    given = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
+    known = {id(leaf) for leaf in (*pair.named().values(), *pair.blocked, *given)}
+    leaves = _leaves(surrogate, {tensor.grad_fn for tensor in given})
+    lost = [
+        list(leaf.shape)
+        for leaf in leaves
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known
+    ]
     if lost:
         raise InputError(
             f"The loss depends on parameters of shapes {lost} that neither the model nor the "
@@ -115,8 +148,9 @@ def check_reach(pair: Pair, surrogate: Tensor, args: tuple = ()) -> None:
         )
 
 
-def _leaves(tensor: Tensor) -> list[Tensor]:
-    found, seen, stack = [], set(), [tensor.grad_fn]
+def _leaves(tensor: Tensor, seen: set[Any]) -> list[Tensor]:
+    """The leaves of a graph, but for what lies behind the nodes in ``seen``."""
+    found, stack = [], [tensor.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

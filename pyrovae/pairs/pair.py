@@ -15,7 +15,7 @@ from pyro.infer import infer_discrete
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 
 from pyrovae._tools import InputError
@@ -44,9 +44,7 @@ class Pair(Parameters):
     ) -> None:
         self.model, self.guide = model, guide
         super().__init__(model, guide)
-        each = zip(self.owned, self.found, strict=True)
-        own = (OwnParameters(*one, self.adopt) for one in each)
-        self._serve = [nullcontext() if store else one for one in own]
+        self._serve = [nullcontext() if store else OwnParameters(self, i) for i in (0, 1)]
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its modules' own parameters."""
@@ -195,13 +193,14 @@ class OwnParameters(Messenger):
     name with ``pyro.param("name", initial_value)``. Pyro has no public way to move an entry with
     its constraint, hence ``_params`` and ``_constraints``.
 
-    ``found`` collects the trainable leaf of every parameter statement, by Pyro's name for it.
+    What is stated and drawn is noted at the pair; what only the store saw stated is ``blocked``.
     """
 
-    def __init__(self, modules: list[nn.Module], found: dict[str, Tensor], adopt: Callable) -> None:
+    def __init__(self, pair: Parameters, program: int) -> None:
         super().__init__()
-        self.modules, self.found, self.adopt = modules, found, adopt
-        self._owned = [p for module in modules for p in module.parameters()]
+        self.pair, self.modules = pair, pair.owned[program]
+        self.found, self.drawn = pair.found[program], pair.drawn[program]
+        self._owned = [p for module in self.modules for p in module.parameters()]
 
     def __enter__(self) -> OwnParameters:
         store = pyro.get_param_store()
@@ -223,6 +222,8 @@ class OwnParameters(Messenger):
         store = pyro.get_param_store()
         for name, value in list(store._params.items()):
             if name in self._own_names or isinstance(value, nn.Parameter):
+                if value not in self.pair.met:
+                    self.pair.blocked.add(value)
                 _take(store, name)
         for name, (value, constraint) in self._aside.items():
             store.set_state({"params": {name: value}, "constraints": {name: constraint}})
@@ -249,9 +250,14 @@ class OwnParameters(Messenger):
         if msg["name"] not in self.found and not any(leaf is p for p in self._owned):
             # pyro.module may be the only one to know of the module.
             for name, module in registering():
-                self.adopt(name, module)
+                self.pair.adopt(name, module)
                 self.modules.append(module)
         self.found[msg["name"]] = leaf
+        self.pair.met.add(leaf)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            self.drawn[msg["name"]] = msg["infer"]
 
 
 def _pyro_param_names(modules: list[nn.Module]) -> list[str]:

@@ -37,7 +37,9 @@ class Parameters:
 
     ``owned`` are the modules of each program, ``roots`` those of both by prefix, as
     :func:`find_roots` has it, and ``module.…`` that a program registers as it runs; ``found`` has,
-    for each program, the leaf of every parameter statement that was met, by Pyro's name for it.
+    for each program, the leaf of every parameter statement that was met, by Pyro's name for it,
+    ``drawn`` the ``infer`` of every latent that was drawn; ``met`` the leaves that were met since
+    it was last cleared, ``blocked`` those of statements that :func:`pyro.poutine.block` hid.
     """
 
     def __init__(self, model: Callable | None, guide: Callable | None) -> None:
@@ -45,6 +47,9 @@ class Parameters:
         self.roots = find_roots(*owned)
         self.owned = tuple([m for root in each for m in (root, *_all_held(root))] for each in owned)
         self.found: tuple[dict[str, Tensor], ...] = ({}, {})
+        self.drawn: tuple[dict[str, Any], ...] = ({}, {})
+        self.met: set[Tensor] = set()
+        self.blocked: set[Tensor] = set()
         self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []
 
     def adopt(self, name: str, module: nn.Module) -> None:
@@ -73,7 +78,8 @@ class Parameters:
                 found.setdefault(id(parameter), (name, parameter))
         for name, leaf in self.statements:
             found.setdefault(id(leaf), (f"param.{name}", leaf))
-        return {name: leaf for name, leaf in found.values() if leaf.requires_grad}
+        hidden = self.blocked - {leaf for _, leaf in self.statements}
+        return {n: leaf for n, leaf in found.values() if leaf.requires_grad and leaf not in hidden}
 
     def leaves(self) -> Iterator[Tensor]:
         """Every parameter, frozen or not; one may come twice."""

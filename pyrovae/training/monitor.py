@@ -20,6 +20,7 @@ from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
+from pyrovae.training.optimizer import Schedules, SchedulesOnLoss
 from pyrovae.training.svi import SVI
 
 # Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
@@ -51,7 +52,7 @@ class Fit:
     guide: Callable
     svi: SVI
     seed: int
-    scheduler: LRScheduler | ReduceLROnPlateau | None = None
+    scheduler: LRScheduler | ReduceLROnPlateau | Schedules | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
     best_state: dict[str, Tensor] | None = None
@@ -131,8 +132,10 @@ class Fit:
             self.best_epoch = row["epoch"]
             if keep_best:
                 self.best_state = self.svi.pair.state_dict()
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(row["train_loss"] if value is None else -value)
+        loss = row["train_loss"] if value is None else -value
+        on_loss = ReduceLROnPlateau, SchedulesOnLoss
+        if isinstance(self.scheduler, on_loss):
+            self.scheduler.step(loss)
         elif self.scheduler is not None:
             self.scheduler.step()
 

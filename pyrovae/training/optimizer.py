@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.params import param_store
-from torch import Tensor
+from pyro.optim.optim import _load_state_dict
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae.data.sources import unknown
@@ -41,8 +45,10 @@ class Average:
         # A tensor, so that a captured step takes it for an input.
         self.weight, self._filled = torch.zeros(()), 0.0
 
-    def add(self, leaves: Iterable[Tensor]) -> None:
-        """Begin the averages of some leaves at their values."""
+    def replace(self, old: Iterable[Tensor], leaves: Iterable[Tensor]) -> None:
+        """Begin the averages of some leaves at their values, and end others."""
+        for leaf in old:
+            self.of.pop(leaf, None)
         for leaf in leaves:
             self.of[leaf] = leaf.detach().clone()
             self.weight = self.weight.to(leaf.device)
@@ -71,6 +77,162 @@ class Average:
         self.shown = shown
 
 
+class Joint:
+    """A Pyro optimizer's torch optimizers, one for each parameter, stepped as a single one.
+
+    In Pyro 1.9.2 these are ``optim.optim_objs``, by leaf, schedulers around them included. They
+    stay the owners of options and state, so that one Pyro optimizer given to several SVIs, its
+    schedule, ``get_state`` and ``set_state`` mean what they do in Pyro. Leaves whose options are
+    equal share a group of :attr:`optimizer`, and entries of its state are theirs.
+    """
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self.optim = optim
+        self.each: dict[Tensor, Optimizer] = {}
+        self._optimizer: Optimizer | None = None
+        self._names: dict[Tensor, str] = {}
+        # What was shared last, for whoever has changed since to be seen.
+        self._ours: list[dict] = []
+        self._theirs: list[dict] = []
+        self._entries: dict[Tensor, dict | None] = {}
+        weakref.finalize(optim, _forget, self._names).atexit = False
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The single optimizer, its options and state up to date; None before there are leaves."""
+        self.share()
+        return self._optimizer
+
+    def add(self, named: dict[Tensor, str], replaced: Iterable[Tensor]) -> None:
+        """Begin to step some leaves, by Pyro's names, in the place of others."""
+        self.share()
+        self._ours, self._theirs = [], []
+        store = pyro.get_param_store()
+        self._names |= {leaf: n for leaf, n in named.items() if store.param_name(leaf) is None}
+        self.name_leaves()
+        for leaf in replaced:
+            self.each.pop(leaf, None)
+        for leaf in named:
+            made = self.optim.optim_objs.get(leaf) or self._make(leaf)
+            self.each[leaf] = getattr(made, "optimizer", made)
+        if self._optimizer is None:
+            self._optimizer = _alike(next(iter(self.each.values())))
+
+    def _make(self, leaf: Tensor) -> Any:
+        """What Pyro 1.9.2 makes of a parameter when it steps it first, a loaded state included."""
+        optim = self.optim
+        made = optim.optim_objs[leaf] = optim._get_optim(leaf)
+        optim.grad_clip[leaf] = optim._get_grad_clip(leaf)  # type: ignore[arg-type]
+        name = pyro.get_param_store().param_name(leaf)
+        state = optim._state_waiting_to_be_consumed.pop(name, None)
+        if state is not None:
+            _load_state_dict(made, state)
+        # A schedule warns if it steps before its optimizer, which is told by this (torch 2.14).
+        vars(getattr(made, "optimizer", made))["_opt_called"] = True
+        return made
+
+    def name_leaves(self) -> None:
+        """Tell Pyro's store the names of leaves that modules own, for ``optim.get_state()``."""
+        # A run of the programs takes them away, with the leaves themselves.
+        pyro.get_param_store()._param_to_name.update(self._names)
+
+    def share(self) -> None:
+        """Bring options and state from the single optimizer to each, or back, as they changed."""
+        one = self._optimizer
+        if one is None:
+            return
+        if one.param_groups != self._ours:
+            for group in one.param_groups if self._ours else ():
+                options = {key: value for key, value in group.items() if key != "params"}
+                for leaf in group["params"]:
+                    self.each[leaf].param_groups[0].update(options)
+        theirs = [each.param_groups[0] for each in self.each.values()]
+        if theirs != self._theirs:
+            one.param_groups = _grouped(theirs)
+            self._ours = [dict(group) for group in one.param_groups]
+            self._theirs = [dict(group) for group in theirs]
+        for leaf, each in self.each.items():
+            ours, entry = one.state.get(leaf), each.state.get(leaf)
+            if ours is not self._entries.get(leaf):
+                each.state[leaf] = entry = {} if ours is None else ours
+            if entry is not ours and entry is not None:
+                one.state[leaf] = entry
+            self._entries[leaf] = one.state.get(leaf)
+
+    def fill(self, met: Callable[[Tensor], bool]) -> None:
+        """Give zeros to leaves that this step met and does not depend on, but an earlier one did.
+
+        Pyro keeps the gradient of such a leaf, as zeros, so that its moments go on.
+        """
+        for leaf, each in self.each.items():
+            if leaf.grad is not None:
+                vars(each)["had_gradient"] = True
+            elif leaf.requires_grad and hasattr(each, "had_gradient") and met(leaf):
+                leaf.grad = torch.zeros_like(leaf)
+
+    def clip(self) -> None:
+        """Scale the gradient of each leaf as the optimizer's ``clip_args`` say."""
+        for leaf in self.each:
+            if leaf.grad is not None and (clip := self.optim.grad_clip.get(leaf)):
+                clip(leaf)
+
+
+def _forget(names: dict[Tensor, str]) -> None:
+    store = pyro.get_param_store()
+    for leaf, name in names.items():
+        if store._params.get(name) is not leaf:
+            store._param_to_name.pop(leaf, None)
+
+
+def _alike(optimizer: Optimizer) -> Optimizer:
+    """Another optimizer of the same kind and options, of no parameters yet."""
+    made = object.__new__(type(optimizer))
+    # A scheduler puts a wrapped step() on the optimizer that it belongs to.
+    vars(made).update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    made.state, made.param_groups = defaultdict(dict), []
+    return made
+
+
+def _grouped(groups: list[dict]) -> list[dict]:
+    """Groups of equal options made one."""
+    found: dict[tuple, dict] = {}
+    for group in groups:
+        plain = {key: value for key, value in group.items() if key != "params"}
+        key = tuple((k, id(v) if isinstance(v, Tensor) else repr(v)) for k, v in plain.items())
+        found.setdefault(key, plain | {"params": []})["params"] += group["params"]
+    return [*found.values()]
+
+
+class Schedules:
+    """The schedules that a Pyro optimizer has for each parameter, stepped and kept as one."""
+
+    def __init__(self, optim: PyroLRScheduler) -> None:
+        self.optim = optim
+
+    def step(self, *args: Any) -> None:
+        """Step every schedule; arguments as of torch's."""
+        self.optim.step(*args)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every schedule, in the order of their parameters."""
+        return {"each": [s.state_dict() for s in self.optim.optim_objs.values()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        for schedule, own in zip(self.optim.optim_objs.values(), state["each"], strict=True):
+            schedule.load_state_dict(own)
+
+
+class SchedulesOnLoss(Schedules):
+    """Schedules that are stepped on a loss, as :class:`ReduceLROnPlateau` is."""
+
+
+def _schedules(optim: PyroLRScheduler) -> Schedules:
+    kind = optim.pt_scheduler_constructor
+    on_loss = isinstance(kind, type) and issubclass(kind, ReduceLROnPlateau)
+    return SchedulesOnLoss(optim) if on_loss else Schedules(optim)
+
+
 class Trained:
     """The parameters of a pair that are trained, and the torch optimizer that steps them.
 
@@ -97,52 +259,87 @@ class Trained:
         self.named: dict[str, Tensor] = {}
         # How often parameters have come beside those that the optimizer was made with.
         self.grown = 0
+        self.joint = Joint(optim) if isinstance(optim, PyroOptim) else None
+        self.scheduler = _schedules(optim) if isinstance(optim, PyroLRScheduler) else None
+        self.clips = self.joint is not None or normalize_gradients or clip_norm is not None
         self._optimizer: Optimizer | None = None
-        self.scheduler: LRScheduler | None = None
-        own = bool(getattr(optim, "pt_clip_args", None))
-        self.clips = own or normalize_gradients or clip_norm is not None
-        self._met = -1
+        self._modules: list[nn.Module] = []
+        self._seen: list[Any] | None = None
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of all of them, which :meth:`collect` makes."""
-        if self._optimizer is None:
+        found = self._optimizer if self.joint is None else self.joint.optimizer
+        if found is None:
             raise InputError("There is no optimizer yet: take a step, or call svi.build(x) first.")
-        return self._optimizer
+        return found
 
     @property
     def leaves(self) -> list[Tensor]:
         """Those parameters that are not frozen."""
         return [p for p in self.named.values() if p.requires_grad]
 
-    def collect(self) -> None:
-        """Look for parameters that the programs have made since, for the optimizer to step."""
-        # A pyro.param statement makes its parameter at the first run that gets there: only their
-        # number has to be looked at from step to step.
-        met = len(self.pair.statements)
-        if self._optimizer is not None and met == self._met:
+    def is_current(self) -> bool:
+        """Whether nothing has come, gone, thawed or been replaced since :meth:`collect`."""
+        now, seen = self._look(), self._seen
+        return seen is not None and len(now) == len(seen) and all(map(is_, now, seen))
+
+    def _look(self) -> list[Any]:
+        """What tells, by identity, which parameters there are."""
+        store = pyro.get_param_store()._params
+        tensors: list[Tensor | None] = []
+        found: list[Any] = []
+        for stated in self.pair.found:
+            # The store's own leaves may be replaced there without a run of the programs.
+            for name, leaf in stated.items():
+                tensors.append(leaf if isinstance(leaf, nn.Parameter) else store.get(name))
+        for module in self._modules:
+            found += module._modules.values()
+            tensors += module._parameters.values()
+        for tensor in tensors:
+            found += (tensor, tensor is not None and tensor.requires_grad)
+        return found
+
+    def collect(self, *, needed: bool = False) -> None:
+        """Look for parameters that came, thawed or were replaced, for the optimizer to step.
+
+        Where they are ``needed``, a pair that has none raises a ValueError.
+        """
+        if not self.is_current():
+            self._collect()
+        if needed and not self.named:
+            raise InputError("The pair has no parameters to train.")
+
+    def _collect(self) -> None:
+        self._modules = self.pair.modules
+        self._seen = self._look()
+        known = set(map(id, self.named.values()))
+        fresh = {n: p for n, p in self.pair.named().items() if id(p) not in known}
+        if not fresh:
             return
-        self._met = met
-        fresh = {n: p for n, p in self.pair.named().items() if n not in self.named}
+        self.grown += bool(self.named)
+        replaced = {n: self.named[n] for n in fresh if n in self.named}
         self.named |= fresh
         if self.average is not None:
-            self.average.add(fresh.values())
-        spelled = self._pyro_names(fresh)
-        if self._optimizer is None:
-            self._optimizer = _make_optimizer(self.optim, spelled)
-            if isinstance(self.optim, PyroOptim):
-                self._lend(self.optim, next(iter(fresh.values())))
-        elif fresh:
-            self.grown += 1
-            for group in [] if isinstance(self.optim, Optimizer) else _groups(self.optim, spelled):
-                self._optimizer.add_param_group(group)
+            self.average.replace(replaced.values(), fresh.values())
+        if self.joint is not None:
+            self.joint.add(self._pyro_names(fresh), replaced.values())
+        elif self._optimizer is None:
+            self._optimizer = _make_optimizer(self.optim, [*fresh.values()])
+        else:
+            _enlarge(self._optimizer, fresh, replaced)
 
     def step(self) -> None:
         """Clip the gradients, step on them, average the weights and clear the gradients."""
         self.collect()
+        if not self.named:
+            return
         if self.clips:
             self.clip()
         self.optimizer.step()
+        if self.joint is not None:
+            self.joint.share()
+            self.joint.name_leaves()
         if self.average is not None:
             self.average.update()
         for parameter in self.named.values():
@@ -154,13 +351,13 @@ class Trained:
             self.average.show(True)
 
     def clip(self) -> None:
-        """Scale gradients in place: each as a Pyro optimizer says, then each or all by norm."""
-        options = self.optim.pt_clip_args if isinstance(self.optim, PyroOptim) else {}
-        for name, parameter in self._pyro_names(self.named).items() if options else ():
-            if parameter.grad is not None:
-                own = options(*_split(name)) if callable(options) else options
-                # What Pyro 1.9.2 does before a step of its own, which is not taken here.
-                PyroOptim._clip_grad(parameter, **own)
+        """Get gradients ready in place: each as a Pyro optimizer says, then each or all by norm."""
+        if self.joint is not None:
+            # A leaf without a statement is always met: Pyro would not know of it.
+            met, found = self.pair.met, self.pair.found
+            stated = {leaf for each in found for leaf in each.values()}
+            self.joint.fill(lambda leaf: leaf in met or leaf not in stated)
+            self.joint.clip()
         for parameter in self.named.values() if self.normalizes else ():
             if parameter.grad is not None:
                 parameter.grad.div_(parameter.grad.norm() + TINY)
@@ -168,17 +365,14 @@ class Trained:
             stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
 
-    def _lend(self, optim: PyroOptim, key: Tensor) -> None:
-        """Let ``optim.step()`` of Pyro's schedulers reach the one optimizer."""
-        if isinstance(optim, PyroLRScheduler):
-            self.scheduler = optim.pt_scheduler_constructor(self.optimizer, **optim.kwargs)
-        # Pyro 1.9.2 has one optimizer for each parameter in this dict, and steps all its values.
-        optim.optim_objs = {key: self.scheduler or self.optimizer}
-
-    def _pyro_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters by the names that Pyro has for them, where it has one."""
-        spelled = {id(leaf): name for name, leaf in dict(self.pair.statements).items()}
-        return {spelled.get(id(p), name): p for name, p in named.items()}
+    def _pyro_names(self, fresh: dict[str, Tensor]) -> dict[Tensor, str]:
+        """The name that Pyro has for each leaf, or our own where it has none or one for two."""
+        spelled = {leaf: name for name, leaf in self.pair.statements}
+        taken = [spelled[leaf] for leaf in self.named.values() if leaf in spelled]
+        return {
+            leaf: spelled[leaf] if leaf in spelled and taken.count(spelled[leaf]) == 1 else name
+            for name, leaf in fresh.items()
+        }
 
 
 def make_optim(optimizer: Any, lr: float) -> Any:
@@ -190,39 +384,25 @@ def make_optim(optimizer: Any, lr: float) -> Any:
     return partial(optimizer, lr=lr) if is_class else optimizer
 
 
-def _make_optimizer(optim: PyroOptim | Optimizer | Callable, named: dict[str, Tensor]) -> Optimizer:
-    if not named:
-        raise InputError("The pair has no parameters to train.")
+def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimizer:
     if isinstance(optim, Optimizer):
         return optim
-    if isinstance(optim, PyroOptim):
-        # Pyro 1.9.2 keeps here what optim.load() was given, by names of parameters.
-        if optim._state_waiting_to_be_consumed:
-            raise InputError(
-                "One optimizer steps all parameters here: restore its state with "
-                "svi.build() and svi.optimizer.load_state_dict(state), not with optim.load()."
-            )
-        make: Any = optim.pt_optim_constructor
-        return make(_groups(optim, named))
-    made = optim(list(named.values()))
+    made = optim(leaves)
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
 
 
-def _groups(optim: Any, named: dict[str, Tensor]) -> list[dict]:
-    """The parameter groups of some parameters, with a Pyro optimizer's options for each."""
-    options = optim.pt_optim_args if isinstance(optim, PyroOptim) else {}
-    if not callable(options):
-        return [{"params": list(named.values()), **options}]
-    by_path = optim.pt_optim_args_argc == 1
-    spelled = {n: (param_store.normalize_param_name(n),) if by_path else _split(n) for n in named}
-    return [{"params": [p], **options(*spelled[n])} for n, p in named.items()]
-
-
-def _split(name: str) -> tuple[str, str]:
-    module = param_store.module_from_param_with_module_name(name)
-    return module, param_store.user_param_name(name)
+def _enlarge(optimizer: Optimizer, fresh: dict[str, Tensor], replaced: dict[str, Tensor]) -> None:
+    """Let a torch optimizer step further leaves, some in the place of others."""
+    groups = optimizer.param_groups
+    for name, leaf in fresh.items():
+        old = replaced.get(name)
+        group = next((g for g in groups if any(p is old for p in g["params"])), groups[-1])
+        # Not a group of its own, which a schedule made before would not know.
+        group["params"] = [p for p in group["params"] if p is not old] + [leaf]
+        if old is not None:
+            optimizer.state.pop(old, None)
 
 
 def check_precision(precision: str) -> None:

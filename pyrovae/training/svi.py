@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro import infer, poutine
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from pyrovae._tools import InputTypeError, should_compile
 from pyrovae._tools.seeding import undone
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
-from pyrovae.pairs.contract import check_reach
+from pyrovae.pairs.contract import check_step
 from pyrovae.pairs.pair import Pair
 from pyrovae.training.optimizer import Trained
 
@@ -22,24 +23,25 @@ if TYPE_CHECKING:
     from pyrovae.compiling.step import CompiledSteps
 
 
-class SVI:
+class SVI(infer.SVI):
     r"""Stochastic gradient descent on an objective of a model and its guide.
 
     .. math:: (\theta, \phi) \leftarrow (\theta, \phi)
               - \mathrm{optim}\bigl(\nabla_{\theta, \phi}\, \hat{\mathrm{loss}}(x)\bigr)
 
-    Constructed and called like :class:`pyro.infer.SVI`, for every pair that Pyro's ELBOs accept:
-    PyroModules, plain modules, bound methods, functions with ``pyro.module`` and ``pyro.param``.
-    Module parameters are trained on their modules, whatever Pyro's store holds under their names.
+    A :class:`pyro.infer.SVI`, for every pair that Pyro's ELBOs accept: PyroModules, plain modules,
+    bound methods, functions with ``pyro.module`` and ``pyro.param``. Module parameters are trained
+    on their modules, whatever Pyro's store holds under their names.
 
     Args:
         model: The model program.
         guide: The guide program.
-        optim: A Pyro optimizer, whose options and clipping for each parameter one torch optimizer
-            gets; a torch optimizer; or a function from parameters to one.
+        optim: A Pyro optimizer or scheduler, which several SVIs may share; a torch optimizer; or a
+            function from parameters to one. It steps what comes, thaws or is replaced later too.
         loss: A Pyro ELBO, an :class:`pyrovae.objectives.Objective`, or a function ``(model, guide,
             x, *context)`` to differentiate.
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
+        num_samples, num_steps: For :meth:`run`, deprecated as in Pyro.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
         normalize_gradients: Divide the gradient of each parameter by its norm before the update.
         average: The decay of an exponential moving average of the weights; None keeps none.
@@ -51,8 +53,8 @@ class SVI:
 
     Raises:
         TypeError: If ``optim`` or ``loss`` is none of these.
-        ValueError: If ``compile`` is none of these or ``clip_norm`` is not positive. The first
-            step raises it if the loss depends on parameters that neither program owns.
+        ValueError: If an argument is out of range; at the first step, if the loss depends on module
+            parameters that neither program owns, or each samples a latent that the other lacks.
 
     References:
         Kingma and Welling (arXiv 1312.6114), algorithm 1.
@@ -70,6 +72,8 @@ class SVI:
         optim: PyroOptim | Optimizer | Callable,
         loss: ELBO | Callable,
         loss_and_grads: Callable | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
         clip_norm: float | None = None,
         normalize_gradients: bool = False,
@@ -79,8 +83,9 @@ class SVI:
     ) -> None:
         if not (isinstance(loss, ELBO) or callable(loss)):
             raise InputTypeError(f"Expected an ELBO or a function as the loss, got {loss!r}.")
-        self.model, self.guide, self.optim = model, guide, optim
-        self.objective, self.loss_and_grads = loss, loss_and_grads
+        known = optim if isinstance(optim, PyroOptim) else PyroOptim(optim, {})
+        super().__init__(model, guide, known, loss, loss_and_grads, num_samples, num_steps)
+        self.optim, self.objective, self._backward = optim, loss, loss_and_grads
         self.pair = Pair(model, guide)
         self._programs = self.pair.run_model, self.pair.run_guide
         self.trained = Trained(optim, self.pair, clip_norm, normalize_gradients, average)
@@ -132,9 +137,8 @@ class SVI:
             self.trained.average.at_step(self.steps_taken)
         self.steps_taken += 1
         result, updated = self._assess(args, kwargs, load, update=self.reduce is None)
-        if updated or self.reduce is not None:
-            self.trained.collect()
         if self.reduce is not None:
+            self.trained.collect()
             result = self.reduce(result, self.trained.leaves)
         if inspect is not None:
             inspect(result)
@@ -164,26 +168,32 @@ class SVI:
         """Try the objective on a batch and make the optimizer, for a state to be loaded into."""
         if self._differentiable:
             with undone(self.pair.modules, args[0].device):
-                surrogate = estimate(self.objective, self.pair, *args).surrogate
-            if surrogate is not None:
-                check_reach(self.pair, surrogate, args)
-        self.trained.collect()
+                found = estimate(self.objective, self.pair, *args)
+            check_step(self.pair, found.surrogate, args)
+        self.trained.collect(needed=True)
         self._checked = self.trained.grown
 
     def _assess(self, args: tuple, kwargs: dict, load: Any, update: bool) -> tuple[Estimate, bool]:
         """A batch's estimate, its gradient at hand, or stepped on already if the second is True."""
         checked = self._checked == self.trained.grown
         compiled = self.compiled if checked and not kwargs else None
-        if compiled is not None and (step := compiled(args, load, update)):
+        if compiled and self.trained.is_current() and (step := compiled(args, load, update)):
             return step.estimate, step.updated
         args = load(*args) if load else args
-        if self.loss_and_grads is not None:
-            return summed(self.loss_and_grads(*self._programs, *args, **kwargs)), False
+        self.pair.met.clear()
+        if self._backward is not None:
+            return summed(self._backward(*self._programs, *args, **kwargs)), False
         result = estimate(self.objective, self.pair, *args, **kwargs)
-        if result.surrogate is not None:
-            if not checked:
-                check_reach(self.pair, result.surrogate, args)
-                self._checked = self.trained.grown
-            if result.surrogate.requires_grad:
-                result.surrogate.backward()
+        if not checked:
+            check_step(self.pair, result.surrogate, (args, kwargs))
+            self._checked = self.trained.grown
+        if result.surrogate is not None and result.surrogate.requires_grad:
+            result.surrogate.backward()
         return result, False
+
+    def _traces(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, float]]:
+        """The draws of :meth:`run`, from the modules' own parameters."""
+        for _ in range(self.num_samples):
+            drawn = poutine.trace(self.pair.run_guide).get_trace(*args, **kwargs)
+            replayed = poutine.replay(self.pair.run_model, trace=drawn)
+            yield poutine.trace(replayed).get_trace(*args, **kwargs), 1.0
