@@ -7,7 +7,7 @@ traces. All log-probabilities are in nats per datum.
 from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
-from pyrovae.diagnostics import Diagnosis, diagnose
+from pyrovae.diagnostics import Diagnosis, PosteriorCalibration, calibrate, diagnose
 from pyrovae.distributions import kl_standard_normal
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
@@ -36,10 +36,12 @@ __all__ = [
     "InputError",
     "LogLikelihood",
     "NonFiniteLoss",
+    "PosteriorCalibration",
     "Report",
     "SVI",
     "annealed_log_likelihood",
     "bidirectional",
+    "calibrate",
     "check",
     "classify",
     "compare_log_likelihood",

@@ -13,8 +13,15 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint, indepen
 from pyrovae._tools import InputError, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.diagnostics.aggregate import Aggregate, Gaps, aggregate_posterior, inference_gaps, mix
-from pyrovae.diagnostics.calibration import Calibration, Probe, calibrate, fit_probe, is_probable
+from pyrovae.diagnostics.calibration import (
+    Calibration,
+    Probe,
+    fit_probe,
+    interval_coverage,
+    is_probable,
+)
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
+from pyrovae.diagnostics.simulation import PosteriorCalibration, calibrate
 from pyrovae.diagnostics.units import SitePosterior, examine
 from pyrovae.evidence.tiles import Evaluation, at_least
 from pyrovae.pairs.pair import Pair
@@ -25,9 +32,11 @@ __all__ = [
     "Calibration",
     "Diagnosis",
     "Gaps",
+    "PosteriorCalibration",
     "Probe",
     "SiteDiagnosis",
     "aggregate_posterior",
+    "calibrate",
     "diagnose",
     "inference_gaps",
 ]
@@ -111,7 +120,9 @@ def diagnose(
             calibration = None
             if intervals:
                 chosen = torch.randperm(len(x))[:CALIBRATED].to(task.device)
-                calibration = calibrate(task.pair, tuple(rows[chosen] for rows in task.rows))
+                calibration = interval_coverage(
+                    task.pair, tuple(rows[chosen] for rows in task.rows)
+                )
             dimensions = _eight_bit_dimensions(task.pair, task.first)
     probe = None
     if labels is not None and not is_probable(labels):

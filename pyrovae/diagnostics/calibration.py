@@ -74,7 +74,7 @@ class Calibration(NamedTuple):
         )
 
 
-def calibrate(pair: Pair, rows: tuple) -> Calibration | None:
+def interval_coverage(pair: Pair, rows: tuple) -> Calibration | None:
     """The coverage of the likelihood's intervals, at one draw of the latents of each datum.
 
     None if the model observes nothing, or masks all that it does.

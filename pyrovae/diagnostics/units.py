@@ -79,7 +79,7 @@ def _kl_by_coordinate(
     model: Site, guide: Site, analytic: bool, layout: Layout, size: tuple[int, int]
 ) -> Tensor | None:
     """``[K, N, D]``, or None where a distribution is no product over coordinates."""
-    p, q, value = _coordinate(model["fn"]), _coordinate(guide["fn"]), guide["value"]
+    p, q, value = coordinate(model["fn"]), coordinate(guide["fn"]), guide["value"]
     if p is None or q is None or p.event_dim != q.event_dim:
         return None
     kl = q.log_prob(value) - p.log_prob(value)
@@ -90,7 +90,7 @@ def _kl_by_coordinate(
     return by_datum(torch.where(unmasked(guide, events), kl, 0.0), events, layout, size)
 
 
-def _coordinate(fn: Any) -> Any:
+def coordinate(fn: Any) -> Any:
     """The distribution of one coordinate, over a batch of them; None if they are dependent."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
@@ -99,7 +99,7 @@ def _coordinate(fn: Any) -> Any:
 
 def _mean(site: Site, layout: Layout, size: tuple[int, int]) -> tuple[Tensor, int]:
     """E[z | x] given the latents above, or else z, ``[K, N, D * width]``; and the width."""
-    fn, base = site["fn"], _coordinate(site["fn"])
+    fn, base = site["fn"], coordinate(site["fn"])
     if isinstance(base, CHOICES):
         events = fn.event_dim - len(base.event_shape) + 1
         return by_datum(base.probs, events, layout, size), base.probs.shape[-1]

@@ -126,7 +126,7 @@ def bidirectional(
     task = Evaluation(model, guide, rows, seed, max_rows)
     with task.opened():
         with seeded(task.seed, task.device, 0, SIMULATION_STREAM):
-            latents = _simulate(task, model, guide)
+            latents = simulate(task, model, guide)
             annealer = Annealer(task, settings, options["compiled"])
             ends = tile_rows((annealer.coordinates.of(task.rows, latents)[0],))
         for number, rows in task.tiles(2 * annealer.ticks, progress):
@@ -152,7 +152,7 @@ def _ordered(found: Bidirectional) -> Bidirectional:
     return found
 
 
-def _simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
+def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     """Draw latents and data, evaluate on the data from now on, and return the latents.
 
     The data of sites that observe no argument follow the programs' arguments in the rows, so that
