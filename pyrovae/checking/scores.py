@@ -104,26 +104,31 @@ def _depends(case: Case, kind: str, name: str, change: float, training: bool) ->
 
 
 def particles_broadcast(case: Case) -> Row:
-    """Scores of K particles at once are those of a loop over them."""
+    """Scores of K particles at once are those of a loop over them without a plate."""
+    pair, n = case.inspected, len(case.rows[0])
     try:
         together, whole = _reference(case, PARTICLES)
+        for k in range(PARTICLES):
+            values = {name: value[k] for name, value in together.items()}
+            alone = case.scores(values, case.rows)
+            if change := _change(alone, whole, slice(k, k + 1)):
+                kind, name, nats = change
+                raise InputError(
+                    f"The log-probability at site {name!r} of the {kind} differs by {nats:.3g} "
+                    f"nats between {PARTICLES} particles at once and each alone: keep the "
+                    f"particles' dimension, leftmost, apart from the others."
+                )
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
-            f"With a plate of {PARTICLES} particles to the left of the batch the pair fails, "
-            f"{sentence(error)}: let leading dimensions through, as z.reshape(*z.shape[:-1], ...) "
-            f"does and z.reshape(len(x), ...) does not."
+            f"With {PARTICLES} particles, as a plate to the left of the batch or as further rows, "
+            f"the pair fails, {sentence(error)}: take the size of the batch from the arguments, "
+            f"len(x), and let leading dimensions through, as z.reshape(*z.shape[:-1], ...) does."
         ) from error
-    for k in range(PARTICLES):
-        part = slice(k, k + 1)
-        alone = case.scores({n: v[part] for n, v in together.items()}, case.rows, 1)
-        if change := _change(alone, whole, part):
-            kind, name, nats = change
-            raise InputError(
-                f"The log-probability at site {name!r} of the {kind} differs by {nats:.3g} nats "
-                f"between {PARTICLES} particles at once and each alone: keep the particles' "
-                f"dimension, leftmost, apart from the others."
-            )
-    return passed(f"[K, N] = [{PARTICLES}, {len(case.rows[0])}] as a loop")
+    if pair.folds:
+        return passed(f"as {PARTICLES} * {n} rows of one batch: with a plate they score otherwise")
+    return passed(f"[K, N] = [{PARTICLES}, {n}] as a loop")
 
 
 def gradients(case: Case) -> Row:

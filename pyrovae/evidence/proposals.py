@@ -52,7 +52,8 @@ class _Placed(Given):
     def latent(self, msg: Any, value: Tensor) -> Tensor:
         transform = to_support(msg["name"], msg["fn"])
         image = transform(value)
-        self.log_det[msg["name"]] = transform.log_abs_det_jacobian(value, image)
+        log_det = transform.log_abs_det_jacobian(value, image)
+        self.log_det[msg["name"]] = msg["fold"].split(log_det, 0) if "fold" in msg else log_det
         return image
 
 

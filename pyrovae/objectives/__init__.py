@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -148,6 +149,10 @@ def estimate(loss: Loss, pair: Pair, *args: Any, **kwargs: Any) -> Estimate:
     model, guide = pair.run_model, pair.run_guide
     if isinstance(loss, Objective):
         return loss.estimate(pair, *args, **kwargs)
+    if isinstance(loss, ELBO) and loss.vectorize_particles and pair.folds:
+        # Pyro's plate of particles is one that such a pair does not take.
+        loss = copy(loss)
+        loss.vectorize_particles = False
     if type(loss) in GENERIC + ANALYTIC:
         return elbo_estimate(loss, model, guide, args, kwargs)
     if type(loss) is TraceEnum_ELBO:

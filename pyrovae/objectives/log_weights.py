@@ -15,7 +15,6 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import total
 from pyrovae.pairs.contract import cell_scale, check_scales, plates, subsampling
-from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import (
     Layout,
     Site,
@@ -172,8 +171,8 @@ def held_still(
     """
     still = with_values(guide_trace, lambda site: site["value"].detach())
     if hierarchical:
-        with poutine.replay(trace=still):
-            still = pair.trace_guide(*args, particles=particles)
+        given = Given({name: site["value"] for name, site in drawn(still).items()})
+        still = pair.trace_given(pair.run_guide, args, particles, given)
     found = log_probs(still)
     return {name: found[name] for name in drawn(still)}
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.source_lines import failed_message
 from pyrovae.pairs.enumeration import enumerates
+from pyrovae.pairs.folding import takes_a_plate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, drawn, is_bookkeeping, samples, scored
 
@@ -63,6 +64,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         scaled=any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales),
         enumerated=enumerated,
     )
+    pair.folds = not takes_a_plate(pair, (x, *context))
     return pair.layout
 
 

@@ -6,8 +6,8 @@ Everything else in the package takes a :class:`Pair` and looks at the traces tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pyro
 from pyro import poutine
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
-from pyrovae.pairs.parameters import Parameters, registering
+from pyrovae.pairs.folding import Fold
+from pyrovae.pairs.parameters import Parameters, Program
 from pyrovae.pairs.traces import Layout, Site, Values, site_scores
 
 
@@ -32,16 +33,15 @@ class Pair(Parameters):
         guide: The guide program, or None for a model alone.
         store: Let parameter statements reach Pyro's global store, as :class:`pyro.infer.SVI` does.
 
-    ``layout`` is what :func:`pyrovae.pairs.contract.inspect_pair` found. ``rows`` is everywhere a
+    ``layout`` is what :func:`pyrovae.pairs.contract.inspect_pair` found, and ``folds`` whether the
+    programs take particles as further rows alone (:class:`Fold`). ``rows`` is everywhere a
     batch with the programs' further arguments, ``[N, ...]`` each; values of latents are
     ``[K, ..., N, ...]`` by site.
     """
 
     layout: Layout
 
-    def __init__(
-        self, model: Callable | None, guide: Callable | None, *, store: bool = False
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, *, store: bool = False) -> None:
         self.model, self.guide = model, guide
         super().__init__(model, guide)
         self._serve = [nullcontext() if store else OwnParameters(self, i) for i in (0, 1)]
@@ -100,12 +100,12 @@ class Pair(Parameters):
     def trace_summed(self, values: Values, *rows: Any, particles: int | None = None) -> Trace:
         """Trace the model at given latents, with those that it sums over drawn given them."""
         given = poutine.condition(self.run_model, data=values)
-
-        def program(*args: Any) -> None:
-            self.trace_given(given, args, particles)
-
-        left = self.known.particle_dim - (particles is not None)
-        return poutine.trace(infer_discrete(program, first_available_dim=left)).get_trace(*rows)
+        left, fold = self.known.particle_dim - (particles is not None), self._fold(rows, particles)
+        program = infer_discrete(
+            lambda *args: self.trace_given(given, args, particles), first_available_dim=left
+        )
+        found = poutine.trace(program).get_trace(*rows)
+        return fold.read(found) if fold else found
 
     def trace_given(
         self,
@@ -115,11 +115,15 @@ class Pair(Parameters):
         given: Given | None = None,
     ) -> Trace:
         """Trace one of the programs with K particles, its sites set as ``given`` says."""
-        plate: AbstractContextManager = nullcontext()
+        fold, plate = self._fold(rows, particles), cast(Any, nullcontext())
         if particles is not None:
-            plate = pyro.plate("particles", particles, dim=self.known.particle_dim)
+            plate = fold or pyro.plate("particles", particles, dim=self.known.particle_dim)
         with given or nullcontext(), plate:
-            return poutine.trace(program).get_trace(*rows)
+            trace = poutine.trace(program).get_trace(*(fold.rows(rows) if fold else rows))
+        return fold.read(trace) if fold else trace
+
+    def _fold(self, rows: tuple, particles: int | None) -> Fold | None:
+        return Fold(self.known, particles, len(rows[0])) if self.folds and particles else None
 
     def _summing(self, summed: tuple[str, ...]) -> Callable:
         if not summed:
@@ -172,11 +176,10 @@ class Given(Messenger):
         self.values, self.observed = values, observed or {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if msg["is_observed"]:
-            msg["value"] = self.observed.get(name, msg["value"])
-        elif name in self.values:
-            msg["value"] = self.latent(msg, self.values[name])
+        known = self.observed if msg["is_observed"] else self.values
+        if (value := known.get(msg["name"])) is not None:
+            value = msg["fold"].join(value, msg["fn"].event_dim) if "fold" in msg else value
+            msg["value"] = value if msg["is_observed"] else self.latent(msg, value)
 
     def latent(self, msg: Any, value: Tensor) -> Tensor:
         """What a latent site is set to."""
@@ -249,9 +252,7 @@ class OwnParameters(Messenger):
             return
         if msg["name"] not in self.found and not any(leaf is p for p in self._owned):
             # pyro.module may be the only one to know of the module.
-            for name, module in registering():
-                self.pair.adopt(name, module)
-                self.modules.append(module)
+            self.pair.adopt(self.modules)
         self.found[msg["name"]] = leaf
         self.pair.met.add(leaf)
 

@@ -30,6 +30,7 @@ PLAIN = (str, bytes, int, float, complex, Tensor, type(None))
 # A module's own attributes, in which it keeps what it has registered.
 _OWN = vars(nn.Module()).keys()
 Seen = dict[int, Any]
+Program = Callable | None
 
 
 class Parameters:
@@ -42,7 +43,8 @@ class Parameters:
     it was last cleared, ``blocked`` those of statements that :func:`pyro.poutine.block` hid.
     """
 
-    def __init__(self, model: Callable | None, guide: Callable | None) -> None:
+    def __init__(self, model: Program, guide: Program) -> None:
+        self.folds = False
         owned = [[] if p is None else owners(p) for p in (model, guide)]
         self.roots = find_roots(*owned)
         self.owned = tuple([m for root in each for m in (root, *_all_held(root))] for each in owned)
@@ -52,18 +54,19 @@ class Parameters:
         self.blocked: set[Tensor] = set()
         self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []
 
-    def adopt(self, name: str, module: nn.Module) -> None:
-        """Own a module that a program registers by :func:`pyro.module`, in the mode of the rest."""
-        known = self.modules
-        if any(module is other for other in known):
-            return
-        prefix = f"module.{name}"
-        while prefix in self.roots:
-            prefix += "_"
-        self.roots[prefix] = module
-        for training, before in self._modes:
-            before |= {m: m.training for m in module.modules()}
-            module.train(training)
+    def adopt(self, modules: list[nn.Module]) -> None:
+        """Own what :func:`pyro.module` is registering, in the mode of the rest, beside modules."""
+        for name, module in registering():
+            modules.append(module)
+            if any(module is other for other in self.modules):
+                continue
+            prefix = f"module.{name}"
+            while prefix in self.roots:
+                prefix += "_"
+            self.roots[prefix] = module
+            for training, before in self._modes:
+                before |= {m: m.training for m in module.modules()}
+                module.train(training)
 
     @property
     def statements(self) -> list[tuple[str, Tensor]]:
