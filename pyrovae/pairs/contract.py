@@ -324,6 +324,16 @@ def subsampling(frame: Any) -> float:
     return (frame.full_size or frame.size) / frame.size
 
 
+@torch.no_grad()
+def plate_scale(pair: Pair, x: Tensor, *context: Any) -> float:
+    """How often the plate over the batch counts each datum of one, which the guide is run on."""
+    sites = samples(pair.trace_guide(x, *context)).values()
+    frames = [
+        frames[pair.known.plate] for frames in map(plates, sites) if pair.known.plate in frames
+    ]
+    return subsampling(frames[0]) if frames else pair.known.plate_scale
+
+
 def _check_observed(sites: list[tuple[str, Site]]) -> None:
     """Check that what is observed has the shape of its distribution's events, and is possible."""
     for name, site in sites:

@@ -167,7 +167,7 @@ def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str,
     order = torch.randperm(len(data.train)).to(svi.pair.device)
     with svi.pair.mode(training=True), world.stream(result.seed, epoch, order.device):
         for index in order.split(batch_size):
-            monitor.step(world.rows(index))
+            monitor.step(world.rows(index), index)
     return monitor.means(len(data.train))
 
 

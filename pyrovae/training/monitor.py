@@ -13,10 +13,11 @@ from pyro import infer
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyrovae._tools.seeding import subseed
+from pyrovae._tools.seeding import subseed, undone
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
+from pyrovae.pairs.contract import plate_scale
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
@@ -161,15 +162,21 @@ class Monitor:
     On a CPU the first loss that is no number stops training at once, on an accelerator at the
     epoch's end: until then nothing is read back from the device. ``load`` makes the programs'
     arguments from the numbers of rows.
+
+    Losses are kept without the scale of a plate that takes the batch for a part of the data, which
+    another number of rows changes.
     """
 
     def __init__(self, svi: SVI, load: Callable, epoch: int) -> None:
         self.svi, self.load, self.epoch = svi, load, epoch
         self.names: list[str] = []
         self.values: list[Tensor] = []
+        self._scales: dict[int, float] = {}
+        self._scale = 1.0
 
-    def step(self, index: Tensor) -> None:
-        """Take a step on the training rows ``index`` ``[M]``."""
+    def step(self, index: Tensor, batch: Tensor) -> None:
+        """Take a step on the training rows ``index`` ``[M]``, this process's of a ``batch``."""
+        self._scale = self._scale_of(batch)
         try:
             self.svi.update(index, load=self.load, inspect=self._note)
         except ValueError as error:
@@ -178,9 +185,19 @@ class Monitor:
                 raise
             raise self._stop(len(self.values) + 1, site) from error
 
+    def _scale_of(self, batch: Tensor) -> float:
+        pair, size = self.svi.pair, len(batch)
+        if pair.known.plate_scale == 1:
+            return 1.0
+        if size not in self._scales:
+            with undone(pair.modules, batch.device):
+                self._scales[size] = plate_scale(pair, *self.load(batch))
+        return self._scales[size]
+
     def _note(self, estimate: Estimate) -> None:
         self.names = [*estimate.terms, "loss"]
-        self.values.append(torch.stack([*estimate.terms.values(), estimate.loss]))
+        values = torch.stack([*estimate.terms.values(), estimate.loss])
+        self.values.append(values if self._scale == 1 else values / self._scale)
         if estimate.loss.device.type == "cpu" and not math.isfinite(estimate.loss):
             self.totals()
 
@@ -196,7 +213,7 @@ class Monitor:
     def means(self, num_data: int) -> dict[str, float | None]:
         """The loss per datum, and as far as the objective knows it, the ELBO at β = 1, in nats."""
         layout = self.svi.pair.known
-        mean = {n: total / num_data / layout.plate_scale for n, total in self.totals().items()}
+        mean = {name: total / num_data for name, total in self.totals().items()}
         loss = mean.pop("loss")
         total = sum(mean.values()) if mean else -loss
         known = bool(mean) or type(self.svi.objective) in UNDIVIDED

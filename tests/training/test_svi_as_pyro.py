@@ -2,6 +2,7 @@
 
 import io
 from copy import deepcopy
+from functools import partial
 from itertools import cycle
 
 import pyro
@@ -181,6 +182,56 @@ def test_two_losses_share_one_optimizer(make):
         step = optim.step if make is schedule else lambda: None
         losses = take(svis, [True] * 4 + [False] * 4, after=lambda _, step=step: step())
         found.append((losses, values(pair)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    same(found[0][1], found[1][1])
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Run what a compiler is given, without the compiler."""
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_compiled_steps_share_an_optimizer_too():
+    """What one loss leaves out gets its zeros inside the graph."""
+    found = []
+    for kind, options in ((PyroSVI, {}), (pyrovae.SVI, {"compile": True})):
+        pyro.clear_param_store()
+        pair, optim = Two(), adam()
+        svis = [
+            kind(partial(pair.model, which=True), partial(pair.guide, which=True), optim,
+                 Trace_ELBO(), **options),
+            kind(partial(pair.auxiliary, which=True), partial(pair.nothing, which=True), optim,
+                 Trace_ELBO(), **options),
+        ]  # fmt: skip
+        for step, svi in enumerate([*svis, svis[1]] * 5):
+            pyro.set_rng_seed(step)
+            svi.step(X)
+        found.append(values(pair))
+    assert [c.calls for svi in svis for c in svi.compiled.captures.values()] == [4, 9]
+    same(*found)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("optim", [pyro.optim.Adam, pyro.optim.SGD])
+def test_a_compiled_step_finds_the_stores_new_parameters(optim):
+    found = []
+    for options in ({"compile": False}, {"compile": True}):
+        pyro.clear_param_store()
+        model, guide = functions()
+        svi = pyrovae.SVI(
+            partial(model, which=True), partial(guide, which=True), optim({"lr": 0.01}),
+            Trace_ELBO(), **options,
+        )  # fmt: skip
+        losses = []
+        for step in range(12):
+            if step == 6:
+                pyro.clear_param_store()
+            pyro.set_rng_seed(step)
+            losses.append(svi.step(X))
+        found.append((losses, values()))
+    assert [c.calls for c in svi.compiled.captures.values()] == [5]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     same(found[0][1], found[1][1])
 

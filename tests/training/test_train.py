@@ -73,6 +73,38 @@ def test_training_bound_is_per_datum_whatever_the_last_batch():
     assert means == pytest.approx([expected] * 3, abs=0.1)
 
 
+@pytest.mark.parametrize("batch_size", [39, 16])
+def test_the_scale_of_a_plate_over_all_data_is_that_of_each_batch(batch_size):
+    """The last batch of one row counts 40 times, the first hardly more than once."""
+
+    def run(subsampled):
+        def plate(x):
+            if subsampled:
+                return pyro.plate("data", 40, subsample=torch.arange(len(x)))
+            return pyro.plate("data", len(x))
+
+        def model(x):
+            with plate(x):
+                z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(3))
+            with plate(x):
+                pyro.sample("z", dist.Normal(loc + x, 1.0).to_event(1))
+
+        pyro.clear_param_store()
+        frozen = partial(torch.optim.SGD, lr=0.0)
+        x = torch.linspace(-1.0, 1.0, 120).reshape(40, 3)
+        result = pyrovae.fit(model, guide, x, epochs=1, batch_size=batch_size, optimizer=frozen,
+                             seed=0)  # fmt: skip
+        return result.history[0]
+
+    found, expected = run(True), run(False)
+    for name in ("train_loss", "train_elbo", "train_reconstruction", "train_kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
 def shipped_bernoulli_seeded():
     pyro.set_rng_seed(11)
     return shipped_bernoulli()
