@@ -231,16 +231,23 @@ def test_what_is_drawn_is_data(name):
     decoded = pyrovae.decode(model, codes, *context, like=x, seed=0)
     assert codes.keys() == set(layout.latents)
     for found in (drawn, again, decoded):
-        found = found["x"] if isinstance(found, dict) else found
+        found = whole(found)
         assert found[0].numel() == x[0].numel()
         assert len(found) == len(x)
         assert bool(found.isfinite().all())
-    drawn = drawn["x"] if isinstance(drawn, dict) else drawn
+    drawn = whole(drawn)
     assert bool((drawn[0] != drawn[1]).any())
     if bool((x == x.round()).all()):
         assert bool((drawn == drawn.round()).all())
         assert x.min() >= drawn.min() >= 0
     check_support(parameters, drawn.reshape(x.shape), *context)
+
+
+def whole(found):
+    """What all sites have drawn of x: one site does, or a site for each of its columns."""
+    if not isinstance(found, dict):
+        return found
+    return found["x"] if "x" in found else torch.stack([*found.values()], -1)
 
 
 def _captured():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions.constraints import is_dependent
 
 from pyrovae._tools import InputError
-from pyrovae.checking.case import Case, Row, failed, passed, take
+from pyrovae.checking.case import Case, Row, failed, passed, take, warned
 from pyrovae.pairs.contract import base_of, check_support
 from pyrovae.pairs.traces import Site, samples
 
@@ -37,7 +37,46 @@ def data_support(case: Case) -> Row:
     except InputError as error:
         return failed(str(error), *case.where(*case.observed()))
     kinds = [f"{name}: {_support(site['fn'])}" for name, site in case.observed().items()]
-    return passed(f"{len(case.every[0])} data points; {', '.join(kinds) or 'no site but factors'}")
+    told = f"{len(case.every[0])} data points; {', '.join(kinds) or 'no site but factors'}"
+    return _missing(case, told) if mask_of(case.rows) is not None else passed(told)
+
+
+def mask_of(rows: tuple) -> Tensor | None:
+    """The last argument of the programs, if it says which entries of x are observed."""
+    x, mask = rows[0], rows[-1]
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape
+    return mask if fits else None
+
+
+def _missing(case: Case, told: str) -> Row:
+    """Whether what stands at missing entries changes the model's score or the guide's draws."""
+    x, *context = case.rows
+    mask = context[-1]
+    # What other rows have there lies within the support, whatever that is.
+    mixed = torch.where(mask, x, x.roll(1, 0)), *context
+    with case.quietly():
+        model, guide = case.inspected.trace(*case.rows)
+    with case.quietly():
+        other = samples(case.pair.trace_guide(*mixed))
+        replayed = samples(case.pair.replay_model(guide, *mixed))
+    for name, site in samples(model).items():
+        if not torch.equal(*(s["fn"].log_prob(s["value"]) for s in (site, replayed[name]))):
+            return failed(
+                f"Site {name!r} depends on what stands where x is missing, so that log p(x) is not "
+                f"that of the observed entries: score those alone, as in "
+                f"dist.Normal(loc, scale).mask(mask).to_event(1).",
+                *case.where(name),
+            )
+    for name, site in samples(guide).items():
+        if not torch.equal(site["value"], other[name]["value"]):
+            return warned(
+                f"The guide takes missing entries for numbers: {name!r} changes with what stands "
+                f"there. log p(x) stays right, but give the network the mask, as in "
+                f"self.encoder(x, mask), so that 0 is not taken for a value.",
+                *case.where(name),
+            )
+    share = 1 - mask.float().mean().item()
+    return passed(f"{told}; {share:.0%} are missing, and neither program sees them")
 
 
 def latent_support(case: Case, covering: bool = True) -> Row:
@@ -105,7 +144,11 @@ def finite(case: Case) -> Row:
 
 def _extremes(case: Case) -> Iterator[tuple[str, Tensor]]:
     """Data with every feature at its least or greatest, and far beyond, within the support."""
-    x = case.every[0]
+    x, mask = case.every[0], mask_of(case.every)
+    if mask is not None:
+        # What stands at missing entries is no value: another one of the feature does instead.
+        low = torch.where(mask, x, x.amax(0)).amin(0)
+        x = torch.where(mask, x, low)
     low, high, span = x.amin(0), x.amax(0), FAR * (x.max() - x.min())
     yield "all at their minimum", low
     yield "all at their maximum", high

@@ -196,8 +196,9 @@ def load_data(
             same ones for every ``seed``; all other labels of ``context`` are −1, those of
             validation and test data among them. ``.labels`` keeps every one.
         missing: ``"mask"`` takes NaN, or an empty field of a table, for a missing value: x is 0
-            there, and a mask ``[N, *shape]``, true where x is observed, goes to both programs as
-            their last argument: ``model(x, mask)``, ``guide(x, mask)``. ``"refuse"`` refuses.
+            there (1 in positive columns), and a mask ``[N, *shape]``, true where x is observed, is
+            the last argument of both programs: ``model(x, mask)``, ``guide(x, mask)``.
+            ``"refuse"`` refuses.
         columns: The kind of some columns of a table, by name: real, positive, count, binary,
             categorical or ordinal; others are told by their dtype, as
             :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.

@@ -80,7 +80,12 @@ def read_arrays(
 def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
     """The rows and labels of a table; the path is what to call it."""
     arrays = {"x": table.x} | ({} if table.y is None else {"y": table.y})
-    return _checked(arrays, path, missing)._replace(columns=table.columns)
+    found = _checked(arrays, path, missing)._replace(columns=table.columns)
+    if found.mask is not None:
+        # What stands at a gap is not scored, but has to have a logarithm where others do.
+        positive = np.array([column.kind == "positive" for column in table.columns])
+        return found._replace(x=np.where(~found.mask & positive, np.float32(1), found.x))
+    return found
 
 
 def _checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:

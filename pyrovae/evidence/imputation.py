@@ -93,8 +93,8 @@ def impute(
               \quad z_k \sim q(z \mid x_o)
 
     The draws are x_m ~ p(x_m | z_k) with k ~ Categorical(w̃), the same k for all entries of a
-    datum. Both programs get ``(x, *context, mask)``, x being 0 where it is missing and the mask
-    true where it is observed, and the model has to score the observed entries alone, as
+    datum. Both programs get ``(x, *context, mask)``, with possible values where x is missing and
+    the mask true where it is observed, and the model has to score the observed entries alone, as
     ``dist.Normal(loc, scale).mask(mask).to_event(1)`` does. A datum's random numbers depend on its
     place and not on N, and are those of :func:`pyrovae.log_likelihood` for the same seed.
 
@@ -165,7 +165,7 @@ def impute(
 
 
 def _masked(x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The programs' arguments: x with zeros where it is missing, and a mask as the last."""
+    """The programs' arguments: x without NaN, and as the last a mask of what is observed."""
     missing = x.isnan()
     given = context[-1] if context else None
     if given is None or given.dtype != torch.bool or given.shape != x.shape:
@@ -175,7 +175,10 @@ def _masked(x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             f"Expected NaN only where the mask is false, got {int((missing & given).sum())} where "
             f"it is true: the mask is true where x is observed."
         )
-    return x.masked_fill(missing, 0.0), *context
+    # What stands there is not scored, but has to be possible: what another datum has, or 1.
+    first = (~missing).int().argmax(0, keepdim=True)
+    filler = x.gather(0, first).nan_to_num(nan=1.0)
+    return torch.where(missing, filler, x), *context
 
 
 def _check(pair: Pair, rows: tuple) -> None:

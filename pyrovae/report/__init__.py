@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,8 @@ def sample_picture(
 ) -> Figure:
     """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
     rows = [tensor[torch.arange(n) % len(tensor)] for tensor in context]
-    images = _first(sample(model, *rows, like=like, n=n, mean=True, seed=seed))
-    title = "Samples, E[x | z] with z from the prior"
-    return plots.image_grid(images.reshape(n, *like.shape[1:]), title=title)
+    images = _events(sample(model, *rows, like=like, n=n, mean=True, seed=seed), 1, like.shape[1:])
+    return plots.image_grid(images, title="Samples, E[x | z] with z from the prior")
 
 
 def render_report(
@@ -208,8 +208,8 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
     x, *context = every[:10], *(tensor[:10] for tensor in others)
     found = {} if not history else {"learning_curves": plots.learning_curves(history)}
     found["samples"] = sample_picture(model, every, *others, n=64, seed=seed)
-    xhat = _first(reconstruct(model, guide, x, *context, seed=seed))
-    found["reconstructions"] = plots.reconstructions(x, xhat.reshape(x.shape))
+    xhat = _events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
+    found["reconstructions"] = plots.reconstructions(x, xhat)
     means = encode(guide, every, *others)
     codes = {n: z for n, z in means.items() if z.is_floating_point()}
     labels = data.labels.test if data.labels else None
@@ -221,8 +221,8 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
         # Few data have no row of others to end at: then the last are paired with the first.
         n = min(5, len(every) // 2)
         start, half = min(10, len(every) - n), [tensor[:n] for tensor in context]
-        rows = _first(interpolate(model, guide, x[:n], every[start : start + n], *half))
-        found["interpolations"] = plots.interpolations(rows.reshape(*rows.shape[:2], *data.shape))
+        rows = interpolate(model, guide, x[:n], every[start : start + n], *half)
+        found["interpolations"] = plots.interpolations(_events(rows, 2, data.shape))
     if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
         found["manifold"] = _manifold(model, next(iter(codes)), every)
     return found
@@ -231,9 +231,14 @@ def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> di
 def _manifold(model: Callable, site: str, like: Tensor, side: int = 15) -> Figure:
     axis = torch.linspace(-REACH, REACH, side)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-    images = _first(decode(model, {site: grid.reshape(-1, 2)}, like=like))
+    images = _events(decode(model, {site: grid.reshape(-1, 2)}, like=like), 1, like.shape[1:])
     return plots.manifold(images.reshape(side, side, *like.shape[1:]), (-REACH, REACH))
 
 
-def _first(found: Tensor | dict[str, Tensor]) -> Tensor:
-    return found if isinstance(found, Tensor) else next(iter(found.values()))
+def _events(found: Tensor | dict[str, Tensor], batch: int, shape: Sequence[int]) -> Tensor:
+    """Data of a shape: the only site, sites that together make it up, or the first."""
+    parts = [found] if isinstance(found, Tensor) else list(found.values())
+    lead = parts[0].shape[:batch]
+    whole = torch.cat([part.reshape(*lead, -1).float() for part in parts], -1)
+    whole = whole if whole.shape[-1] == math.prod(shape) else parts[0]
+    return whole.reshape(*lead, *shape)

@@ -56,7 +56,7 @@ def check_cells(frame, data):
                 cell = row[column.name]
                 assert seen[j] == (not pd.isna(cell))
                 if not seen[j]:
-                    assert numbers[j] == 0
+                    assert numbers[j] == (column.kind == "positive")
                 elif column.categories:
                     assert column.categories[int(numbers[j])] == str(cell)
                 else:

@@ -11,11 +11,15 @@ from structures import MAKE
 
 import one_layer
 from pairs import PAIRS, binary
+from pyrovae.data.tables import Column
 from pyrovae.guides.linear_gaussian import LinearGaussian as LinearGaussianGuide
+from pyrovae.guides.table import Table as TableGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.models.table import Table
 from pyrovae.objectives import OBJECTIVES
 
 SCORED = "takes reparameterized latents alone, and the guide draws 'y'"
+BY_COLUMN = "No site of the model observes x as it is"
 GREY = ("same_names", "functions")
 ALONE = {"trace_enum_elbo": "no sample sites configured for enumeration"}
 ENUMERATED = {"trace_elbo": "need to use TraceEnum_ELBO instead"}
@@ -53,6 +57,26 @@ def linear() -> tuple:
     return LinearGaussian((4,), 2), LinearGaussianGuide((4,), 2), (torch.randn(12, 4),)
 
 
+def table() -> tuple:
+    """A table with a column of every kind, a third of it missing."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(12, 6, generator=generator)
+    sizes = torch.tensor([1.0, 1.0, 9.0, 2.0, 3.0, 4.0])
+    x = torch.where(sizes > 1, (sizes * u).floor(), u + 0.1)
+    mask = torch.rand(12, 6, generator=generator) > 0.3
+    kinds = ("real", "positive", "count", "binary", "categorical", "ordinal")
+    columns = [
+        Column(k, k, tuple("abcd"[:n]) if j > 2 else ())
+        for j, (k, n) in enumerate(zip(kinds, (0, 0, 0, 2, 3, 4), strict=True))
+    ]
+    options = {"columns": columns, "latent": 3, "hidden": (12,)}
+    return (
+        Table((6,), **options),
+        TableGuide((6,), **options),
+        (torch.where(mask, x, torch.eye(6)[1]), mask),
+    )
+
+
 def written(name: str) -> tuple:
     """A pair as a person may write it."""
     x = binary()
@@ -74,6 +98,7 @@ ZOO |= {
         limits=("analytic KL",),
     ),
     "ladder": Entry(MAKE["ladder"]),
+    "table": Entry(table, dict.fromkeys(("wake_sleep", "reweighted_wake_sleep"), BY_COLUMN)),
     "conditional": Entry(MAKE["conditional"]),
     "gmvae": Entry(MAKE["gmvae"], NEEDS_PATHS, ENUMERATED),
     "semi_supervised": Entry(MAKE["semi_supervised"], NEEDS_PATHS, ENUMERATED),

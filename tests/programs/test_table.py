@@ -1,0 +1,101 @@
+"""The table pair: likelihoods in the data's units, gaps unseen, from a file to a report."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from commands import run
+from zoo import table
+
+import pyrovae
+from pyrovae.data.tables import Column
+from pyrovae.guides.table import Table as TableGuide
+from pyrovae.models.table import LIKELIHOODS, Table
+
+
+def test_log_p_is_in_the_units_of_the_data():
+    """Ten times the unit is a density of a tenth, and a whole number stays as probable."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 3).add(0.5) * torch.tensor([1.0, 1.0, 0.0])
+    x[:, 2] = torch.arange(8.0)
+    columns = [Column("a", "real", (), 1.0, 0.3), Column("b", "positive", (), 0.0, 0.4)]
+    columns += [Column("c", "count", (), 1.5, 0.5)]
+    wide = [columns[0]._replace(loc=10.0, scale=3.0), columns[1]._replace(loc=np.log(10.0))]
+    found = []
+    for schema, unit in ((columns, 1.0), ([*wide, columns[2]], 10.0)):
+        torch.manual_seed(1)
+        pair = Table((3,), schema, latent=2), TableGuide((3,), schema, latent=2)
+        rows = x * torch.tensor([unit, unit, 1.0])
+        found.append(pyrovae.log_likelihood(*pair, rows, num_samples=20, seed=0).log_prob)
+    assert torch.allclose(
+        (found[0] - found[1]).double(), torch.tensor(2 * np.log(10.0)).double(), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_probabilities_add_up_to_one(kind):
+    torch.manual_seed(0)
+    categories = {"binary": 2, "categorical": 5, "ordinal": 5}.get(kind, 0)
+    width = {"binary": 1, "categorical": 5, "ordinal": 4}.get(kind, 2)
+    fn = LIKELIHOODS[kind](torch.randn(width), 0.7, 0.5)
+    if fn.support.is_discrete:
+        total = fn.log_prob(torch.arange(float(categories or 3000))).exp().sum()
+    else:
+        x = torch.linspace(1e-4 if kind == "positive" else -60, 200, 400_001)
+        total = torch.trapezoid(fn.log_prob(x).exp(), x)
+    assert total == pytest.approx(1, abs=2e-3)
+
+
+def test_an_ordinal_column_of_two_categories_is_a_binary_one():
+    h = torch.randn(7, 1)
+    ordinal = LIKELIHOODS["ordinal"](h, 0.0, 1.0).probs[:, 0]
+    assert torch.allclose(ordinal, LIKELIHOODS["binary"](h, 0.0, 1.0).probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "columns", [None, [("a", "real", (), 0, 1)], [("a", "reel", (), 0, 1)] * 2]
+)
+def test_columns_that_do_not_fit_are_refused(columns):
+    shape = (1, 2, 2) if columns is None else (2,)
+    with pytest.raises(ValueError, match=r"columns=data\.columns"):
+        Table(shape, columns)
+
+
+def test_imputation_fills_every_kind_with_what_it_can_be():
+    model, guide, (x, mask) = table()
+    found = pyrovae.impute(model, guide, torch.where(mask, x, torch.nan), num_samples=50, seed=0)
+    assert set(found.probabilities) == {"x.categorical", "x.ordinal"}
+    assert found.probabilities["x.ordinal"].shape == (12, 4)
+    assert torch.equal(found.filled[:, 4:], found.filled[:, 4:].round())
+    assert torch.equal(found.draws[..., 2:], found.draws[..., 2:].round())
+    assert (found.draws[..., 1] > 0).all()
+
+
+def test_the_check_says_whether_missing_entries_are_seen():
+    model, guide, (x, mask) = table()
+    row = pyrovae.check(model, guide, x, mask)["data in support"]
+    assert row.status == "passed"
+    assert "neither program sees them" in row.message
+    blind = pyrovae.check(model, lambda x, mask: guide(x), x, mask)["data in support"]
+    assert blind.status == "warned"
+    assert "'z' changes with what stands there" in blind.message
+    wrong = pyrovae.check(lambda x, mask: model(x), guide, x, mask)["data in support"]
+    assert wrong.status == "failed"
+    assert "depends on what stands where x is missing" in wrong.message
+
+
+def test_a_table_with_gaps_goes_from_a_file_to_a_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"age": rng.normal(50, 9, 40), "size": rng.lognormal(0, 1, 40)})
+    frame["sex"] = rng.choice(["F", "M"], 40)
+    frame.iloc[::5, 1] = None
+    frame.iloc[::7, 2] = None
+    frame.to_csv("x.csv", index=False)
+    pair = ("--model", "table", "--guide", "table", "--set", "latent=2", "--epochs", "1")
+    kinds = ("--columns", "sex=binary", "--columns", "size=positive", "--missing", "mask")
+    assert run("train", *pair, "--data", "x.csv", *kinds, "--out", "run") == 0
+    assert run("train", "--out", "run", "--resume", "--epochs", "2") == 0
+    assert run("evaluate", "run", "--samples", "20") == 0
+    assert run("report", "run") == 0
+    assert run("sample", "run", "-n", "4") == 0
