@@ -24,6 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrovae._tools.seeding import seeded, undone
 from pyrovae.pairs.pair import Pair
 
+# torch's kernels for packed sequences read lengths where no tracer sees it.
+PACKING = ("_pack_padded_sequence", "_pad_packed_sequence")
+# Methods of a tensor that give its values to Python.
+READING = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bool__", "__index__"}
+READING |= {"__complex__", "__repr__", "__format__"}
+READ_BACK = "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
 # Calls before a CUDA graph is recorded, in which cuBLAS and the like allocate what they keep;
 # torch's notes on CUDA graphs take three.
 WARM_UP = 3
@@ -75,7 +81,7 @@ class Graph:
         places = [tensor.data_ptr() for tensor in self.constants]
         if places != self._places:
             views = [tensor.detach() for tensor in self.constants]
-            if self._views and (self._fixed or [*map(_form, views)] != [*map(_form, self._views)]):
+            if self._views and (self._fixed or [*map(form, views)] != [*map(form, self._views)]):
                 raise CaptureError("a tensor that it uses lies elsewhere than when it was captured")
             self._places, self._views = places, views
         return self._views
@@ -112,17 +118,28 @@ def record(
 
 
 class _Reads(TorchDispatchMode):
-    """Names the operators that read values back, for which make_fx has no class of error."""
+    """Refuses operators that read values back, for which make_fx has no class of error."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if torch.Tag.dynamic_output_shape in func.tags and not _is_indexed_by_numbers(func, args):
+            raise CaptureError(
+                "the shape of a tensor depends on values (a mask as an index, nonzero): "
+                "use torch.where"
+            )
         try:
             return func(*args, **(kwargs or {}))
         except RuntimeError as error:
             if torch.Tag.data_dependent_output in func.tags:
                 raise DataDependentOutputException(func) from error
             raise
+
+
+def _is_indexed_by_numbers(func: Any, args: tuple) -> bool:
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return not any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
 
 
 class _Spelled(TorchFunctionMode):
@@ -139,6 +156,12 @@ class _Spelled(TorchFunctionMode):
         if func is torch.nn.functional.one_hot and len(args) == 2:
             index, size = args
             return (index.unsqueeze(-1) == torch.arange(size, device=index.device)).long()
+        name = getattr(func, "__name__", "")
+        if name in PACKING:
+            raise CaptureError("it packs sequences, whose lengths are read back")
+        if name in READING and getattr(torch.Tensor, name, None) is func:
+            # Of a weight or a buffer, make_fx would take the value for a constant.
+            raise CaptureError(READ_BACK)
         if func is torch.bernoulli and len(args) == 1 and not kwargs:
             return torch.empty_like(args[0]).bernoulli_(args[0])
         return func(*args, **(kwargs or {}))
@@ -174,7 +197,8 @@ def _place(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _form(tensor: Tensor) -> tuple:
+def form(tensor: Tensor) -> tuple:
+    """What of a tensor a compiled graph takes for fixed."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
@@ -258,8 +282,12 @@ def compare(
     """
     # Compiled sums add in another order: a thousandth leaves room for long ones in float32, and a
     # program that has changed differs by more.
-    scale = expected.abs().max()
+    if not expected.numel():
+        return
     tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-5
+    if not (expected.is_floating_point() or expected.is_complex()):
+        found, expected = found.double(), expected.double()
+    scale = expected.abs().max()
     other = ~((found - expected).abs() <= tolerance * scale + slack + 1e-6)
     if bool(scale.isfinite()) and bool(other.double().mean() > share):
         raise CaptureError(
@@ -270,6 +298,6 @@ def compare(
 
 def _reason(error: Exception) -> str:
     if isinstance(error, DataDependentOutputException):
-        return "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
+        return READ_BACK
     text = str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pyrovae._tools import should_compile
 from pyrovae._tools.seeding import undone
-from pyrovae.compiling.graph import CaptureError, Graph, compare
-from pyrovae.compiling.update import Average, Update, UpdateError
+from pyrovae.compiling.graph import CaptureError, Graph, compare, form
+from pyrovae.compiling.reads import VALUES, Entry, ProgramWatch, Seen, Walk, assigned, kept
+from pyrovae.compiling.update import Average, OptionsWatch, Update, UpdateError
 from pyrovae.objectives import Estimate, estimate
 from pyrovae.pairs.pair import Pair
 
 # Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
 PAYS_AFTER = 3_000
-# Another shape of batch than the first is compiled once it has come so often.
+# Another shape of batch than the first, or another state, is compiled once it came so often.
 AGAIN_AFTER = 500
 # Batches whose shape changes each time must not fill the memory with counts.
 REMEMBERED = 64
 # A compiled step is compared with the eager one at these calls and at every AUDIT-th, so that a
-# program that depends on what no graph can see (a global, the time) is found out. An audit costs an
-# eager step and a compiled one: 0.5% to 2% of a long run.
+# program that depends on what is no state of its own (a file, a C library) is found out. An audit
+# costs an eager step and a compiled one: 0.5% to 2% of a long run.
 FIRST_AUDITS, AUDIT = (1, 2, 4, 8, 16, 32), 500
-# What a record takes for a constant; tensors are told by identity, their values are inputs.
-SCALARS = (bool, int, float, str, type(None))
 
 
 class Step(NamedTuple):
@@ -57,13 +59,68 @@ class _Trainable(Protocol):
     def clip(self) -> None: ...
 
 
+class Call:
+    """A step's arguments: tensors are a graph's ``inputs``, all else is a part of its ``form``.
+
+    Floats become tensors without dimensions if ``numbers`` says so: a factor that changes from
+    step to step is an input then.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], numbers: bool) -> None:
+        self.args, self.kwargs = args, kwargs
+        leaves: Sequence[Any] = args
+        self._spec: pytree.TreeSpec | None = None
+        if kwargs or not all(type(arg) is Tensor for arg in args):
+            if any(isinstance(arg, PackedSequence) for arg in (*args, *kwargs.values())):
+                raise CaptureError("an argument is a PackedSequence, whose lengths are read back")
+            leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise CaptureError("it is called without a tensor")
+        if any(each.requires_grad for each in tensors):
+            raise CaptureError("an argument carries a gradient")
+        self.has_numbers = any(type(leaf) is float for leaf in leaves)
+        if self.has_numbers and numbers:
+            # In float64, so that products are rounded as with Python's number.
+            made = functools.partial(torch.tensor, dtype=torch.float64, device=tensors[0].device)
+            leaves = [made(leaf) if type(leaf) is float else leaf for leaf in leaves]
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.inputs, self._leaves = tuple(tensors), leaves
+        self.form = (self._spec, *map(_form, leaves))
+
+    def rebuilt(self, inputs: tuple[Tensor, ...]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with other tensors in the places of these."""
+        if self._spec is None:
+            return inputs, {}
+        rest = iter(inputs)
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
+
+
+def _form(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    if not isinstance(leaf, (*VALUES, float)):
+        raise CaptureError(f"an argument is of the type {type(leaf).__name__}, no tensor or number")
+    return type(leaf), repr(leaf)  # repr() tells NaN from all else, and -0.0 from 0.0.
+
+
+class _Key(NamedTuple):
+    """What a capture is for: a form of arguments, ``load`` and ``update``, and two states."""
+
+    form: tuple
+    options: int | None = None
+    state: int | None = None
+
+
 class CompiledSteps:
     """The compiled steps of an objective and its pair, made where that pays.
 
-    There is one for each shape of batch and each state of the modules. The first is made at once,
-    or after 3,000 eager steps if ``compile`` is ``"auto"`` and ``steps`` are not that many; others
-    when their batches have come 500 times. What cannot be captured runs eagerly from then on, with
-    one warning that says why, and is None in ``captures``.
+    There is one for each form of the arguments and each state of what the programs read. The first
+    is made at once, or after 3,000 eager steps if ``compile`` is ``"auto"`` and ``steps`` are not
+    that many; others when they have come 500 times. What cannot be captured runs eagerly from then
+    on, with one warning that says why, and is None in ``captures``.
     """
 
     def __init__(
@@ -77,23 +134,26 @@ class CompiledSteps:
         self.objective, self.pair, self.trained = objective, pair, trained
         # Called with a text before and after something is compiled.
         self.announce: Callable[[str], object] = lambda text: None
-        self.captures: dict[Hashable, Capture | None] = {}
-        self._watch_pair = watch_pair(objective, pair)
+        self.captures: dict[_Key, Capture | None] = {}
+        self._watches: dict[Hashable, list[ProgramWatch]] = {}
         self._wait = 0 if should_compile(compile, steps >= PAYS_AFTER) else PAYS_AFTER
         self._seen: dict[Hashable, int] = {}
-        self._records_updates = True
+        self._said: set[str] = set()
+        self._records_updates = self._takes_numbers = True
 
-    def __call__(self, args: tuple, load: Callable | None, update: bool) -> Step | None:
+    def __call__(
+        self, args: tuple, kwargs: dict[str, Any], load: Callable | None, update: bool, number: int
+    ) -> Step | None:
         """Take the compiled step of a batch, if there is one or it is time to make it.
 
         Arguments are as for :meth:`pyrovae.SVI.update`, with ``update`` for whether the parameters
-        may be updated too: if they are not, their gradients are added to their ``.grad``.
+        may be updated too: if they are not, their gradients are added to their ``.grad``. Messages
+        call it step ``number``.
         """
         if self._wait > 0:
             self._wait -= 1
             return None
-        plain = all(isinstance(arg, Tensor) and not arg.requires_grad for arg in args)
-        if not (args and plain and self.trained.named):
+        if not self.trained.named:
             return None
         optimizer = self.trained.optimizer
         # A gradient that waits to be added to would be lost in a graph that has the update.
@@ -103,23 +163,24 @@ class CompiledSteps:
             # Optimizers make their state in their first step, which therefore is an eager one: a
             # captured step writes to tensors that are there.
             return None
-        shapes = tuple((arg.shape, arg.dtype, arg.device) for arg in args)
-        key = shapes, self._watch_pair(), load, self._watch_optimizer() if update else None
         leaves = [p for p in self.trained.named.values() if p.requires_grad]
+        key: _Key | None = None
         try:
+            if _PYRO_STACK:
+                raise CaptureError("it is called inside a handler of Pyro's")
+            call = Call(args, kwargs, self._takes_numbers)
+            key = self._find(_Key((call.form, load, update)))
+            if key not in self.captures and self._pays(key):
+                key = self._capture(key, call, leaves)
             if key not in self.captures:
-                if not self._pays(key):
-                    return None
-                self.captures[key] = self._capture(args, load, leaves, update)
+                self._warn(self._change(key))
+                return None
             captured = self.captures[key]
-            step = None if captured is None else captured(args)
+            step = None if captured is None else captured(call, number)
         except CaptureError as error:
-            if isinstance(error.__cause__, UpdateError):
-                # Loss and gradients may be captured still, without the update.
-                self._records_updates = False
-            else:
+            if key in self.captures:
                 self.captures[key] = None
-                warnings.warn(f"The pair runs eagerly, not compiled: {error}.", stacklevel=5)
+            self._warn(f"The pair runs eagerly, not compiled: {error}.")
             return None
         if step is not None and not step.updated:
             for leaf, gradient in zip(leaves, step.gradients, strict=True):
@@ -128,8 +189,18 @@ class CompiledSteps:
         return step
 
     @cached_property
-    def _watch_optimizer(self) -> Watch:
-        return watch_optimizer(self.trained.optimizer)
+    def _watch_options(self) -> OptionsWatch:
+        return OptionsWatch(self.trained.optimizer)
+
+    def _find(self, key: _Key) -> _Key:
+        """The key in the state of now: one that is captured, if there is."""
+        if key.form[-1]:
+            key = key._replace(options=self._watch_options())
+        for watch in self._watches.get(key.form, ()):
+            key = key._replace(state=watch())
+            if key in self.captures:
+                break
+        return key
 
     def _pays(self, key: Hashable) -> bool:
         if len(self._seen) > REMEMBERED:
@@ -137,26 +208,107 @@ class CompiledSteps:
         self._seen[key] = self._seen.get(key, 0) + 1
         return not self.captures or self._seen[key] >= AGAIN_AFTER
 
-    def _capture(
-        self, args: tuple, load: Callable | None, leaves: list[Tensor], update: bool
-    ) -> Capture:
+    def _capture(self, key: _Key, call: Call, leaves: list[Tensor]) -> _Key:
+        """Capture a step; its key, under which there is None until that has succeeded."""
+        _, load, update = key.form
+        # Should it not be known what the programs read, this holds for any state.
+        self.captures[key] = None
         clip = self.trained.clip if self.trained.clips else None
-        updates = (
-            Update(self.trained.optimizer, leaves, clip, self.trained.average) if update else None
-        )
         started = time.perf_counter()
         self.announce("compiling the step")
-        capture = Capture(self.objective, self.pair, leaves, args, load, updates)
-        self.announce(f"compiled in {time.perf_counter() - started:.0f} s")
-        return capture
+        try:
+            optimizer, average = self.trained.optimizer, self.trained.average
+            updates = Update(optimizer, leaves, clip, average) if update else None
+            capture = Capture(self.objective, self.pair, leaves, call, load, updates)
+            watches = self._watches.setdefault(key.form, [])
+            known = [each for each in watches if each.covers(capture.watch)]
+            watches += [] if known else [capture.watch]
+            del self.captures[key]
+            key = key._replace(state=(known or watches)[-1].keep())
+            self.captures[key] = None
+            capture.compile(call)
+        except CaptureError as error:
+            if isinstance(error.__cause__, UpdateError):
+                # Loss and gradients may be captured still, without the update.
+                self._records_updates = False
+            elif not (call.has_numbers and self._takes_numbers):
+                raise
+            else:
+                # A program may branch on a number, or hand it to Python: it is fixed then.
+                self._takes_numbers = False
+            del self.captures[key]
+            return key
+        finally:
+            self.announce(f"compiled in {time.perf_counter() - started:.0f} s")
+        self.captures[key] = capture
+        return key
+
+    def _change(self, key: _Key) -> str | None:
+        """What has changed since steps of this form were compiled, if they were."""
+        others = [k for k, c in self.captures.items() if c is not None and k.form == key.form]
+        if not others:
+            return None
+        if key.options == others[-1].options:
+            what = self._watches[key.form][-1].changed(others[-1].state)
+        else:
+            what = self._watch_options.changed(others[-1].options)
+            # An option that a schedule moves is no constant: the optimizer then steps eagerly.
+            self._records_updates &= not self._watch_options.moves
+        return (
+            f"The pair runs eagerly: {what} has changed since its step was compiled. It is "
+            f"compiled anew after {AGAIN_AFTER} steps in one state."
+        )
+
+    def _warn(self, text: str | None) -> None:
+        if text is not None and text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=6)
+
+
+class Slot:
+    """What a program assigns anew: the entry, and the tensors for it that a graph knows."""
+
+    def __init__(self, path: str, entry: Entry) -> None:
+        self.path, self.entry = path, entry
+        made = [tensor.detach().clone() for tensor in _tensors(entry.value)]
+        self.tensors = made
+        self.value = tuple(made) if isinstance(entry.value, tuple) else made[0]
+        # Whether a step reads it before it assigns it.
+        self.is_read = True
+
+    @property
+    def now(self) -> Any:
+        """What is assigned."""
+        return self.entry.entries.get(self.entry.key)
+
+    def assign(self, value: Any) -> None:
+        """Assign something else."""
+        self.entry.entries[self.entry.key] = value
+
+    def adopt(self) -> bool:
+        """Copy what is assigned to the graph's tensors and assign those, if it has their form."""
+        if self.now is not self.value:
+            given = _tensors(self.now)
+            if [*map(form, given)] == [*map(form, self.tensors)]:
+                for ours, theirs in zip(self.tensors, given, strict=True):
+                    ours.copy_(theirs.detach())
+            elif self.is_read:
+                return False
+            self.assign(self.value)
+        return True
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [each for each in values if isinstance(each, Tensor)]
 
 
 class Capture:
-    """The compiled step of an objective, from arguments of one shape to gradients for ``leaves``.
+    """The compiled step of an objective, from arguments of one form to gradients for ``leaves``.
 
     ``load``, which makes the programs' arguments, and ``update``, which steps the leaves, are in
     the graph if they are given. A step that comes out otherwise than the eager one raises
-    :class:`CaptureError`.
+    :class:`CaptureError`, as does a pair whose steps do in Python what no graph can do.
     """
 
     def __init__(
@@ -164,7 +316,7 @@ class Capture:
         objective: Any,
         pair: Pair,
         leaves: list[Tensor],
-        args: tuple,
+        call: Call,
         load: Callable | None = None,
         update: Update | None = None,
     ) -> None:
@@ -172,28 +324,85 @@ class Capture:
         self.load, self.update = load, update
         self.names: list[str] = []
         self.present: list[bool] = []
-        self.calls = 0
-        changed = () if update is None else update.changed
-        # With the update inside, nobody keeps the gradients: only the numbers are copied out.
-        self.graph = Graph(self._flat, args, pair, changed, copied=1 if update else None)
+        self.calls = self.sound = 0
+        self.device = call.inputs[0].device
+        self.roots = {"model": pair.model, "guide": pair.guide, "the objective": objective}
+        self.roots |= {"the parameters": pair.found, "load": load}
+        # What the code reads is known once it has run; what it writes, once it has run again.
+        with kept(self.roots), undone(pair.modules, self.device):
+            seen = Seen(lambda: self.eager(call.args, call.kwargs))
+        before = Walk(self.roots, seen)
+        with kept(self.roots), undone(pair.modules, self.device):
+            self.eager(call.args, call.kwargs)
+            found = assigned(before, Walk(self.roots, seen))
+        # Written to in place from now on, as batch normalization writes to its buffers.
+        entries = {(id(e.entries), e.key): (path, e) for path, e in found.items()}
+        self.slots = [Slot(*each) for each in entries.values()]
+        self.watch = ProgramWatch(self.roots, seen, found)
 
-    def __call__(self, args: tuple) -> Step:
-        """Run the captured step; now and then, first beside the eager one."""
+    def compile(self, call: Call) -> None:
+        """Record the step from arguments of this form, and compile the record."""
+        # With the update inside, nobody keeps the gradients: only the numbers are copied out.
+        copied = 1 if self.update else None
+        for slot in self.slots:
+            slot.adopt()
+        with kept(self.roots):
+            flat = functools.partial(self._flat, call)
+            self.graph = Graph(flat, call.inputs, self.pair, self._changed, copied)
+        held = {tensor.data_ptr() for tensor in self.graph.constants}
+        for slot in self.slots:
+            slot.is_read = any(tensor.data_ptr() in held for tensor in _tensors(slot.now))
+            if slot.is_read and slot.now is not slot.value:
+                raise CaptureError(f"it assigns {slot.path} in another shape or type")
+
+    def __call__(self, call: Call, number: int) -> Step | None:
+        """Run the captured step; now and then, first beside the eager one.
+
+        There is none where a tensor that it reads and assigns anew has another shape by now.
+        """
+        if not all(slot.adopt() for slot in self.slots):
+            return None
         self.calls += 1
         if self.calls in FIRST_AUDITS or self.calls % AUDIT == 0:
-            self._audit(args)
-        return self._run(args)
+            try:
+                self._audit(call)
+            except CaptureError as error:
+                first, last = self.sound + 1, number - 1
+                if not 1 < first <= last:
+                    raise
+                raise CaptureError(
+                    f"{error}; steps {first} to {last}, which ran compiled, may have been wrong"
+                ) from error
+            self.sound = number
+        return self._run(call.inputs)
 
-    def eager(self, args: tuple) -> Step:
+    def eager(self, args: tuple, kwargs: dict[str, Any]) -> Step:
         """The same loss and gradients through Pyro's handlers."""
-        found = estimate(self.objective, self.pair, *(self.load(*args) if self.load else args))
+        args = self.load(*args) if self.load else args
+        found = estimate(self.objective, self.pair, *args, **kwargs)
         if found.surrogate is None:
             raise CaptureError("the objective propagates its gradient itself")
         gradients = torch.autograd.grad(found.surrogate, self.leaves, allow_unused=True)
         return Step(found._replace(surrogate=None), gradients)
 
-    def _flat(self, *args: Tensor) -> list[Tensor]:
-        step = self.eager(args)
+    @property
+    def _changed(self) -> tuple[Tensor, ...]:
+        """What a step writes to, beside buffers that it changes in place."""
+        updated = () if self.update is None else self.update.changed
+        return (*updated, *self._assigned)
+
+    @cached_property
+    def _assigned(self) -> list[Tensor]:
+        return [tensor for slot in self.slots for tensor in slot.tensors]
+
+    def _flat(self, call: Call, *inputs: Tensor) -> list[Tensor]:
+        before = [slot.now for slot in self.slots]
+        try:
+            step = self.eager(*call.rebuilt(inputs))
+            made = [tensor.detach() for slot in self.slots for tensor in _tensors(slot.now)]
+        finally:
+            for slot, value in zip(self.slots, before, strict=True):
+                slot.assign(value)
         self.names = list(step.estimate.terms)
         self.present = [g is not None for g in step.gradients]
         if self.update is not None:
@@ -204,27 +413,45 @@ class Capture:
             )
         found = [g for g in step.gradients if g is not None]
         numbers = torch.stack([step.estimate.loss, *step.estimate.terms.values()])
-        return [numbers, *found]
+        return [numbers, *found, *made]
 
-    def _run(self, args: tuple) -> Step:
+    def _run(self, inputs: tuple[Tensor, ...]) -> Step:
         if self.update is not None:
             self.update.refresh()
-        numbers, *found = self.graph(*args)
+        numbers, *found = self.graph(*inputs)
         loss, *terms = numbers.unbind()
         rest = iter(found)
         gradients = tuple(next(rest) if present else None for present in self.present)
+        with torch.no_grad():
+            for tensor, made in zip(self._assigned, rest, strict=True):
+                tensor.copy_(made)
         named = dict(zip(self.names, terms, strict=True))
         return Step(Estimate(loss, None, named), gradients, self.update is not None)
 
-    def _audit(self, args: tuple) -> None:
+    def _state(self) -> dict[str, Tensor]:
+        """A copy of each buffer and of what else the programs assign."""
+        found = {
+            f"{type(module).__name__}.{name} ({number})": buffer
+            for number, module in enumerate(self.pair.modules)
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+        for slot in self.slots:
+            found |= {f"{slot.path} ({n})": each for n, each in enumerate(_tensors(slot.now))}
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    def _audit(self, call: Call) -> None:
         """Compare the captured step with the eager one, from the same noise."""
-        changed = () if self.update is None else self.update.changed
-        with undone(self.pair.modules, args[0].device):
-            expected = self.eager(args)
+        changed = self._changed
+        with undone(self.pair.modules, self.device, changed):
+            expected = self.eager(call.args, call.kwargs)
+            state = self._state()
+        for slot in self.slots:
+            slot.assign(slot.value)
         before = [tensor.detach().clone() for tensor in changed]
-        with undone(self.pair.modules, args[0].device, changed):
-            found = self._run(args)
+        with undone(self.pair.modules, self.device, changed):
+            found = self._run(call.inputs)
             after = [tensor.detach().clone() for tensor in changed]
+            reached = self._state()
         compare("the loss", found.estimate.loss, expected.estimate.loss)
         ours, theirs = (
             [
@@ -236,87 +463,13 @@ class Capture:
         largest = torch.stack([g.abs().max() for g in theirs]).max()
         for one, other in zip(ours, theirs, strict=True):
             compare(f"the gradient of shape {list(one.shape)}", one, other, 1e-5 * largest)
+        for name, value in state.items():
+            compare(f"{name}, after the step,", reached[name], value)
         if self.update is None:
             return
         # The update is compared with the optimizer's own, from the same gradients.
-        with undone(self.pair.modules, args[0].device, changed):
+        with undone(self.pair.modules, self.device, changed):
             self.update(found.gradients)
-            for old, one, other in zip(before, after, changed, strict=True):
+            for old, one, other in zip(before, after, self.update.changed, strict=False):
                 what = f"the update of a tensor of shape {list(old.shape)}"
                 compare(what, one - old, other.detach() - old, 1e-6 * old.abs().max())
-
-
-class Watch:
-    """A number for the state that ``describe`` tells by value, another for another state.
-
-    Describing a whole pair at each step would cost more than the step: it is done only where one of
-    the objects that ``look`` finds is not that of the last call.
-    """
-
-    def __init__(self, look: Callable[[], list[Any]], describe: Callable[[], Hashable]) -> None:
-        self._look, self._describe = look, describe
-        # Held, so that no other object takes their place in memory.
-        self._last: list[Any] = []
-        self._tokens: dict[Hashable, int] = {}
-        self._token = -1
-
-    def __call__(self) -> int:
-        now = self._look()
-        if len(now) != len(self._last) or not all(map(is_, now, self._last)):
-            self._token = self._tokens.setdefault(self._describe(), len(self._tokens))
-            self._last = now
-        return self._token
-
-
-def watch_pair(objective: Any, pair: Pair) -> Watch:
-    """Watch a pair's parameters and buffers, and attributes of its modules and its objective."""
-    options = getattr(objective, "__dict__", {})
-    # Walked once: modules that come later change the ``_modules`` of one that is known.
-    modules: list[nn.Module] = []
-
-    def look() -> list[Any]:
-        found = list(options.values())
-        tensors: list[Tensor | None] = [leaf for _, leaf in pair.statements]
-        for module in modules or pair.modules:
-            found += module.__dict__.values()
-            found += module._modules.values()
-            tensors += module._parameters.values()
-            tensors += module._buffers.values()
-        for tensor in tensors:
-            if tensor is not None:
-                found += (tensor, tensor.requires_grad, tensor.dtype)
-        return found
-
-    def describe() -> Hashable:
-        modules[:] = pair.modules
-        buffers = (b for module in modules for b in module.buffers(recurse=False))
-        held = (*pair.leaves(), *buffers)
-        tensors = tuple((id(t), t.dtype, t.device, t.requires_grad) for t in held)
-        return tensors, tuple(map(_scalars, [options, *(m.__dict__ for m in modules)]))
-
-    return Watch(look, describe)
-
-
-def watch_optimizer(optimizer: Optimizer) -> Watch:
-    """Watch an optimizer's hyperparameters, but for the learning rate, and where its state lies."""
-
-    def look() -> list[Any]:
-        found: list[Any] = []
-        for group in optimizer.param_groups:
-            for name, value in group.items():
-                if name != "lr":
-                    found += (name, *value) if name == "params" else (name, value)
-        return found + [v for entry in optimizer.state.values() for v in entry.values()]
-
-    def describe() -> Hashable:
-        return tuple(v if isinstance(v, (*SCALARS, tuple)) else id(v) for v in look())
-
-    return Watch(look, describe)
-
-
-def _scalars(attributes: dict[str, Any]) -> tuple:
-    return tuple(
-        (name, value if isinstance(value, SCALARS) else id(value))
-        for name, value in attributes.items()
-        if isinstance(value, (*SCALARS, Tensor))
-    )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from pyrovae.compiling.reads import VALUES, Same, Watch
 
 # Those that torch can step without reading a value back: they have the option ``capturable``, or
 # (Adagrad) need none. SGD has neither, nor a state to begin with.
 RECORDABLE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")
 # The fused kernels are one opaque operator, which the compiler cannot fuse with the gradients.
 WHILE_RECORDED = {"capturable": True, "foreach": True, "fused": False, "differentiable": False}
+# What is an input of the update and may change from step to step, of Adam's own and of any.
+OF_ADAM, OF_ANY = ("lr", "betas", "eps", "weight_decay"), ("lr",)
+# An option that had so many values is on the move.
+MOVES_AFTER = 3
 
 
 class UpdateError(RuntimeError):
@@ -33,10 +39,9 @@ class Average(Protocol):
 class Update:
     """Clips gradients, steps a torch optimizer and averages, in a form that a tracer can record.
 
-    The optimizer has stepped before. Its learning rate becomes a tensor, so that a schedule may
-    change it between calls; the other hyperparameters are fixed in the record. On a CPU, Adam's is
-    written out, because a compiler would raise β to the power of the step's count once for every
-    weight.
+    The optimizer has stepped before. Its learning rate is an input, so that a schedule may change
+    it between calls, and so are all numbers of plain Adam, which is written out: a compiler would
+    raise β to the power of the step's count once for every weight, where a CPU has the count.
     """
 
     def __init__(
@@ -47,20 +52,24 @@ class Update:
         average: Average | None = None,
     ) -> None:
         self.optimizer, self.leaves, self.clip, self.average = optimizer, leaves, clip, average
-        device = leaves[0].device
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-        self._values = [math.nan] * len(self._rates)
+        groups, device = optimizer.param_groups, leaves[0].device
         # torch wraps every step() for the profiler and for hooks, whose operators must not be
         # recorded; functools.wraps leaves the step itself here (torch 2.11 to 2.14).
         step = type(optimizer).step
         self._step = getattr(step, "__wrapped__", step)
         self._groups = [
-            next(i for i, group in enumerate(optimizer.param_groups)
-                 if any(p is leaf for p in group["params"]))
+            next(i for i, group in enumerate(groups) if any(p is leaf for p in group["params"]))
             for leaf in leaves
-        ]  # fmt: skip
-        self._own = device.type == "cpu" and all(map(self._is_plain_adam, leaves, self._groups))
-        self._scales = torch.ones(len(leaves), 3)
+        ]
+        self._own = is_plain_adam(optimizer) and all(
+            leaf in optimizer.state and optimizer.state[leaf]["step"].device == leaf.device
+            for leaf in leaves
+        )
+        # One row a group: its numbers, as the record reads them; and what they were made from.
+        self._numbers = torch.zeros(len(groups), len(_numbers_of(groups[0])), device=device)
+        self._made_from: list = []
+        # One row a leaf, where its count of steps can be read: as :func:`_debiased` has it.
+        self._counts = torch.zeros(len(leaves), 2) if device.type == "cpu" else None
 
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
@@ -78,17 +87,17 @@ class Update:
         return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)), *averages)
 
     def refresh(self) -> None:
-        """Bring what the record reads up to the optimizer's learning rates and counts of steps."""
-        if self._own:
-            self._scales.copy_(torch.tensor(self._adam_scales()))
-            return
-        for index, group in enumerate(self.optimizer.param_groups):
-            rate = group["lr"]
-            if isinstance(rate, Tensor):
-                self._rates[index].copy_(rate)
-            elif rate != self._values[index]:
-                self._rates[index].fill_(rate)
-                self._values[index] = rate
+        """Bring what the record reads up to the optimizer's numbers and counts of steps."""
+        groups = self.optimizer.param_groups
+        now = [[group.get(name) for name in OF_ADAM] for group in groups]
+        if now != self._made_from or any(isinstance(group["lr"], Tensor) for group in groups):
+            self._numbers.copy_(torch.tensor([_numbers_of(group) for group in groups]))
+            self._made_from = now
+        if self._own and self._counts is not None:
+            steps = [self.optimizer.state[leaf]["step"] for leaf in self.leaves]
+            keys = list(zip(self._groups, torch.stack(steps).tolist(), strict=True))
+            found = {key: _debiased(groups[key[0]], key[1] + 1) for key in set(keys)}
+            self._counts.copy_(torch.tensor([found[key] for key in keys]))
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Step on some gradients, which may be clipped in place."""
@@ -105,8 +114,8 @@ class Update:
         # ``capturable`` on a CPU too. make_fx does not set this, and in torch 2.11 to 2.14 only the
         # private flag does.
         compiling = torch.compiler._is_compiling_flag
-        for group, rate in zip(groups, self._rates, strict=True):
-            group.update({k: v for k, v in WHILE_RECORDED.items() if k in group}, lr=rate)
+        for group, row in zip(groups, self._numbers, strict=True):
+            group.update({k: v for k, v in WHILE_RECORDED.items() if k in group}, lr=row[0])
         torch.compiler._is_compiling_flag = True
         try:
             self(gradients)
@@ -131,43 +140,89 @@ class Update:
             for leaf in self.leaves:
                 leaf.grad = None
 
-    def _is_plain_adam(self, leaf: Tensor, group: int) -> bool:
-        options = self.optimizer.param_groups[group]
-        plain = not (options.get("amsgrad") or options.get("maximize") or leaf.is_complex())
-        known = type(self.optimizer).__name__ in ("Adam", "AdamW")
-        return known and plain and leaf in self.optimizer.state
-
-    def _adam_scales(self) -> list[tuple[float, float, float]]:
-        """For each leaf, as :func:`_scales_of` has it; leaves mostly share a count of steps."""
-        counts = torch.stack([self.optimizer.state[leaf]["step"] for leaf in self.leaves]).tolist()
-        keys = list(zip(self._groups, counts, strict=True))
-        groups = self.optimizer.param_groups
-        found = {key: _scales_of(groups[key[0]], key[1] + 1) for key in set(keys)}
-        return [found[key] for key in keys]
-
     def _adam(self) -> None:
-        """Adam's update, its powers of β worked out before it rather than for every weight."""
-        for leaf, group, scales in zip(self.leaves, self._groups, self._scales, strict=True):
+        """Adam's update from numbers that are tensors."""
+        rows = zip(self.leaves, self._groups, strict=True)
+        for index, (leaf, group) in enumerate(rows):
             if leaf.grad is None:
                 continue
             options, state = self.optimizer.param_groups[group], self.optimizer.state[leaf]
-            (first, second), decay = options["betas"], options["weight_decay"]
-            rate, spread, left = scales.unbind()
+            rate, left, first, fresh, second, freshest, eps, decay = self._numbers[group].unbind()
+            state["step"].add_(1)
+            if self._counts is None:
+                rate = rate / (1 - first ** state["step"])
+                spread = (1 - second ** state["step"]).rsqrt()
+            else:
+                rate, spread = self._counts[index].unbind()
             gradient = leaf.grad
-            if decay and options.get("decoupled_weight_decay", False):
+            if options.get("decoupled_weight_decay", False):
                 leaf.mul_(left)
-            elif decay:
+            elif options["weight_decay"]:
                 gradient = gradient + decay * leaf
             mean, square = state["exp_avg"], state["exp_avg_sq"]
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).add_((1 - second) * gradient * gradient)
-            leaf.sub_(rate * mean / (square.sqrt() * spread + options["eps"]))
-            state["step"].add_(1)
+            mean.add_((gradient - mean) * fresh)
+            square.mul_(second).add_(freshest * gradient * gradient)
+            leaf.sub_(rate * mean / (square.sqrt() * spread + eps))
 
 
-def _scales_of(options: dict, count: float) -> tuple[float, float, float]:
-    """Adam's rate at a step, the spread of its moments, and what is left of the weights."""
-    rate, (first, second) = float(options["lr"]), options["betas"]
-    decoupled = options.get("decoupled_weight_decay", False)
-    left = 1 - rate * options["weight_decay"] if decoupled else 1.0
-    return rate / (1 - first**count), 1 / math.sqrt(1 - second**count), left
+def is_plain_adam(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is torch's Adam without a variant, for real numbers."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not any(
+        group["amsgrad"] or group["maximize"] or any(p.is_complex() for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _numbers_of(group: dict[str, Any]) -> tuple[float, ...]:
+    """A group's numbers, each rounded once: 1 - β in float32 would have β's error."""
+    rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+    first, second = map(float, group.get("betas", (0.0, 0.0)))
+    eps = float(group.get("eps", 0.0))
+    return rate, 1 - rate * decay, first, 1 - first, second, 1 - second, eps, decay
+
+
+def _debiased(group: dict[str, Any], count: float) -> tuple[float, float]:
+    """Adam's rate at a step, and the factor of the root of its second moment."""
+    first, second = group["betas"]
+    return float(group["lr"]) / (1 - first**count), 1 / math.sqrt(1 - second**count)
+
+
+class OptionsWatch(Watch):
+    """Watches an optimizer's options, but for those that are inputs, and where its state lies."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self._inputs = OF_ADAM if is_plain_adam(optimizer) else OF_ANY
+
+    @property
+    def moves(self) -> bool:
+        """Whether options that are no inputs change again and again."""
+        return len(self._tokens) >= MOVES_AFTER
+
+    def look(self) -> list[Any]:
+        """Parameters, options and state."""
+        found: list[Any] = []
+        for group in self.optimizer.param_groups:
+            # Without a decay it is left out of the record.
+            found += (*group["params"], bool(group.get("weight_decay")))
+            found += [value for name, value in group.items() if name not in self._inputs]
+        for entry in self.optimizer.state.values():
+            found += entry.values()
+        return found
+
+    def describe(self) -> tuple:
+        """The same by name."""
+        found: list[tuple[str, Any]] = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            found += [
+                (f"parameter {n} of group {number}", p) for n, p in enumerate(group["params"])
+            ]
+            found.append((f"whether group {number} decays", bool(group.get("weight_decay"))))
+            names = [n for n in group if n not in (*self._inputs, "params")]
+            found += [(f"{name} of the optimizer's group {number}", group[name]) for name in names]
+        for number, entry in enumerate(self.optimizer.state.values()):
+            found += [(f"the optimizer's {n} of parameter {number}", v) for n, v in entry.items()]
+        return tuple(
+            (n, v if isinstance(v, (*VALUES, float, tuple)) else Same(v)) for n, v in found
+        )

@@ -47,7 +47,7 @@ class SVI(infer.SVI):
         average: The decay of an exponential moving average of the weights; None keeps none.
         compile: Run the step as one graph, compiled for a shape of a batch: True from the second
             step on, False never, ``"auto"`` after 3,000 steps, or at once if ``steps`` are that
-            many. Another shape, or the same after a change to the modules, is compiled when it has
+            many. Another shape, or another state of what the programs read, is compiled when it has
             come 500 times. What cannot be captured runs eagerly, with one warning that says why.
         steps: How many steps are going to be taken, where that is known.
 
@@ -176,8 +176,8 @@ class SVI(infer.SVI):
     def _assess(self, args: tuple, kwargs: dict, load: Any, update: bool) -> tuple[Estimate, bool]:
         """A batch's estimate, its gradient at hand, or stepped on already if the second is True."""
         checked = self._checked == self.trained.grown
-        compiled = self.compiled if checked and not kwargs else None
-        if compiled and self.trained.is_current() and (step := compiled(args, load, update)):
+        compiled = self.compiled if checked and self.trained.is_current() else None
+        if compiled and (step := compiled(args, kwargs, load, update, self.steps_taken)):
             return step.estimate, step.updated
         args = load(*args) if load else args
         self.pair.met.clear()
