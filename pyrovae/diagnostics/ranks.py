@@ -113,14 +113,19 @@ def distribution(ranks: Tensor, most: int) -> Tensor:
 
 def shape_of(ranks: Tensor, most: int) -> Shape:
     """What ranks that are not uniform say of the draws: their mean, or their spread."""
-    u, n = (ranks.double() + 0.5) / (most + 1) - 0.5, len(ranks)
-    moved = u.mean().item() * math.sqrt(12 * n)
-    spread = (u.square().mean().item() - 1 / 12) * math.sqrt(180 * n)
+    moved, spread = moments(ranks, most)
     if max(abs(moved), abs(spread)) < PLAIN:
         return "misshapen"
     if abs(moved) >= abs(spread):
         return "biased"
     return "too narrow" if spread > 0 else "too wide"
+
+
+def moments(ranks: Tensor, most: int) -> tuple[float, float]:
+    """How far the mean of ranks ``[N]``, and their spread, is off, in standard errors of each."""
+    u, n = (ranks.double() + 0.5) / (most + 1) - 0.5, len(ranks)
+    spread = u.square().mean().item() - 1 / 12
+    return u.mean().item() * math.sqrt(12 * n), spread * math.sqrt(180 * n)
 
 
 def reliability(probs: Tensor, came: Tensor) -> Reliability:

@@ -14,12 +14,14 @@ from torch.distributions import Bernoulli, Categorical
 from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import seeded
 from pyrovae.diagnostics.ranks import (
+    PLAIN,
     RankTest,
     Reliability,
     Shape,
     band,
     distribution,
     draw_ranks,
+    moments,
     p_value,
     reliability,
     shape_of,
@@ -51,6 +53,7 @@ ROUNDING = 1e-5
 # Log-weights of a datum that are no farther apart, in nats, are equal.
 EQUAL = 1e-3
 DENSITY, NORM, JOINT = "ln p(z, x)", "norm of z", "distance (TARP)"
+FUNCTIONS = (DENSITY, NORM, JOINT)
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,14 @@ class PosteriorCalibration:
     @property
     def shape(self) -> Shape:
         """``"fine"``, or what the guide's posterior is above all."""
-        return _shape(self.tests)
+        return _shape(self.tests, self.ranks, self.num_samples)
 
     @property
     def corrected_shape(self) -> Shape | None:
         """The same of the corrected draws."""
-        return None if self.corrected is None else _shape(self.corrected_tests)
+        if self.corrected is None:
+            return None
+        return _shape(self.corrected_tests, self.corrected, self.num_samples)
 
     @property
     def verdict(self) -> Verdict:
@@ -393,22 +398,27 @@ def _joined(parts: list[dict[str, Tensor]], home: torch.device) -> dict[str, Ten
     return {name: torch.cat([part[name] for part in parts]).to(home) for name in parts[0]}
 
 
+def _columns(ranks: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
+    """Each statistic's site or function, its name, and its ranks where they are known."""
+    found = []
+    for key, each in ranks.items():
+        names = [key] if each.shape[1] == 1 else [f"{key}[{d}]" for d in range(each.shape[1])]
+        columns = [column[column >= 0] for column in each.unbind(1)]
+        found += [(key, n, c) for n, c in zip(names, columns, strict=True) if len(c)]
+    return found
+
+
 def _tests(ranks: dict[str, Tensor], most: int) -> list[RankTest]:
     """Each coordinate and function, with its p-value and the shape of its ranks."""
     found = []
-    for name, each in ranks.items():
-        for place, column in enumerate(each.unbind(1)):
-            column = column[column >= 0]
-            if not len(column):
-                continue
-            shape = shape_of(column, most)
-            if name == DENSITY and shape == "biased":
-                # Draws where the density is higher than at the truth are too near the mode; where
-                # it is lower, they are too wide, moved, or of another form.
-                near = column.double().mean() < most / 2
-                shape = "too narrow" if near else "misshapen"
-            label = name if each.shape[1] == 1 else f"{name}[{place}]"
-            found.append(RankTest(label, p_value(column, most), shape))
+    for key, name, column in _columns(ranks):
+        shape = shape_of(column, most)
+        if key in FUNCTIONS:
+            # Draws of a higher density than the truth are too near the mode; what else the ranks
+            # of a function say is no matter of narrow, wide or moved.
+            near = key == DENSITY and moments(column, most)[0] < -PLAIN
+            shape = "too narrow" if near else "misshapen"
+        found.append(RankTest(name, p_value(column, most), shape))
     return found
 
 
@@ -418,26 +428,31 @@ def _decided(tests: list[RankTest]) -> list[RankTest]:
     return [test if test.p_value < level else test._replace(shape="fine") for test in tests]
 
 
-def _shape(tests: list[RankTest]) -> Shape:
-    """What most coordinates that are off say, the surest first; functions only where none is."""
-    off = [test for test in tests if test.shape != "fine"]
-    off = [test for test in off if test.name not in (DENSITY, NORM)] or off
+def _shape(tests: list[RankTest], ranks: dict[str, Tensor], most: int) -> Shape:
+    """What most coordinates that are off say, the surest first.
+
+    Where functions alone are off, it is the spread of all coordinates together.
+    """
+    off = sorted((test for test in tests if test.shape != "fine"), key=lambda test: test.p_value)
     if not off:
         return "fine"
-    counts = Counter(test.shape for test in sorted(off, key=lambda test: test.p_value))
-    return counts.most_common(1)[0][0]
+    if sure := [test.shape for test in off if test.name not in FUNCTIONS]:
+        return Counter(sure).most_common(1)[0][0]
+    spreads = [moments(c, most)[1] for key, _, c in _columns(ranks) if key not in FUNCTIONS]
+    pooled = sum(spreads) / len(spreads) ** 0.5
+    if abs(pooled) < PLAIN:
+        return off[0].shape
+    return "too narrow" if pooled > 0 else "too wide"
 
 
 def _draw(axes: Axes, ranks: dict[str, Tensor], most: int) -> None:
     """Distribution functions less the diagonal, of all statistics, and their band."""
     z = torch.arange(1, most + 1) / (most + 1)
-    columns = [(n, c[c >= 0]) for n, each in ranks.items() for c in each.unbind(1)]
-    columns = [(name, column) for name, column in columns if len(column)]
-    low, high = band(max(len(c) for _, c in columns), most, LEVEL / len(columns))
+    columns = _columns(ranks)
+    low, high = band(max(len(c) for *_, c in columns), most, LEVEL / len(columns))
     axes.fill_between(z, low - z, high - z, color="0.9", step="mid")
-    special = (DENSITY, NORM, JOINT)
-    for name, column in columns:
-        label = name if name in special else None
+    for key, _, column in columns:
+        label = key if key in FUNCTIONS else None
         style = {"lw": 1.5} if label else {"lw": 0.7, "color": "0.4"}
         axes.plot(z, distribution(column, most) - z, label=label, **style)
     axes.set(xlabel="rank / (S + 1)", ylabel="ECDF less the diagonal")

@@ -91,6 +91,19 @@ def test_an_exact_guide_is_doubted_at_the_stated_rate():
     assert sum(shape != "fine" for shape in shapes) <= 6
 
 
+@pytest.mark.parametrize(("width", "shape"), [(0.6, "too narrow"), (1.6, "too wide")])
+def test_few_data_name_the_shape_that_all_coordinates_have(width, shape):
+    """Functions see it before any coordinate does; they say that it is off, and not how."""
+    found = [
+        pyrovae.calibrate(
+            model, guide(width), LIKE, n=60, num_samples=19, corrected=False, seed=seed
+        ).shape
+        for seed in range(12)
+    ]
+    assert set(found) <= {shape, "fine"}
+    assert found.count(shape) >= 9
+
+
 def test_a_matched_linear_gaussian_pair_is_fine():
     pyro.set_rng_seed(3)
     linear = LinearGaussian((6,), 3, scale=0.5)
