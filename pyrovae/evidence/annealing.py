@@ -15,6 +15,7 @@ from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
 from pyrovae.evidence.proposals import (
+    chunked,
     joint_density,
     refuse_nan,
     require_density,
@@ -184,7 +185,7 @@ class Annealer:
         if not self.settings.betas:
             return []
         with seeded(subseed(self.task.seed, index), rows[0].device, 0, PILOT_STREAM):
-            state = self._start(index, rows, PILOT_CHAINS)
+            state, _ = self._start(index, rows, PILOT_CHAINS)
             return adapt(self._move(rows), state, self.settings.betas, self.task.bar.update)
 
     def run(
@@ -200,8 +201,9 @@ class Annealer:
             stream = (number,) if end is None else (number, BACKWARD_STREAM)
             with seeded(seed, rows[0].device, *stream):
                 if end is None:
-                    state = self._start(index, rows, chains)
+                    state, outside = self._start(index, rows, chains)
                     log_weight, rate = anneal(self._move(rows), state, *how)
+                    log_weight = log_weight.masked_fill(outside, -math.inf)
                 else:
                     state = self.path(rows, end.expand(chains, *end.shape))
                     log_weight, rate = anneal(self._move(rows), state, *how, backward=True)
@@ -213,22 +215,29 @@ class Annealer:
     def _move(self, rows: tuple) -> Move:
         return partial(transition, self.path, rows, self.settings.num_steps)
 
-    def _start(self, index: int, rows: tuple, chains: int) -> State:
-        """Where chains start: at the first draws that importance sampling would make."""
-        pair = self.task.pair
+    def _start(self, index: int, rows: tuple, chains: int) -> tuple[State, Tensor]:
+        """Where chains start: at the first draws that importance sampling would make.
+
+        And which draws of the guide are outside of the prior's support, ``[C, N]``: their weight
+        is zero, and their chain starts anywhere.
+        """
+        pair, chunk = self.task.pair, self.path.chunk(rows)
         if self.settings.initial == "guide":
             drawn, _ = pair.draw(rows, max(self.task.tile, chains))
             drawn = {name: value[:chains] for name, value in drawn.items()}
+            parts = [joint_density(pair, rows, *part) for part in chunked(drawn, chains, chunk)]
+            outside = torch.cat([part.prior == -math.inf for part in parts])
         else:
             drawn = pair.draw_prior(rows, chains)
-        u = self.coordinates.of(rows, drawn, self.path.chunk(rows))
-        state = self.path(rows, u)
-        if bool((state.target - state.start).isnan().any()):
+            outside = rows[0].new_zeros(chains, len(rows[0]), dtype=torch.bool)
+        u = self.coordinates.of(rows, drawn, chunk)
+        state = self.path(rows, torch.where(outside[..., None], 0.0, u))
+        if bool((state.target - state.start).isnan().logical_and(~outside).any()):
             model = joint_density(pair, rows, chains, drawn).sites
             start = self.settings.initial
             guide = {} if start == "prior" else pair.score_guide(rows, chains, drawn)
             refuse_nan(guide, model, index * DATA_TILE)
-        return state
+        return state, outside
 
     def result(self, found: Found | None = None) -> LogLikelihood:
         """The estimate that all tiles' sums make up."""

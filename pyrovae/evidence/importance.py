@@ -13,8 +13,6 @@ from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import (
     Proposal,
     Sampler,
-    joint_density,
-    refuse_nan,
     require_density,
     require_scorable,
     uncovered_share,
@@ -52,7 +50,8 @@ def log_likelihood(
     The weights are never kept: sums are streamed in float64 over tiles of 64 data and some
     thousand draws, each with a random stream of its own, so that memory depends on neither N nor
     K. Draws do not depend on ``max_rows``, those for fewer samples are the first of those for
-    more, and with more than 64 data a datum's draws depend on its place and not on N.
+    more, and with more than 64 data a datum's draws depend on its place and not on N. Scales
+    (:func:`pyro.poutine.scale`) are ignored.
 
     Args:
         model: The model program.
@@ -83,9 +82,9 @@ def log_likelihood(
         Nats per datum, with standard errors, effective sample sizes, Pareto shapes and a verdict.
 
     Raises:
-        ValueError: If K is not positive, x is empty, the pair breaks the contract, sites carry
-            different scales, a log-weight is NaN (the message names the site and the datum), or
-            the checkpoint is of another evaluation.
+        ValueError: If K is not positive, x is empty or impossible, the pair breaks the contract, no
+            datum has a log p(x) of its own, a log-weight is NaN (the message names the site and
+            the datum), or the checkpoint is of another evaluation.
 
     References:
         Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519), equation 8; Vehtari et
@@ -120,7 +119,7 @@ def log_likelihood(
                     prior, likelihood, proposed = sampler.weigh(rows, particles)
                 log_weight = prior + likelihood - proposed
                 if bool(log_weight.isnan().any()):
-                    _refuse_nan(task, sampler, rows, subseed(stream, number), index)
+                    sampler.refuse_nan(rows, subseed(stream, number), index * DATA_TILE)
                 sums.add(log_weight)
                 task.bar.update(particles)
             task.keep(index, sums.result() | about)
@@ -142,17 +141,6 @@ def _proposal(
         return Refined(pair, rows, refine_steps, task.chunk), 0.0
     require_scorable(pair, rows, "leave out defensive")
     return None, 0.0
-
-
-def _refuse_nan(task: Evaluation, sampler: Sampler, rows: tuple, seed: int, index: int) -> None:
-    """Say which site's log-probability is NaN in a tile's draws, and for which datum."""
-    with seeded(seed, task.device):
-        _, guide = task.pair.draw(rows, task.tile)
-    with seeded(seed, task.device):
-        values, _ = sampler.draw(rows)
-    space = sampler.proposal.unconstrained
-    found = joint_density(task.pair, rows, task.tile, values, unconstrained=space)
-    refuse_nan(guide, found.sites, index * DATA_TILE)
 
 
 def _method(defensive: float, refine_steps: int) -> str:

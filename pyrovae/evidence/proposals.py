@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Transform, biject_to
-from torch.distributions.constraints import MixtureSameFamilyConstraint
+from torch.distributions import IndependentTransform, Transform, biject_to
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.support import counted, support_of
 from pyrovae.pairs.traces import Values, reduce_to, scored
 
 # (Particle, datum) pairs from the prior that the guide is asked to score: enough to notice that a
@@ -50,11 +50,26 @@ class _Placed(Given):
         self.log_det: Values = {}
 
     def latent(self, msg: Any, value: Tensor) -> Tensor:
-        transform = to_support(msg["name"], msg["fn"])
+        transform, events = to_support(msg["name"], msg["fn"]), 0
         image = transform(value)
+        # Masks may be within an event, so that its coordinates are added last.
+        while isinstance(transform, IndependentTransform):
+            events += transform.reinterpreted_batch_ndims
+            transform = transform.base_transform
         log_det = transform.log_abs_det_jacobian(value, image)
+        mask = counted_within(msg | {"value": value}, events)
+        log_det = log_det if mask is None else torch.where(mask, log_det, 0.0)
+        log_det = log_det.sum([*range(-events, 0)]) if events else log_det
         self.log_det[msg["name"]] = msg["fold"].split(log_det, 0) if "fold" in msg else log_det
         return image
+
+
+def counted_within(site: Any, events: int) -> Tensor | None:
+    """Where a site counts, over its batch and so many of its event's dimensions."""
+    mask = counted(site)
+    # The others are those of a single event, which is masked as a whole.
+    left = events - site["fn"].event_dim
+    return mask if mask is None or left >= 0 else mask.flatten(left)[..., 0]
 
 
 def joint_density(
@@ -110,12 +125,8 @@ def to_support(name: str, fn: Any) -> Transform:
             f"pyrovae.log_likelihood without refine_steps, or sum it out: mark it with "
             f"infer={{'enumerate': 'parallel'}} in the model and leave it out of the guide."
         )
-    support = fn.support
-    # A mixture's components share their support, for which torch registers no bijection itself.
-    while isinstance(support, MixtureSameFamilyConstraint):
-        support = support.base_constraint
     try:
-        return biject_to(support)
+        return biject_to(support_of(fn))
     except NotImplementedError as error:
         raise InputError(
             f"Latent {name!r} lives on {fn.support}, to which no bijection from real numbers is "
@@ -213,6 +224,16 @@ class Sampler:
         parts = [self._score(rows, *some) for some in chunked(values, count, self.chunk)]
         prior, likelihood = (torch.cat(each)[:particles] for each in zip(*parts, strict=True))
         return prior, likelihood
+
+    def refuse_nan(self, rows: tuple, seed: int, first_row: int) -> None:
+        """Say which site's log-probability is NaN in a tile's draws, and for which datum."""
+        with seeded(seed, rows[0].device):
+            _, guide = self.pair.draw(rows, self.tile)
+        with seeded(seed, rows[0].device):
+            values, _ = self.draw(rows)
+        space = self.proposal.unconstrained
+        found = joint_density(self.pair, rows, self.tile, values, unconstrained=space)
+        refuse_nan(guide, found.sites, first_row)
 
     def _draw(self, *rows: Tensor) -> list[Tensor]:
         count = self.from_prior

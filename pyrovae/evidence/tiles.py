@@ -20,7 +20,7 @@ from pyrovae._tools.files import pack_tensors, write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
 from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.pairs.contract import common_scale, inspect_pair
+from pyrovae.pairs.contract import check_support, inspect_evidence
 from pyrovae.pairs.pair import Pair
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ DRAWN = 8192
 SCORED, ON_DEVICE = 2048, 65536
 # Seconds between two savings of what is finished, each of which costs milliseconds.
 SAVE_AFTER = 2.0
-PER_DATUM = ("log_prob", "smoothed", "guide_elbo", "upper")
 
 Found = dict[str, Tensor]
 
@@ -85,7 +84,9 @@ class Evaluation:
         """Run a block in eval mode, without gradients and validation, with the sites inspected."""
         with torch.no_grad(), self.pair.mode(training=False):
             with seeded(self.seed, self.device):
-                inspect_pair(self.pair, *self.first)
+                inspect_evidence(self.pair, *self.first)
+                if len(self.rows[0]) > DATA_TILE:
+                    check_support(self.pair, *(tensor[DATA_TILE:] for tensor in self.rows))
             try:
                 with pyro.validation_enabled(False):
                     yield self
@@ -94,8 +95,9 @@ class Evaluation:
 
     def set_rows(self, rows: tuple) -> None:
         """Evaluate these data."""
-        self.rows, self.device = rows, rows[0].device
-        self.first = tuple(tensor[:DATA_TILE] for tensor in rows)
+        # A graph that is compiled for the first tile takes the others if they lie alike.
+        self.rows, self.device = tuple(tensor.contiguous() for tensor in rows), rows[0].device
+        self.first = tuple(tensor[:DATA_TILE] for tensor in self.rows)
         self.data, n = digest(*rows), len(self.first[0])
         self.tile = _power_of_two((DRAWN if self.device.type == "cpu" else ON_DEVICE) // n)
         self.chunk = min(_power_of_two(self.max_rows // n), self.tile)
@@ -108,6 +110,11 @@ class Evaluation:
         ``work`` is how much the bar is moved on for each tile; ``options`` are what the estimate
         depends on beside pair, data and seed.
         """
+        if partial := list(self.pair.layout.partial):
+            raise InputError(
+                f"Plates {partial} subsample within a datum, and log p(x) of a part says nothing "
+                f"of the whole: evaluate without subsampling."
+            )
         if self.file is not None:
             self.about |= options | self._fingerprint()
             if self.file.exists():
@@ -118,9 +125,7 @@ class Evaluation:
         return left
 
     def keep(self, index: int, found: Found) -> None:
-        """Keep what was found for a tile, ``[64, ...]`` by name, times what programs scale by."""
-        if self.pair.layout.scaled and "log_prob" in found:
-            found = self._scaled(self._tiles[index], found)
+        """Keep what was found for a tile, ``[64, ...]`` by name."""
         left = len(self.rows[0]) - index * DATA_TILE
         self._found.append({name: value[:left] for name, value in found.items()})
         if time.monotonic() - self._saved_at > SAVE_AFTER:
@@ -173,15 +178,6 @@ class Evaluation:
         done = load_file(file, device=str(self.device))
         self._found = [dict(zip(done, tile, strict=True)) for tile in _tiled(done.values())]
         self._saved = len(self._found)
-
-    def _scaled(self, rows: tuple, found: Found) -> Found:
-        """Estimates times the programs' common scale, which is outside of every log-sum-exp."""
-        with seeded(0, self.device):
-            traces = self.pair.trace(*rows, sums=True)
-        scale = torch.as_tensor(common_scale(traces, self.pair.layout))
-        factors = dict.fromkeys(PER_DATUM, scale)
-        factors |= {"standard_error": scale.abs(), "curve": scale[..., None]}
-        return {name: factors.get(name, 1.0) * value for name, value in found.items()}
 
     def _agreed_seed(self, asked: int | None) -> int:
         begun = read_about(self.file) if self.file and self.file.exists() else {}

@@ -26,7 +26,7 @@ from pyrovae.objectives.beta import BetaELBO
 from pyrovae.objectives.elbo import ANALYTIC, GENERIC, elbo_estimate, score_elbo, total
 from pyrovae.objectives.importance_weighted import ImportanceWeighted
 from pyrovae.objectives.wake_sleep import WakeSleep
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import check_factors, inspect_pair
 from pyrovae.pairs.enumeration import exact_terms
 from pyrovae.pairs.pair import Pair
 
@@ -198,7 +198,7 @@ def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
     with torch.no_grad():
         if type(loss) in GENERIC + ANALYTIC:
             with seeded(0, pair.device):
-                inspect_pair(pair, x, *context)
+                check_factors(inspect_pair(pair, x, *context))
             analytic = type(loss) in ANALYTIC
             parts = score_elbo(pair, (x, *context), loss.num_particles, analytic=analytic)
             return parts[0] - parts[1]

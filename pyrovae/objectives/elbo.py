@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import inspect_evidence
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import reduce_to, samples, unscaled
 
@@ -210,7 +210,7 @@ def elbo(
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))
     batches = zip(*(tensor.split(batch_size) for tensor in every), strict=True)
     with pair.mode(training=False), seeded(seed, every[0].device):
-        inspect_pair(pair, *(tensor[:batch_size] for tensor in every))
+        inspect_evidence(pair, *(tensor[:batch_size] for tensor in every))
         parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]
     reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     return ElboResult(reconstruction - kl, reconstruction, kl)

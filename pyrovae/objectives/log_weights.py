@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import total
-from pyrovae.pairs.contract import cell_scale, check_scales, plates, subsampling
+from pyrovae.pairs.contract import cell_scale, check_factors, check_scales, plates, subsampling
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import (
     Layout,
     Site,
     drawn,
     log_probs,
-    samples,
     scored,
     sum_plates,
     with_values,
@@ -116,13 +115,7 @@ def weigh(
 def check_cells(traces: Sequence[Trace], layout: Layout) -> None:
     """Refuse sites that do not share one scale, or lie in no datum, comparing values."""
     cells(traces, layout)
-    for name, site in (item for trace in traces for item in samples(trace).items()):
-        plates = [frame.name for frame in site["cond_indep_stack"]]
-        if type(site["fn"]).__name__ == "Unit" and layout.plate not in plates:
-            raise InputError(
-                f"The factor {name!r} lies outside the plate {layout.plate!r}, so it belongs to no "
-                f"datum: move it inside, or train with an ELBO."
-            )
+    check_factors(layout)
     check_scales(traces)
 
 

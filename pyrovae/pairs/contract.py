@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from traceback import walk_tb
 from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Unit
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
 from torch.utils._pytree import tree_leaves
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae._tools.seeding import seeded
 from pyrovae._tools.source_lines import failed_message
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.folding import takes_a_plate
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Layout, Site, drawn, is_bookkeeping, samples, scored
+from pyrovae.pairs.support import counted, survey
+from pyrovae.pairs.traces import Layout, Site, Values, drawn, is_bookkeeping, samples, scored
 
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
@@ -58,12 +61,22 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     dims = [f.dim for s in (*sites.values(), *guide_sites.values()) for f in plates(s).values()]
     observed = tuple(name for name in sites if name not in hidden)
     layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
-    scales = [_site_scale(site, layout) for _, site in dense]
+    every = [item for found in (sites, guide_sites) for item in found.items()]
+    inner = [f for _, s in dense for name, f in plates(s).items() if name != frame.name]
     pair.layout = layout._replace(
         plate_scale=subsampling(frame),
-        scaled=any(isinstance(scale, Tensor) or scale != 1.0 for scale in scales),
+        scaled=any(
+            bool((torch.as_tensor(s["scale"]) != subsampling(frame)).any()) for _, s in dense
+        ),
         enumerated=enumerated,
+        adrift=tuple(sorted(n for n, s in every if _is_factor(s) and not _has_data(s, frame.dim))),
+        partial=tuple(sorted({f.name for f in inner if subsampling(f) != 1})),
     )
+    unusual = {n: (sites[n], guide_sites[n]) for n in latents}
+    unusual = {n: both for n, both in unusual.items() if not all(map(_is_normal, both))}
+    if unusual:
+        masked, bounded = survey(unusual)
+        pair.layout = pair.layout._replace(masked=masked, bounded=bounded)
     pair.folds = not takes_a_plate(pair, (x, *context))
     return pair.layout
 
@@ -88,6 +101,62 @@ def _check_arguments(pair: Pair, *rows: Any) -> None:
             ) from error
 
 
+def inspect_evidence(pair: Pair, *rows: Any) -> None:
+    """Inspect a pair in eval mode, and refuse it where no datum has a log p(x) of its own.
+
+    Such are a factor outside of the batch's plate, a latent that one of the programs masks and the
+    other doesn't, and one on which something depends where it is masked.
+    """
+    layout = inspect_pair(pair, *rows)
+    check_factors(layout)
+    if not layout.masked:
+        return
+    with seeded(0, pair.device):
+        traces = pair.trace(*rows, sums=False)
+    masks: dict[str, Tensor] = {}
+    for name in layout.masked:
+        model, guide = (counted(samples(trace)[name]) for trace in traces)
+        masks[name], other = (m if m is not None else torch.tensor(True) for m in (model, guide))
+        if bool((masks[name] != other).any()):
+            raise InputError(
+                f"Latent {name!r} is masked otherwise in the model than in the guide, so that "
+                f"neither log p(x) nor a bound on it is defined: mask it alike in both."
+            )
+    values = {name: samples(traces[0])[name]["value"] for name in layout.latents}
+    _check_unused(pair, rows, values, masks)
+
+
+def _check_unused(pair: Pair, rows: tuple, values: Values, masks: Values) -> None:
+    """Refuse sites whose log-probability changes with latents where they are masked."""
+    with seeded(1, pair.device):
+        others = samples(pair.trace_guide(*rows))
+    changed = values | {
+        name: torch.where(mask, values[name], others[name]["value"]) for name, mask in masks.items()
+    }
+    for what, score in (("model", lambda *a: pair.score_model(*a)[0]), ("guide", pair.score_guide)):
+        found = []
+        for given in (values, changed):
+            # A guide may be unable to score what it did not draw.
+            with seeded(0, pair.device), suppress(NotImplementedError, KeyError):
+                found.append(score(rows, None, given))
+        for name, before in found[0].items() if len(found) == 2 else ():
+            if not torch.allclose(before, found[1][name], rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise InputError(
+                    f"Site {name!r} of the {what} depends on values of {sorted(masks)} that are "
+                    f"masked, so that log p(x) is not defined: replace them by a constant there, "
+                    f"with torch.where or a product with the mask."
+                )
+
+
+def check_factors(layout: Layout) -> None:
+    """Refuse factors that no datum has, for whatever is known of each datum."""
+    if layout.adrift:
+        raise InputError(
+            f"The factor {layout.adrift[0]!r} lies outside the plate {layout.plate!r}, so it "
+            f"belongs to no datum: move it inside, or train with an ELBO."
+        )
+
+
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
     """Check a whole data set against the supports of the sites that observe it."""
     with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
@@ -95,8 +164,13 @@ def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -
             _check_observed(scored(pair.trace(*rows)[0]))
 
 
-def check_objective(layout: Layout, objective: Any) -> None:
-    """Refuse one of Pyro's objectives that draws latents which the model is to sum over."""
+def check_objective(layout: Layout, objective: Any, validated: bool = False) -> None:
+    """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
+
+    And a pair that is to be ``validated`` by bounds of each datum, and has none.
+    """
+    if validated:
+        check_factors(layout)
     sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)
     if layout.enumerated and not sums:
         raise InputError(
@@ -356,6 +430,26 @@ def _check_observed(sites: list[tuple[str, Site]]) -> None:
             raise InputError(_outside(name, fn, value, row))
 
 
+def _is_normal(site: Site) -> bool:
+    """Whether a latent is of the usual kind: normal, of any value, and not masked."""
+    fn = site["fn"]
+    base = fn.base_dist if isinstance(fn, Independent) else fn
+    return site["mask"] is None and isinstance(base, Normal)
+
+
+def _is_scaled(site: Site, by_plate: float) -> bool:
+    return bool((torch.as_tensor(site["scale"]) != by_plate).any())
+
+
+def _is_factor(site: Site) -> bool:
+    return isinstance(site["fn"], Unit)
+
+
+def _has_data(site: Site, dim: int) -> bool:
+    """Whether a site has a value for each datum: its plate may have another name."""
+    return any(frame.dim == dim for frame in plates(site).values())
+
+
 def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
     base = base_of(fn)
     kind = type(base).__name__
@@ -379,14 +473,6 @@ def base_of(fn: Any) -> Any:
     return fn
 
 
-def common_scale(traces: Iterable[Trace], layout: Layout) -> Tensor | float:
-    """What :func:`pyro.poutine.scale` asks of each datum, a number or ``[N]``, without subsampling.
-
-    It belongs outside any log-sum-exp.
-    """
-    return _site_scale(check_scales(traces), layout)
-
-
 def check_scales(traces: Iterable[Trace]) -> Site:
     """Refuse sites that do not share one scale, comparing values; the first of them."""
     (first, site), *rest = scored(*traces)
@@ -398,13 +484,6 @@ def check_scales(traces: Iterable[Trace]) -> Site:
                 f"subsampling within a datum, or use an ELBO."
             )
     return site
-
-
-def _site_scale(site: Site, layout: Layout) -> Tensor | float:
-    """A site's scale beside the batch's subsampling, a number or ``[N]``."""
-    scale = cell_scale(site["scale"], layout, {layout.dim})
-    scale = scale / subsampling(plates(site)[layout.plate])
-    return scale.reshape(-1) if isinstance(scale, Tensor) and scale.dim() else float(scale)
 
 
 def cell_scale(scale: Tensor | float, layout: Layout, kept: Collection[int]) -> Tensor | float:

@@ -14,6 +14,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyrovae.pairs.support import within_bounds
+
 Site = Any  # one of Pyro's messages: its TypedDict is wider than what a sample site holds
 Values = dict[str, Tensor]
 BERNOULLI = (dist.Bernoulli, torch.distributions.Bernoulli)
@@ -26,6 +28,8 @@ class Layout(NamedTuple):
     counted from the right; ``plate`` is the name of the plate over the batch. ``scaled`` says
     whether some site carries a scale beside that of the plate, ``plate_scale``. ``latents`` are
     those that both programs sample, ``enumerated`` those that the model alone has and sums over.
+    ``adrift`` are factors outside of the plate, which no datum has, ``partial`` the plates that
+    subsample within a datum; ``masked`` are latents with a mask, ``bounded`` those with a support.
     """
 
     plate: str
@@ -36,6 +40,10 @@ class Layout(NamedTuple):
     plate_scale: float = 1.0
     scaled: bool = False
     enumerated: tuple[str, ...] = ()
+    adrift: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
+    bounded: tuple[str, ...] = ()
 
 
 def with_values(trace: Trace, value: Callable[[Site], Tensor]) -> Trace:
@@ -49,8 +57,10 @@ def with_values(trace: Trace, value: Callable[[Site], Tensor]) -> Trace:
 def site_scores(
     trace: Trace, layout: Layout, particles: int | None, num_data: int, *, fused: bool = False
 ) -> Values:
-    """Each site's log-probability ``[K, N]``, masked but not scaled, of a run with K particles."""
+    """Each site's log-probability ``[K, N]``, masked and not scaled; -inf outside of a support."""
     found = log_probs(trace, fused=fused)
+    if layout.bounded:
+        found = within_bounds(found, samples(trace), layout.bounded)
     return {name: reduce_to(each, layout, particles, num_data) for name, each in found.items()}
 
 

@@ -271,15 +271,6 @@ def test_no_more_rows_are_scored_at_once_than_asked_for():
     assert len(seen) > 12 * 8 * 6 / 24
 
 
-def test_scales_multiply_the_estimate():
-    model, guide = shipped_bernoulli()
-    plain = annealed_log_likelihood(model, guide, X, seed=0, **CHEAP)
-    pair = (pyro.poutine.scale(program, scale=3.0) for program in (model, guide))
-    scaled = annealed_log_likelihood(*pair, X, seed=0, **CHEAP)
-    torch.testing.assert_close(scaled.log_prob, 3 * plain.log_prob, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scaled.ess, plain.ess, rtol=1e-3, atol=1e-3)
-
-
 def test_a_nan_at_the_start_names_its_site():
     model, guide = shipped_bernoulli()
 

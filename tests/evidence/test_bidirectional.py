@@ -1,5 +1,7 @@
 """The sandwich: log p(x) of simulated data lies between its two bounds."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -81,6 +83,17 @@ def test_data_reach_the_guide_in_the_shape_that_it_takes(make):
     assert found.x.shape == (6, *SHAPE)
     assert ((found.x == 0) | (found.x == 1)).all()
     assert found.gap.isfinite().all()
+
+
+def test_compiled_bounds_are_those_of_the_handlers():
+    how = {"like": X[:1].expand(3, *SHAPE), "n": 3, "num_chains": 5, "num_temperatures": 2}
+    pair = shipped_bernoulli()
+    expected = bidirectional(*pair, **how, seed=0, compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = bidirectional(*pair, **how, seed=0, compile=True)
+    torch.testing.assert_close(found.lower.log_prob, expected.lower.log_prob, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.upper, expected.upper, atol=1e-3, rtol=0)
 
 
 def test_other_observed_sites_are_simulated_too():

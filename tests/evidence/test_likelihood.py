@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -156,22 +157,14 @@ def test_khat_of_known_tails():
     assert pareto_smooth(torch.zeros(2, 3), 4)[0].isnan().all()
 
 
-def test_scale_is_applied_outside_the_mean_over_samples():
-    model, guide = shipped_bernoulli()
-    plain = pyrovae.log_likelihood(model, guide, X, num_samples=200, seed=0)
-    scaled = pyrovae.log_likelihood(
-        pyro.poutine.scale(model, scale=3.0),
-        pyro.poutine.scale(guide, scale=3.0),
-        X,
-        num_samples=200,
-        seed=0,
-    )
-    for name in ("log_prob", "standard_error", "smoothed"):
-        torch.testing.assert_close(getattr(scaled, name), 3 * getattr(plain, name))
-    torch.testing.assert_close(scaled.curve.log_prob, 3 * plain.curve.log_prob)
-    torch.testing.assert_close(scaled.ess, plain.ess)
-    with pytest.raises(ValueError, match="different scales"):
-        pyrovae.log_likelihood(model, pyro.poutine.scale(guide, scale=3.0), X, seed=0)
+def test_data_that_lie_anyhow_are_evaluated_by_one_graph():
+    """Data of stride 0, and a last tile that is filled up: compiled, at what a user leaves out."""
+    pair, x = shipped_bernoulli(), X[:1].expand(70, -1, -1, -1)
+    expected = pyrovae.log_likelihood(*pair, x, num_samples=100, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = pyrovae.log_likelihood(*pair, x, num_samples=100, seed=0, compile=True)
+    torch.testing.assert_close(found.log_prob, expected.log_prob, atol=1e-3, rtol=0)
 
 
 def test_a_subsampling_plate_leaves_each_datum_its_own_log_likelihood():
@@ -287,24 +280,37 @@ def test_standard_errors_of_the_mean_are_those_of_draws_and_of_data():
     assert found.data_standard_error == pytest.approx((13 / 3) ** 0.5)
 
 
-def test_each_datum_may_have_a_scale_of_its_own():
-    pair, scale = shipped_bernoulli(), torch.linspace(0.5, 2.0, len(X))
-    plain = pyrovae.log_likelihood(*pair, X, num_samples=50, seed=0)
-    scaled = [pyro.poutine.scale(program, scale=scale) for program in pair]
-    found = pyrovae.log_likelihood(*scaled, X, num_samples=50, seed=0)
-    torch.testing.assert_close(found.log_prob, scale * plain.log_prob)
-    torch.testing.assert_close(found.standard_error, scale * plain.standard_error)
+@pytest.mark.parametrize("estimate", [pyrovae.log_likelihood, pyrovae.annealed_log_likelihood])
+def test_scales_are_those_of_training_alone(estimate):
+    """One for all, one for each datum, one within a datum, or one of a single program."""
+    how = {"seed": 0, "compile": False}
+    if estimate is pyrovae.annealed_log_likelihood:
+        how |= {"num_chains": 4, "num_temperatures": 2}
+    pair, each = shipped_bernoulli(), torch.linspace(0.5, 2.0, len(X))
+    plain = estimate(*pair, X, **how)
+    for model_scale, guide_scale in ((3.0, 3.0), (each, each), (1.0, 0.1)):
+        model = pyro.poutine.scale(pair[0], scale=model_scale)
+        guide = pyro.poutine.scale(pair[1], scale=guide_scale)
+        found = estimate(model, guide, X, **how)
+        for name in ("log_prob", "standard_error", "ess"):
+            assert torch.equal(getattr(found, name), getattr(plain, name))
+        assert torch.equal(found.curve.log_prob, plain.curve.log_prob)
 
-    def pixels(x):
-        scale = 1 + torch.rand(len(x), 2, generator=torch.Generator().manual_seed(0))
+    def pixels(x, scale=1.0):
         rows, columns = pyro.plate("data", len(x), dim=-2), pyro.plate("pixel", 2, dim=-1)
         with pyro.poutine.scale(scale=scale), rows, columns:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    guide = pyro.poutine.block(pyro.poutine.uncondition(pixels), hide=["x"])
-    with pytest.raises(ValueError, match="one scale per datum"):
-        pyrovae.log_likelihood(pixels, guide, torch.zeros(5, 2), seed=0)
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("pixel", 2, dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    scaled = partial(pixels, scale=1 + torch.arange(10.0).reshape(5, 2))
+    found, expected = (estimate(m, guide, torch.zeros(5, 2), **how) for m in (scaled, pixels))
+    assert torch.equal(found.log_prob, expected.log_prob)
+    elbo = pyrovae.elbo(scaled, guide, torch.zeros(5, 2), seed=0)
+    assert torch.equal(elbo.elbo, pyrovae.elbo(pixels, guide, torch.zeros(5, 2), seed=0).elbo)
 
 
 def test_a_nan_past_the_first_tile_names_its_datum():
