@@ -4,6 +4,9 @@ A model p(z)p(x|z) and a guide q(z|x) are ordinary Pyro programs; everything her
 traces. All log-probabilities are in nats per datum.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data
@@ -22,6 +25,9 @@ from pyrovae.training.loop import fit
 from pyrovae.training.monitor import Fit, NonFiniteLoss
 from pyrovae.training.svi import SVI
 
+if TYPE_CHECKING:
+    from pyrovae.estimator import VAE
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -39,6 +45,7 @@ __all__ = [
     "PosteriorCalibration",
     "Report",
     "SVI",
+    "VAE",
     "annealed_log_likelihood",
     "bidirectional",
     "calibrate",
@@ -61,3 +68,18 @@ __all__ = [
     "to_inference_data",
     "traverse",
 ]
+
+# What stands on packages that not every user needs is imported when it is first asked for.
+_LATER = {"VAE": "pyrovae.estimator"}
+
+if not TYPE_CHECKING:  # or else a type checker takes every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")
+        globals()[name] = found = getattr(import_module(_LATER[name]), name)
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -51,7 +51,7 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
     root = options.data_root and _absolute(options.data_root)
     shown = {name: getattr(options, name) for name in SHOWN}
     data = load_data(options.data, root=root, **shown)
-    model, guide = _build(programs, settings, data, options.seed)
+    model, guide = build_pair(programs, settings, data, options.seed)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
     config: dict[str, Any] = {
         kind: {
@@ -188,9 +188,10 @@ def _choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _build(
+def build_pair(
     programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
 ) -> tuple[Callable, Callable]:
+    """Construct the model and the guide, each with its settings, for some data."""
     shape = tuple(data.shape)
     # Programs that ask for the columns of a table get them.
     columns: dict[str, dict[str, Any]] = {
