@@ -10,9 +10,9 @@ from torch.distributions import Independent
 
 from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
-from pyrovae.checking.case import Case, Row, failed, passed, skipped
+from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.pairs import contract
-from pyrovae.pairs.traces import is_bookkeeping
+from pyrovae.pairs.traces import is_bookkeeping, is_factor
 
 
 def programs_run(case: Case) -> Row:
@@ -36,6 +36,12 @@ def sites_match(case: Case) -> Row:
         return failed(
             f"The model observes nothing (it samples {hidden}): give the site of the data obs=x.",
             *case.where(*hidden[-1:]),
+        )
+    if factors := [name for name, site in case.sites["guide"].items() if is_factor(site)]:
+        return warned(
+            f"The guide's factor {', '.join(factors)} is no density: training counts it as Pyro "
+            f"does, as if it were one of q, and what is reported of the pair leaves it out.",
+            *case.where(*factors),
         )
     rest = f"; summed over {', '.join(summed)}" if summed else ""
     return passed(f"latents {', '.join(latents) or 'none'}; observed {', '.join(observed)}{rest}")

@@ -24,7 +24,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_evidence
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import reduce_to, samples, unscaled
+from pyrovae.pairs.traces import reduce_to, samples, unscaled, without_factors
 
 ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
 GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceMeanField_ELBO)
@@ -50,7 +50,8 @@ def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[s
 def terms_by_datum(
     pair: Pair, traces: tuple[Trace, Trace], size: tuple[int, int], analytic: bool
 ) -> dict[str, Tensor]:
-    """The terms of :func:`site_terms` without scales and subsampling, summed to ``[K, N]``."""
+    """The terms of :func:`site_terms` of densities alone, unscaled, summed to ``[K, N]``."""
+    traces = traces[0], without_factors(traces[1])
     unscaled(pair.known, *traces)
     terms = site_terms(*traces, analytic)
     return {name: reduce_to(term, pair.known, *size) for name, term in terms.items()}
@@ -78,8 +79,9 @@ def _divergences(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
         if name in guide and not model[name]["is_observed"]:
             q = guide[name]
             with suppress(NotImplementedError):
-                kl = kl_divergence(q["fn"], model[name]["fn"])
-                kl = scale_and_mask(kl, scale=q["scale"], mask=q["mask"])
+                # Where a whole distribution is masked, it is Python's number 0.
+                kl = torch.as_tensor(kl_divergence(q["fn"], model[name]["fn"]))
+                kl = scale_and_mask(kl.to(q["value"].device), scale=q["scale"], mask=q["mask"])
                 found[name] = kl.expand(q["fn"].batch_shape)
     return found
 
@@ -222,4 +224,5 @@ def score_elbo(pair: Pair, rows: tuple, particles: int, *, analytic: bool) -> tu
     found = terms_by_datum(pair, traces, (particles, len(rows[0])), analytic)
     terms = {name: term.mean(0) for name, term in found.items()}
     observed = [terms.pop(name) for name in pair.known.observed if name in terms]
-    return total(observed), -total(terms.values())
+    zero = torch.zeros(len(rows[0]), device=rows[0].device)  # where nothing is seen, or hidden
+    return total(observed or [zero]), total([-term for term in terms.values()] or [zero])

@@ -9,7 +9,7 @@ so it is taken off again, with a second run of the guide if its distributions de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -30,7 +30,6 @@ from pyrovae.pairs.traces import (
     log_probs,
     scored,
     sum_plates,
-    with_values,
 )
 
 
@@ -117,6 +116,14 @@ def check_cells(traces: Sequence[Trace], layout: Layout) -> None:
     cells(traces, layout)
     check_factors(layout)
     check_scales(traces)
+
+
+def with_values(trace: Trace, value: Callable[[Site], Tensor]) -> Trace:
+    """The same trace with another value at every site that was drawn."""
+    changed = trace.copy()
+    for name, site in drawn(trace).items():
+        changed.nodes[name] = site | {"value": value(site)}
+    return changed
 
 
 class Still(Messenger):

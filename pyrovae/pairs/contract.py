@@ -10,7 +10,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Unit
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Size, Tensor, nn
@@ -24,7 +23,16 @@ from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.folding import takes_a_plate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.support import counted, survey
-from pyrovae.pairs.traces import Layout, Site, Values, drawn, is_bookkeeping, samples, scored
+from pyrovae.pairs.traces import (
+    Layout,
+    Site,
+    Values,
+    drawn,
+    is_bookkeeping,
+    is_factor,
+    samples,
+    scored,
+)
 
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
@@ -69,7 +77,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
             bool((torch.as_tensor(s["scale"]) != subsampling(frame)).any()) for _, s in dense
         ),
         enumerated=enumerated,
-        adrift=tuple(sorted(n for n, s in every if _is_factor(s) and not _has_data(s, frame.dim))),
+        adrift=tuple(sorted(n for n, s in every if is_factor(s) and not _has_data(s, frame.dim))),
         partial=tuple(sorted({f.name for f in inner if subsampling(f) != 1})),
     )
     unusual = {n: (sites[n], guide_sites[n]) for n in latents}
@@ -439,10 +447,6 @@ def _is_normal(site: Site) -> bool:
 
 def _is_scaled(site: Site, by_plate: float) -> bool:
     return bool((torch.as_tensor(site["scale"]) != by_plate).any())
-
-
-def _is_factor(site: Site) -> bool:
-    return isinstance(site["fn"], Unit)
 
 
 def _has_data(site: Site, dim: int) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,9 @@ from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pyrovae._tools import InputError
 from pyrovae.pairs.traces import samples
 
 Packed = Any  # a tensor that names its dimensions in an attribute of its own, as Pyro packs them
@@ -81,7 +84,9 @@ def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
             repeated.append((ordinal, repeats))
     latents = [name for name, site in model.items() if _is_summed(site) and name not in guide]
     scores = {name: site["packed"]["log_prob"] for name, site in model.items()}
-    for name, score in _marginal_scores(model_trace, latents).items():
+    summed = _marginal_scores(model_trace, latents)
+    _check_one_scale({name: model[name]["scale"] for name in summed})
+    for name, score in summed.items():
         scores[name] = packed.scale_and_mask(score, scale=model[name]["scale"])
     terms: dict[str, Tensor] = {}
     costs = [(n, model_trace, model[n], score) for n, score in scores.items()]
@@ -93,6 +98,26 @@ def exact_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
         term = _expected(cost, ordinal, weights)
         terms[name] = terms.get(name, 0.0) + (term * math.exp(-times) if times else term)
     return terms
+
+
+def _check_one_scale(scales: dict[str, Any]) -> None:
+    """Refuse different scales in one sum over latents, whose logarithm has but one."""
+    for first, name in pairwise(scales):
+        one, other = scales[first], scales[name]
+        if any(isinstance(scale, Tensor) and scale.dim() for scale in (one, other)):
+            raise InputError(
+                f"Sites {first!r} and {name!r} depend on latents that the model sums over, where "
+                f"poutine.scale has to be a number: scale the loss of each datum outside the model."
+            )
+        # While a step is recorded nothing is read back; it has been taken once before.
+        recorded = isinstance(one, Tensor) or isinstance(other, Tensor)
+        recorded = recorded and _get_current_dispatch_mode() is not None
+        if not recorded and bool(one != other):
+            raise InputError(
+                f"Sites {first!r} and {name!r} depend on latents that the model sums over, and "
+                f"carry different scales, {float(one):g} and {float(other):g}, so that no ELBO is "
+                f"defined: put poutine.scale around all of these sites, or around none."
+            )
 
 
 def _is_summed(site: Any) -> bool:

@@ -79,8 +79,11 @@ def _scores_alike(pair: Pair, rows: tuple, alone: tuple[Trace, Trace]) -> bool:
             trace = pair.trace_guide(*rows, particles=1)
         guide = site_scores(trace, layout, 1, size)
     for scores, trace in zip((model, guide), alone, strict=True):
-        for name, score in site_scores(trace, layout, None, size).items():
-            if not torch.allclose(scores[name][0], score[0], TOLERANCE, TOLERANCE, equal_nan=True):
+        expected = site_scores(trace, layout, None, size)
+        for name, score in scores.items():
+            if not torch.allclose(
+                score[0], expected[name][0], TOLERANCE, TOLERANCE, equal_nan=True
+            ):
                 return False
     return True
 

@@ -22,7 +22,7 @@ from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
 from pyrovae.pairs.folding import Fold
 from pyrovae.pairs.parameters import Parameters, Program
-from pyrovae.pairs.traces import Layout, Site, Values, site_scores
+from pyrovae.pairs.traces import Layout, Site, Values, site_scores, without_factors
 
 
 class Pair(Parameters):
@@ -74,11 +74,7 @@ class Pair(Parameters):
         return self.trace_given(self.run_guide, rows, particles)
 
     def replay_model(
-        self,
-        guide_trace: Trace,
-        *rows: Any,
-        particles: int | None = None,
-        sums: bool | None = None,
+        self, guide_trace: Trace, *rows: Any, particles: int | None = None, sums: bool | None = None
     ) -> Trace:
         """Trace the model with the latents of a guide's trace; arguments as in :meth:`trace`."""
         summed = self.known.enumerated if (particles is not None if sums is None else sums) else ()
@@ -139,7 +135,7 @@ class Pair(Parameters):
 
     def draw(self, rows: tuple, particles: int) -> tuple[Values, Values]:
         """Draw K latents of each datum from the guide: values and scores ``[K, N]`` by site."""
-        trace = self.trace_guide(*rows, particles=particles)
+        trace = without_factors(self.trace_guide(*rows, particles=particles))
         return self._latents(trace), site_scores(trace, self.known, particles, len(rows[0]))
 
     def draw_prior(self, rows: tuple, particles: int) -> Values:
@@ -148,7 +144,7 @@ class Pair(Parameters):
 
     def score_guide(self, rows: tuple, particles: int | None, values: Values) -> Values:
         """The guide's scores ``[K, N]`` by site, at given latents."""
-        trace = self.trace_given(self.run_guide, rows, particles, Given(values))
+        trace = without_factors(self.trace_given(self.run_guide, rows, particles, Given(values)))
         return site_scores(trace, self.known, particles, len(rows[0]))
 
     def score_model(

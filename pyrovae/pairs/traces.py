@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from math import prod
 from typing import Any, NamedTuple
 
@@ -46,12 +46,12 @@ class Layout(NamedTuple):
     bounded: tuple[str, ...] = ()
 
 
-def with_values(trace: Trace, value: Callable[[Site], Tensor]) -> Trace:
-    """The same trace with another value at every site that was drawn."""
-    changed = trace.copy()
-    for name, site in drawn(trace).items():
-        changed.nodes[name] = site | {"value": value(site)}
-    return changed
+def without_factors(trace: Trace) -> Trace:
+    """A guide's trace without what :func:`pyro.factor` adds, which is no density and not of q."""
+    found = trace.copy()
+    for name in [name for name, site in samples(trace).items() if is_factor(site)]:
+        found.remove_node(name)
+    return found
 
 
 def site_scores(
@@ -94,13 +94,9 @@ def site_log_prob(site: Site, *, fused: bool = False) -> Tensor:
     if not fused:
         return torch.linalg.vecdot(logits, value) - softplus(logits).sum(-1)
     factors = 1 + (-logits.abs()).exp()
-    products = factors.unflatten(-1, (_divisor(factors.shape[-1]), -1)).prod(-2)
+    few = next(n for n in range(8, 0, -1) if factors.shape[-1] % n == 0)
+    products = factors.unflatten(-1, (few, -1)).prod(-2)
     return (value * logits - logits.clamp(min=0)).sum(-1) - products.log().sum(-1)
-
-
-def _divisor(size: int) -> int:
-    """How many factors to multiply: the largest number up to 8 that divides them evenly."""
-    return next(n for n in range(8, 0, -1) if size % n == 0)
 
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int | None, num_data: int) -> Tensor:
@@ -146,7 +142,12 @@ def drawn(trace: Trace) -> dict[str, Site]:
 
 def is_bookkeeping(site: Site) -> bool:
     """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data."""
-    return bool(site["infer"].get("_deterministic")) or type(site["fn"]).__name__ == "Unit"
+    return bool(site["infer"].get("_deterministic")) or is_factor(site)
+
+
+def is_factor(site: Site) -> bool:
+    """Whether a site is a :func:`pyro.factor`."""
+    return isinstance(site["fn"], dist.Unit)
 
 
 def scored(*traces: Trace) -> list[tuple[str, Site]]:

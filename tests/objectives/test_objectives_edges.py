@@ -1,0 +1,129 @@
+"""Pairs at the edges: masked as a whole, scaled in part, without latents, without anything."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+
+import pyrovae
+
+X = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
+
+
+def model(x, mask=None):
+    prior = dist.Normal(0.0, 1.0)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", prior if mask is None else prior.mask(mask))
+        pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).expand([len(x), 2]).to_event(1), obs=x)
+
+
+def guide(x, mask=None):
+    posterior = dist.Normal(pyro.param("loc", torch.zeros(())), 1.0)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", posterior if mask is None else posterior.mask(mask))
+
+
+def inside(program):
+    """The same with its latent's distribution masked."""
+    return lambda x: program(x, False)
+
+
+def outside(program):
+    """The same inside poutine.mask."""
+    return poutine.mask(program, mask=False)
+
+
+def nothing(x):
+    pass
+
+
+def likelihood(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(x.new_zeros(2), 1.0).to_event(1), obs=x)
+
+
+PAIRS = {
+    "masked distributions": (inside(model), inside(guide)),
+    "masked prior": (inside(model), guide),
+    "masked posterior": (model, inside(guide)),
+    "masked programs": (outside(model), outside(guide)),
+    "masked model": (outside(model), guide),
+    "masked guide": (model, outside(guide)),
+    "no latents": (likelihood, nothing),
+    "nothing": (nothing, nothing),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=[loss.__name__ for loss in LOSSES])
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_step_has_pyros_loss(name, loss):
+    found = []
+    for kind, options in ((SVI, {}), (pyrovae.SVI, {"compile": False})):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        optimizer = pyro.optim.Adam({"lr": 0.1})
+        svi = kind(*PAIRS[name], optimizer, loss(max_plate_nesting=1), **options)
+        found.append([svi.step(X), svi.step(X)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_elbo_without_latents_is_the_likelihood():
+    exact = dist.Normal(0.0, 1.0).log_prob(X).sum(-1)
+    for objective in ("trace_elbo", "trace_mean_field_elbo"):
+        found = pyrovae.elbo(likelihood, nothing, X, objective=objective, particles=3, batch_size=2)
+        torch.testing.assert_close(found.elbo, exact)
+        torch.testing.assert_close(found.reconstruction, exact)
+        assert found.kl.tolist() == [0.0] * len(X)
+
+
+def clusters(scale, first=1.0):
+    def program(x):
+        with pyro.plate("data", len(x)), poutine.scale(scale=first):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            with poutine.scale(scale=scale):
+                means = y.unsqueeze(-1) * pyro.param("means", torch.ones(2))
+                pyro.sample("x", dist.Normal(means, 1.0).to_event(1), obs=x)
+
+    return program
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_scales_that_differ_within_a_sum_over_latents_are_refused(scale):
+    svi = pyrovae.SVI(
+        clusters(scale),
+        nothing,
+        pyro.optim.Adam({"lr": 0.1}),
+        TraceEnum_ELBO(max_plate_nesting=1),
+        compile=False,
+    )
+    with pytest.raises(ValueError, match=r"'y' and 'x' .* different scales, 1 and 0\.1"):
+        svi.step(X)
+
+
+def test_a_scale_for_each_datum_within_a_sum_over_latents_is_refused():
+    svi = pyrovae.SVI(
+        clusters(1.0, first=1 + torch.arange(5.0)),
+        nothing,
+        pyro.optim.Adam({"lr": 0.1}),
+        TraceEnum_ELBO(max_plate_nesting=1),
+        compile=False,
+    )
+    with pytest.raises(ValueError, match=r"poutine\.scale has to be a number"):
+        svi.step(X)
+
+
+@pytest.mark.parametrize("first", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_one_scale_around_a_sum_over_latents_multiplies_it(first):
+    losses = []
+    for scale in (1.0, first):
+        pyro.clear_param_store()
+        loss = TraceEnum_ELBO(max_plate_nesting=1)
+        svi = pyrovae.SVI(
+            clusters(1.0, first=scale), nothing, pyro.optim.Adam({"lr": 0.1}), loss, compile=False
+        )
+        losses.append(svi.step(X))
+    assert losses[1] == pytest.approx(losses[0] / 2)
