@@ -3,6 +3,7 @@
 # make test            install, lint, check the format and the types, run the tests
 # make lint            the first part of it; `make format` fixes what can be fixed by itself
 # make coverage        run the tests and say which lines and branches none of them reaches
+# make soak            kill a thousand commands, spoil ten thousand files (an hour)
 # make browser         look at the report in Chromium, which has to be installed
 # make options         write docs/options.md from the options of the commands
 # make lines           bring the line numbers of links in the documents up to date
@@ -17,7 +18,7 @@ PYTEST = $(BIN)/python -m pytest
 # One test a core, and a core that has run out of tests takes those of the slower one.
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test lint format coverage browser options lines docs clean
+.PHONY: demo test lint format coverage soak browser options lines docs clean
 
 demo: .venv/.installed
 	$(BIN)/pyrovae train --model bernoulli --guide mean_field --data $(DATA) --binarize dynamic \
@@ -39,6 +40,9 @@ format: .venv/.installed-dev
 
 coverage: .venv/.installed-dev
 	$(PYTEST) $(PARALLEL) --cov --cov-report=term
+
+soak: .venv/.installed-dev
+	PYROVAE_KILLS=1000 PYROVAE_INPUTS=10000 $(PYTEST) -s tests/runs/test_kills.py tests/cli/test_fuzz.py
 
 browser: .venv/.installed-dev
 	$(PYTEST) -m browser

@@ -127,7 +127,8 @@ def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experimen
     data = _all(made.data) if options.all else made.data
     if row.warm_up:
         steps = -(-len(data.train) // 100) * min(row.warm_up, epochs)
-        made.config["objective_settings"] = {"warm_up": steps}
+        config = replace(made.config, objective_settings={"warm_up": steps})
+        made = made._replace(config=config)
     # The pixels start at their means: one visible line. A checkpoint takes its place on resuming.
     made.model.decoder.last.bias.data = data.train.mean(0).flatten().logit(eps=1e-3)
     made = made._replace(data=data)

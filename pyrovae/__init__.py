@@ -7,6 +7,7 @@ traces. All log-probabilities are in nats per datum.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pyrovae import _start  # noqa: F401  # before all that takes long to import
 from pyrovae._tools import InputError
 from pyrovae.checking import Report, check
 from pyrovae.data import Dataset, load_data

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from pyrovae import report
+from pyrovae import _start, report
 from pyrovae._tools import InputError
-from pyrovae._tools.files import write_atomic
+from pyrovae._tools.files import plain_json, require_file, write_atomic
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
 from pyrovae.data import DATASETS
@@ -24,14 +28,52 @@ from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.compare import compare_runs
-from pyrovae.runs.config import SPLITS, EvaluationConfig, Options, PairConfig, RunConfig, option
+from pyrovae.runs.config import (
+    SPLITS,
+    Config,
+    EvaluationConfig,
+    Options,
+    PairConfig,
+    RunConfig,
+    option,
+)
 from pyrovae.runs.evaluate import evaluate
-from pyrovae.runs.programs import is_refusal, shipped
+from pyrovae.runs.programs import KINDS, is_refusal, shipped
 from pyrovae.runs.results import load_results, number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.monitor import Fit, NonFiniteLoss
 
+TRUST = "execute the programs of a run that you did not make on this machine"
 STOPPED_EARLY = "stopped before the end of the first epoch; nothing was written."
+
+
+class _Unbroken:
+    """A stream whose reader may go away, as that of ``| head`` does: the command goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._kept():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._kept():
+            self.stream.flush()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is still in the buffer goes where nobody reads it, when Python ends as well.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Ctrl-C. Any other error is a defect, and raised.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    _start.interrupt_as_usual()
+    out, err = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            return _main(given)
+        finally:
+            sys.stdout.flush()
+
+
+def _main(given: list[str]) -> int:
     world, traced = World(), "--traceback" in given
     try:
         world = join()
@@ -71,6 +123,7 @@ def _run(arguments: list[str], world: World) -> int:
     parser.add_argument(
         "--traceback", action="store_true", help="show where an error came from, always"
     )
+    parser.add_argument("--version", action="version", version=f"pyrovae {version('pyrovae')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, (options, _) in COMMANDS.items():
         text = options.__doc__
@@ -81,7 +134,13 @@ def _run(arguments: list[str], world: World) -> int:
         raise InputError(
             "Several processes are for train and evaluate alone: start this without torchrun."
         )
-    return command(options.of(given), shlex.join([*world.command, *arguments])) or 0
+    try:
+        return command(options.of(given), shlex.join([*world.command, *arguments])) or 0
+    except SystemExit as error:
+        place = error_place(error) or "A program"
+        raise InputError(
+            f"{place}: SystemExit: {error}: a program must not end Python; leave that line out."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +150,25 @@ class _Train(RunConfig):
     out: str = option("the run directory", "", metavar="DIR", said="required")
     resume: bool = option("go on with the run in DIR", False)
     tensorboard: bool = option("also write DIR/tensorboard", False)
+    trust: bool = option(TRUST, False)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for, where a run is resumed beside what it was made with."""
         run = Run(given["out"])
-        return super().of(given, run.config if given.get("resume") and run.exists() else stored)
+        if not (given.get("resume") and run.exists()):
+            return super().of(given, stored)
+        for kind in KINDS & given.keys():
+            experiment.require_same_program(run, kind, given[kind])
+        return super().of(given, run.config)
 
 
 def _train(options: _Train, line: str) -> None:
     run, world = Run(options.out), join()
     resumed = options.resume and run.exists()
-    if not resumed:
+    if resumed:
+        _admit(run, options.trust)
+    else:
         run.require_new()
     try:
         with world.in_turn():
@@ -125,7 +191,7 @@ def _train(options: _Train, line: str) -> None:
         f"{number(last['valid_elbo'])} (validation; best in epoch {result.best_epoch}), "
         f"nats per datum."
     )
-    print(f"The run is in {run.path}; now: pyrovae evaluate {run.path}")
+    print(f"The run is in {run.path}; now: {shlex.join(['pyrovae', 'evaluate', str(run.path)])}")
 
 
 def _log(run: Run, options: _Train) -> Callable[[Fit], None]:
@@ -138,7 +204,8 @@ def _log(run: Run, options: _Train) -> Callable[[Fit], None]:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--tensorboard needs: pip install tensorboard") from error
-        writer = cache(partial(SummaryWriter, run.path / "tensorboard"))
+        folder = run.file("tensorboard/x").parent
+        writer = cache(partial(SummaryWriter, folder))
 
     def tell(result: Fit) -> None:
         row = result.history[-1]
@@ -179,11 +246,37 @@ class _OnRun(Options):
     run: str = option("the run directory", metavar="DIR")
     device: str = option("auto, cpu or cuda", "auto")
     data_root: str | None = option("where the torchvision data are", None, said="as in training")
+    trust: bool = option(TRUST, False)
 
-    def load(self) -> tuple[Run, experiment.Experiment]:
-        """The run, and what it was made of."""
+    def open(self) -> Run:
+        """The run, if its programs may be executed."""
         run = Run.open(self.run)
-        return run, experiment.load_experiment(run, self.device, self.data_root)
+        _admit(run, self.trust)
+        return run
+
+    def load(self, run: Run) -> experiment.Experiment[Config]:
+        """What the run was made of."""
+        return experiment.load_experiment(run, self.device, self.data_root)
+
+
+def _admit(run: Run, trusted: bool) -> None:
+    """Say which files of a run are about to be executed, and ask first if it is not your own."""
+    config, world = run.config, join()
+    paths = [run.file(each.file) for each in (config.model, config.guide) if each.file]
+    told = [f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})" for path in paths]
+    if not (trusted or world.share(run.is_own)):
+        root = f" in {config.data.root}" if config.data.root else ""
+        asked = (
+            f"{run.path} was not made here by you: going on executes "
+            f"{' and '.join(told) or 'no file of it'}, and reads the data {config.data.load}{root}."
+        )
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise InputError(f"{asked} Add --trust if you trust whoever made it.")
+        print(f"pyrovae: {asked}", file=sys.stderr)
+        if input("Do you trust whoever made it? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise InputError("Nothing was executed.")
+    for each in told:
+        world.say(f"pyrovae: executing {each}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +287,18 @@ class _Evaluate(EvaluationConfig, _OnRun):
 
 
 def _evaluate(options: _Evaluate, line: str) -> None:
+    run = options.open()
     try:
         with join().in_turn():
-            run, made = options.load()
+            made = options.load(run)
         found = evaluate(run, made, options)
     except (KeyboardInterrupt, ProcessLost, ConnectionError) as error:
         kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
         raise kind(f"stopped; what is finished is kept; go on with: {line}") from None
     if found is not None:
-        text = json.dumps(found, indent=2) if options.json else None
+        if not run.file("figures/samples.png").exists():
+            report.draw_run(run, made)
+        text = json.dumps(plain_json(found), indent=2) if options.json else None
         print(text or summarize(found, options.split))
 
 
@@ -216,10 +312,15 @@ class _Compare(Options):
 
 
 def _compare(options: _Compare, line: str) -> None:
+    out = Path(options.out).expanduser()
+    if options.out:
+        if out.suffix.lower() not in (".html", ".htm") or (out.parent / "config.json").exists():
+            raise InputError(f"Expected --out FILE.html outside of a run, got {options.out}.")
+        require_file(out)
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:
-        write_atomic(Path(options.out), report.render_comparison(found).encode())
+        write_atomic(out, report.render_comparison(found).encode())
         print(f"The comparison is {options.out}")
 
 
@@ -232,24 +333,28 @@ class _Sample(_OnRun):
 
 
 def _sample(options: _Sample, line: str) -> None:
-    run, made = options.load()
+    run = options.open()
+    made = options.load(run)
     rows = made.data.split("test")
     figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
     print(f"{options.n} samples: {run.write('figures/samples.png', png(figure))}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report(_OnRun):
-    """Write DIR/report.html and its figures."""
+class _Report(Options):
+    """Write DIR/report.html and the figures of its numbers; nothing of the run is executed."""
+
+    run: str = option("the run directory", metavar="DIR")
 
 
 def _report(options: _Report, line: str) -> None:
     run = Run.open(options.run)
     if not (results := load_results(run)):
-        raise InputError(f"Nothing to report yet; first: pyrovae evaluate {run.path}")
-    report.draw_run(run, options.load()[1])
-    weights = run.weights_checksum()
-    page = report.render_report(run.config, results, run.history(), run.figures(), weights=weights)
+        again = shlex.join(["pyrovae", "evaluate", str(run.path)])
+        raise InputError(f"Nothing to report yet; first: {again}")
+    report.draw_found(run)
+    config, weights = plain_json(run.config), run.weights_checksum()
+    page = report.render_report(config, results, run.history(), run.figures(), weights=weights)
     print(f"The report is {run.write('report.html', page.encode())}")
 
 

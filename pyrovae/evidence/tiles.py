@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, progress_bar, require_same
-from pyrovae._tools.files import pack_tensors, write_atomic
+from pyrovae._tools.files import pack_tensors, reading, unpack_tensors, write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
 from pyrovae.evidence.result import Curve, LogLikelihood
@@ -127,7 +127,10 @@ class Evaluation:
     def keep(self, index: int, found: Found) -> None:
         """Keep what was found for a tile, ``[64, ...]`` by name."""
         left = len(self.rows[0]) - index * DATA_TILE
-        self._found.append({name: value[:left] for name, value in found.items()})
+        found = {name: value[:left] for name, value in found.items()}
+        if self._found and _layout(found) != _layout(self._found[0]):
+            raise InputError(f"{self.file} holds other numbers than this evaluation: remove it.")
+        self._found.append(found)
         if time.monotonic() - self._saved_at > SAVE_AFTER:
             self._save()
 
@@ -168,19 +171,25 @@ class Evaluation:
 
     def _resume(self, file: Path) -> None:
         """Take up the finished tiles of a checkpoint, which has to be of this evaluation."""
-        from safetensors.torch import load_file
-
         different = (
             f"The checkpoint {file} was made with {{key}} = {{before}}, and this evaluation has "
             f"{{now}}: choose another file, or remove it."
         )
-        require_same(read_about(file), self.about, different)
-        done = load_file(file, device=str(self.device))
-        self._found = [dict(zip(done, tile, strict=True)) for tile in _tiled(done.values())]
+        about, done = read_checkpoint(file)
+        require_same(about, self.about, different)
+        rows = torch.arange(len(self.rows[0])).split(DATA_TILE)[self.part[0] :: self.part[1]]
+        with reading(file):
+            tiles = _tiled(value.to(self.device) for value in done.values())
+            self._found = [dict(zip(done, tile, strict=True)) for tile in tiles]
+            for tile, index in zip(self._found, rows, strict=False):
+                if tile["log_prob"].shape != index.shape or tile["log_prob"].isnan().any():
+                    raise ValueError("it has NaN, or other numbers of data than its tiles have")
+            if len(tiles) > len(rows):
+                raise ValueError(f"it has {len(tiles)} tiles of {len(rows)}")
         self._saved = len(self._found)
 
     def _agreed_seed(self, asked: int | None) -> int:
-        begun = read_about(self.file) if self.file and self.file.exists() else {}
+        begun = read_checkpoint(self.file)[0] if self.file and self.file.exists() else {}
         asked = begun.get("seed") if asked is None else asked
         seed = [draw_seed(None) if asked is None else asked]
         if self.part[1] > 1:
@@ -221,14 +230,12 @@ def tile_rows(rows: tuple) -> list[tuple]:
     return tiles
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """What the evaluation of a checkpoint is; a file that is none is refused."""
-    from safetensors import SafetensorError, safe_open
-
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Found]:
+    """What the evaluation of a checkpoint is, and its finished data; a damaged one is refused."""
     try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["about"])
-    except (SafetensorError, KeyError, OSError) as error:
+        found, about = unpack_tensors(path)
+        return json.loads(about["about"]), found
+    except (ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no checkpoint of an evaluation, or a damaged one ({error}): choose "
             f"another file, or remove it."
@@ -300,6 +307,10 @@ def _exchange(found: list[Found], size: int) -> list[Found]:
 
 def _tiled(tensors: Iterable[Tensor]) -> list[tuple]:
     return list(zip(*(tensor.split(DATA_TILE) for tensor in tensors), strict=True))
+
+
+def _layout(found: Found) -> dict[str, tuple]:
+    return {name: (value.shape[1:], value.dtype) for name, value in found.items()}
 
 
 def _join(found: list[Found]) -> Found:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, flat
+from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import subseed
 from pyrovae.report import figures as plots
 from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
 from pyrovae.report.text import shown, statements
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, RunComparison
+from pyrovae.runs.config import PairRecord
 from pyrovae.runs.experiment import Experiment
 from pyrovae.runs.results import Results, load_finding
 from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
-__all__ = ["draw_run", "render_comparison", "render_report", "sample_picture"]
+__all__ = ["draw_found", "draw_run", "render_comparison", "render_report", "sample_picture"]
 
 PICTURE_STREAM = 1_000_002
+# Entries of a configuration that are no settings.
+APART = ("command", "identity", "sha256", "signature")
 REACH = 2.5  # standard deviations of the prior, within which 99% of a dimension's latents lie
 CAPTIONS = {
     "learning_curves": "The ELBO and its two terms after each epoch, in nats per datum.",
@@ -49,15 +53,26 @@ CAPTIONS = {
 }
 
 
-def draw_run(run: Run, experiment: Experiment) -> dict[str, bytes]:
-    """Draw the run's test data and its evaluation, save the pictures, return the PNG by name."""
-    seed = subseed(experiment.config["seed"], PICTURE_STREAM)
-    finding = load_finding(run)
-    drawn = _draw_pictures(experiment, run.history(), seed)
-    drawn |= draw_findings({"": finding} if finding else {})
-    found = {name: plots.png(figure) for name, figure in drawn.items()}
+def draw_run(run: Run, experiment: Experiment[Any]) -> dict[str, bytes]:
+    """Draw the run's test data and all that is found of it, return the PNG by name."""
+    config: PairRecord = experiment.config
+    drawn = _draw_pictures(experiment, subseed(config.seed, PICTURE_STREAM))
+    return draw_found(run, drawn)
+
+
+def draw_found(run: Run, drawn: Mapping[str, Figure] | None = None) -> dict[str, bytes]:
+    """Draw the training and the evaluation of a run from its files, and save all pictures.
+
+    Nothing of the run is executed for it. ``drawn`` are further pictures to save.
+    """
+    finding, history = load_finding(run), run.history()
+    figures = dict(drawn or {})
+    if history:
+        figures["learning_curves"] = plots.learning_curves(history)
+    figures |= draw_findings({"": finding} if finding else {})
+    found = {name: plots.png(figure) for name, figure in figures.items()}
     for name in FINDING_PICTURES:
-        (run.path / "figures" / f"{name}.png").unlink(missing_ok=True)
+        run.file(f"figures/{name}.png").unlink(missing_ok=True)
     for name, picture in found.items():
         run.write(f"figures/{name}.png", picture)
     return found
@@ -90,7 +105,7 @@ def render_report(
     for split in sorted(results, key=["test", "valid", "train", *results].index):
         found, rows = results[split], () if splits else history
         said = statements(found, history=rows, weights=weights)
-        splits.append({"name": split, "found": found, "statements": said})
+        splits.append({"name": split, "found": plain_json(found), "statements": said})
     return _render(
         "report.html.j2",
         title=f"{model} with guide {guide}, trained on {data}",
@@ -117,8 +132,8 @@ def render_comparison(found: RunComparison) -> str:
         doubts=[(name, each) for name, each in said if each.kind == "doubtful"],
         curves=[_picture(name, plots.png(figure)) for name, figure in curves.items()],
         figures=[_picture(name, png, of=run) for run, name, png in pictures],
-        settings=_differing([run.config for run in runs]),
-        commands=[_plain(run.config["command"]) for run in runs],
+        settings=_differing([plain_json(run.config) for run in runs]),
+        commands=[run.config.command for run in runs],
     )
 
 
@@ -195,19 +210,18 @@ def _numbers(found: RunComparison) -> list[tuple[str, ...]]:
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The settings in which runs differ, a run a column."""
-    runs = [dict(_leaves(config, "command", "versions")) for config in configs]
+    runs = [dict(_leaves(config, *APART, "versions", "resumed")) for config in configs]
     paths = dict.fromkeys(path for run in runs for path in run)
     rows = [[path, *(_plain(run.get(path)) for run in runs)] for path in paths]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def _draw_pictures(experiment: Experiment, history: list[dict], seed: int) -> dict[str, Figure]:
-    """Learning curves, samples, reconstructions, latent space and what lies between data."""
+def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
+    """Samples, reconstructions, latent space and what lies between data."""
     model, guide, data = experiment.model, experiment.guide, experiment.data
     every, *others = data.split("test")
     x, *context = every[:10], *(tensor[:10] for tensor in others)
-    found = {} if not history else {"learning_curves": plots.learning_curves(history)}
-    found["samples"] = sample_picture(model, every, *others, n=64, seed=seed)
+    found = {"samples": sample_picture(model, every, *others, n=64, seed=seed)}
     xhat = _events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
     found["reconstructions"] = plots.reconstructions(x, xhat)
     means = encode(guide, every, *others)

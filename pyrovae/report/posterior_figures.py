@@ -11,7 +11,7 @@ import numpy as np
 from pyrovae.diagnostics.result import ACTIVE
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
-from pyrovae.runs.results import Finding, Record
+from pyrovae.runs.results import Finding, Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,8 +178,9 @@ def calibration_curves(findings: Mapping[str, Finding]) -> Figure | None:
     figure, axes = panel(title, "nominal coverage", "share of values inside")
     axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls="--", label="calibrated")
     for (name, each), colour in zip(found.items(), cycle(PALETTE), strict=False):
-        error = 2 * np.array(each["standard_error"], float)
-        axes.errorbar(each["levels"], each["coverage"], error, fmt=".-", color=colour, label=name)
+        error = 2 * np.array(each.standard_error, float)
+        share = np.array(each.coverage, float)
+        axes.errorbar(each.levels, share, error, fmt=".-", color=colour, label=name)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
@@ -187,7 +188,7 @@ def calibration_curves(findings: Mapping[str, Finding]) -> Figure | None:
     return figure
 
 
-def _active(site: Record, count: int) -> np.ndarray:
+def _active(site: Site, count: int) -> np.ndarray:
     variance = site.posterior_mean_variance or [0.0] * count
     active = np.array([each or 0.0 for each in variance], float) > ACTIVE
     return active if len(active) == count else np.full(count, active.any())

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives.elbo import ESTIMATORS
-from pyrovae.runs.results import BOUND, Record, Results, number
+from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
 # A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
@@ -88,7 +88,7 @@ def _evidence(found: Results) -> Iterator[Verdict]:
             f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above "
             f"0.7: log p(x) of these data is a lower bound in expectation; raise --samples.",
         )
-    curve = sorted((int(k), bound) for k, bound in (ll.curve or {}).items() if bound is not None)
+    curve = sorted((k, bound) for k, bound in ll.curve.items() if bound is not None)
     if len(curve) > 2:
         (few, low), (many, high) = curve[-2:]
         steep = high - low > STEEP
@@ -102,7 +102,7 @@ def _evidence(found: Results) -> Iterator[Verdict]:
 def _gap(found: Results) -> Iterator[Verdict]:
     """The comparison of log p(x) with the ELBO of the smaller variance."""
     which = BOUND if BOUND in found.elbo else "trace_elbo"
-    mean, bound = (found.log_likelihood or Record()).mean, (found.bound or Record()).mean
+    mean, bound = (each.mean if each else None for each in (found.log_likelihood, found.bound))
     if bound is None or mean is None:
         return
     sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
@@ -118,8 +118,8 @@ def _gap(found: Results) -> Iterator[Verdict]:
 
 
 def _annealed(found: Results) -> Iterator[Verdict]:
-    ais = found.annealed or Record()
-    if over := ais.over_importance_sampling:
+    ais = found.annealed
+    if ais and (over := ais.over_importance_sampling):
         more, error = over.mean or 0.0, over.standard_error or 0.0
         # Below 0.05 nats a difference hides in what papers print, however sure it is.
         short = more > max(2 * error, 0.05)
@@ -129,7 +129,7 @@ def _annealed(found: Results) -> Iterator[Verdict]:
             f"Annealed importance sampling of {ais.num_data} data, less importance sampling of "
             f"the same: {over} nats, {end}.",
         )
-    elif ais.verdict:
+    elif ais and ais.verdict:
         yield Verdict("fair", ais.verdict)
     if found.bidirectional is not None:
         yield Verdict("fair", found.bidirectional.verdict)
@@ -143,15 +143,15 @@ def _posterior(found: Results) -> Iterator[Verdict]:
         yield Verdict("doubtful" if doubtful else "good", seen.verdict)
 
 
-def _row(name: str, found: Record) -> str:
+def _row(name: str, found: Mean) -> str:
     return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
 
 
-def _over_data(name: str, found: Record) -> str:
+def _over_data(name: str, found: Mean) -> str:
     return f"{_row(name, found)} over data"
 
 
-def _estimate(name: str, found: Record) -> str:
+def _estimate(name: str, found: Evidence) -> str:
     return f"{_row(name, found)} Monte Carlo, ± {number(found.data_standard_error)} over data"
 
 

@@ -1,7 +1,7 @@
 """The run directory: what a run is on disk.
 
 ========================= =====================================================================
-``config.json``           everything that the run was asked to do, resolved
+``config.json``           everything that the run was asked to do, resolved, and its identity
 ``programs/``             copies of the user's own model and guide files
 ``checkpoint.pt``         where training goes on from; read with ``weights_only=True``
 ``weights.safetensors``   the trained weights, with a checksum in the file's metadata
@@ -13,7 +13,9 @@
 ``report.html``           the one-page report
 ========================= =====================================================================
 
-Every write is atomic: a temporary file is written, synced and renamed. No pickle is executed.
+Every write is atomic: a temporary file is written, synced and renamed. No pickle is executed, no
+link is followed, and what is read has to be this run's and whole: each part carries the run's
+identity and a checksum.
 """
 
 from __future__ import annotations
@@ -23,22 +25,65 @@ import io
 import json
 import os
 import pickle
+import stat
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from pyrovae._tools import InputError
-from pyrovae._tools.files import checksum, pack_tensors, reading, unpack_tensors, write_atomic
+from pyrovae._tools.files import (
+    checksum,
+    locked,
+    pack_tensors,
+    plain_json,
+    reading,
+    remove_temporary,
+    require_file,
+    sealed,
+    typed,
+    unpack_tensors,
+    write_atomic,
+)
+from pyrovae.runs import trust
+from pyrovae.runs.config import Config
+from pyrovae.runs.programs import KINDS
 
 __all__ = ["Run"]
 
-PROGRAM, DATA = {"name", "file", "settings"}, {"load", "root", "binarize"}
-PARTS = {"model": PROGRAM, "guide": PROGRAM, "data": DATA}
-STATE = {"weights": dict, "optimizer": dict, "history": list, "seed": int}
+# Held while a run is trained. A folder that has it and no configuration is a beginning that was
+# killed.
+TRAINING = ".training.lock"
+# How the names of pictures begin that are drawn from the weights.
+PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space")
+
+
+class _Optimizer(Struct):
+    """A torch optimizer's ``state_dict()``."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class _Checkpoint(Struct):
+    """A :meth:`pyrovae.Fit.state_dict`, as ``checkpoint.pt`` holds it with the run's identity."""
+
+    weights: dict[str, Tensor]
+    optimizer: _Optimizer
+    scheduler: dict[str, Any] | None
+    history: Annotated[list[dict[str, float | int | None]], Meta(min_length=1)]
+    seed: int
+    best_epoch: int | None
+    best_state: dict[str, Tensor] | None
+    average: dict[str, Tensor] | None = None
+    run: str = ""
 
 
 class Run:
@@ -49,7 +94,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -61,7 +106,15 @@ class Run:
 
     def exists(self) -> bool:
         """Whether the directory holds a run."""
-        return (self.path / "config.json").is_file()
+        return os.path.lexists(self.path / "config.json")
+
+    def file(self, name: str) -> Path:
+        """The path of a part, there or not; a link in place of it or of its folder is refused."""
+        path = self.path / name
+        if path.parent != self.path:
+            require_file(path.parent, stat.S_IFDIR)
+        require_file(path)
+        return path
 
     def require_new(self) -> None:
         """Refuse a directory that is in use, or that cannot be made."""
@@ -69,33 +122,61 @@ class Run:
             raise InputError(
                 f"{self.path} holds another run: choose another --out, or go on with --resume."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not (self.path.is_dir() and self._is_begun()):
             raise InputError(f"{self.path} exists and is not empty: choose another --out.")
         path = self.path.absolute()
         found = next(folder for folder in (path, *path.parents) if folder.exists())
         if not (found.is_dir() and os.access(found, os.W_OK)):
             raise InputError(f"{self.path} cannot be made: {found} is no folder to write in.")
 
-    def create(self, config: dict[str, Any], files: dict[str, bytes]) -> None:
-        """Write the configuration and the user's program files ``programs/<name>``, or nothing."""
+    def _is_begun(self) -> bool:
+        """Whether it holds nothing, or what a training leaves that was killed at its start."""
+        own = {TRAINING, "programs", *(f"programs/{kind}.py" for kind in KINDS)}
+        found = {str(path.relative_to(self.path)) for path in self.path.rglob("*")}
+        found = {name for name in found if not name.endswith(".tmp")}
+        return not found or (TRAINING in found and found <= own)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Train in a block, which no other process does meanwhile; without a run, nothing is left.
+
+        What killed writers have left is removed.
+        """
+        missing = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self.path / TRAINING, f"{self.path} is being trained by another process."):
+                for folder in ("", "programs", "evaluation", "figures"):
+                    remove_temporary(self.path / folder)
+                try:
+                    yield
+                finally:
+                    if not self.exists():
+                        for kind in KINDS:
+                            (self.path / "programs" / f"{kind}.py").unlink(missing_ok=True)
+                        with suppress(OSError):
+                            (self.path / "programs").rmdir()
+        finally:
+            with suppress(OSError):
+                for each in missing:
+                    each.rmdir()
+
+    def create(self, config: Config, files: Mapping[str, bytes]) -> None:
+        """Write the user's program files ``programs/<name>`` and then the configuration."""
         fresh = not self.exists()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                self.write(f"programs/{name}", content)
-            self.write_json("config.json", config)
+            for name, source in files.items():
+                self.write(f"programs/{name}", source)
+            content = sealed(plain_json(config))
+            self.write_json("config.json", content | {"signature": trust.sign(content["sha256"])})
         except BaseException:
             if fresh:
-                for name in ("config.json", *(f"programs/{name}" for name in files)):
-                    (self.path / name).unlink(missing_ok=True)
-                for folder in (self.path / "programs", self.path):
-                    with suppress(OSError):
-                        folder.rmdir()
+                (self.path / "config.json").unlink(missing_ok=True)
             raise
 
     def write(self, name: str, content: bytes) -> Path:
         """Write a file of the run whole, in a folder that is made if it is missing."""
-        path = self.path / name
+        path = self.file(name)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, content)
         return path
@@ -106,39 +187,62 @@ class Run:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a dictionary written as JSON."""
-        with reading(self.path / name):
-            content = json.loads((self.path / name).read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise TypeError("it holds no JSON object")
-        return content
+        path = self.file(name)
+        with reading(path):
+            return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The resolved configuration."""
-        config = self.read_json("config.json")
-        whole = _holds(config, {*PARTS, "command", "epochs", "schedule", "device", "seed"})
-        if not whole or not all(_holds(config[part], keys) for part, keys in PARTS.items()):
-            raise InputError(f"{self.path / 'config.json'} is damaged: entries are missing.")
+        content = self.read_json("config.json")
+        with reading(self.path / "config.json"):
+            # msgspec leaves out the defaults of a dataclass; replace() goes through its __init__.
+            config = replace(typed(content, Config))
+            for kind in KINDS:
+                if getattr(config, kind).file not in (None, f"programs/{kind}.py"):
+                    raise ValueError(f"the {kind} of a run is programs/{kind}.py in it, or shipped")
+            if bool(config.identity) != bool(config.sha256):
+                raise ValueError("its checksum is missing")
         return config
 
     @property
-    def results(self) -> dict[str, Any]:
-        """What evaluations have found so far, by split."""
-        return self.read_json("results.json") if (self.path / "results.json").exists() else {}
+    def identity(self) -> str:
+        """What its parts carry to be known by; empty for a run of before there was such."""
+        return self.config.identity if self.exists() else ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this user made the run, or trained it last, on this machine."""
+        config = self.config
+        return trust.is_own(config.sha256, config.signature)
+
+    def require_own(self, path: Path, run: str, seal: str = "sealed") -> None:
+        """Refuse a part that carries another identity, or none where the run has one."""
+        identity = self.identity
+        if run != identity:
+            raise InputError(f"{path} is of another run: put back the file of this one.")
+        if identity and not seal:
+            raise InputError(f"{path} is damaged and was not loaded: its checksum is missing.")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write where training goes on from, in place of the weights of an earlier end."""
+        """Write where training goes on from, in place of the weights of an earlier end.
+
+        The pictures of what that end decodes go as well.
+        """
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"run": self.identity}, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
-        (self.path / "weights.safetensors").unlink(missing_ok=True)
+        self.file("weights.safetensors").unlink(missing_ok=True)
+        for path in self._figures():
+            if path.stem.startswith(PICTURES):
+                path.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Read where training goes on from; None if no epoch was finished.
 
         A file that is truncated or altered is refused, or one that asks for more than plain data.
         """
-        path = self.path / "checkpoint.pt"
+        path = self.file("checkpoint.pt")
         if not path.exists():
             return None
         with reading(path):
@@ -152,8 +256,10 @@ class Run:
                     f"{path} was not loaded: it holds more than tensors and plain data, which is "
                     f"never executed."
                 ) from error
-        if not _is_state(state):
-            raise InputError(f"{path} was not loaded: it is no checkpoint of a training.")
+            found = msgspec.convert(state, _Checkpoint)
+            if not 1 <= (found.best_epoch or 1) <= len(found.history):
+                raise ValueError(f"its best epoch is {found.best_epoch} of {len(found.history)}")
+        self.require_own(path, found.run)
         return state
 
     def save_metrics(self, history: list[dict[str, Any]]) -> None:
@@ -166,7 +272,7 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.csv`` as numbers; empty fields are None."""
-        path = self.path / "metrics.csv"
+        path = self.file("metrics.csv")
         if not path.exists():
             return []
         with reading(path), path.open(newline="", encoding="utf-8") as file:
@@ -176,14 +282,20 @@ class Run:
             ]
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
-        """Write the trained weights."""
-        self.write("weights.safetensors", pack_tensors(weights))
+        """Write the trained weights, unless they are there."""
+        path = self.file("weights.safetensors")
+        with suppress(InputError):
+            if path.exists() and checksum(self.load_weights()) == checksum(weights):
+                return
+        self.write("weights.safetensors", pack_tensors(weights, {"run": self.identity}))
 
     def load_weights(self) -> dict[str, Tensor]:
         """Read the trained weights; those of the last checkpoint while training is unfinished."""
-        path = self.path / "weights.safetensors"
+        path = self.file("weights.safetensors")
         if path.exists():
-            return unpack_tensors(path)[0]
+            weights, about = unpack_tensors(path)
+            self.require_own(path, about.get("run", ""))
+            return weights
         checkpoint = self.load_checkpoint()
         if checkpoint is None:
             raise InputError(f"{self.path} has no weights yet: go on with --resume.")
@@ -195,26 +307,22 @@ class Run:
 
     def save_values(self, split: str, values: dict[str, Tensor], about: dict[str, str]) -> Path:
         """Write what an evaluation found of each datum as ``evaluation/<split>.safetensors``."""
+        about = about | {"run": self.identity}
         return self.write(f"evaluation/{split}.safetensors", pack_tensors(values, about))
 
     def load_values(self, split: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Read what an evaluation found of each datum; None if there is no such evaluation."""
-        path = self.path / "evaluation" / f"{split}.safetensors"
-        return unpack_tensors(path) if path.exists() else None
+        path = self.file(f"evaluation/{split}.safetensors")
+        if not path.exists():
+            return None
+        values, about = unpack_tensors(path)
+        self.require_own(path, about.pop("run", ""))
+        return values, about
+
+    def _figures(self) -> list[Path]:
+        found = sorted((self.path / "figures").glob("*.png"))
+        return [self.file(f"figures/{path.name}") for path in found]
 
     def figures(self) -> dict[str, bytes]:
         """Every picture of the run by name."""
-        found = sorted((self.path / "figures").glob("*.png"))
-        return {path.stem: path.read_bytes() for path in found}
-
-
-def _holds(part: Any, keys: set[str]) -> bool:
-    return isinstance(part, dict) and keys <= part.keys()
-
-
-def _is_state(state: Any) -> bool:
-    if not (_holds(state, {*STATE, "scheduler", "best_epoch", "best_state"}) and state["history"]):
-        return False
-    kinds = all(isinstance(state[name], kind) for name, kind in STATE.items())
-    best = state["best_epoch"] is None or 1 <= state["best_epoch"] <= len(state["history"])
-    return kinds and best and _holds(state["optimizer"], {"state", "param_groups"})
+        return {path.stem: path.read_bytes() for path in self._figures()}

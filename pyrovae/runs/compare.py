@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from pyrovae._tools import InputError, standard_error
+from pyrovae._tools.files import plain_json
 from pyrovae.evidence.result import Comparison, Verdict, compare_log_likelihood
 from pyrovae.runs import Run
-from pyrovae.runs.results import Finding, Record, load_finding, number
+from pyrovae.runs.config import Config
+from pyrovae.runs.results import Finding, load_finding, number
 
 HEAD = ("run", "model", "guide", "objective", "ELBO", "log p(x)", "k-hat > 0.7", "rate", "active")
 
@@ -23,7 +24,7 @@ class Compared:
 
     name: str
     run: Run
-    config: Mapping[str, Any]
+    config: Config
     finding: Finding
 
     @property
@@ -31,12 +32,12 @@ class Compared:
         """Its row of the table."""
         found, ll = self.finding.results, self.finding.log_likelihood
         (active, units), share = found.active_units, found.heavy
-        given = self.config.get("objective_settings") or {}
-        settings = [f"{name}={value}" for name, value in given.items()]
+        settings = [f"{name}={value}" for name, value in self.config.objective_settings.items()]
         return [
             self.name,
-            *(self.config[kind]["name"] for kind in ("model", "guide")),
-            ", ".join([self.config.get("objective", ""), *settings]),
+            self.config.model.name,
+            self.config.guide.name,
+            ", ".join([self.config.objective, *settings]),
             number(None if found.bound is None else found.bound.mean),
             f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
             "unknown" if share is None else f"{share:.1%}",
@@ -66,7 +67,7 @@ class RunComparison:
     @property
     def joined(self) -> bool:
         """Whether the runs differ in β, and not in their programs: they lie on one curve."""
-        pairs = {tuple(r.config[k]["name"] for k in ("model", "guide")) for r in self.runs}
+        pairs = {(r.config.model.name, r.config.guide.name) for r in self.runs}
         betas = [_beta(r.config) for r in self.runs]
         return len(pairs) == 1 and None not in betas and len(set(betas)) == len(betas)
 
@@ -125,8 +126,8 @@ def _load(path: str | Path, name: str, split: str) -> Compared:
         raise InputError(f"{run.path} was not evaluated on its {split} data yet; first: {again}")
     if found.results.weights != run.weights_checksum():
         raise InputError(f"{run.path} was trained further since it was evaluated; first: {again}")
-    ll, told = found.log_likelihood, found.results.log_likelihood or Record()
-    if (told.num_samples, found.results.data) != (ll.num_samples, ll.data):
+    ll, told = found.log_likelihood, found.results.log_likelihood
+    if (told and told.num_samples, found.results.data) != (ll.num_samples, ll.data):
         raise InputError(f"The evaluation in {run.path} was cut short; first: {again} --fresh")
     return Compared(name, run, run.config, found)
 
@@ -142,7 +143,7 @@ def _require_same_data(first: Compared, other: Compared, split: str) -> None:
             f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
             f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
         )
-    data = [each.config["data"] for each in (first, other)]
+    data = [plain_json(each.config.data) for each in (first, other)]
     said = [
         f"{key} is {data[0].get(key)} and {data[1].get(key)}"
         for key in ("name", "binarize", "context", "shape", "sha256")
@@ -168,9 +169,9 @@ def _short(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(above)) for path in whole]
 
 
-def _beta(config: Mapping[str, Any]) -> float | None:
+def _beta(config: Config) -> float | None:
     """The weight on the KL; 1 for an ELBO, None where an objective has no such."""
-    settings, name = config.get("objective_settings") or {}, config.get("objective", "")
-    if name == "beta_elbo":
-        return settings.get("beta", 4.0)
-    return 1.0 if name in ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo") else None
+    if config.objective == "beta_elbo":
+        return config.objective_settings.get("beta", 4.0)
+    elbos = ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo")
+    return 1.0 if config.objective in elbos else None

@@ -1,8 +1,8 @@
 """The options of a run and of its evaluation, each in one place.
 
 An option is a field of a dataclass: its name, its type, its default and what it means. The parser
-of the command line, the arguments of :func:`pyrovae.fit`, ``config.json`` and ``docs/options.md``
-come from it.
+of the command line, the arguments of :func:`pyrovae.fit`, ``config.json`` (:class:`Config`) and its
+validation, and ``docs/options.md`` come from it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, Self, get_args, get_type_hints
+
+from msgspec import Struct, convert
 
 from pyrovae._tools import InputError
 from pyrovae.data import BINARIZE, CONTEXTS
@@ -58,7 +60,19 @@ class Options:
 
     A field is an option of its type: ``int | None`` is an ``int``, ``bool`` takes no value, a
     ``Mapping`` may be given several times as ``NAME=VALUE``, and a tuple has one value or more.
+
+    Raises:
+        InputError: If a value is less than the least one, or none of the choices.
     """
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            least, choices = each.metadata.get("least"), each.metadata.get("choices")
+            value = getattr(self, each.name)
+            if least is not None and value is not None and value < least:
+                raise InputError(f"Expected {_flag(each)} >= {least}, got {value}.")
+            if choices and value not in choices:
+                raise InputError(f"Expected {_flag(each)} of {', '.join(choices)}, got {value!r}.")
 
     @classmethod
     def add_to(cls, parser: ArgumentParser) -> None:
@@ -84,12 +98,7 @@ class Options:
     def of(cls, given: Mapping[str, Any]) -> Self:
         """The options that were given, and the defaults of the others."""
         names = {each.name for each in fields(cls)}
-        options = cls(**{name: value for name, value in given.items() if name in names})
-        for each in fields(cls):
-            least, value = each.metadata["least"], getattr(options, each.name)
-            if least is not None and value is not None and value < least:
-                raise InputError(f"Expected {_flag(each)} >= {least}, got {value}.")
-        return options
+        return cls(**{name: value for name, value in given.items() if name in names})
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:
@@ -134,12 +143,12 @@ class PairConfig(Options):
     )
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for: as given, or else as a run was made with, or else by default.
 
         Args:
             given: The options that were given, ``settings`` as ``["NAME=VALUE", ...]``.
-            stored: The content of a run's ``config.json``.
+            stored: What a run was made with.
         """
         known = {} if stored is None else cls._stored(stored)
         options = super().of(known | dict(given))
@@ -153,16 +162,17 @@ class PairConfig(Options):
         )
 
     @classmethod
-    def _stored(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        data = config["data"]
+    def _stored(cls, config: Config) -> dict[str, Any]:
+        names = [each.name for each in fields(cls) if hasattr(config, each.name)]
+        programs = {kind: getattr(config, kind) for kind in KINDS}
         return {
-            **{each.name: config[each.name] for each in fields(cls) if each.name in config},
-            **{kind: config[kind]["name"] for kind in KINDS},
-            **{name: data[name] for name in SHOWN if name in data},
-            "data": data["load"],
-            "data_root": data["root"],
-            "settings": {kind: config[kind]["settings"] for kind in KINDS}
-            | {"objective": config.get("objective_settings", {})},
+            **{name: getattr(config, name) for name in names},
+            **{kind: program.name for kind, program in programs.items()},
+            **{name: value for name in SHOWN if (value := getattr(config.data, name)) is not None},
+            "data": config.data.load,
+            "data_root": config.data.root,
+            "settings": {kind: program.settings for kind, program in programs.items()}
+            | {"objective": config.objective_settings},
         }
 
 
@@ -174,8 +184,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(PairConfig):
-    """What a run is asked to do."""
+class Training(Options):
+    """How a pair is trained."""
 
     recipe: str = option(
         "options for a long training: "
@@ -215,8 +225,22 @@ class RunConfig(PairConfig):
     )
     precision: str = _fitted("precision", f"precision of matrix products: {', '.join(PRECISIONS)}")
 
+    def fit_arguments(self) -> dict[str, Any]:
+        """The arguments of :func:`pyrovae.fit` among them."""
+        names = [n for n in TRAINING if n in FIT and n not in ("objective", "particles")]
+        found = {name: getattr(self, name) for name in names}
+        return found | {"compile": COMPILE[self.compile]}
+
+
+TRAINING = [each.name for each in fields(Training)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Training, PairConfig):
+    """What a run is asked to do."""
+
     @classmethod
-    def of(cls, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for, with the options that a recipe stands for."""
         return super().of(RECIPES[given.get("recipe", "none")] | dict(given), stored)
 
@@ -227,20 +251,83 @@ class RunConfig(PairConfig):
             found["batch_size"] = min(FIT["batch_size"].default, num_data)
         return found | {"objective_settings": self.settings.get("objective", {})}
 
-    @staticmethod
-    def fit_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of :func:`pyrovae.fit` that a run's ``config.json`` holds."""
-        names = [n for n in TRAINING if n in FIT and n not in ("objective", "particles")]
-        found = {name: config[name] for name in names}
-        return found | {
-            "compile": COMPILE[config["compile"]],
-            "device": config["device"],
-            "seed": config["seed"],
-        }
+
+class ProgramRecord(Struct, frozen=True):
+    """A program of a run: its name, its copy in the run with the digest, its settings."""
+
+    name: str
+    file: str | None
+    settings: dict[str, Any]
+    sha256: str | None = None
 
 
-# The options of training alone: those that a pair does not have already.
-TRAINING = [each.name for each in fields(RunConfig)][len(fields(PairConfig)) :]
+class DataRecord(Struct, frozen=True, omit_defaults=True):
+    """The data of a run: where from, and all that ``Dataset.provenance`` says of them."""
+
+    load: str
+    root: str | None
+    binarize: str
+    name: str = ""
+    source: str | None = None
+    sha256: str | None = None
+    shape: tuple[int, ...] | None = None
+    sizes: dict[str, int] | None = None
+    split: str | None = None
+    split_seed: int | None = None
+    scaling: str | None = None
+    binarize_seed: int | None = None
+    classes: int | None = None
+    class_names: list[str] | None = None
+    context: str | None = None
+    labelled: int | None = None
+    label_seed: int | None = None
+    columns: dict[str, str] | None = None
+    missing: str | None = None
+    missing_share: float | None = None
+
+    @classmethod
+    def of(cls, load: str, root: str | None, provenance: Mapping[str, Any]) -> Self:
+        """The record of data with a provenance, none of whose entries may be lost."""
+        if unknown := provenance.keys() - set(cls.__struct_fields__):
+            raise TypeError(f"DataRecord lacks {sorted(unknown)}: give it fields of these names.")
+        return convert({"load": load, "root": root, **provenance}, cls)
+
+
+class Session(Struct, frozen=True):
+    """A training that went on with a run under other versions than before."""
+
+    after_epoch: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRecord(Options):
+    """A pair and its data, resolved."""
+
+    model: ProgramRecord
+    guide: ProgramRecord
+    data: DataRecord
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training, PairRecord):
+    """What a run was asked to do, as ``config.json`` holds it.
+
+    ``identity`` is the run's own, which its other parts carry; ``sha256`` and ``signature`` are of
+    the configuration, when it is read. ``versions`` are those that it was begun with.
+    """
+
+    command: str
+    epochs: int = field()
+    schedule: str = field()
+    objective_settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    resumed: tuple[Session, ...] = ()
+    identity: str = ""
+    sha256: str = field(default="", compare=False)
+    signature: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pyrovae._tools import InputError
+from pyrovae._tools.files import locked, remove_temporary, unpack_tensors
 from pyrovae._tools.seeding import subseed
 from pyrovae.diagnostics import diagnose
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.sandwich import bidirectional
-from pyrovae.evidence.tiles import digest, read_about
+from pyrovae.evidence.tiles import digest
 from pyrovae.inference_data import save, to_inference_data
 from pyrovae.objectives.elbo import ESTIMATORS, elbo
 from pyrovae.runs import Run
-from pyrovae.runs.config import EvaluationConfig
+from pyrovae.runs.config import Config, EvaluationConfig
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.results import BOUND, Finding, Results, first_data, save_finding
+from pyrovae.runs.results import BOUND, Finding, Mean, Results, Sandwich, first_data, save_finding
 from pyrovae.training.distributed import World, join
 
 SEED = subseed(0, 1_000_003)
@@ -51,7 +52,7 @@ class _Subject(NamedTuple):
         return self.model, self.guide, *self.rows
 
 
-def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Results | None:
+def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig) -> Results | None:
     """Measure a run on a split, and write what is found into the run directory.
 
     ``results.json`` has the means with their errors, ``evaluation/<split>.safetensors`` what was
@@ -76,7 +77,7 @@ def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Res
             f"more, or leave them out with --no-diagnostics."
         )
     part = subject.first(options.images or ANNEALED)
-    files = _Unfinished(run, options, world, _fingerprint(subject, weights))
+    files = _Unfinished(run, options, world, _fingerprint(subject, weights) | {"run": run.identity})
     common: dict[str, Any] = {"processes": world.size > 1, "seed": SEED, "progress": world.first}
     with files:
         annealed = None
@@ -106,9 +107,9 @@ def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Res
         found = None
         if not options.no_diagnostics:
             found = diagnose(*subject.args, labels=subject.labels, seed=SEED)
-            about = {"split": options.split, "weights": weights}
-            about["command"] = experiment.config["command"]
-            _keep_draws(run.path / f"inference_{options.split}.nc", subject, ll, about)
+            about = {"split": options.split, "weights": weights, "run": run.identity}
+            about["command"] = experiment.config.command
+            _keep_draws(run.file(f"inference_{options.split}.nc"), subject, ll, about)
         results = Results.of(
             ll,
             bounds,
@@ -118,6 +119,7 @@ def evaluate(run: Run, experiment: Experiment, options: EvaluationConfig) -> Res
             num_data_of_split=len(every.rows[0]),
             binarize=experiment.data.binarize,
             weights=weights,
+            run=run.identity,
         )
         each = ll, annealed, bounds[BOUND].elbo
         save_finding(run, options.split, Finding(results, (), *each))
@@ -136,33 +138,40 @@ class _Unfinished:
     def __init__(
         self, run: Run, options: EvaluationConfig, world: World, about: dict[str, Any]
     ) -> None:
-        self.folder, self.options, self.world = run.path / "evaluation", options, world
+        self.run, self.options, self.world = run, options, world
         self.about = about | {"processes": world.size}
         self.files: list[Path] = []
+        self.held = ExitStack()
 
     def __enter__(self) -> _Unfinished:
-        self.folder.mkdir(exist_ok=True)
+        folder, split = self.run.file("evaluation/x").parent, self.options.split
+        folder.mkdir(exist_ok=True)
+        self.held.callback(_remove_empty, folder)
+        if self.world.first:
+            held = f"The {split} data of {self.run.path} are being evaluated by another process."
+            self.held.enter_context(locked(folder / f".{split}.lock", held))
+            remove_temporary(folder, split)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            self.folder.rmdir()
+        self.held.close()
 
     def of(self, *names: str) -> Path:
         """The file of an estimate with these options; one that cannot be read is put aside."""
         settings = {name: getattr(self.options, name) for name in names}
         key = json.dumps(self.about | settings, sort_keys=True).encode()
         name = f"{self.options.split}-{hashlib.sha256(key).hexdigest()[:12]}.checkpoint"
-        path = self.folder / name
+        path = self.run.file(f"evaluation/{name}")
         self.files.append(path)
         own = path if self.world.size == 1 else path.with_name(f"{name}.{self.world.rank}")
         if self.options.fresh:
             own.unlink(missing_ok=True)
         elif own.exists():
             try:
-                read_about(own)
-            except InputError:
+                unpack_tensors(own)
+            except InputError as error:
                 own.replace(own.with_name(f"{own.name}.damaged"))
+                self.world.say(f"pyrovae: {error} It was put aside, and its data are done again.")
         return path
 
     def remove(self) -> None:
@@ -172,7 +181,12 @@ class _Unfinished:
                 each.unlink(missing_ok=True)
 
 
-def _subject(experiment: Experiment, split: str) -> _Subject:
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _subject(experiment: Experiment[Config], split: str) -> _Subject:
     rows, labels = experiment.data.split(split), experiment.data.labels
     if not rows or len(rows[0]) == 0:
         raise InputError(f"The data have no {split} split: choose another.")
@@ -190,7 +204,7 @@ def _fingerprint(subject: _Subject, weights: str) -> dict[str, Any]:
     }
 
 
-def _sandwich(subject: _Subject, options: EvaluationConfig) -> dict[str, Any]:
+def _sandwich(subject: _Subject, options: EvaluationConfig) -> Sandwich:
     """How far annealing can be too low, on data of the model's own."""
     x, *context = subject.rows
     n = min(len(x), SIMULATED)
@@ -206,9 +220,9 @@ def _sandwich(subject: _Subject, options: EvaluationConfig) -> dict[str, Any]:
             seed=SEED,
         )
     except InputError as error:
-        return {"verdict": f"There is no upper bound: {error}"}
-    gap = {"mean": both.mean_gap, "standard_error": both.mean_gap_standard_error}
-    return {"verdict": both.verdict, "num_data": n, "gap": gap}
+        return Sandwich(verdict=f"There is no upper bound: {error}")
+    gap = Mean(mean=both.mean_gap, standard_error=both.mean_gap_standard_error)
+    return Sandwich(verdict=str(both.verdict), num_data=n, gap=gap)
 
 
 def _keep_draws(path: Path, subject: _Subject, ll: LogLikelihood, about: dict[str, str]) -> None:

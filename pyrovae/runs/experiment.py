@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import secrets
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from pyrovae._tools import InputError, require_same
+from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import DATASETS, Dataset, load_data
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
-from pyrovae.runs.config import SHOWN, PairConfig, RunConfig
-from pyrovae.runs.programs import KINDS, Program, find_program
+from pyrovae.runs.config import (
+    SHOWN,
+    Config,
+    DataRecord,
+    PairConfig,
+    PairRecord,
+    ProgramRecord,
+    RunConfig,
+    Session,
+)
+from pyrovae.runs.programs import KINDS, Program, find_program, shipped, split_spec
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import fit
 from pyrovae.training.monitor import Fit
 
 PROGRAM_STREAM = 1_000_001
+C = TypeVar("C", bound=PairRecord)
 
 
-class Experiment(NamedTuple):
+class Experiment(NamedTuple, Generic[C]):
     """A configuration come to life."""
 
-    config: dict[str, Any]
+    config: C
     model: Callable
     guide: Callable
     data: Dataset
     files: dict[str, bytes]
 
 
-def build(options: PairConfig, run: Run | None = None) -> Experiment:
+def build(options: PairConfig, run: Run | None = None) -> Experiment[PairRecord]:
     """Build a pair and load its data, touching nothing on disk.
 
     Args:
         options: Which pair and which data.
-        run: An existing run, whose copies of the user's files are used.
+        run: An existing run, whose copies of the user's files are used. What it holds is executed:
+            ask :attr:`Run.is_own` before.
     """
     device = join().place(_choose_device(options.device))
     with seeded(subseed(options.seed, PROGRAM_STREAM, 0)):
@@ -53,20 +68,13 @@ def build(options: PairConfig, run: Run | None = None) -> Experiment:
     data = load_data(options.data, root=root, **shown)
     model, guide = build_pair(programs, settings, data, options.seed)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
-    config: dict[str, Any] = {
-        kind: {
-            "name": program.name,
-            "file": None if program.source is None else f"programs/{kind}.py",
-            "settings": settings[kind],
-        }
-        for kind, program in programs.items()
-    }
-    config["data"] = {"load": load, "root": root} | data.provenance
-    config |= {"device": str(device), "seed": options.seed}
+    records = {kind: _record(program, settings[kind]) for kind, program in programs.items()}
+    told = DataRecord.of(load, root, data.provenance)
+    config = PairRecord(**records, data=told, device=str(device), seed=options.seed)
     return Experiment(config, model, guide, data.to(device), {} if run else files)
 
 
-def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experiment:
+def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experiment[Config]:
     """Build what a run needs, touching nothing on disk.
 
     Args:
@@ -75,26 +83,27 @@ def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experim
         run: An existing run to go on with, whose copies of the user's files are used.
     """
     made = build(options, run)
-    if run is not None:
-        # Going on with a run takes a further command only for more epochs.
-        before = run.config
-        more = "" if before["epochs"] == options.epochs else f" && {command}"
-        command = before["command"] + more
     versions = {"python": platform.python_version()}
     versions |= {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "numpy")}
-    config = {
-        "command": command,
-        **made.config,
-        **options.stored(len(made.data.train)),
-        "versions": versions,
-    }
+    about: dict[str, Any] = {"command": command, "versions": versions}
+    about["identity"] = secrets.token_hex(16)
+    if run is not None:
+        before = run.config
+        about = {name: getattr(before, name) for name in (*about, "resumed")}
+        # Going on with a run takes a further command only for more epochs.
+        if before.epochs != options.epochs:
+            about["command"] += f" && {command}"
+        if [before.versions, *(each.versions for each in before.resumed)][-1] != versions:
+            session = Session(len(run.history()), versions)
+            about["resumed"] = (*before.resumed, session)
+    config = Config(**vars(made.config), **options.stored(len(made.data.train)), **about)
     _objective(config)
-    return made._replace(config=config)
+    return Experiment(config, *made[1:])
 
 
 def train(
     run: Run,
-    experiment: Experiment,
+    experiment: Experiment[Config],
     *,
     resume: bool,
     on_epoch: Callable[[Fit], None],
@@ -106,19 +115,29 @@ def train(
         experiment: What.
         resume: Go on from the run's checkpoint.
         on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
+
+    Raises:
+        InputError: If the run is another one, or is being trained by another process.
     """
+    with run.training() if join().first else nullcontext():
+        return _train(run, experiment, resume, on_epoch)
+
+
+def _train(
+    run: Run, experiment: Experiment[Config], resume: bool, on_epoch: Callable[[Fit], None]
+) -> Fit:
     config, state = experiment.config, None
     if resume and run.exists():
         # Where the data lie, the device and the number of epochs may change; the last only if the
-        # learning rate does not depend on it. An older run lacks what is an option since.
-        free = ["command", "device", "versions", "data.load", "data.root", "data.source"]
-        free += config.keys() - run.config.keys()
+        # learning rate does not depend on it.
+        free = ["command", "device", "resumed", "sha256", "signature"]
+        free += [f"data.{name}" for name in ("load", "root", "source")]
         require_same(
-            run.config,
-            config,
+            plain_json(run.config),
+            plain_json(config),
             "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
             "option out, or choose another --out.",
-            free=free if config["schedule"] in ("cosine", "iwae") else [*free, "epochs"],
+            free=free if config.schedule in ("cosine", "iwae") else [*free, "epochs"],
         )
         state = run.load_checkpoint()
     else:
@@ -136,7 +155,9 @@ def train(
         experiment.guide,
         experiment.data,
         objective=_objective(config),
-        **RunConfig.fit_arguments(config),
+        **config.fit_arguments(),
+        device=config.device,
+        seed=config.seed,
         state=state,
         on_epoch=after_epoch,
     )
@@ -146,18 +167,21 @@ def train(
     return result
 
 
-def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment:
-    """A run's trained pair and its data, if they are those that the run was made with."""
+def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment[Config]:
+    """A run's trained pair and its data, if they are those that the run was made with.
+
+    This executes ``programs/model.py`` and ``programs/guide.py`` of the run, and reads or downloads
+    the data that it names: :attr:`Run.is_own` says whether they are your own.
+    """
     config = run.config
     given = {"device": device} | ({"data_root": root} if root else {})
     made = build(PairConfig.of(given, config), run)
-    was, now = config["data"], made.data.provenance
     require_same(
-        was,
-        now,
+        plain_json(config.data),
+        plain_json(made.config.data),
         "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
         "that it was trained on, or train another run.",
-        free=["source", *(was.keys() ^ now.keys())],
+        free=["load", "root", "source"],
     )
     pair = Pair(made.model, made.guide)
     with seeded(0):
@@ -171,7 +195,21 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
             f"says: put back the files of this run, or train into another --out."
         ) from error
     pair.to(made.data.train.device)
-    return made._replace(config=config, files={})
+    return Experiment(config, *made[1:4], {})
+
+
+def require_same_program(run: Run, kind: str, spec: str) -> None:
+    """Refuse to go on with a run with a file that is not the one that it has a copy of."""
+    record, (path, _) = getattr(run.config, kind), split_spec(spec)
+    if path is not None and record.file is not None:
+        stored, given = run.file(record.file), path.expanduser()
+        if not given.is_file():
+            raise InputError(f"No file {spec!r} to read the {kind} from.")
+        if given.read_bytes() != stored.read_bytes():
+            raise InputError(
+                f"{given} is not what the run was made with, {stored}: leave --{kind} out to go "
+                f"on with that copy, or train the edited file into another --out."
+            )
 
 
 def _choose_device(name: str) -> torch.device:
@@ -214,12 +252,25 @@ def _absolute(path: str) -> str:
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:
-    stored = None if run is None else run.config[kind]["file"]
-    if run is None or stored is None:
+    record = None if run is None else getattr(run.config, kind)
+    if run is None or record is None:
         return find_program(name, kind)
-    _, colon, attribute = name.partition(":")
-    return find_program(f"{run.path / stored}{colon}{attribute}", kind)._replace(name=name)
+    if record.file is not None:
+        return find_program(name, kind, run.file(record.file), record.sha256)
+    if name == record.name and name not in shipped(kind):
+        raise InputError(
+            f"{run.path / 'config.json'} names the {kind} {name!r}, which is none of "
+            f"{sorted(shipped(kind))}, and the run holds no copy of it."
+        )
+    return find_program(name, kind)
 
 
-def _objective(config: dict[str, Any]) -> Any:
-    return make_objective(config["objective"], config["particles"], **config["objective_settings"])
+def _record(program: Program, settings: dict[str, Any]) -> ProgramRecord:
+    if program.source is None:
+        return ProgramRecord(program.name, None, settings)
+    digest = hashlib.sha256(program.source).hexdigest()
+    return ProgramRecord(program.name, f"programs/{program.kind}.py", settings, digest)
+
+
+def _objective(config: Config) -> Any:
+    return make_objective(config.objective, config.particles, **config.objective_settings)

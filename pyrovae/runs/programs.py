@@ -75,15 +75,18 @@ class Program(NamedTuple):
         return first is not None and (first.name == "shape" or first.default is first.empty)
 
 
-def find_program(spec: str, kind: str) -> Program:
+def find_program(
+    spec: str, kind: str, copy: Path | None = None, sha256: str | None = None
+) -> Program:
     """Find a program by a shipped name, ``file.py``, or ``file.py:Class``.
 
     A file's program is the class called ``Model`` (``Guide``) or the function called ``model``
-    (``guide``), or else its only PyroModule, or else its only module class.
+    (``guide``), or else its only PyroModule, or else its only module class. A run's ``copy`` of
+    the file is read in place of it, if it has the digest that it was stored with.
     """
-    path, _, attribute = spec.partition(":")
-    if path.endswith(".py"):
-        module, source = _load_file(Path(path), kind)
+    path, attribute = split_spec(spec)
+    if path is not None:
+        module, source = _load_file(copy or path.expanduser(), kind, sha256)
         return Program(kind, spec, source, _pick(module, kind, attribute, spec))
     names = shipped(kind)
     if spec not in names:
@@ -93,6 +96,14 @@ def find_program(spec: str, kind: str) -> Program:
         )
     module = importlib.import_module(f"{KINDS[kind]}.{spec}")
     return Program(kind, spec, None, _pick(module, kind, "", spec))
+
+
+def split_spec(spec: str) -> tuple[Path | None, str]:
+    """The file that a program is in, None if it is shipped, and the name asked for there."""
+    path, dot, attribute = spec.rpartition(".py:")
+    if dot:
+        return Path(f"{path}.py"), attribute
+    return (Path(spec) if spec.endswith(".py") else None), ""
 
 
 def shipped(kind: str) -> dict[str, str]:
@@ -123,12 +134,18 @@ def _parameters(make: Callable) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(make).parameters.values() if p.kind not in kinds]
 
 
-def _load_file(file: Path, kind: str) -> tuple[ModuleType, bytes]:
+def _load_file(file: Path, kind: str, sha256: str | None) -> tuple[ModuleType, bytes]:
     """Run a file's bytes, past any cache of bytecode, which an edit may not have reached."""
     if not file.is_file():
         raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
     source = file.read_bytes()
-    name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
+    digest = hashlib.sha256(source).hexdigest()
+    if sha256 not in (None, digest):
+        raise InputError(
+            f"{file} was edited since the run was made: put back what it was, or train the edited "
+            f"file into another --out."
+        )
+    name = f"{PREFIX}{kind}_{digest[:12]}"
     module = ModuleType(name)
     module.__file__ = str(file)
     sys.modules[name] = module

@@ -7,26 +7,25 @@ datum as well. They are written here, and read here.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, Self
 
+import msgspec
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from pyrovae._tools import standard_error
-from pyrovae._tools.files import reading
+from pyrovae._tools.files import locked, plain_json, reading, sealed, typed
 from pyrovae.diagnostics import Diagnosis
-from pyrovae.evidence.result import HEAVY, Curve, LogLikelihood, Verdict, compare_log_likelihood
+from pyrovae.evidence.result import HEAVY, Curve, Kind, LogLikelihood, Verdict
+from pyrovae.evidence.result import compare_log_likelihood as compare
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
-# The parts of results that are records if they are there, and of these parts the same.
-PARTS = ("elbo", "log_likelihood", "amortization_gap", "annealed", "bidirectional", "diagnostics")
-INNER = ("rate", "distortion", "sites", "curve", "over_importance_sampling")
 # What is text in an estimate. All else that is no tensor is written as JSON.
 TEXTS = ("method", "data")
 
@@ -36,28 +35,119 @@ def number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-class Record(dict[str, Any]):
-    """A JSON object whose entries are attributes as well; one that is missing is None."""
+class Mean(Struct, kw_only=True, frozen=True):
+    """A mean over data, nats per datum, and its standard error; None where it is not known."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.get(name)
+    mean: float | None = None
+    standard_error: float | None = None
 
     def __str__(self) -> str:
-        """Of a mean over data: the mean, and its error if it is known."""
+        """The mean, and its error if it is known."""
         error = self.standard_error
         return number(self.mean) + ("" if error is None else f" ± {number(error)}")
 
 
-class Results(Record):
+class Evidence(Mean, kw_only=True, frozen=True):
+    """An estimate of log p(x), whose ``standard_error`` is its Monte Carlo error.
+
+    ``heavy`` is the share of the data with a k-hat above 0.7, ``curve`` the bound by number of
+    samples. The others are means or medians of what :class:`LogLikelihood` has of each datum.
+    """
+
+    data_standard_error: float | None = None
+    method: str = ""
+    seed: int | None = None
+    ess_median: float | None = None
+    num_samples: int = 0
+    khat_median: float | None = None
+    heavy: float | None = msgspec.field(default=None, name="khat_over_0.7")
+    smoothed_mean: float | None = None
+    mean_bias: float | None = None
+    uncovered: float | None = None
+    curve: dict[int, float | None] = {}  # msgspec gives each record a dictionary of its own
+
+
+class Annealed(Evidence, kw_only=True, frozen=True):
+    """An annealed estimate of the first data, and what it has over importance sampling of them."""
+
+    verdict: str = ""
+    num_data: int = 0
+    num_chains: int = 0
+    acceptance: float | None = None
+    over_importance_sampling: Mean | None = None
+
+
+class Sandwich(Struct, kw_only=True, frozen=True):
+    """How far annealing can be too low, on data of the model's own."""
+
+    verdict: str = ""
+    num_data: int | None = None
+    gap: Mean | None = None
+
+
+class Site(Struct, kw_only=True, frozen=True):
+    """The posterior of a latent site, as :class:`~pyrovae.diagnostics.result.SiteDiagnosis`."""
+
+    kl: list[float | None] = []
+    kl_total: float | None = None
+    active_units: int = 0
+    units: int = 0
+    posterior_mean_variance: list[float | None] = []
+    factorized: bool = False
+
+
+class Coverage(Struct, kw_only=True, frozen=True):
+    """The coverage of the likelihood's central intervals, by their level."""
+
+    levels: list[float]
+    coverage: list[float | None]
+    standard_error: list[float | None]
+
+
+class Posterior(Struct, kw_only=True, frozen=True):
+    """What the posterior does, as :meth:`Diagnosis.summary` has it; a rate is None if unknown."""
+
+    num_data: int | None = None
+    elbo: Mean = Mean()
+    rate: Mean | None = None
+    distortion: Mean | None = None
+    sites: dict[str, Site] = {}
+    mutual_information: Mean = Mean()
+    marginal_kl: float | None = None
+    remainder: float | None = None
+    calibration: Coverage | None = None
+    probe: dict[str, dict[str, float | None]] | None = None
+    bits_per_dimension: float | None = None
+    verdict: str = ""
+
+
+class Results(Struct, kw_only=True, frozen=True):
     """What an evaluation found on a split, in nats per datum.
 
     ``elbo`` has both estimators; ``kl`` and ``reconstruction`` are the parts of estimator B, the
-    rate and the negative distortion. ``log_likelihood`` and ``annealed`` are estimates of log p(x)
-    whose standard errors are Monte Carlo errors. ``weights`` are those of the run when it was
-    evaluated. What was not asked for is missing.
+    rate and the negative distortion. ``log_likelihood`` and ``annealed`` are estimates of log p(x).
+    ``weights`` are those of the run when it was evaluated, ``run`` is its identity. What was not
+    asked for is None.
     """
+
+    words: str = msgspec.field(default="", name="verdict")
+    verdict_kind: Kind = "fair"
+    num_data: int | None = None
+    num_data_of_split: int | None = None
+    units: str = "nats per datum"
+    data: str = ""
+    binarize: str | None = None
+    weights: str | None = None
+    run: str = ""
+    elbo: dict[str, Mean] = {}
+    reconstruction: float | None = None
+    kl: float | None = None
+    log_likelihood: Evidence | None = None
+    amortization_gap: Mean | None = None
+    annealed: Annealed | None = None
+    bidirectional: Sandwich | None = None
+    diagnostics: Posterior | None = None
+    sha256: str = ""
 
     @classmethod
     def of(
@@ -66,7 +156,7 @@ class Results(Record):
         bounds: Mapping[str, ElboResult],
         *,
         annealed: LogLikelihood | None = None,
-        bidirectional: Mapping[str, Any] | None = None,
+        bidirectional: Sandwich | None = None,
         diagnosis: Diagnosis | None = None,
         **about: Any,
     ) -> Self:
@@ -75,68 +165,58 @@ class Results(Record):
         ``about`` are entries that say of which data and weights.
         """
         gap, closed = ll.amortization_gap, bounds[BOUND]
-        parts = {
-            "amortization_gap": None if gap is None else _mean(gap),
-            "annealed": None if annealed is None else _annealed(annealed, ll),
-            "bidirectional": bidirectional,
-            "diagnostics": None if diagnosis is None else _posterior(diagnosis, closed),
-        }
-        found = {
-            "verdict": ll.verdict,
-            "verdict_kind": ll.verdict.kind,
-            "num_data": len(ll.log_prob),
-            "units": "nats per datum",
-            "data": ll.data,
+        found = cls(
+            words=str(ll.verdict),
+            verdict_kind=ll.verdict.kind,
+            num_data=len(ll.log_prob),
+            data=ll.data,
+            elbo={name: _mean(bound.elbo) for name, bound in bounds.items()},
+            reconstruction=closed.reconstruction.double().mean().item(),
+            kl=closed.kl.double().mean().item(),
+            log_likelihood=Evidence(**_estimate(ll)),
+            amortization_gap=None if gap is None else _mean(gap),
+            annealed=None if annealed is None else _annealed(annealed, ll),
+            bidirectional=bidirectional,
+            diagnostics=None if diagnosis is None else _posterior(diagnosis, closed),
             **about,
-            "elbo": {name: _mean(bound.elbo) for name, bound in bounds.items()},
-            "reconstruction": closed.reconstruction.double().mean().item(),
-            "kl": closed.kl.double().mean().item(),
-            "log_likelihood": _estimate(ll),
-        }
-        return cls.read(found | {name: part for name, part in parts.items() if part is not None})
+        )
+        return cls.read(sealed(plain_json(found)))
 
     @classmethod
     def read(cls, found: Mapping[str, Any]) -> Self:
-        """The results that ``results.json`` holds of a split, or that it is to hold."""
-        results = cls(_record(found))
-        results.setdefault("elbo", Record())
-        parts = [results[name] for name in PARTS if name in results]
-        inner = {n: each for part in parts for n, each in part.items() if n in INNER and each}
-        records = (*results.elbo.values(), *inner.values(), *inner.get("sites", {}).values())
-        if not all(isinstance(each, Record) for each in records):
-            raise TypeError("a part of it is no JSON object")
-        return results
+        """The results that ``results.json`` holds of a split; ValueError if they are none."""
+        return typed(found, cls)
 
     @property
     def verdict(self) -> Verdict:
         """Whether log p(x) can be trusted."""
-        return Verdict(self.verdict_kind or "fair", self.get("verdict", ""))
+        return Verdict(self.verdict_kind, self.words)
 
     @property
-    def bound(self) -> Record | None:
+    def bound(self) -> Mean | None:
         """The ELBO by estimator B, or else by A."""
         return self.elbo.get(BOUND) or self.elbo.get("trace_elbo")
 
     @property
     def heavy(self) -> float | None:
         """The share of the data with a k-hat above 0.7, if it is known."""
-        return (self.log_likelihood or {}).get("khat_over_0.7")
+        return self.log_likelihood.heavy if self.log_likelihood else None
 
     @property
-    def rate(self) -> Record:
+    def rate(self) -> Mean:
         """The rate, with its error if it is known."""
-        return (self.diagnostics or {}).get("rate") or Record(mean=self.kl)
+        return (self.diagnostics and self.diagnostics.rate) or Mean(mean=self.kl)
 
     @property
-    def distortion(self) -> Record:
+    def distortion(self) -> Mean:
         """The distortion, with its error if it is known."""
         lost = None if self.reconstruction is None else -self.reconstruction
-        return (self.diagnostics or {}).get("distortion") or Record(mean=lost)
+        return (self.diagnostics and self.diagnostics.distortion) or Mean(mean=lost)
 
     @property
     def active_units(self) -> tuple[int, int]:
         """How many latent units depend on the data, of how many; of none if that is not known."""
-        sites = ((self.diagnostics or {}).get("sites") or {}).values()
+        sites = self.diagnostics.sites.values() if self.diagnostics else ()
         return sum(site.active_units for site in sites), sum(site.units for site in sites)
 
 
@@ -155,8 +235,14 @@ class Finding(NamedTuple):
 
 def load_results(run: Run) -> dict[str, Results]:
     """What evaluations of a run have found, by split."""
-    with reading(run.path / "results.json"):
-        return {split: Results.read(found) for split, found in run.results.items()}
+    path = run.file("results.json")
+    if not path.exists():
+        return {}
+    with reading(path):
+        results = {split: Results.read(found) for split, found in run.read_json(path.name).items()}
+    for found in results.values():
+        run.require_own(path, found.run, found.sha256)
+    return results
 
 
 def load_finding(run: Run, split: str | None = None) -> Finding | None:
@@ -169,6 +255,8 @@ def load_finding(run: Run, split: str | None = None) -> Finding | None:
     with reading(run.path / "evaluation"):
         ll, annealed = from_tensors(*values), from_tensors(*values, "annealed.")
         elbo = values[0]["elbo"]
+        if ll is not None and len(elbo) != len(ll.log_prob):
+            raise ValueError(f"it has {len(elbo)} values of the ELBO and {len(ll.log_prob)} others")
     return Finding(results[split], run.history(), ll, annealed, elbo) if ll else None
 
 
@@ -183,8 +271,11 @@ def save_finding(run: Run, split: str, found: Finding) -> None:
                 texts["curve"], values["curve"] = ll.curve
             tensors |= {prefix + n: v for n, v in values.items()}
             about |= {prefix + n: v if n in TEXTS else json.dumps(v) for n, v in texts.items()}
-    run.save_values(split, tensors, about)
-    run.write_json("results.json", run.results | {split: found.results})
+    held = f"{run.path} is being written by another process."
+    with locked(run.file(".results.lock"), held, wait=True):
+        run.save_values(split, tensors, about)
+        before = run.read_json("results.json") if load_results(run) else {}
+        run.write_json("results.json", before | {split: plain_json(found.results)})
 
 
 def from_tensors(
@@ -196,11 +287,15 @@ def from_tensors(
     names = [each.name for each in fields(LogLikelihood)]
     texts = {name: about[prefix + name] for name in names if prefix + name in about}
     parts: dict[str, Any] = {n: t if n in TEXTS else json.loads(t) for n, t in texts.items()}
-    points = tuple(parts.pop("curve", ()))
-    parts |= {name: tensors[prefix + name] for name in names if prefix + name in tensors}
+    points = parts.pop("curve", None)
+    values = {name: tensors[prefix + name] for name in names if prefix + name in tensors}
+    n = len(values["log_prob"])
+    expected = {name: [n] for name in values} | ({"curve": [len(points), n]} if points else {})
+    if (shapes := {name: list(part.shape) for name, part in values.items()}) != expected:
+        raise ValueError(f"Expected values of shapes {expected}, got {shapes}")
     if points:
-        parts["curve"] = Curve(points, parts["curve"])
-    return LogLikelihood(**parts)
+        parts["curve"] = points, values.pop("curve")
+    return msgspec.convert(parts | values, LogLikelihood)
 
 
 def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:
@@ -210,19 +305,10 @@ def first_data(ll: LogLikelihood, n: int) -> LogLikelihood:
     return replace(ll, **parts, curve=curve, data="")
 
 
-def _record(value: Any) -> Any:
-    """A value as JSON has it: None for NaN and infinity, and records for mappings."""
-    if isinstance(value, Mapping):
-        return Record({str(name): _record(part) for name, part in value.items()})
-    if isinstance(value, list | tuple):
-        return [_record(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _mean(each: Tensor) -> dict[str, float]:
+def _mean(each: Tensor) -> Mean:
     """The mean of values ``[N]`` with its error over data."""
     each = each.double()
-    return {"mean": each.mean().item(), "standard_error": standard_error(each).item()}
+    return Mean(mean=each.mean().item(), standard_error=standard_error(each).item())
 
 
 def _estimate(ll: LogLikelihood) -> dict[str, Any]:
@@ -237,7 +323,7 @@ def _estimate(ll: LogLikelihood) -> dict[str, Any]:
         "ess_median": ll.ess.median().item(),
         "num_samples": ll.num_samples,
         "khat_median": ll.khat.median().item(),
-        "khat_over_0.7": heavy.mean().item(),
+        "heavy": heavy.mean().item(),
         "smoothed_mean": ll.smoothed_mean,
         "mean_bias": ll.mean_bias,
         "uncovered": ll.uncovered,
@@ -245,27 +331,27 @@ def _estimate(ll: LogLikelihood) -> dict[str, Any]:
     }
 
 
-def _annealed(ais: LogLikelihood, ll: LogLikelihood) -> dict[str, Any]:
+def _annealed(ais: LogLikelihood, ll: LogLikelihood) -> Annealed:
     """The means over data of an annealed estimate, and what it has over another."""
-    n = len(ais.log_prob)
-    found = _estimate(ais) | {
-        "verdict": ais.verdict,
-        "num_data": n,
-        "num_chains": ais.num_samples,
-        "acceptance": None if ais.acceptance is None else ais.acceptance.mean().item(),
-    }
+    n, over = len(ais.log_prob), None
     if n > 1:
-        over = compare_log_likelihood(replace(ais, data=""), first_data(ll, n))
-        error = over.monte_carlo_standard_error
-        found["over_importance_sampling"] = {"mean": over.difference, "standard_error": error}
-    return found
+        found = compare(replace(ais, data=""), first_data(ll, n))
+        over = Mean(mean=found.difference, standard_error=found.monte_carlo_standard_error)
+    return Annealed(
+        **_estimate(ais),
+        verdict=str(ais.verdict),
+        num_data=n,
+        num_chains=ais.num_samples,
+        acceptance=None if ais.acceptance is None else ais.acceptance.mean().item(),
+        over_importance_sampling=over,
+    )
 
 
-def _posterior(found: Diagnosis, bound: ElboResult) -> dict[str, Any]:
+def _posterior(found: Diagnosis, bound: ElboResult) -> Posterior:
     """A diagnosis, whose rate and distortion are the two parts of the ELBO beside it."""
     bits = found.bits_per_dimension
     if bits is not None:
         bits *= (bound.elbo.double().mean() / found.elbo.double().mean()).item()
     rate, distortion = bound.kl, -bound.reconstruction
     found = replace(found, rate=rate, distortion=distortion, bits_per_dimension=bits)
-    return found.summary()
+    return msgspec.convert(found.summary(), Posterior)

@@ -228,8 +228,7 @@ def test_options_that_make_no_sense(capsys, options):
 def test_weights_of_another_run_and_latents_that_cannot_be_annealed(workspace, capsys):
     shutil.copy("linear/weights.safetensors", "run/weights.safetensors")
     said = refusal(capsys, "evaluate", "run", *SHORT)
-    assert "The weights do not match" in said
-    assert "put back the files of this run" in said
+    assert "weights.safetensors is of another run: put back the file of this one" in said
     discrete = ["--model", "gmvae", "--guide", "gmvae", "--set", "hidden=[8]", *DIGITS]
     discrete += ["--objective", "trace_enum_elbo"]
     assert run("train", *discrete, "--epochs", "1", "--batch-size", "256", "--out", "y") == 0

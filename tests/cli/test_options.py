@@ -39,12 +39,15 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     assert run(*TRAIN, *given, "--particles", "2", "--out", tmp_path / "r") == 0
     stored = config(tmp_path / "r")
     keys = {"command", "model", "guide", "data", "objective_settings", "device", "seed", "versions"}
+    keys |= {"identity", "resumed", "sha256", "signature"}
     names = {each.name for each in fields(RunConfig)} - {each.name for each in fields(PairConfig)}
     assert stored.keys() == keys | names
     asked = RunConfig.of({}, Run(tmp_path / "r").config)
     assert asked.settings["objective"] == {"beta": 2}
     assert asked.stored(1258) == {name: stored[name] for name in names | {"objective_settings"}}
-    again = RunConfig.of({"epochs": 5, "settings": ["objective.beta=3"]}, stored)
+    again = RunConfig.of(
+        {"epochs": 5, "settings": ["objective.beta=3"]}, Run(tmp_path / "r").config
+    )
     assert (again.epochs, again.batch_size, again.binarize) == (5, 64, "dynamic")
     assert again.settings["objective"] == {"beta": 3}
 

@@ -78,7 +78,7 @@ def test_the_logits_start_at_the_means_of_all_that_is_trained_on(rows, monkeypat
         rows("--only", "two-layer-vae", "--all")
     (made,) = seen
     assert (len(made.data.train), len(made.data.intensities), made.data.valid) == (1438, 1438, None)
-    assert made.config["objective_settings"] == {"warm_up": 30}
+    assert made.config.objective_settings == {"warm_up": 30}
     mean = made.model.decoder.last.bias.sigmoid().view(8, 8)
     expected = made.data.train.mean((0, 1)).clamp(1e-3, 1 - 1e-3)
     assert (mean - expected).abs().max() < 1e-5

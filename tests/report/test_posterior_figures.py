@@ -20,15 +20,15 @@ from pyrovae.report.posterior_figures import (
     kl_by_dimension,
     rate_distortion,
 )
-from pyrovae.runs.results import Finding, Record, Results
+from pyrovae.runs.results import Finding, Results
 
-SITE = Record(
-    kl=[0.5, 2.0, 0.1, None],
-    posterior_mean_variance=[0.0, 0.9, 0.02, 0.0],
-    active_units=2,
-    units=4,
-    factorized=True,
-)
+SITE = {
+    "kl": [0.5, 2.0, 0.1, None],
+    "posterior_mean_variance": [0.0, 0.9, 0.02, 0.0],
+    "active_units": 2,
+    "units": 4,
+    "factorized": True,
+}
 COVERED = {"levels": [0.5, 0.9], "coverage": [0.55, 0.8], "standard_error": [0.01, 0.02]}
 
 
@@ -124,14 +124,14 @@ def test_runs_over_beta_are_joined_in_the_order_of_their_rates():
 
 
 def test_bars_are_sorted_and_active_dimensions_are_blue():
-    other = Record(kl=[1.5], posterior_mean_variance=[0.0])
+    other = {"kl": [1.5], "posterior_mean_variance": [0.0]}
     figure = kl_by_dimension(posterior(sites={"z": SITE, "u": other}))
     bars = [[(b.get_height(), to_hex(b.get_facecolor())) for b in a.patches] for a in figure.axes]
     assert bars[0] == [(2.0, BLUE), (0.5, GREY), (0.1, BLUE), (0.0, GREY)]
     assert bars[1] == [(1.5, GREY)]
     assert "z: 2 of 4 dimensions active" in text(figure)
     whole = {"kl": [3.0], "posterior_mean_variance": [0.5, 0.0], "active_units": 1, "units": 2}
-    figure = kl_by_dimension(posterior(sites={"z": Record(whole)}))
+    figure = kl_by_dimension(posterior(sites={"z": whole}))
     assert "z: 1 of 2 dimensions active; its KL has no parts" in text(figure)
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.report import CAPTIONS, render_comparison, render_report
 from pyrovae.report.figures import image_grid, png
 from pyrovae.runs.compare import Compared, RunComparison
+from pyrovae.runs.config import Config
 from pyrovae.runs.results import Finding, Results
 
 CONFIG = {
@@ -211,11 +213,9 @@ def test_numbers_of_earlier_weights_and_of_a_part_of_the_data_are_told():
 
 
 def test_what_is_missing_is_left_out_and_what_is_unknown_is_listed():
-    page = render(
-        results={"test": {"elbo": {"iwae": {"mean": -16.5}}, "rate": {"of": {"z": 3.25}}}}
-    )
+    page = render(results={"test": {"elbo": {"iwae": {"mean": -16.5}}, "kl": 3.25}})
     assert page.row("ELBO, iwae") == ["-16.500", "", ""]
-    assert page.row("rate.of.z") == ["3.250"]
+    assert page.row("KL(q(z|x) ‖ p(z)), nats per datum") == ["3.250"]
     assert "log p(x)" not in page.text
     assert "k-hat" not in page.text
     empty = render({}, {}, [])
@@ -295,9 +295,12 @@ def test_hostile_text_stays_text(picture):
     config = json.loads(json.dumps(config).replace("@", json.dumps(evil)[1:-1]))
     config |= {evil: {evil: [evil]}, "device": evil}
     numbers = {"mean": -1.0}
-    results = {
-        evil: {"elbo": {evil: numbers}, "log_likelihood": {evil: evil, **numbers}, evil: evil}
-    }
+    told = {"verdict": evil, "data": evil, "binarize": evil, "weights": evil}
+    seen = {"verdict": evil, "sites": {evil: {"kl_total": 1.0}}, "probe": {evil: {"linear": 0.5}}}
+    tight = {"verdict": evil, "num_data": 3}
+    ll = {"method": evil, **numbers}
+    results = {evil: {"elbo": {evil: numbers}, "log_likelihood": ll, **told}}
+    results[evil] |= {"diagnostics": seen, "bidirectional": tight, "annealed": {"verdict": evil}}
     page = render(config, results, HISTORY, {evil: picture})
     assert not page.all("script")
     assert page.text.count("<script>") + page.text.count("<Script>") >= 12
@@ -311,14 +314,20 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
     ll = LogLikelihood(*torch.rand(4, 30), num_samples=10)
     results = deepcopy(RESULTS["test"]) | {"kl": 3.0, "verdict": evil, "verdict_kind": "doubtful"}
     results["log_likelihood"]["khat_over_0.7"] = 0.5
+    program = {"name": evil, "file": None, "settings": {}}
     runs = [
         Compared(
             name=f"{evil}{i}",
             run=SimpleNamespace(figures=lambda: {"samples": picture}),
-            config={
-                "command": evil, "objective": evil, evil: f"{evil}{i}",
-                "model": {"name": evil}, "guide": {"name": evil},
-            },
+            config=msgspec.convert(
+                {
+                    "command": evil, "objective": evil, "objective_settings": {evil: f"{evil}{i}"},
+                    "model": program, "guide": program,
+                    "data": {"load": evil, "root": None, "binarize": evil},
+                    "device": evil, "seed": 0, "epochs": 1, "schedule": "none",
+                },
+                Config,
+            ),
             finding=Finding(Results.read(results), [], ll, None, torch.zeros(30)),
         )
         for i in range(2)
@@ -329,7 +338,7 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
     assert all(image["src"].startswith("data:image/png;base64,") for image in images)
     assert not any("onerror" in attrs for _, attrs in page.elements)
     assert page.row("model") == [evil, evil]
-    assert page.row(evil) == [f"{evil}0", f"{evil}1"]
+    assert page.row(f"objective_settings.{evil}") == [f"{evil}0", f"{evil}1"]
     assert [image["alt"][: len(evil) + 1] for image in images[-2:]] == [f"{evil}0", f"{evil}1"]
     assert page.text.count(evil) >= 16
 

@@ -19,7 +19,7 @@ LATER = {("estimator", "sklearn")}
 LEAVES = {"nn", "distributions"}
 # Each row may import the rows above it, and its own folder; so may a file of the last rows.
 FLOORS = [
-    {"_tools"},
+    {"_tools", "_start"},
     LEAVES,
     {"pairs", "data"},
     {"objectives"},

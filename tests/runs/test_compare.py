@@ -1,12 +1,12 @@
 """Runs are compared datum by datum, on the same data, or not at all."""
 
-import json
 import re
 import shutil
 
 import pytest
 from commands import TRAIN, refusal, run, snapshot
 
+from pyrovae._tools.files import sealed
 from pyrovae.report import render_comparison
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, compare_runs
@@ -70,7 +70,7 @@ def test_the_table_has_what_the_results_have(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert tuple(re.split(r"\s{2,}", lines[1])) == HEAD
     for line, name in zip(lines[2:5], ("long", "short", "weighted"), strict=True):
-        found, row = Run(name).results["test"], re.split(r"\s{2,}", line)
+        found, row = Run(name).read_json("results.json")["test"], re.split(r"\s{2,}", line)
         assert row[0] == name
         assert row[4] == f"{found['elbo']['trace_mean_field_elbo']['mean']:.3f}"
         ll = found["log_likelihood"]
@@ -110,10 +110,10 @@ def test_what_cannot_be_compared_is_refused_with_the_command_to_run(workspace, c
 
 
 def test_results_and_values_of_two_evaluations_are_not_mixed(capsys):
-    path = Run("short").path / "results.json"
-    found = json.loads(path.read_text())
-    found["test"]["log_likelihood"]["num_samples"] = 31
-    path.write_text(json.dumps(found))
+    made = Run("short")
+    found = made.read_json("results.json")["test"]
+    found["log_likelihood"]["num_samples"] = 31
+    made.write_json("results.json", {"test": sealed(found)})
     assert "pyrovae evaluate short --split test --fresh" in refusal(
         capsys, "compare", "short", "long"
     )

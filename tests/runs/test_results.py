@@ -1,4 +1,4 @@
-"""The record of results: what is written is read again, and what is missing is None."""
+"""The record of results: what is written is read again, and what is no result is refused."""
 
 import json
 import math
@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
+from pyrovae._tools.files import plain_json, sealed
 from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 from pyrovae.runs.results import (
     BOUND,
     Finding,
-    Record,
+    Mean,
     Results,
     load_finding,
     load_results,
@@ -63,8 +64,8 @@ def test_what_is_written_is_read_again(tmp_path):
     ll = estimate(log_prob=torch.full((4,), -3.0))
     ais = estimate(log_prob=torch.full((4,), -2.9), acceptance=torch.full((4,), 0.7))
     found = Results.of(ll, bounds(), weights="abc", annealed=ais)
-    assert Results.read(json.loads(json.dumps(found))) == found
-    assert found.log_likelihood.curve == {"1": -3.5, "50": -3.0}
+    assert Results.read(json.loads(json.dumps(plain_json(found)))) == found
+    assert found.log_likelihood.curve == {1: -3.5, 50: -3.0}
     assert found.annealed.over_importance_sampling.mean == pytest.approx(0.1)
     assert -(found.rate.mean + found.distortion.mean) == pytest.approx(found.bound.mean)
     run = Run(tmp_path)
@@ -79,28 +80,44 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_numbers_that_json_does_not_know_are_none():
-    curve = {1: -math.inf, 2: -1.0}
-    found = Results.read({"log_likelihood": {"mean": math.nan, "curve": curve}})
-    assert found["log_likelihood"]["mean"] is None
-    assert found["log_likelihood"]["curve"] == {"1": None, "2": -1.0}
-    found = Results.of(estimate(khat=torch.full((4,), torch.nan)), bounds())
+    bad = torch.full((4,), torch.nan)
+    found = Results.of(estimate(khat=bad, uncovered=math.nan), bounds())
     assert found.heavy is None
-    assert "diagnostics" not in found
-    assert "amortization_gap" not in found
+    assert found.log_likelihood.uncovered is None
+    assert found.diagnostics is None
+    assert found.amortization_gap is None
 
 
 def test_entries_are_attributes_and_what_is_missing_is_none():
     found = Results.read(WRITTEN)
     assert found.verdict == WRITTEN["verdict"]
     assert found.verdict.kind == "good"
-    assert found.bound == Record(mean=-3.5, standard_error=0.1)
+    assert found.bound == Mean(mean=-3.5, standard_error=0.1)
     assert f"{found.bound}" == "-3.500 ± 0.100"
     assert found.heavy == 0.0
-    assert found.rate == Record(mean=1.1, standard_error=0.1)
+    assert found.rate == Mean(mean=1.1, standard_error=0.1)
     assert f"{found.distortion}" == "2.500"
     assert found.active_units == (1, 2)
     assert found.annealed is None
-    assert found == WRITTEN
+    with pytest.raises(AttributeError):
+        found.anealed  # noqa: B018
+
+
+def test_what_was_written_by_a_later_version_is_kept(tmp_path):
+    run, ll = Run(tmp_path), estimate(log_prob=torch.full((4,), -3.0))
+    run.write_json("results.json", {"test": sealed(WRITTEN)})
+    found = Results.of(ll, bounds())
+    save_finding(run, "valid", Finding(found, (), ll, None, bounds()[BOUND].elbo))
+    assert load_results(run)["valid"] == found
+    assert run.read_json("results.json")["test"]["of a later version"] == {"x": 1}
+
+
+@pytest.mark.parametrize("digit", ["-3.0", "0.01", '"num_data": 4'])
+def test_a_digit_that_changed_is_seen(tmp_path, digit):
+    text = json.dumps({"test": sealed(WRITTEN)})
+    (tmp_path / "results.json").write_text(text.replace(digit, digit[:-1] + "7"))
+    with pytest.raises(ValueError, match=r"results\.json is damaged.*checksum"):
+        load_results(Run(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +128,18 @@ def test_entries_are_attributes_and_what_is_missing_is_none():
         '{"test": {"elbo": {"a": 1}}}',
         '{"test": {"diagnostics": {"sites": {"z": 1}}}}',
         '{"test": {"log_likelihood": {"curve": 3}}}',
+        '{"test": {"log_likelihood": {"mean": "high"}}}',
+        '{"test": {"verdict_kind": "splendid"}}',
+        '{"test": {"annealed": {"num_data": "<script>"}}}',
+        '{"a":' * 100_000,
+        "[" * 100_000,
+        '{"test": {"kl": 1e999}}',
+        "",
+        "\\udcff",
     ],
+    ids=range(13),
 )
 def test_a_damaged_record_is_refused(tmp_path, damage):
-    (tmp_path / "results.json").write_text(damage)
+    (tmp_path / "results.json").write_bytes(damage.encode())
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         load_results(Run(tmp_path))

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from commands import TRAIN, config, history, outcome, refusal, run, snapshot
+from commands import TRAIN, config, history, outcome, refusal, rewrite, run, snapshot
 
 import pyrovae
 from pyrovae.runs import Run, experiment
@@ -198,7 +198,7 @@ def test_the_pixels_start_at_the_mean_of_the_training_data(workspace, capsys):
     bias = made.model.decoder.last.bias
     expected = made.data.train.mean(0).flatten().clamp(1e-3, 1 - 1e-3)
     torch.testing.assert_close(bias.sigmoid(), expected)
-    assert made.config["model"]["settings"]["mean"] == "data"
+    assert made.config.model.settings["mean"] == "data"
     assert run(*TRAIN, "--set", "model.mean=data", "--out", "r") == 0
     assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
     assert run("evaluate", "r", "--samples", "1") == 0
@@ -209,7 +209,7 @@ def test_a_run_of_before_an_option_goes_on(workspace):
     older = config(workspace / "r")
     for name in ("recipe", "average", "lr_warm_up", "normalize_gradients", "valid_samples"):
         del older[name]
-    Run("r").write_json("config.json", older)
+    rewrite(workspace / "r", older)
     assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
     assert run(*TRAIN, "--epochs", "3", "--out", "whole") == 0
     assert outcome(workspace / "r") == outcome(workspace / "whole")
@@ -261,7 +261,7 @@ def test_early_stopping_keeps_the_best_weights(workspace, stop_in):
     best = elbos.index(max(elbos)) + 1
     assert len(elbos) == best + 2 < 40
     loaded = experiment.load_experiment(Run("whole"))
-    seed = experiment.subseed(loaded.config["seed"], 0)
+    seed = experiment.subseed(loaded.config.seed, 0)
     found = pyrovae.elbo(loaded.model, loaded.guide, loaded.data.valid, seed=seed)
     assert found.mean == max(elbos)
     for epoch in (best, best + 1, best + 2):

@@ -151,7 +151,7 @@ def test_pickled_weights(workspace, capsys):
 def test_files_of_another_run(workspace, capsys, other):
     for file, command in (("checkpoint.pt", RESUME), ("weights.safetensors", EVALUATE)):
         shutil.copy(f"{other}/{file}", f"run/{file}")
-        refused(capsys, command, "The weights do not match")
+        refused(capsys, command, f"{file} is of another run")
 
 
 def test_values_of_each_datum_survive_and_a_flipped_bit_in_them_is_seen(tmp_path):

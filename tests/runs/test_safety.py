@@ -1,0 +1,357 @@
+"""Two at once, kills, links and pipes: nothing is lost, mixed up or written elsewhere."""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from commands import TRAIN, config, outcome, refusal, rewrite, run, snapshot
+
+from pyrovae._tools.files import (
+    locked,
+    pack_tensors,
+    remove_temporary,
+    sealed,
+    unpack_tensors,
+    write_atomic,
+)
+from pyrovae.evidence.tiles import Evaluation
+from pyrovae.runs import TRAINING, Run
+from pyrovae.runs.results import load_finding, load_results, save_finding
+
+SHORT = ("--samples", "2", "--no-diagnostics")
+RESUME = ("train", "--out", "run", "--resume", "--epochs", "3")
+OWN = ["--model", "own.py"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, repository):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        shutil.copy(repository / "models" / "bernoulli.py", "own.py")
+        assert run(*TRAIN, *OWN, "--out", "run") == 0
+        assert run("evaluate", "run", *SHORT) == 0
+        twin, whole = Run("twin"), Run("run")
+        shutil.copytree("run", "twin")
+        rewrite(twin.path, config(twin.path) | {"identity": "0" * 32})
+        weights = whole.load_weights()
+        twin.save_checkpoint(whole.load_checkpoint())
+        twin.file("weights.safetensors").unlink(missing_ok=True)
+        twin.write("weights.safetensors", pack_tensors(weights, {"run": twin.identity}))
+        values, about = whole.load_values("test")
+        twin.save_values("test", values, about)
+        found = whole.read_json("results.json")["test"] | {"run": twin.identity}
+        twin.write_json("results.json", {"test": sealed(found)})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workspace(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    return tmp_path
+
+
+def held(path):
+    """A process that holds a lock file until its input ends."""
+    code = (
+        "import sys; from pathlib import Path; from pyrovae._tools.files import locked\n"
+        f"with locked(Path({str(path)!r}), 'held'): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_two_trainings_into_one_directory(workspace, capsys):
+    with held(workspace / "run" / TRAINING) as other:
+        before = outcome(workspace / "run")
+        capsys.readouterr()
+        assert run(*RESUME) == 2
+        assert "run is being trained by another process" in capsys.readouterr().err
+        assert outcome(workspace / "run") == before
+        (workspace / "new").mkdir()
+        with held(workspace / "new" / TRAINING) as third:
+            assert run(*TRAIN, "--out", "new") == 2
+            assert "new is being trained by another process" in capsys.readouterr().err
+            third.kill()
+        other.kill()
+    assert run(*RESUME) == 0
+    assert run(*TRAIN, "--out", "new") == 0
+    assert not [path for path in workspace.rglob("*") if path.suffix in (".lock", ".tmp")]
+
+
+def test_two_evaluations_of_one_split_and_of_two(workspace, capsys):
+    (workspace / "run" / "evaluation").mkdir(exist_ok=True)
+    with held(workspace / "run" / "evaluation" / ".test.lock") as other:
+        assert run("evaluate", "run", *SHORT) == 2
+        assert "test data of run are being evaluated by another" in capsys.readouterr().err
+        assert run("evaluate", "run", *SHORT, "--split", "valid") == 0
+        other.kill()
+    assert run("evaluate", "run", *SHORT) == 0
+    assert load_results(Run("run")).keys() == {"test", "valid"}
+
+
+def test_results_that_land_at_the_same_time_are_both_kept(workspace):
+    """One evaluation lands while another waits to write beside what it has read."""
+    made, threads = Run("run"), []
+    finding = load_finding(made)
+    with locked(made.file(".results.lock"), "held"):
+        for split in ("valid", "train"):
+            threads.append(Thread(target=save_finding, args=(made, split, finding)))
+            threads[-1].start()
+            threads[-1].join(0.2)
+            assert threads[-1].is_alive()
+    for thread in threads:
+        thread.join()
+    assert load_results(made).keys() == {"test", "valid", "train"}
+
+
+def test_what_a_kill_leaves_at_the_start_is_taken(workspace, capsys):
+    for resume in ([], ["--resume"]):
+        shutil.rmtree("new", ignore_errors=True)
+        Path("new/programs").mkdir(parents=True)
+        for name in (TRAINING, "programs/model.py", ".config.json.0a1b2c3d.tmp"):
+            Path("new", name).write_text("half")
+        assert run(*TRAIN, *OWN, "--out", "new", *resume) == 0
+        assert not list(Path("new").glob(".*"))
+    Path("full").mkdir()
+    Path("full", TRAINING).touch()
+    Path("full", "thesis.tex").write_text("precious")
+    assert "full exists and is not empty" in refusal(capsys, *TRAIN, "--out", "full")
+    Path("sources/programs").mkdir(parents=True)
+    Path("sources/programs/model.py").write_text("mine")
+    assert "sources exists and is not" in refusal(capsys, *TRAIN, "--out", "sources")
+
+
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_others_kept(workspace):
+    path = workspace / "a.json"
+    code = (
+        "import os, sys; from pathlib import Path; from pyrovae._tools.files import write_atomic\n"
+        "os.fsync = lambda handle: (print('here', flush=True), sys.stdin.read())\n"
+        f"write_atomic(Path({str(path)!r}), b'theirs')"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        (left,) = workspace.glob(".a.json.*.tmp")
+        write_atomic(path, b"mine")
+        assert left.exists()
+        other.kill()
+    remove_temporary(workspace, "b.json")
+    assert left.exists()
+    write_atomic(path, b"mine")
+    assert not left.exists()
+    assert path.read_bytes() == b"mine"
+    for folder in ("", "figures", "evaluation", "programs"):
+        (workspace / "run" / folder).mkdir(exist_ok=True)
+        (workspace / "run" / folder / ".x.png.00000000.tmp").touch()
+    assert run(*RESUME) == 0
+    assert not list((workspace / "run").rglob(".*"))
+
+
+def test_the_lock_of_a_process_that_is_gone_is_free(workspace):
+    path = workspace / "a.lock"
+    with held(path) as other:
+        with pytest.raises(ValueError, match="taken"), locked(path, "taken"):
+            pass
+        other.kill()
+    with locked(path, "taken"):
+        pass
+    assert not path.exists()
+
+
+def test_new_files_have_the_permissions_that_the_user_gives(workspace):
+    before = os.umask(0o077)
+    try:
+        assert run(*TRAIN, "--out", "new") == 0
+    finally:
+        os.umask(before)
+    for path in (workspace / "new").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
+PARTS = {
+    "checkpoint.pt": RESUME,
+    "weights.safetensors": ("evaluate", "run", *SHORT),
+    "results.json": ("report", "run"),
+    "evaluation/test.safetensors": ("report", "run"),
+}
+
+
+def error_of(capsys, *command):
+    """The last sentence of a command that is refused."""
+    capsys.readouterr()
+    assert run(*command) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_another_run_is_refused(capsys, name):
+    shutil.copy(f"twin/{name}", f"run/{name}")
+    assert f"run/{name} is of another run" in error_of(capsys, *PARTS[name])
+    assert run(*(each.replace("run", "twin") for each in PARTS[name])) == 0
+
+
+def test_a_configuration_of_another_run_is_refused(capsys):
+    shutil.copy("twin/config.json", "run/config.json")
+    assert "is of another run" in error_of(capsys, *RESUME)
+
+
+def test_a_digit_that_changed_in_a_configuration_is_seen(capsys):
+    path = Path("run/config.json")
+    path.write_text(path.read_text().replace('"batch_size": 64', '"batch_size": 65'))
+    assert "config.json is damaged" in error_of(capsys, *RESUME)
+    assert "checksum is wrong" in error_of(capsys, "evaluate", "run")
+
+
+def test_an_edited_program_is_refused(capsys):
+    path = Path("run/programs/model.py")
+    path.write_text(path.read_text() + "\n")
+    for command in (RESUME, ("evaluate", "run", *SHORT), ("sample", "run")):
+        said = error_of(capsys, *command)
+        assert "run/programs/model.py was edited since the run was made" in said
+
+
+def test_going_on_with_an_edited_file_is_refused(capsys):
+    Path("other.py").write_text(Path("own.py").read_text())
+    assert "model.name = own.py" in error_of(capsys, *RESUME, "--model", "other.py")
+    Path("own.py").write_text(Path("own.py").read_text() + "\n")
+    said = error_of(capsys, *RESUME, *OWN)
+    assert "own.py is not what the run was made with" in said
+    assert "leave --model out" in said
+    assert run(*RESUME) == 0
+
+
+def test_each_session_records_its_versions(monkeypatch):
+    first = config(Path("run"))["versions"]
+    monkeypatch.setattr("pyrovae.runs.experiment.version", lambda name: "9.9")
+    assert run(*RESUME) == 0
+    found = config(Path("run"))
+    assert found["versions"] == first
+    now = dict.fromkeys(first, "9.9") | {"python": first["python"]}
+    assert found["resumed"] == [{"after_epoch": 2, "versions": now}]
+    assert run(*RESUME[:-1], "4") == 0
+    assert config(Path("run"))["resumed"] == found["resumed"]
+
+
+def stopped_evaluation(monkeypatch):
+    """The checkpoint of an evaluation that was stopped after four of its six tiles."""
+    keep = Evaluation.keep
+
+    def stop(task, index, found):
+        if index == 4:
+            raise KeyboardInterrupt
+        keep(task, index, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "keep", stop)
+        assert run("evaluate", "run", *SHORT) == 130
+    (path,) = Path("run/evaluation").glob("*.checkpoint")
+    return path
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+def spoilt(path, change):
+    """Write other numbers under a right checksum, as no damage does."""
+    found, about = unpack_tensors(path)
+    change(found)
+    path.write_bytes(pack_tensors({n: v.contiguous() for n, v in found.items()}, about))
+
+
+def test_damage_in_what_an_evaluation_keeps_is_seen_and_done_again(monkeypatch, capsys):
+    before = load_results(Run("run"))["test"]
+    path = stopped_evaluation(monkeypatch)
+    flipped(path)
+    capsys.readouterr()
+    assert run("evaluate", "run", *SHORT) == 0
+    assert "It was put aside, and its data are done again" in capsys.readouterr().err
+    assert load_results(Run("run"))["test"] == before
+
+
+SPOILT = {
+    "NaN": lambda found: found["log_prob"].fill_(torch.nan),
+    "repeated": lambda found: found.update({n: torch.cat([v, v]) for n, v in found.items()}),
+    "short": lambda found: found.update({n: v[:100] for n, v in found.items()}),
+    "nameless": lambda found: found.pop("log_prob"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_tiles_that_cannot_be_are_refused(monkeypatch, capsys, how):
+    path = stopped_evaluation(monkeypatch)
+    spoilt(path, SPOILT[how])
+    assert f"{path} is damaged" in error_of(capsys, "evaluate", "run", *SHORT)
+    assert run("evaluate", "run", *SHORT, "--fresh") == 0
+
+
+LINKS = {
+    "figures": ("report", "run"),
+    "results.json": ("evaluate", "run", *SHORT),
+    "programs/model.py": ("evaluate", "run", *SHORT),
+    "programs": ("evaluate", "run", *SHORT),
+    "evaluation": ("evaluate", "run", *SHORT),
+    "checkpoint.pt": RESUME,
+    "weights.safetensors": ("evaluate", "run", *SHORT),
+    "config.json": ("report", "run"),
+    "metrics.csv": ("report", "run"),
+    "report.html": ("report", "run"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_in_a_run_is_followed(workspace, capsys, name):
+    path = workspace / "run" / name
+    other = workspace / "elsewhere"
+    if path.exists():
+        path.rename(other)
+    elif name == "figures":
+        other.mkdir()
+    else:
+        other.write_text("precious")
+    path.symlink_to(other)
+    before = other.read_bytes() if other.is_file() else snapshot(other)
+    assert f"{name} is no " in error_of(capsys, *LINKS[name])
+    assert (other.read_bytes() if other.is_file() else snapshot(other)) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json", "checkpoint.pt", "metrics.csv"])
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(workspace, capsys, name):
+    path = workspace / "run" / name
+    path.unlink()
+    os.mkfifo(path)
+    command = RESUME if name == "checkpoint.pt" else ("report", "run")
+    assert f"{name} is no plain file" in error_of(capsys, *command)
+
+
+def test_a_comparison_overwrites_no_other_file(workspace, capsys):
+    shutil.copytree("run", "copy")
+    before = snapshot(workspace)
+    os.mkfifo(workspace / "pipe.html")
+    for out in ("run/config.json", "run/report.html", "own.py", "pipe.html"):
+        error_of(capsys, "compare", "run", "copy", "--out", out)
+    (workspace / "pipe.html").unlink()
+    assert snapshot(workspace) == before
+
+
+def test_home_is_expanded_and_paths_in_hints_are_quoted(workspace, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(workspace))
+    assert run("train", "--model", "~/own.py", *TRAIN[3:], "--out", "~/a run") == 0
+    hint = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("now: ")[2])
+    assert hint == ["pyrovae", "evaluate", str(workspace / "a run")]
+    assert run("evaluate", "~/a run", *SHORT) == 0
