@@ -331,7 +331,7 @@ def misfit(error: Exception) -> Site | None:
 
 def sizes_fit(batch: Size, frames: Iterable[Any]) -> bool:
     """Whether a batch shape has the sizes of plates, or ones."""
-    return all(len(batch) < -f.dim or batch[f.dim] in (1, f.size) for f in frames)
+    return all(len(batch) < -f.dim or f.size == -1 or batch[f.dim] in (1, f.size) for f in frames)
 
 
 def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
@@ -374,7 +374,9 @@ def check_event(name: str, model_site: Site, guide_site: Site) -> None:
 def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
     """The plates that may hold the batch: those of its size, around every site if there is one."""
     stacks = [plates(site) for _, site in sites]
-    fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size == num_data})
+    # A plate without a size, pyro.plate("data"), has that of what is in it; Pyro calls it -1.
+    sizes = (num_data, -1)
+    fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size in sizes})
     if not fitting:
         raise InputError(
             f"Expected a plate over the batch of {num_data}, got plates "

@@ -116,7 +116,8 @@ class Fold(Messenger):
                 msg["value"] = self.join(msg["value"], msg["fn"].event_dim)
         elif msg["value"] is None and msg["fn"].subsample_size == particles * num_data:
             # The particles share one subsample, which may be of nearly all data.
-            msg["value"] = torch.randperm(msg["fn"].size)[:num_data].repeat(particles)
+            every = torch.randperm(msg["fn"].size, device=msg["fn"].device)
+            msg["value"] = every[:num_data].repeat(particles)
 
     def join(self, value: Tensor, event_dim: int) -> Tensor:
         """A tensor as the program has it; one of no datum stays."""

@@ -378,3 +378,36 @@ def test_flows_know_their_own_draws_and_supports_their_rows():
         model, guide, X[:8], num_chains=2, num_temperatures=5, seed=0, compile=False
     )
     assert bool(found.log_prob.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "network", [lambda: nn.Linear(LATENT, WIDTH), Joined], ids=["plate", "rows"]
+)
+def test_a_plate_without_a_size_holds_the_batch_that_is_in_it(network):
+    torch.manual_seed(0)
+    decoder = network()
+
+    def pair(sized):
+        def plate(x):
+            return pyro.plate("data", len(x)) if sized else pyro.plate("data")
+
+        def model(x):
+            with plate(x):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), LATENT), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        def guide(x):
+            with plate(x):
+                pyro.sample("z", dist.Normal(x[:, :LATENT], 1.0).to_event(1))
+
+        return model, guide
+
+    sized, free = (
+        (
+            pyrovae.elbo(*pair(kind), X[:8], particles=4, seed=0).elbo,
+            pyrovae.log_likelihood(*pair(kind), X[:8], num_samples=8, seed=0).log_prob,
+        )
+        for kind in (True, False)
+    )
+    for ours, theirs in zip(sized, free, strict=True):
+        torch.testing.assert_close(ours, theirs)
