@@ -16,13 +16,20 @@ from pathlib import Path
 
 import evaluation_tables
 import gallery_tables
+import imputation_tables
 import speed_tables
 from tables import markdown
 
 HOME = Path(__file__).resolve().parent
 DOCUMENTS = tuple(
     HOME.parent / path
-    for path in ("README.md", "docs/benchmarks.md", "docs/evaluation.md", "docs/models.md")
+    for path in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/evaluation.md",
+        "docs/imputation.md",
+        "docs/models.md",
+    )
 )
 
 
@@ -154,6 +161,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | speed_tables.TABLES
     | gallery_tables.TABLES
     | evaluation_tables.TABLES
+    | imputation_tables.TABLES
 )
 
 
