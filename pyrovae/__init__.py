@@ -28,6 +28,7 @@ from pyrovae.training.svi import SVI
 
 if TYPE_CHECKING:
     from pyrovae.estimator import VAE
+    from pyrovae.opening import OpenRun, evaluate, load
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "InputError",
     "LogLikelihood",
     "NonFiniteLoss",
+    "OpenRun",
     "PosteriorCalibration",
     "Report",
     "SVI",
@@ -57,10 +59,12 @@ __all__ = [
     "diagnose",
     "elbo",
     "encode",
+    "evaluate",
     "fit",
     "impute",
     "interpolate",
     "kl_standard_normal",
+    "load",
     "load_data",
     "log_likelihood",
     "make_objective",
@@ -71,7 +75,10 @@ __all__ = [
 ]
 
 # What stands on packages that not every user needs is imported when it is first asked for.
-_LATER = {"VAE": "pyrovae.estimator"}
+_LATER = {
+    "VAE": "pyrovae.estimator",
+    **dict.fromkeys(("OpenRun", "evaluate", "load"), "pyrovae.opening"),
+}
 
 if not TYPE_CHECKING:  # or else a type checker takes every name for one that is there
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -24,6 +23,7 @@ from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
 from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
+from pyrovae.opening import programs_of, stranger, write_report
 from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run, experiment
@@ -39,7 +39,7 @@ from pyrovae.runs.config import (
 )
 from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import KINDS, is_refusal, shipped
-from pyrovae.runs.results import load_results, number
+from pyrovae.runs.results import number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.monitor import Fit, NonFiniteLoss
 
@@ -261,21 +261,15 @@ class _OnRun(Options):
 
 def _admit(run: Run, trusted: bool) -> None:
     """Say which files of a run are about to be executed, and ask first if it is not your own."""
-    config, world = run.config, join()
-    paths = [run.file(each.file) for each in (config.model, config.guide) if each.file]
-    told = [f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})" for path in paths]
+    world = join()
     if not (trusted or world.share(run.is_own)):
-        root = f" in {config.data.root}" if config.data.root else ""
-        asked = (
-            f"{run.path} was not made here by you: going on executes "
-            f"{' and '.join(told) or 'no file of it'}, and reads the data {config.data.load}{root}."
-        )
+        asked = stranger(run)
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise InputError(f"{asked} Add --trust if you trust whoever made it.")
         print(f"pyrovae: {asked}", file=sys.stderr)
         if input("Do you trust whoever made it? [y/N] ").strip().lower() not in ("y", "yes"):
             raise InputError("Nothing was executed.")
-    for each in told:
+    for each in programs_of(run):
         world.say(f"pyrovae: executing {each}")
 
 
@@ -348,14 +342,7 @@ class _Report(Options):
 
 
 def _report(options: _Report, line: str) -> None:
-    run = Run.open(options.run)
-    if not (results := load_results(run)):
-        again = shlex.join(["pyrovae", "evaluate", str(run.path)])
-        raise InputError(f"Nothing to report yet; first: {again}")
-    report.draw_found(run)
-    config, weights = plain_json(run.config), run.weights_checksum()
-    page = report.render_report(config, results, run.history(), run.figures(), weights=weights)
-    print(f"The report is {run.write('report.html', page.encode())}")
+    print(f"The report is {write_report(Run.open(options.run))}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,12 +155,14 @@ def reconstruct(
 
 def encode(
     guide: Callable,
-    x: Tensor,
+    x: Tensor | Callable,
     *context: Any,
     seed: int | None = None,
     compile: bool | str = "auto",
 ) -> dict[str, Tensor]:
     """The posterior mean of each latent of each datum, as the guide has it.
+
+    ``encode(model, guide, x, ...)``, in the order of the other functions, is the same.
 
     Args:
         guide: The guide program.
@@ -172,6 +174,10 @@ def encode(
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
+    if callable(x):
+        if not context:
+            raise InputTypeError("Expected encode(guide, x) or encode(model, guide, x), got no x.")
+        guide, x, context = x, context[0], context[1:]
     pair = Pair(None, guide)
     rows, size = _bound(pair, (x, *context))
 
