@@ -257,8 +257,10 @@ class Trained:
         self.normalizes = normalize_gradients
         self.average = None if average is None else Average(average)
         self.named: dict[str, Tensor] = {}
-        # How often parameters have come beside those that the optimizer was made with.
+        # How often parameters have come beside those that the optimizer was made with, or others
+        # had a gradient than in any step before: then the loss may depend on what is not known.
         self.grown = 0
+        self._patterns: set[tuple[bool, ...]] = set()
         self.joint = Joint(optim) if isinstance(optim, PyroOptim) else None
         self.scheduler = _schedules(optim) if isinstance(optim, PyroLRScheduler) else None
         self.clips = self.joint is not None or normalize_gradients or clip_norm is not None
@@ -334,6 +336,10 @@ class Trained:
         self.collect()
         if not self.named:
             return
+        pattern = tuple([p.grad is not None for p in self.named.values()])
+        if pattern not in self._patterns:
+            self.grown += bool(self._patterns)
+            self._patterns.add(pattern)
         if self.clips:
             self.clip()
         self.optimizer.step()
@@ -362,7 +368,11 @@ class Trained:
             if parameter.grad is not None:
                 parameter.grad.div_(parameter.grad.norm() + TINY)
         if self.clip_norm is not None:
-            stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            if self.joint is not None:
+                # Its groups may hold what a recorder sets for a while, not to be shared.
+                stepped = [*self.joint.each]
+            else:
+                stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.clip_norm)
 
     def _pyro_names(self, fresh: dict[str, Tensor]) -> dict[Tensor, str]:

@@ -214,6 +214,7 @@ def test_compiled_steps_share_an_optimizer_too():
 
 
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.filterwarnings("ignore:The pair runs eagerly.*compiled anew:UserWarning")
 @pytest.mark.parametrize("optim", [pyro.optim.Adam, pyro.optim.SGD])
 def test_a_compiled_step_finds_the_stores_new_parameters(optim):
     found = []
@@ -236,6 +237,21 @@ def test_a_compiled_step_finds_the_stores_new_parameters(optim):
     same(found[0][1], found[1][1])
 
 
+@pytest.mark.usefixtures("recorded")
+def test_what_a_recorder_sets_for_a_while_stays_out_of_pyros_options():
+    pair, optim = Two(), pyro.optim.RMSprop({"lr": 0.01})
+    svi = pyrovae.SVI(
+        partial(pair.model, which=True), partial(pair.guide, which=True), optim, Trace_ELBO(),
+        clip_norm=1.0, compile=True,
+    )  # fmt: skip
+    svi.step(X)
+    before = [each.state_dict()["param_groups"] for each in optim.optim_objs.values()]
+    for _ in range(3):
+        svi.step(X)
+    assert [c.calls for c in svi.compiled.captures.values()] == [3]
+    assert before == [each.state_dict()["param_groups"] for each in optim.optim_objs.values()]
+
+
 def test_a_schedule_begins_with_each_parameter_and_is_seen_by_both():
     found = []
     for kind in (PyroSVI, pyrovae.SVI):
@@ -251,6 +267,28 @@ def test_a_schedule_begins_with_each_parameter_and_is_seen_by_both():
     assert found[0][0] == pytest.approx(found[1][0])
     assert len(set(found[1][0].values())) == 2
     same(found[0][1], found[1][1])
+
+
+def on_loss():
+    return pyro.optim.ReduceLROnPlateau(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "patience": 0, "threshold": 9.0}
+    )
+
+
+@pytest.mark.parametrize("make", [schedule, on_loss], ids=["epochs", "loss"])
+def test_a_fit_steps_pyros_schedules_and_goes_on_from_their_state(make):
+    def fit(**options):
+        pair = Plain()
+        each = partial(pair.model, which=True), partial(pair.guide, which=True)
+        result = pyrovae.fit(*each, X, batch_size=3, seed=0, optimizer=make(), **options)
+        return result, values(pair), [row["lr"] for row in result.history]
+
+    _, expected, rates = fit(epochs=4)
+    half, *_ = fit(epochs=2)
+    _, found, again = fit(epochs=4, state=deepcopy(half.state_dict()))
+    assert again == rates
+    assert rates[-1] < rates[0]
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_rates_that_somebody_sets_are_stepped_at():
@@ -500,6 +538,26 @@ def test_a_forgotten_module_is_still_refused():
 
     with pytest.raises(ValueError, match="neither the model nor the guide owns"):
         pyrovae.SVI(model, guide, adam(), Trace_ELBO()).step(X)
+
+
+def test_a_module_in_the_place_of_another_is_refused_where_nobody_knows_of_it():
+    held = {"net": nn.Linear(2, 2)}
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(held["net"](x), 1.0).to_event(1))
+
+    svi = pyrovae.SVI(model, guide, adam(), Trace_ELBO())
+    svi.step(X)
+    held["net"] = nn.Linear(2, 2)
+    svi.step(X)
+    with pytest.raises(ValueError, match="neither the model nor the guide owns"):
+        svi.step(X)
 
 
 def _fixed():
