@@ -43,20 +43,23 @@ class Linear(nn.Module):
 
     def __init__(self, encodes, network=None):
         super().__init__()
-        self.encodes = encodes
-        self.network = network or (lambda z: z @ SLOPE)
+        self.encodes, self.network = encodes, network
+        self.slope = nn.Parameter(0.4 * SLOPE.mT if encodes else SLOPE.clone())
+        self.scale = nn.Parameter(torch.tensor(0.7 if encodes else NOISE))
 
     def forward(self, x, there=None, seen=None):
         there = torch.ones(len(x), 2).bool() if there is None else there
         seen = torch.ones_like(x).bool() if seen is None else seen
         with pyro.plate("data", len(x)):
             if self.encodes:
-                loc = torch.where(seen, x, 0.0) @ SLOPE.mT * 0.4
-                pyro.sample("z", dist.Normal(loc, 0.7).mask(there).to_event(1))
+                loc = torch.where(seen, x, 0.0) @ self.slope
+                pyro.sample("z", dist.Normal(loc, self.scale).mask(there).to_event(1))
             else:
                 prior = dist.Normal(x.new_zeros(len(x), 2), 1.0)
                 z = pyro.sample("z", prior.mask(there).to_event(1))
-                likelihood = dist.Normal(self.network(torch.where(there, z, 0.0)), NOISE)
+                z = torch.where(there, z, 0.0)
+                loc = z @ self.slope if self.network is None else self.network(z)
+                likelihood = dist.Normal(loc, self.scale)
                 pyro.sample("x", likelihood.mask(seen).to_event(1), obs=x)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from known_pairs import KNOWN
 from structures import MAKE
 
 import one_layer
@@ -77,6 +78,15 @@ def table() -> tuple:
     )
 
 
+def known(name: str) -> tuple:
+    """A pair whose log p(x) is known, moved away from there."""
+    model, guide, args, _ = KNOWN[name]()
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *guide.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, guide, args
+
+
 def written(name: str) -> tuple:
     """A pair as a person may write it."""
     x = binary()
@@ -102,6 +112,8 @@ ZOO |= {
     "conditional": Entry(MAKE["conditional"]),
     "gmvae": Entry(MAKE["gmvae"], NEEDS_PATHS, ENUMERATED),
     "semi_supervised": Entry(MAKE["semi_supervised"], NEEDS_PATHS, ENUMERATED),
+    "masked": Entry(partial(known, "masked")),
+    "partial": Entry(partial(known, "partial")),
     "discrete": Entry(partial(written, "discrete"), NEEDS_PATHS, limits=("reparameterized",)),
     "mixed": Entry(partial(written, "mixed"), NEEDS_PATHS, limits=("reparameterized",)),
 }
