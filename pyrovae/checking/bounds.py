@@ -16,6 +16,7 @@ from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives.elbo import terms_by_datum
+from pyrovae.pairs.contract import check_scales
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import samples
 
@@ -101,6 +102,8 @@ def bounds_are_ordered(case: Case) -> Row:
     k, seed = case.particles, case.seed + 1
     programs: Any = case.pair.model, case.pair.guide
     with case.quietly():
+        # Reported numbers ignore scales; what is trained, and checked here, does not.
+        check_scales(case.inspected.trace(*case.few))
         found = log_likelihood(*programs, *case.few, num_samples=k, seed=seed, compile=False)
     elbos = _estimators(case)[: 1 + (analytic_kl(case).status == "passed")]
     for name, bound in zip("AB", elbos, strict=False):
