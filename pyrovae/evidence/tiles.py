@@ -233,8 +233,11 @@ def tile_rows(rows: tuple) -> list[tuple]:
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Found]:
     """What the evaluation of a checkpoint is, and its finished data; a damaged one is refused."""
     try:
-        found, about = unpack_tensors(path)
-        return json.loads(about["about"]), found
+        found, told = unpack_tensors(path)
+        about = json.loads(told["about"])
+        if not isinstance(about, dict):
+            raise ValueError("it does not say what it is of")
+        return about, found
     except (ValueError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no checkpoint of an evaluation, or a damaged one ({error}): choose "

@@ -66,9 +66,9 @@ PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_
 
 
 class _Optimizer(Struct):
-    """A torch optimizer's ``state_dict()``."""
+    """The ``state_dict()`` of torch's Adam."""
 
-    state: dict[int, dict[str, Any]]
+    state: dict[int, dict[str, Tensor]]
     param_groups: list[dict[str, Any]]
 
 
@@ -257,6 +257,8 @@ class Run:
                     f"never executed."
                 ) from error
             found = msgspec.convert(state, _Checkpoint)
+            if len({tuple(row) for row in found.history}) > 1:
+                raise ValueError("the rows of its history differ in their entries")
             if not 1 <= (found.best_epoch or 1) <= len(found.history):
                 raise ValueError(f"its best epoch is {found.best_epoch} of {len(found.history)}")
         self.require_own(path, found.run)
