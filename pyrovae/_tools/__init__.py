@@ -109,13 +109,19 @@ def standard_error(values: Tensor, dim: int = 0) -> Tensor:
 
 
 def progress_bar(items: Iterable | None, *, enabled: bool = True, **options: Any) -> tqdm:
-    """Iterate with a bar on standard error, if that is a terminal and a bar is wanted.
+    """Iterate with a bar, on a terminal or in a notebook, if a bar is wanted.
 
     Args:
         items: What to iterate over; None for a bar that is moved with ``.update(n)``.
         enabled: Whether a bar is wanted.
         options: Passed to :class:`tqdm.tqdm`.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
-    return tqdm(items, disable=not (enabled and sys.stderr.isatty()), leave=False, **options)
+    return tqdm(items, disable=not (enabled and _watched()), leave=False, **options)
+
+
+def _watched() -> bool:
+    """Whether somebody watches: standard error is a terminal, or IPython runs in a kernel."""
+    ipython = sys.modules.get("IPython")
+    return sys.stderr.isatty() or hasattr(ipython and ipython.get_ipython(), "kernel")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyrovae._tools import InputError
+from pyrovae._tools.shown import Shown, Told
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
@@ -55,8 +56,8 @@ QUICK = (
 )
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """The table of a check; ``report["sites"]`` is one of its rows."""
 
     rows: tuple[Row, ...]
@@ -68,6 +69,15 @@ class Report:
 
     def __getitem__(self, name: str) -> Row:
         return {row.name: row for row in self.rows}[name]
+
+    def _told(self) -> Told:
+        rank = ["failed", "warned", "skipped", "passed"]
+        rows = sorted(self.rows, key=lambda row: rank.index(row.status))
+        counts = [(k, sum(row.status == k for row in rows)) for k in rank]
+        told = [(row.name, f"{row.status}: {row.message}".rstrip(": ")) for row in rows]
+        verdict = "What failed is to be mended first; print() shows the lines of source."
+        title = "Report: " + ", ".join(f"{count} {kind}" for kind, count in counts if count)
+        return Told(title, told, "" if self.passed else verdict)
 
     def __str__(self) -> str:
         """The table, with the rows that wait for another one to pass on a line of their own."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import subseed
+from pyrovae._tools.shown import Told, html
 from pyrovae.data.files import MISSING, Arrays
 from pyrovae.data.sources import DATASETS, SPLIT_SEED, find_source, split_rows, unknown
 from pyrovae.data.tables import Schema, measured
@@ -103,6 +104,17 @@ class Dataset:
         found = {name: getattr(self, name) for name in Splits._fields}
         sizes = ", ".join(f"{name}={0 if x is None else len(x)}" for name, x in found.items())
         return f"Dataset({self.name!r}, {list(self.shape)}, {sizes}, binarize={self.binarize!r})"
+
+    def _told(self) -> Told:
+        sizes = {name: len(x) for name in Splits._fields if (x := getattr(self, name)) is not None}
+        rows = [(name, f"{count} data") for name, count in sizes.items()]
+        rows.append(("shape", " × ".join(map(str, self.shape)) or "a number"))
+        rows.append(("binarize", self.binarize))
+        rows.append(("context", "none" if not self.context else f"{len(self.context.train)} more"))
+        return Told(f"Dataset {self.name}", rows)
+
+    def _repr_html_(self) -> str:
+        return html(self)
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         r"""The training rows ``index`` ``[M]`` as float32 ``[M, *shape]`` on the data's device.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrovae._tools import standard_error
+from pyrovae._tools.shown import Shown, Told, mean
 from pyrovae.diagnostics.aggregate import Aggregate
 from pyrovae.diagnostics.calibration import Calibration, Probe
 
@@ -61,8 +62,8 @@ class SiteDiagnosis:
         return _known({name: getattr(self, name) for name in names})
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
     r"""What the posterior of a pair does on N data, in nats.
 
     .. math:: \text{ELBO} = -\text{rate} - \text{distortion}, \qquad
@@ -121,6 +122,20 @@ class Diagnosis:
     def remainder(self) -> float:
         """Mean rate − information − marginal KL: the Monte Carlo error of the split, or NaN."""
         return self.rate.double().mean().item() - self.mutual_information - self.marginal_kl
+
+    def _told(self) -> Told:
+        rows = [
+            (name, f"{mean(getattr(self, name.lower()))} nats per datum")
+            for name in ("ELBO", "rate", "distortion")
+        ]
+        if self.aggregate:
+            error = self.mutual_information_error
+            rows.append(("information", f"{self.mutual_information:.3f} ± {error:.3f} nats"))
+            rows.append(("marginal KL", f"{self.marginal_kl:.3f} nats"))
+        for name, site in self.sites.items():
+            used = f"{site.active_units} of {site.units} units active"
+            rows.append((f"latent {name}", f"KL {site.kl_total:.3f} nats, {used}"))
+        return Told(f"Diagnosis of {self.num_data} data (± over data)", rows, self.verdict)
 
     @property
     def verdict(self) -> str:

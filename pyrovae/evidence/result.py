@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
+from pyrovae._tools.shown import Shown, Told
 
 HEAVY, FEW = 0.7, 8.0
 # A single heavy-tailed datum hardly moves a mean; one in twenty does.
@@ -57,8 +58,8 @@ class Curve(NamedTuple):
         return dict(zip(self.num_samples, means, strict=True))
 
 
-@dataclass(frozen=True)
-class LogLikelihood:
+@dataclass(frozen=True, repr=False)
+class LogLikelihood(Shown):
     """An estimate of log p(x) for each of N data, in nats.
 
     Attributes:
@@ -163,6 +164,25 @@ class LogLikelihood:
         if len(found) > 1 or unsure > HEAVY_SHARE * n:
             return Verdict("doubtful", " ".join(found))
         return Verdict("fair" if unsure or not all_known else "good", about)
+
+    def _told(self) -> Told:
+        told = f"{self.mean:.3f} ± {self.mean_standard_error:.3f} (Monte Carlo)"
+        if len(self.log_prob) > 1:
+            told += f" ± {self.data_standard_error:.3f} (over data)"
+        rows = [("log p(x)", f"{told} nats per datum")]
+        rows.append(("effective samples", f"median {self.ess.median():.1f} of {self.num_samples}"))
+        known = self.khat[~self.khat.isnan()]
+        if len(known):
+            heavy = f"above {HEAVY} for {int((known > HEAVY).sum())} of {len(known)} data"
+            rows.append(("k-hat", f"median {known.median():.2f}, {heavy}"))
+        if (gap := self.amortization_gap) is not None:
+            rows.append(("amortization gap", f"{gap.double().mean():.3f} nats per datum"))
+        n, verdict = len(self.log_prob), self.verdict
+        return Told(
+            f"LogLikelihood of {n} data by {self.method}, K = {self.num_samples}",
+            rows,
+            f"{verdict.kind}: {verdict}",
+        )
 
     @property
     def impossible(self) -> int:

@@ -19,7 +19,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae._tools import InputError, standard_error
+from pyrovae._tools import InputError, shown, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_evidence
@@ -156,6 +156,7 @@ class ElboResult(NamedTuple):
     elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
+    __repr__, _repr_html_ = shown.text, shown.html  # type: ignore[misc]  # methods, no fields
 
     @property
     def mean(self) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools.seeding import subseed, undone
+from pyrovae._tools.shown import Shown, Told
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
@@ -32,8 +33,8 @@ UNDIVIDED = (
 )
 
 
-@dataclass
-class Fit:
+@dataclass(repr=False)
+class Fit(Shown):
     """A pair being trained, or trained.
 
     Attributes:
@@ -65,6 +66,23 @@ class Fit:
         """The last epoch's validation ELBO (without one, minus its loss), nats per datum."""
         last = self.history[-1]
         return -last["train_loss"] if last["valid_elbo"] is None else last["valid_elbo"]
+
+    def _told(self) -> Told:
+        if not self.history:
+            return Told("Fit: no epoch is done", [])
+        last, bound = self.history[-1], "validation bound" if self.valid_samples > 1 else "ELBO"
+        rows = [("loss (train)", f"{last['train_loss']:.3f} nats per datum")]
+        for split in ("train", "valid"):
+            if (value := last[f"{split}_elbo"]) is not None:
+                parts = "reconstruction", "kl"
+                known = [(n, last[f"{split}_{n}"]) for n in parts]
+                split_up = ", ".join(f"{n} {v:.3f}" for n, v in known if v is not None)
+                rows.append((f"ELBO ({split})", f"{value:.3f} nats per datum; {split_up}"))
+        rows.append(("learning rate", f"{last['lr']:.3g}"))
+        rows.append(("time", f"{sum(row['seconds'] for row in self.history):.1f} s"))
+        best, done = self.best_epoch, len(self.history)
+        verdict = f"The {bound} of validation data was highest in epoch {best} of {done}."
+        return Told(f"Fit: epochs 1 to {done}", rows, "" if best is None else verdict)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: weights, optimizer, schedule, history, seed."""
