@@ -387,7 +387,7 @@ class Stops(torch.nn.Module):
 @pytest.mark.parametrize(
     ("estimate", "options", "calls"),
     [
-        (log_likelihood, {"num_samples": 60}, 7),
+        (log_likelihood, {"num_samples": 60}, 11),
         (log_likelihood, {"num_samples": 60, "refine_steps": 3, "defensive": 0.1}, 62),
         (annealed_log_likelihood, {"num_chains": 4, "num_temperatures": 2, "num_steps": 1}, 77),
     ],
@@ -407,7 +407,7 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path, estimate, options, cal
     assert found.curve.log_prob.shape == whole.curve.log_prob.shape
     assert torch.equal(found.curve.log_prob, whole.curve.log_prob)
     assert found.log_prob.shape == (200,)
-    finished = Stops(model, 10)
+    finished = Stops(model, 12)
     again = estimate(finished, guide, x, seed=4, checkpoint=file, **options)
     assert torch.equal(again.log_prob, whole.log_prob)
     assert list(tmp_path.iterdir()) == [file]
