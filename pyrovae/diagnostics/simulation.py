@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
@@ -145,8 +146,23 @@ class PosteriorCalibration:
             "shape": self.shape,
             "corrected_shape": self.corrected_shape,
             "verdict": str(self.verdict),
+            "verdict_kind": self.verdict.kind,
             "tests": {key: [test._asdict() for test in each] for key, each in tests.items()},
             "reliability_error": {name: each.error for name, each in self.reliability.items()},
+            "curves": self.curves,
+        }
+
+    @property
+    def curves(self) -> dict[str, dict[str, list[float]]]:
+        """The shares of ranks below 1 to S, by statistic, of the guide and of the corrected."""
+        sets = {"guide": self.ranks, "resampled by weights": self.corrected or {}}
+        return {
+            title: {
+                name: [round(share, 4) for share in distribution(c, self.num_samples).tolist()]
+                for _, name, c in _columns(ranks)
+            }
+            for title, ranks in sets.items()
+            if ranks
         }
 
     def plot(self) -> Figure:
@@ -156,18 +172,17 @@ class PosteriorCalibration:
         """
         from matplotlib.figure import Figure
 
-        sets = [("guide", self.ranks)]
-        sets += [("resampled by weights", self.corrected)] if self.corrected else []
-        panels = len(sets) + bool(self.reliability)
+        curves, n = self.curves, len(next(iter(self.ranks.values())))
+        panels = len(curves) + bool(self.reliability)
         figure = Figure(figsize=(4 * panels, 3.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        for (title, ranks), axis in zip(sets, axes, strict=False):
-            _draw(axis, ranks, self.num_samples)
+        for (title, each), axis in zip(curves.items(), axes, strict=False):
+            draw_curves(axis, each, n, self.num_samples)
             axis.set_title(title)
         if self.reliability:
             axes[-1].plot([0, 1], [0, 1], color="0.7", lw=1)
-            for name, each in self.reliability.items():
-                axes[-1].plot(each.predicted, each.observed, marker="o", ms=3, label=name)
+            for name, said in self.reliability.items():
+                axes[-1].plot(said.predicted, said.observed, marker="o", ms=3, label=name)
             axes[-1].set(xlabel="probability", ylabel="share that came true", title="reliability")
             axes[-1].legend(frameon=False)
         return figure
@@ -445,15 +460,18 @@ def _shape(tests: list[RankTest], ranks: dict[str, Tensor], most: int) -> Shape:
     return "too narrow" if pooled > 0 else "too wide"
 
 
-def _draw(axes: Axes, ranks: dict[str, Tensor], most: int) -> None:
-    """Distribution functions less the diagonal, of all statistics, and their band."""
-    z = torch.arange(1, most + 1) / (most + 1)
-    columns = _columns(ranks)
-    low, high = band(max(len(c) for *_, c in columns), most, LEVEL / len(columns))
+def draw_curves(
+    axes: Axes, curves: Mapping[str, Sequence[float]], num_data: int, most: int
+) -> None:
+    """Draw distribution functions less the diagonal, as a summary has them, and their band."""
+    z = np.arange(1, most + 1) / (most + 1)
+    low, high = (each.numpy() for each in band(num_data, most, LEVEL / len(curves)))
     axes.fill_between(z, low - z, high - z, color="0.9", step="mid")
-    for key, _, column in columns:
-        label = key if key in FUNCTIONS else None
-        style = {"lw": 1.5} if label else {"lw": 0.7, "color": "0.4"}
-        axes.plot(z, distribution(column, most) - z, label=label, **style)
+    for name, curve in curves.items():
+        style: dict[str, Any] = {"lw": 0.7, "color": "0.4"}
+        if name in FUNCTIONS:
+            style = {"lw": 1.5, "label": name}
+        axes.plot(z, np.array(curve) - z, **style)
     axes.set(xlabel="rank / (S + 1)", ylabel="ECDF less the diagonal")
-    axes.legend(frameon=False, fontsize="small")
+    if not curves.keys().isdisjoint(FUNCTIONS):
+        axes.legend(frameon=False, fontsize="small")

@@ -45,6 +45,8 @@ CAPTIONS = {
     "kl_by_dimension": "KL from the prior by latent dimension: what each carries of the datum.",
     "calibration": "How many values lie in the central intervals of p(x|z), z ~ q(z|x). "
     "Below the diagonal the model is too sure of itself.",
+    "guide_calibration": "Ranks of true latents among the guide's draws, on data of the model's "
+    "own: their distribution less the uniform one. The band holds those of an exact posterior.",
     "latent_space": "Where the guide puts the data: posterior means.",
     "samples": "Samples: z drawn from the prior, then decoded.",
     "reconstructions": "Data, and each datum encoded and decoded again.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyrovae.diagnostics.result import ACTIVE
+from pyrovae.diagnostics.simulation import draw_curves
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
 from pyrovae.runs.results import Finding, Site
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FINDING_PICTURES = ("bound_curve", "khat", "rate_distortion", "kl_by_dimension", "calibration")
+FINDING_PICTURES = (
+    "bound_curve",
+    "khat",
+    "rate_distortion",
+    "kl_by_dimension",
+    "calibration",
+    "guide_calibration",
+)
 # k-hat above which importance weights have no variance, and above which no error can be trusted
 # (Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646).
 THRESHOLDS = {0.5: "0.5: infinite variance", 0.7: "0.7: not to be trusted"}
@@ -26,7 +34,8 @@ THRESHOLDS = {0.5: "0.5: infinite variance", 0.7: "0.7: not to be trusted"}
 def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, Figure]:
     """Draw what there is to draw of evaluations on the same data, by the runs' names.
 
-    The KL by dimension is drawn for one alone, and so is an annealed estimate of all its data.
+    The KL by dimension and the ranks of a guide are drawn for one alone, and so is an annealed
+    estimate of all its data.
     Runs that lie on one curve over β have the ends of their paths ``joined``.
     """
     drawn = (
@@ -35,6 +44,7 @@ def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> d
         rate_distortion(findings, joined=joined),
         kl_by_dimension(findings),
         calibration_curves(findings),
+        guide_calibration(findings),
     )
     return {name: each for name, each in zip(FINDING_PICTURES, drawn, strict=True) if each}
 
@@ -185,6 +195,23 @@ def calibration_curves(findings: Mapping[str, Finding]) -> Figure | None:
         axis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+@styled
+def guide_calibration(findings: Mapping[str, Finding]) -> Figure | None:
+    """Draw how the ranks of true latents among a guide's draws are distributed, for one run."""
+    from matplotlib.figure import Figure
+
+    known = [each.results.calibration for each in findings.values()]
+    found = known[0] if len(known) == 1 else None
+    if not found or not found.curves:
+        return None
+    figure = Figure(figsize=(4 * len(found.curves), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(found.curves), squeeze=False)[0]
+    for (title, curves), axes in zip(found.curves.items(), panels, strict=True):
+        draw_curves(axes, curves, found.num_data, found.num_samples)
+        axes.set_title(f"Ranks of true latents: {title}")
     return figure
 
 

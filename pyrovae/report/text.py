@@ -52,6 +52,8 @@ def summarize(found: Results, split: str) -> str:
     if seen := found.diagnostics:
         lines.append(_over_data("rate, KL(q(z|x) ‖ p(z))", found.rate))
         lines += [_over_data("distortion", found.distortion), _wrapped(seen.verdict)]
+    if found.calibration:
+        lines.append(_wrapped(found.calibration.verdict or ""))
     return "\n".join(lines)
 
 
@@ -141,6 +143,8 @@ def _posterior(found: Results) -> Iterator[Verdict]:
         dead = any(site.units and not site.active_units for site in seen.sites.values())
         doubtful = dead or active < ACTIVE_SHARE * units
         yield Verdict("doubtful" if doubtful else "good", seen.verdict)
+    if found.calibration and found.calibration.verdict:
+        yield Verdict(found.calibration.verdict_kind or "fair", found.calibration.verdict)
 
 
 def _row(name: str, found: Mean) -> str:

@@ -348,6 +348,12 @@ class EvaluationConfig(Options):
         least=0,
     )
     temperatures: int = option("temperatures of annealing", 500, metavar="T", least=0)
+    calibrate: int = option(
+        "also test the guide on so many data of the model's own, 50 at least",
+        0,
+        metavar="N",
+        least=0,
+    )
     no_diagnostics: bool = option(
         "leave out what the posterior does, and the draws for ArviZ", False
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.files import locked, remove_temporary, unpack_tensors
 from pyrovae._tools.seeding import subseed
-from pyrovae.diagnostics import diagnose
+from pyrovae.diagnostics import calibrate, diagnose
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
@@ -24,7 +24,16 @@ from pyrovae.objectives.elbo import ESTIMATORS, elbo
 from pyrovae.runs import Run
 from pyrovae.runs.config import Config, EvaluationConfig
 from pyrovae.runs.experiment import Experiment
-from pyrovae.runs.results import BOUND, Finding, Mean, Results, Sandwich, first_data, save_finding
+from pyrovae.runs.results import (
+    BOUND,
+    Finding,
+    GuideCalibration,
+    Mean,
+    Results,
+    Sandwich,
+    first_data,
+    save_finding,
+)
 from pyrovae.training.distributed import World, join
 
 SEED = subseed(0, 1_000_003)
@@ -115,6 +124,7 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
             bounds,
             annealed=annealed,
             bidirectional=tight,
+            calibration=_calibration(subject, options) if options.calibrate else None,
             diagnosis=found,
             num_data_of_split=len(every.rows[0]),
             binarize=experiment.data.binarize,
@@ -223,6 +233,15 @@ def _sandwich(subject: _Subject, options: EvaluationConfig) -> Sandwich:
         return Sandwich(verdict=f"There is no upper bound: {error}")
     gap = Mean(mean=both.mean_gap, standard_error=both.mean_gap_standard_error)
     return Sandwich(verdict=str(both.verdict), num_data=n, gap=gap)
+
+
+def _calibration(subject: _Subject, options: EvaluationConfig) -> GuideCalibration:
+    """Whether the guide is the posterior, on data of the model's own."""
+    try:
+        found = calibrate(*subject.args, n=options.calibrate, seed=SEED)
+    except InputError as error:
+        return GuideCalibration(verdict=f"The guide is not calibrated: {error}")
+    return GuideCalibration(**found.summary())
 
 
 def _keep_draws(path: Path, subject: _Subject, ll: LogLikelihood, about: dict[str, str]) -> None:

@@ -85,6 +85,21 @@ class Sandwich(Struct, kw_only=True, frozen=True):
     gap: Mean | None = None
 
 
+class GuideCalibration(Struct, kw_only=True, frozen=True):
+    """What :meth:`pyrovae.diagnostics.PosteriorCalibration.summary` has."""
+
+    verdict: str = ""
+    verdict_kind: Kind = "fair"
+    num_data: int = 0
+    num_samples: int = 0
+    seed: int | None = None
+    shape: str = ""
+    corrected_shape: str | None = None
+    tests: dict[str, list[dict[str, Any]]] = {}
+    reliability_error: dict[str, float | None] = {}
+    curves: dict[str, dict[str, list[float]]] = {}
+
+
 class Site(Struct, kw_only=True, frozen=True):
     """The posterior of a latent site, as :class:`~pyrovae.diagnostics.result.SiteDiagnosis`."""
 
@@ -146,6 +161,7 @@ class Results(Struct, kw_only=True, frozen=True):
     amortization_gap: Mean | None = None
     annealed: Annealed | None = None
     bidirectional: Sandwich | None = None
+    calibration: GuideCalibration | None = None
     diagnostics: Posterior | None = None
     sha256: str = ""
 
@@ -157,6 +173,7 @@ class Results(Struct, kw_only=True, frozen=True):
         *,
         annealed: LogLikelihood | None = None,
         bidirectional: Sandwich | None = None,
+        calibration: GuideCalibration | None = None,
         diagnosis: Diagnosis | None = None,
         **about: Any,
     ) -> Self:
@@ -177,6 +194,7 @@ class Results(Struct, kw_only=True, frozen=True):
             amortization_gap=None if gap is None else _mean(gap),
             annealed=None if annealed is None else _annealed(annealed, ll),
             bidirectional=bidirectional,
+            calibration=calibration,
             diagnostics=None if diagnosis is None else _posterior(diagnosis, closed),
             **about,
         )

@@ -11,10 +11,11 @@ from commands import DIGITS, TRAIN, refusal, run, snapshot
 import pyrovae
 from pyrovae import inference_data
 from pyrovae.evidence.tiles import Evaluation
+from pyrovae.report.posterior_figures import guide_calibration
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.evaluate import SEED, _Unfinished, evaluate
-from pyrovae.runs.results import first_data, from_tensors
+from pyrovae.runs.results import first_data, from_tensors, load_finding
 from pyrovae.training.distributed import World
 
 LINEAR = ["train", "--model", "linear_gaussian", "--guide", "mean_field", "--data", "digits"]
@@ -104,6 +105,20 @@ def test_all_estimates_of_a_linear_gaussian_agree_with_its_exact_value():
     gap = found["bidirectional"]["gap"]
     assert abs(gap["mean"]) < 4 * gap["standard_error"] + 0.05
     assert found["bidirectional"]["num_data"] == 64
+
+
+def test_a_guide_is_calibrated_where_that_is_asked_for(capsys):
+    assert run("evaluate", "linear", *SHORT, "--images", "40", "--calibrate", "60") == 0
+    said, found = capsys.readouterr().out, results("linear")["calibration"]
+    made = experiment.load_experiment(Run("linear"))
+    pair, x = (made.model, made.guide), made.data.test[:40]
+    assert found == pyrovae.calibrate(*pair, x, n=60, seed=SEED).summary()
+    assert " ".join(found["verdict"].split()[:6]) in " ".join(said.split())
+    figure = guide_calibration({"": load_finding(Run("linear"))})
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert [title.partition(": ")[2] for title in titles] == ["guide", "resampled by weights"]
+    assert run("evaluate", "linear", *SHORT, "--images", "40", "--calibrate", "20") == 0
+    assert "n >= 50, got 20" in results("linear")["calibration"]["verdict"]
 
 
 def test_proposals_are_handed_on():

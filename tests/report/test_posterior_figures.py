@@ -16,6 +16,7 @@ from pyrovae.report.posterior_figures import (
     bound_curves,
     calibration_curves,
     draw_findings,
+    guide_calibration,
     khat_curves,
     kl_by_dimension,
     rate_distortion,
@@ -145,12 +146,14 @@ def test_what_is_known_is_drawn_and_nothing_else():
     unknown = replace(estimate(), khat=torch.full((40,), torch.nan), curve=None)
     seen = {"sites": {"z": SITE}, "calibration": COVERED}
     seen |= {key: {"mean": 3.0, "standard_error": 0.1} for key in ("rate", "distortion")}
-    whole = finding(results(diagnostics=seen), estimate(), estimate())
+    ranked = {"num_data": 60, "num_samples": 2, "curves": {"guide": {"z": [0.3, 0.7]}}}
+    whole = finding(results(diagnostics=seen, calibration=ranked), estimate(), estimate())
     assert set(draw_findings({"": whole})) == set(FINDING_PICTURES)
     bare = finding(results(), unknown)
     assert set(draw_findings({"": bare})) == {"rate_distortion"}
     assert set(draw_findings({"a": whole, "b": bare})) == set(FINDING_PICTURES) - {
-        "kl_by_dimension"
+        "kl_by_dimension",
+        "guide_calibration",
     }
     assert draw_findings({"": finding(Results(), unknown)}) == {}
     assert results(4.0, 20.0).distortion.mean == 20.0
@@ -173,7 +176,15 @@ def test_every_text_lies_inside_the_figure():
 
 
 @pytest.mark.parametrize(
-    "draw", [bound_curves, khat_curves, rate_distortion, kl_by_dimension, calibration_curves]
+    "draw",
+    [
+        bound_curves,
+        khat_curves,
+        rate_distortion,
+        kl_by_dimension,
+        calibration_curves,
+        guide_calibration,
+    ],
 )
 def test_nothing_to_draw_is_not_drawn(draw):
     unknown = replace(estimate(), khat=torch.full((40,), torch.nan), curve=None)
