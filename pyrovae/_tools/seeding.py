@@ -77,6 +77,13 @@ def undone(
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer)
-                buffer.copy_(value)
+                _restore(buffer, value)
             for tensor, value in kept:
-                tensor.copy_(value)
+                _restore(tensor, value)
+
+
+def _restore(tensor: Tensor, value: Tensor) -> None:
+    # A write in place would spoil graphs that hold the tensor for a backward pass. Its version does
+    # not tell whether it changed: what Inductor's kernels write does not count there.
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)

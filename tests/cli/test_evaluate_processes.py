@@ -37,7 +37,8 @@ def test_two_processes_find_what_one_does_and_a_lost_one_is_told(tmp_path, monke
     shutil.copytree("one", "two")
     options = ["--samples", "200", "--images", "200", "--no-diagnostics"]
     killed = torchrun("evaluate", "two", *options)
-    (line,) = re.findall("pyrovae:.*", killed.stderr)
+    executing, line = re.findall("pyrovae:.*", killed.stderr)
+    assert "executing two/programs/model.py" in executing
     assert line == (
         "pyrovae: stopped; what is finished is kept; go on with: "
         f"torchrun --nproc-per-node 2 -m pyrovae evaluate two {' '.join(options)}"

@@ -14,7 +14,7 @@ import pyrovae
 from pyrovae.cli import main
 from pyrovae.guides.mean_field import MeanField
 
-EVERYWHERE = {"--help", "--device", "--data-root", "--traceback"}
+EVERYWHERE = {"--help", "--device", "--data-root", "--traceback", "--trust"}
 COMMANDS = ("train", "check", "evaluate", "compare", "sample", "report", "list")
 
 

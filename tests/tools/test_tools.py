@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyrovae._tools import standard_error
+from pyrovae._tools.seeding import undone
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -22,3 +23,18 @@ def test_fewer_than_two_values_have_no_standard_error(shape):
     assert found.isnan().all()
     assert found.shape == shape[1:]
     assert found.dtype == torch.float64
+
+
+def test_what_did_not_change_is_not_written_to():
+    """A graph that waits for its backward pass may hold it."""
+    module = torch.nn.BatchNorm1d(2)
+    before = {name: buffer._version for name, buffer in module.named_buffers()}
+    with undone([module], torch.device("cpu")):
+        module(torch.randn(4, 2))
+    assert module.num_batches_tracked == 0
+    changed = {name for name, buffer in module.named_buffers() if buffer._version > before[name]}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    versions = [buffer._version for buffer in module.buffers()]
+    with undone([module], torch.device("cpu")):
+        module.eval()(torch.randn(4, 2))
+    assert versions == [buffer._version for buffer in module.buffers()]
