@@ -1,6 +1,7 @@
 """Every test starts from the same state: one thread, a seed, an empty parameter store."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pyro
@@ -30,3 +31,12 @@ def _fresh():
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def workspace(trained, tmp_path, monkeypatch):
+    """A folder to work in, with a copy of what the module's ``trained`` fixture has made."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    return tmp_path

@@ -13,6 +13,9 @@ SHORT = {"samples": 4, "no_diagnostics": True}
 EVIL = "__import__('pathlib').Path('executed').touch()\n"
 
 
+pytestmark = pytest.mark.usefixtures("workspace")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, repository):
     folder = tmp_path_factory.mktemp("trained")
@@ -24,14 +27,6 @@ def trained(tmp_path_factory, repository):
         assert run(*TRAIN, "--model", "own.py", "--out", "run") == 0
     Path(folder, "executed").unlink()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-    return tmp_path
 
 
 def test_an_open_run_is_ready_to_use():

@@ -23,6 +23,9 @@ LINEAR += ["--set", "latent=2", "--set", "guide.hidden=8", "--epochs", "3", "--l
 SHORT = ("--samples", "30", "--no-diagnostics")
 
 
+pytestmark = pytest.mark.usefixtures("workspace")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
@@ -31,14 +34,6 @@ def trained(tmp_path_factory):
         assert run(*LINEAR, "--out", folder / "linear") == 0
         assert run(*TRAIN, "--out", folder / "run") == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-    return tmp_path
 
 
 def results(name, split="test"):

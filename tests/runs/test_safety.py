@@ -30,6 +30,9 @@ RESUME = ("train", "--out", "run", "--resume", "--epochs", "3")
 OWN = ["--model", "own.py"]
 
 
+pytestmark = pytest.mark.usefixtures("workspace")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, repository):
     folder = tmp_path_factory.mktemp("trained")
@@ -51,14 +54,6 @@ def trained(tmp_path_factory, repository):
         found = whole.read_json("results.json")["test"] | {"run": twin.identity}
         twin.write_json("results.json", {"test": sealed(found)})
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-    return tmp_path
 
 
 def held(path):

@@ -18,6 +18,9 @@ COMMANDS = {
 EVIL = "__import__('pathlib').Path('executed').touch()\n"
 
 
+pytestmark = pytest.mark.usefixtures("workspace")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, repository):
     folder = tmp_path_factory.mktemp("trained")
@@ -30,14 +33,6 @@ def trained(tmp_path_factory, repository):
         assert run("evaluate", "run", *SHORT) == 0
     Path(folder, "executed").unlink()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-    return tmp_path
 
 
 @pytest.fixture
