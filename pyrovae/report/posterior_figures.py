@@ -211,7 +211,8 @@ def guide_calibration(findings: Mapping[str, Finding]) -> Figure | None:
     panels = figure.subplots(1, len(found.curves), squeeze=False)[0]
     for (title, curves), axes in zip(found.curves.items(), panels, strict=True):
         draw_curves(axes, curves, found.num_data, found.num_samples)
-        axes.set_title(f"Ranks of true latents: {title}")
+        axes.set_title(title)
+    figure.suptitle("Ranks of true latents", x=0.01, ha="left")
     return figure
 
 
