@@ -7,7 +7,7 @@ import pytest
 from tree import LIBRARY, PACKAGE, inner
 
 # A feature raises these bounds, by what it needs; nothing else does.
-FILES, FOLDERS, LINES = 82, 12, 19_450
+FILES, FOLDERS, LINES = 96, 12, 24_000
 CORE = (
     "pairs.pair",
     "pairs.traces",
