@@ -61,6 +61,7 @@ class Graph:
         self._views: list[Tensor] = []
         self._places: list[int] = []
         self._fixed = False
+        self._strides = [arg.stride() for arg in args]
         with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(graph, [*self._held(), *args])
             # The first run tunes kernels and allocates; what it writes is undone with the rest.
@@ -72,7 +73,8 @@ class Graph:
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        return self.run(*self._held(), *args)
+        laid = map(_laid, args, self._strides)
+        return self.run(*self._held(), *laid)
 
     def _held(self) -> list[Tensor]:
         """What the function holds, without gradients; made anew where a tensor has moved."""
@@ -200,6 +202,13 @@ def _place(tensor: Tensor) -> tuple:
 def form(tensor: Tensor) -> tuple:
     """What of a tensor a compiled graph takes for fixed."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _laid(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor as a graph takes it, which was compiled for one order in memory."""
+    if tensor.stride() == stride:
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
