@@ -19,6 +19,7 @@ from typing import Any, Self
 from pyrovae import _start, report
 from pyrovae._tools import InputError
 from pyrovae._tools.files import plain_json, require_file, write_atomic
+from pyrovae._tools.shown import counted, number
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
 from pyrovae.data import DATASETS
@@ -39,7 +40,6 @@ from pyrovae.runs.config import (
 )
 from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import KINDS, is_refusal, shipped
-from pyrovae.runs.results import number
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.monitor import Fit, NonFiniteLoss
 
@@ -180,14 +180,15 @@ def _train(options: _Train, line: str) -> None:
         said = f"stopped after epoch {epochs}; go on with: {again}"
         raise type(error)(said if epochs else STOPPED_EARLY) from None
     except NonFiniteLoss as error:
-        kept = f" Its {len(done)} epochs before are kept." if (done := run.history()) else ""
+        done = len(run.history())
+        kept = f" What {counted(done, 'epoch')} came to before is kept." if done else ""
         raise NonFiniteLoss(f"{error}{kept}") from error
     if not world.first:
         return
     report.draw_run(run, made)
     last = result.history[-1]
     print(
-        f"{len(result.history)} epochs: ELBO {number(last['train_elbo'])} (train), "
+        f"{counted(len(result.history), 'epoch')}: ELBO {number(last['train_elbo'])} (train), "
         f"{number(last['valid_elbo'])} (validation; best in epoch {result.best_epoch}), "
         f"nats per datum."
     )
@@ -331,7 +332,7 @@ def _sample(options: _Sample, line: str) -> None:
     made = options.load(run)
     rows = made.data.split("test")
     figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
-    print(f"{options.n} samples: {run.write('figures/samples.png', png(figure))}")
+    print(f"{counted(options.n, 'sample')}: {run.write('figures/samples.png', png(figure))}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 from pyrovae import report
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.files import plain_json
+from pyrovae._tools.shown import counted
 from pyrovae.data import Dataset
 from pyrovae.runs import Run
 from pyrovae.runs import evaluate as evaluation
@@ -43,11 +44,11 @@ class OpenRun:
 
     def __repr__(self) -> str:
         config, rows = self.config, self.history
-        splits = ", ".join(f"{n} {r.log_likelihood}" for n, r in self.results.items()) or "none yet"
+        splits = ", ".join(f"{n} {r.headline}" for n, r in self.results.items()) or "none yet"
         return (
             f"OpenRun({str(self.path)!r}): {config.model.name} x {config.guide.name} on "
-            f"{config.data.load}, {len(rows)} of {config.epochs} epochs\n"
-            f"log p(x), nats per datum: {splits}"
+            f"{config.data.load}, {len(rows)} of {counted(config.epochs, 'epoch')}\n"
+            f"log p(x): {splits}"
         )
 
     @property

@@ -52,7 +52,7 @@ def test_an_evaluation_from_python_is_that_of_the_command(capsys):
     assert found.log_likelihood == pyrovae.load("other").results["test"].log_likelihood
     opened = pyrovae.load("run")
     assert opened.results["test"] == found
-    assert "log p(x), nats per datum: test " in repr(opened)
+    assert f"log p(x): test {found.headline}" in repr(opened)
     assert len(repr(opened).splitlines()) <= 10
     assert opened.report() == Path("run", "report.html")
     assert f"{found.log_likelihood.mean:.3f}" in Path("run", "report.html").read_text()

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from pyrovae._tools import standard_error
 
 WIDTH = 100
+# What float64 leaves of zero in sums of thousands of nats: no error worth telling.
+ROUNDING = 1e-9
 MOST = 7  # rows; with the title and two lines of verdict a text has ten lines at most
 
 
@@ -57,11 +59,31 @@ def html(result: Any) -> str:
     return f"<div><strong>{escape(told.title)}</strong><table>{rows}</table>{verdict}</div>"
 
 
+def number(value: float | None) -> str:
+    """Three decimals, or three digits where decimals would hide or bury it."""
+    if value is None or value != value:
+        return "unknown"
+    if ROUNDING < abs(value) < 1e-3 or abs(value) >= 1e6:
+        return f"{value:.3g}"
+    return f"{0.0 if abs(value) < ROUNDING else value:.3f}"
+
+
+def counted(count: int, one: str) -> str:
+    """How many of something, ``1 epoch`` or ``2 epochs``."""
+    return f"{count:,} {one}{'' if count == 1 else 's'}"
+
+
+def plus_minus(error: float | None, kind: str = "") -> str:
+    """`` ± 0.012 (kind)``; nothing where an error is unknown, or what rounding leaves."""
+    if error is None or not error > ROUNDING:
+        return ""
+    return f" ± {number(error)}" + (f" ({kind})" if kind else "")
+
+
 def mean(values: Any) -> str:
     """The mean over data of ``[N]`` nats, with its standard error if it has one."""
     values = values.double()
-    error = standard_error(values).item()
-    return f"{values.mean().item():.3f}" + (f" ± {error:.3f}" if error == error else "")
+    return number(values.mean().item()) + plus_minus(standard_error(values).item())
 
 
 def _of(result: Any) -> Told:

@@ -132,7 +132,11 @@ def _is_users(file: str, module: str) -> bool:
     """Whether a file is a program's and no library's."""
     if module.partition(".")[0] in ("pyrovae", "pyro", "torch"):
         return _is_shipped(module)
-    return not (file.startswith("<frozen") or str(Path(file).resolve()).startswith(LIBRARIES))
+    # Cython names the file that it was compiled from, which nobody has: the module knows better.
+    file = getattr(sys.modules.get(module), "__file__", None) or file
+    path = Path(file).resolve()
+    installed = {"site-packages", "dist-packages"} & {*path.parts}  # of whichever environment
+    return not (installed or file.startswith("<frozen") or str(path).startswith(LIBRARIES))
 
 
 def _spelled(file: Any, line: int, source: str) -> str:

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyrovae._tools import standard_error
-from pyrovae._tools.shown import Shown, Told, mean
+from pyrovae._tools.shown import Shown, Told, mean, number, plus_minus
 from pyrovae.diagnostics.aggregate import Aggregate
 from pyrovae.diagnostics.calibration import Calibration, Probe
+from pyrovae.evidence.result import Kind, Verdict
 
 # The threshold of Burda et al. (arXiv 1509.00519) on the variance of a unit's posterior mean.
 ACTIVE = 0.01
@@ -129,21 +131,31 @@ class Diagnosis(Shown):
             for name in ("ELBO", "rate", "distortion")
         ]
         if self.aggregate:
-            error = self.mutual_information_error
-            rows.append(("information", f"{self.mutual_information:.3f} ± {error:.3f} nats"))
-            rows.append(("marginal KL", f"{self.marginal_kl:.3f} nats"))
+            error = plus_minus(self.mutual_information_error)
+            rows.append(("information", f"{number(self.mutual_information)}{error} nats"))
+            rows.append(("marginal KL", f"{number(self.marginal_kl)} nats"))
         for name, site in self.sites.items():
             used = f"{site.active_units} of {site.units} units active"
             rows.append((f"latent {name}", f"KL {site.kl_total:.3f} nats, {used}"))
         return Told(f"Diagnosis of {self.num_data} data (± over data)", rows, self.verdict)
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """In words: whether the latents are used, what the KL is spent on, and calibration."""
         found = [*self._about_units(), self._about_rate()]
         if self.calibration is not None:
             found.append(self.calibration.verdict)
-        return " ".join([*found, *self.remarks])
+        return Verdict(self._kind(), " ".join([*found, *self.remarks]))
+
+    def _kind(self) -> Kind:
+        """Doubtful where latents are unused or intervals off, fair where a part is unknown."""
+        sites = self.sites.values()
+        few = 2 * sum(site.active_units for site in sites) < sum(site.units for site in sites)
+        unused = any(site.units and not site.active_units for site in sites)
+        if few or unused or (self.calibration is not None and self.calibration.off):
+            return "doubtful"
+        whole = self.aggregate is not None and not self.aggregate.capped and not self.remarks
+        return "good" if whole else "fair"
 
     def summary(self) -> dict[str, Any]:
         """The numbers and the verdict, ready for JSON: None where there is no number."""
@@ -163,7 +175,8 @@ class Diagnosis(Shown):
             "calibration": covered and dict(zip(COVERED, covered, strict=True)),
             "probe": probe and {name: each._asdict() for name, each in probe.items()},
             "bits_per_dimension": self.bits_per_dimension,
-            "verdict": self.verdict,
+            "verdict": str(self.verdict),
+            "verdict_kind": self.verdict.kind,
         }
         return _known(found)
 
@@ -180,7 +193,10 @@ class Diagnosis(Shown):
             ]
         each = ", ".join(f"{n} {s.active_units} of {s.units}" for n, s in self.sites.items())
         detail = f" ({each})" if len(self.sites) > 1 else ""
-        found = [f"{active} of {units} units {'is' if active == 1 else 'are'} active{detail}."]
+        found = [
+            f"{active} of {units} units {'is' if active == 1 else 'are'} active{detail}: the "
+            f"posterior mean varies by more than {ACTIVE} over data{self._about_each()}."
+        ]
         for name, site in self.sites.items():
             if site.active_units == 0:
                 found.append(
@@ -189,16 +205,25 @@ class Diagnosis(Shown):
                 )
         return found
 
+    def _about_each(self) -> str:
+        """What single units carry, where that is known."""
+        each = [site.kl for site in self.sites.values() if site.factorized]
+        if len(each) < len(self.sites) or (kl := torch.cat(each)).numel() < 2:
+            return ""
+        little = int((kl < NOTHING).sum())
+        few = f", and less than {NOTHING} nats in {little} of them" if little else ""
+        return f"; the KL of a unit is {kl.min():.2g} to {kl.max():.2g} nats{few}"
+
     def _about_rate(self) -> str:
         rate, parts = self.rate.double().mean().item(), self.aggregate
         if parts is None:
             return f"The rate is {rate:.4g} nats."
         split = (
-            f"Of the rate of {rate:.4g} nats, {parts.mutual_information:.4g} ± "
-            f"{parts.standard_error:.2g} are information about the data and "
-            f"{parts.marginal_kl:.4g} ± {parts.marginal_kl_error:.2g} the divergence of the "
-            f"aggregate posterior from the prior; the remainder, {self.remainder:.2g}, is the "
-            f"Monte Carlo error of this split."
+            f"Of the rate of {number(rate)} nats, {number(parts.mutual_information)}"
+            f"{plus_minus(parts.standard_error)} are information about the data and "
+            f"{number(parts.marginal_kl)}{plus_minus(parts.marginal_kl_error)} the divergence of "
+            f"the aggregate posterior from the prior; the remainder, {number(self.remainder)}, is "
+            f"the Monte Carlo error of this split."
         )
         if not parts.capped or self.num_data == 1:
             return split

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae._tools.shown import Shown, Told
+from pyrovae._tools.shown import Shown, Told, number, plus_minus
 
 HEAVY, FEW = 0.7, 8.0
 # A single heavy-tailed datum hardly moves a mean; one in twenty does.
@@ -166,10 +166,8 @@ class LogLikelihood(Shown):
         return Verdict("fair" if unsure or not all_known else "good", about)
 
     def _told(self) -> Told:
-        told = f"{self.mean:.3f} ± {self.mean_standard_error:.3f} (Monte Carlo)"
-        if len(self.log_prob) > 1:
-            told += f" ± {self.data_standard_error:.3f} (over data)"
-        rows = [("log p(x)", f"{told} nats per datum")]
+        errors = self.mean_standard_error, self.data_standard_error
+        rows = [("log p(x)", headline(self.mean, *errors, bound=self.verdict.kind == "doubtful"))]
         rows.append(("effective samples", f"median {self.ess.median():.1f} of {self.num_samples}"))
         known = self.khat[~self.khat.isnan()]
         if len(known):
@@ -301,6 +299,14 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
     noise = (a.standard_error.double().square() + b.standard_error.double().square()).sum() / n**2
     parts = total, (total - noise).clamp(min=0), noise
     return Comparison(each, each.mean().item(), *(part.sqrt().item() for part in parts))
+
+
+def headline(
+    mean: float | None, monte_carlo: float | None, data: float | None, *, bound: bool
+) -> str:
+    """A mean log p(x) with both of its errors, and ≥ before it where it is but a lower bound."""
+    errors = plus_minus(monte_carlo, "Monte Carlo") + plus_minus(data, "over data")
+    return f"{'≥ ' if bound else ''}{number(mean)}{errors} nats per datum"
 
 
 def _share(count: int, total: int) -> str:

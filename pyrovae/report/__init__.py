@@ -14,9 +14,10 @@ from torch import Tensor
 from pyrovae._tools import InputError, flat
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import subseed
+from pyrovae._tools.shown import number
 from pyrovae.report import figures as plots
 from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
-from pyrovae.report.text import shown, statements
+from pyrovae.report.text import statements
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.config import PairRecord
@@ -107,7 +108,8 @@ def render_report(
     for split in sorted(results, key=["test", "valid", "train", *results].index):
         found, rows = results[split], () if splits else history
         said = statements(found, history=rows, weights=weights)
-        splits.append({"name": split, "found": plain_json(found), "statements": said})
+        about = {"name": split, "found": plain_json(found), "statements": said}
+        splits.append(about | {"headline": found.headline, "is_bound": found.is_bound})
     return _render(
         "report.html.j2",
         title=f"{model} with guide {guide}, trained on {data}",
@@ -160,7 +162,7 @@ def _cell(value: Any) -> str | Markup:
     from markupsafe import Markup
 
     if isinstance(value, float):
-        return Markup('<data value="{!r}">{}</data>').format(float(value), shown(value))
+        return Markup('<data value="{!r}">{}</data>').format(float(value), number(value))
     return _plain(value)
 
 

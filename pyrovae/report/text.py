@@ -6,14 +6,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pyrovae._tools.shown import counted, number
 from pyrovae.evidence.result import HEAVY_SHARE, Verdict
 from pyrovae.objectives.elbo import ESTIMATORS
-from pyrovae.runs.results import BOUND, Evidence, Mean, Results, number
+from pyrovae.runs.results import BOUND, STEEP, Evidence, Mean, Results
 
 NAMES = {"trace_elbo": "A (Trace_ELBO)", "trace_mean_field_elbo": "B (TraceMeanField_ELBO)"}
-# A tenth of a nat is what papers print; a posterior that leaves half of its dimensions unused is
-# worth a look.
-STEEP, ACTIVE_SHARE = 0.1, 0.5
 LONGER = (
     "The validation ELBO was best in the last epoch: longer training (pyrovae train --resume "
     "--epochs) may raise it."
@@ -24,11 +22,6 @@ EARLIER = (
 MORE = "pyrovae evaluate with --samples 10000, --refine 200 or --annealed 16"
 
 
-def shown(value: float) -> str:
-    """Three decimals, or three digits where decimals would hide or bury a number."""
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
 def summarize(found: Results, split: str) -> str:
     """The lines that ``pyrovae evaluate`` prints of a split's results."""
     n, of = found.num_data, found.num_data_of_split
@@ -36,7 +29,7 @@ def summarize(found: Results, split: str) -> str:
     lines = [f"{split}, {some}{of} data, nats per datum (higher is better)"]
     lines += [_over_data(f"ELBO, estimator {NAMES[name]}", found.elbo[name]) for name in ESTIMATORS]
     if ll := found.log_likelihood:
-        lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll))
+        lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll, found.is_bound))
         size = f"median effective sample size {ll.ess_median or 0:.0f} of {ll.num_samples}"
         few = "k-hat needs more samples"
         heavy = few if found.heavy is None else f"k-hat > 0.7 for {found.heavy:.1%} of the data"
@@ -44,7 +37,8 @@ def summarize(found: Results, split: str) -> str:
     if found.amortization_gap:
         lines.append(_over_data("amortization gap", found.amortization_gap))
     if ais := found.annealed:
-        lines.append(_estimate(f"log p(x), {ais.num_chains} chains, {ais.num_data} data", ais))
+        name = f"log p(x), {counted(ais.num_chains, 'chain')}, {ais.num_data} data"
+        lines.append(_estimate(name, ais, ais.is_bound))
         if over := ais.over_importance_sampling:
             lines.append(_row("  over importance sampling on these", over) + " Monte Carlo")
         tight = found.bidirectional.verdict if found.bidirectional else ""
@@ -90,14 +84,17 @@ def _evidence(found: Results) -> Iterator[Verdict]:
             f"For {share:.1%} of the data the Pareto k-hat of the importance weights is above "
             f"0.7: log p(x) of these data is a lower bound in expectation; raise --samples.",
         )
-    curve = sorted((k, bound) for k, bound in ll.curve.items() if bound is not None)
-    if len(curve) > 2:
-        (few, low), (many, high) = curve[-2:]
-        steep = high - low > STEEP
+    if ll.last_rise:
+        few, many, rise = ll.last_rise
+        steep = rise > STEEP
+        told = "raise log p(x) further" if steep else "hardly change log p(x)"
+        # A curve is flat where the draws that it lacks have not come yet as well.
+        unsure = found.is_bound and not steep
+        told += ", unless by weights that have not come yet" if unsure else ""
         yield Verdict(
-            "doubtful" if steep else "good",
-            f"From {few:,} to {many:,} samples the bound rises by {shown(high - low)} nats: more "
-            f"samples will {'raise log p(x) further' if steep else 'hardly change log p(x)'}.",
+            "doubtful" if steep else "fair" if unsure else "good",
+            f"From {few:,} to {many:,} samples the bound rises by {number(rise)} nats: more "
+            f"samples will {told}.",
         )
 
 
@@ -110,9 +107,9 @@ def _gap(found: Results) -> Iterator[Verdict]:
     sign = "." if mean > bound else ", never negative: here sampling error outweighs it."
     yield Verdict(
         "fair",
-        f"The gap log p(x) − ELBO ({NAMES[which][0]}) is {shown(mean - bound)} nats: the looseness "
-        f"of the bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where k-hat is "
-        f"above 0.7{sign}",
+        f"The gap log p(x) − ELBO ({NAMES[which][0]}) is {number(mean - bound)} nats: the "
+        f"looseness of the bound, an estimate of the mean KL(q(z|x) ‖ p(z|x)), at least this where "
+        f"k-hat is above 0.7{sign}",
     )
     if won := found.amortization_gap:
         text = f"Refining the guide for each datum won {won} nats of ELBO: the amortization gap."
@@ -122,12 +119,10 @@ def _gap(found: Results) -> Iterator[Verdict]:
 def _annealed(found: Results) -> Iterator[Verdict]:
     ais = found.annealed
     if ais and (over := ais.over_importance_sampling):
-        more, error = over.mean or 0.0, over.standard_error or 0.0
-        # Below 0.05 nats a difference hides in what papers print, however sure it is.
-        short = more > max(2 * error, 0.05)
+        short, unsure = ais.finds_more, ais.is_bound or found.is_bound
         end = "by which log p(x) above is too low there" if short else "so that the two agree"
         yield Verdict(
-            "doubtful" if short else "good",
+            "doubtful" if short else "fair" if unsure else "good",
             f"Annealed importance sampling of {ais.num_data} data, less importance sampling of "
             f"the same: {over} nats, {end}.",
         )
@@ -139,24 +134,23 @@ def _annealed(found: Results) -> Iterator[Verdict]:
 
 def _posterior(found: Results) -> Iterator[Verdict]:
     if (seen := found.diagnostics) and seen.verdict:
-        active, units = found.active_units
-        dead = any(site.units and not site.active_units for site in seen.sites.values())
-        doubtful = dead or active < ACTIVE_SHARE * units
-        yield Verdict("doubtful" if doubtful else "good", seen.verdict)
+        yield Verdict(seen.verdict_kind, seen.verdict)
     if found.calibration and found.calibration.verdict:
         yield Verdict(found.calibration.verdict_kind or "fair", found.calibration.verdict)
 
 
-def _row(name: str, found: Mean) -> str:
-    return f"  {name:<39}  {number(found.mean)} ± {number(found.standard_error)}"
+def _row(name: str, found: Mean, bound: bool = False) -> str:
+    sign = "≥" if bound else " "
+    return f"  {name:<38} {sign} {number(found.mean)} ± {number(found.standard_error)}"
 
 
 def _over_data(name: str, found: Mean) -> str:
     return f"{_row(name, found)} over data"
 
 
-def _estimate(name: str, found: Evidence) -> str:
-    return f"{_row(name, found)} Monte Carlo, ± {number(found.data_standard_error)} over data"
+def _estimate(name: str, found: Evidence, bound: bool) -> str:
+    told = _row(name, found, bound)
+    return f"{told} Monte Carlo, ± {number(found.data_standard_error)} over data"
 
 
 def _wrapped(text: str) -> str:

@@ -10,10 +10,11 @@ from shlex import quote
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.files import plain_json
+from pyrovae._tools.shown import number, plus_minus
 from pyrovae.evidence.result import Comparison, Verdict, compare_log_likelihood
 from pyrovae.runs import Run
 from pyrovae.runs.config import Config
-from pyrovae.runs.results import Finding, load_finding, number
+from pyrovae.runs.results import Finding, load_finding
 
 HEAD = ("run", "model", "guide", "objective", "ELBO", "log p(x)", "k-hat > 0.7", "rate", "active")
 
@@ -39,7 +40,7 @@ class Compared:
             self.config.guide.name,
             ", ".join([self.config.objective, *settings]),
             number(None if found.bound is None else found.bound.mean),
-            f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f}",
+            "≥ " * found.is_bound + number(ll.mean) + plus_minus(ll.mean_standard_error),
             "unknown" if share is None else f"{share:.1%}",
             number(found.rate.mean),
             f"{active} of {units}" if units else "unknown",

@@ -18,21 +18,28 @@ from torch import Tensor
 
 from pyrovae._tools import standard_error
 from pyrovae._tools.files import locked, plain_json, reading, sealed, typed
+from pyrovae._tools.shown import number, plus_minus
 from pyrovae.diagnostics import Diagnosis
-from pyrovae.evidence.result import HEAVY, Curve, Kind, LogLikelihood, Verdict
+from pyrovae.evidence.result import (
+    FEW,
+    HEAVY,
+    HEAVY_SHARE,
+    Curve,
+    Kind,
+    LogLikelihood,
+    Verdict,
+    headline,
+)
 from pyrovae.evidence.result import compare_log_likelihood as compare
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
 
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
+# A rise of the curve at its end that counts: a tenth of a nat is what papers print.
+STEEP = 0.1
 # What is text in an estimate. All else that is no tensor is written as JSON.
 TEXTS = ("method", "data")
-
-
-def number(value: float | None) -> str:
-    """Three decimals, or what stands for a number that is not known."""
-    return "unknown" if value is None else f"{value:.3f}"
 
 
 class Mean(Struct, kw_only=True, frozen=True):
@@ -43,8 +50,7 @@ class Mean(Struct, kw_only=True, frozen=True):
 
     def __str__(self) -> str:
         """The mean, and its error if it is known."""
-        error = self.standard_error
-        return number(self.mean) + ("" if error is None else f" ± {number(error)}")
+        return number(self.mean) + plus_minus(self.standard_error)
 
 
 class Evidence(Mean, kw_only=True, frozen=True):
@@ -66,15 +72,47 @@ class Evidence(Mean, kw_only=True, frozen=True):
     uncovered: float | None = None
     curve: dict[int, float | None] = {}  # msgspec gives each record a dictionary of its own
 
+    @property
+    def last_rise(self) -> tuple[int, int, float] | None:
+        """The last two numbers of samples of a curve of three or more, and its rise between."""
+        known = sorted((k, bound) for k, bound in self.curve.items() if bound is not None)
+        if len(known) < 3:
+            return None
+        (few, low), (many, high) = known[-2:]
+        return few, many, high - low
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether k-hat, the curve or the effective samples say no more than a lower bound.
+
+        So it is where the samples are too few for a k-hat.
+        """
+        few = (self.ess_median or 0.0) < min(FEW, self.num_samples / 2)
+        heavy = self.heavy is None or self.heavy > HEAVY_SHARE
+        return few or heavy or bool(self.last_rise and self.last_rise[2] > STEEP)
+
 
 class Annealed(Evidence, kw_only=True, frozen=True):
     """An annealed estimate of the first data, and what it has over importance sampling of them."""
 
     verdict: str = ""
+    verdict_kind: Kind = "fair"
     num_data: int = 0
     num_chains: int = 0
     acceptance: float | None = None
     over_importance_sampling: Mean | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether few chains make up the sum, or the mean has a bias beyond its error."""
+        return self.verdict_kind == "doubtful"
+
+    @property
+    def finds_more(self) -> bool:
+        """Whether it is above importance sampling of the same data by what matters."""
+        over = self.over_importance_sampling or Mean()
+        # Below 0.05 nats a difference hides in what papers print, however sure it is.
+        return (over.mean or 0.0) > max(2 * (over.standard_error or 0.0), 0.05)
 
 
 class Sandwich(Struct, kw_only=True, frozen=True):
@@ -134,6 +172,7 @@ class Posterior(Struct, kw_only=True, frozen=True):
     probe: dict[str, dict[str, float | None]] | None = None
     bits_per_dimension: float | None = None
     verdict: str = ""
+    verdict_kind: Kind = "fair"
 
 
 class Results(Struct, kw_only=True, frozen=True):
@@ -209,6 +248,19 @@ class Results(Struct, kw_only=True, frozen=True):
     def verdict(self) -> Verdict:
         """Whether log p(x) can be trusted."""
         return Verdict(self.verdict_kind, self.words)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the mean log p(x) is, for all that is known, but a lower bound."""
+        ll, ais = self.log_likelihood, self.annealed
+        doubted = self.verdict_kind == "doubtful" or bool(ais and ais.finds_more)
+        return doubted or ll is None or ll.is_bound
+
+    @property
+    def headline(self) -> str:
+        """The mean log p(x) with both of its errors, or ≥ it, in nats per datum."""
+        ll = self.log_likelihood or Evidence()
+        return headline(ll.mean, ll.standard_error, ll.data_standard_error, bound=self.is_bound)
 
     @property
     def bound(self) -> Mean | None:
@@ -358,6 +410,7 @@ def _annealed(ais: LogLikelihood, ll: LogLikelihood) -> Annealed:
     return Annealed(
         **_estimate(ais),
         verdict=str(ais.verdict),
+        verdict_kind=ais.verdict.kind,
         num_data=n,
         num_chains=ais.num_samples,
         acceptance=None if ais.acceptance is None else ais.acceptance.mean().item(),

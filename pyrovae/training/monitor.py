@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools.seeding import subseed, undone
-from pyrovae._tools.shown import Shown, Told
+from pyrovae._tools.shown import Shown, Told, counted
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
@@ -82,7 +82,7 @@ class Fit(Shown):
         rows.append(("time", f"{sum(row['seconds'] for row in self.history):.1f} s"))
         best, done = self.best_epoch, len(self.history)
         verdict = f"The {bound} of validation data was highest in epoch {best} of {done}."
-        return Told(f"Fit: epochs 1 to {done}", rows, "" if best is None else verdict)
+        return Told(f"Fit: {counted(done, 'epoch')}", rows, "" if best is None else verdict)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: weights, optimizer, schedule, history, seed."""

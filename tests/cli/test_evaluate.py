@@ -76,7 +76,7 @@ def test_what_is_written_is_what_the_library_finds():
     whole = seen["rate"]["mean"] + seen["distortion"]["mean"]
     assert -whole == pytest.approx(bound["mean"], abs=1e-4)
     assert found["reconstruction"] - found["kl"] == pytest.approx(bound["mean"], abs=1e-4)
-    assert f"the rate of {seen['rate']['mean']:.4g} nats" in seen["verdict"]
+    assert f"the rate of {seen['rate']['mean']:.3f} nats" in seen["verdict"]
     draws = inference_data.load("run/inference_test.nc")
     assert draws["posterior"]["z"].shape == (1, 100, 100, 2)
     np.testing.assert_allclose(draws["sample_stats"]["log_prob"], ll.log_prob[:100])

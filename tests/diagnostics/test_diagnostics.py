@@ -13,7 +13,8 @@ from torch import nn
 
 import pyrovae
 from pairs import PAIRS, binary, shipped_bernoulli, shipped_gaussian
-from pyrovae.diagnostics import aggregate, aggregate_posterior, diagnose
+from pyrovae.diagnostics import Diagnosis, aggregate, aggregate_posterior, diagnose
+from pyrovae.diagnostics.result import SiteDiagnosis
 from pyrovae.distributions import GridCategorical, kl_standard_normal
 from pyrovae.guides.linear_gaussian import LinearGaussian as FullGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
@@ -161,6 +162,12 @@ def test_stated_errors_of_information_hold_over_repeats():
 def test_information_within_a_nat_of_the_cap_is_capped(short, capped):
     parts = aggregate.Aggregate(math.log(100) - short, 0.1, 0.0, 0.1, 5.0, 100)
     assert parts.capped == capped
+    nats = torch.ones(100)
+    unit = SiteDiagnosis(torch.ones(1), torch.ones(1), torch.ones(1), torch.tensor([True]), True)
+    found = Diagnosis(100, nats, nats, {"z": unit}, parts)
+    assert found.verdict.kind == ("fair" if capped else "good")
+    exact = Diagnosis(100, nats, nats, {"z": unit}, parts._replace(standard_error=2.5e-16))
+    assert f"{parts.mutual_information:.3f} are information about the data" in exact.verdict
 
 
 def test_an_unused_site_is_named():
@@ -176,7 +183,10 @@ def test_an_unused_site_is_named():
             pyro.sample("w", dist.Normal(0.1, 1.0))
 
     found = diagnose(model, guide, 2**0.5 * torch.randn(400), seed=0)
-    assert "1 of 2 units is active (z 1 of 1, w 0 of 1). Site w is unused" in found.verdict
+    assert "1 of 2 units is active (z 1 of 1, w 0 of 1): the posterior mean varies" in found.verdict
+    assert "the KL of a unit is 0.005 to 0.34 nats, and less than 0.05 nats in 1" in found.verdict
+    assert "Site w is unused" in found.verdict
+    assert found.verdict.kind == "doubtful"
     assert found.sites["w"].kl_total == pytest.approx(0.005)
 
 

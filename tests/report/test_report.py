@@ -16,6 +16,7 @@ from pyrovae import report
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.report import CAPTIONS, render_comparison, render_report
 from pyrovae.report.figures import image_grid, png
+from pyrovae.report.text import summarize
 from pyrovae.runs.compare import Compared, RunComparison
 from pyrovae.runs.config import Config
 from pyrovae.runs.results import Finding, Results
@@ -119,7 +120,8 @@ def test_every_result_stands_in_its_row_and_exactly_in_the_markup():
 
 
 def test_the_gap_is_log_p_minus_the_bound_with_the_analytic_kl():
-    assert "log p(x) = -15.988 ± 0.012 nats per datum." in render().text
+    headline = "-15.988 ± 0.012 (Monte Carlo) ± 0.188 (over data) nats per datum."
+    assert f"log p(x) = {headline}" in render().text
     (verdict,) = [line for line in render().text.splitlines() if "looseness" in line]
     assert f"{-15.987654 + 17.098765:.3f} nats" in verdict
     assert "sampling error" not in verdict
@@ -139,6 +141,40 @@ def test_heavy_tailed_weights_are_warned_of(share, warned):
     assert (f"For {share:.1%} of the data" in text) is warned
 
 
+@pytest.mark.parametrize(
+    "doubt",
+    [
+        {"khat_over_0.7": 0.12},
+        {"khat_over_0.7": None},
+        {"ess_median": 3.0},
+        {"curve": {"10": -17.0, "100": -16.5, "1000": -15.988}},
+    ],
+)
+def test_a_doubted_estimate_is_headed_as_the_bound_that_it_is(doubt):
+    results = deepcopy(RESULTS)
+    results["test"]["log_likelihood"] |= doubt
+    page, (found,) = render(results=results), read(results).values()
+    headline = "≥ -15.988 ± 0.012 (Monte Carlo) ± 0.188 (over data) nats per datum"
+    assert f"log p(x) {headline}." in page.text
+    assert page.row("log p(x), a lower bound") == ["-15.988", "0.012", "0.188"]
+    line = "≥ -15.988 ± 0.012 Monte Carlo, ± 0.188 over data"
+    assert line in summarize(found, "test")
+    assert line[2:] in summarize(read(RESULTS)["test"], "test")
+    assert "≥" not in summarize(read(RESULTS)["test"], "test")
+
+
+@pytest.mark.parametrize("kind", ["verdict", "annealing"])
+def test_a_verdict_or_annealing_that_doubts_heads_a_bound_and_ticks_nothing(kind):
+    annealed = {"num_data": 60, "num_chains": 8, "mean": -15.5, "standard_error": 0.02}
+    over = {"over_importance_sampling": {"mean": 0.4, "standard_error": 0.02}}
+    more = {"verdict_kind": "doubtful"} if kind == "verdict" else {"annealed": annealed | over}
+    results = evaluated(**more)
+    results["test"]["log_likelihood"]["curve"] = {"1": -17.0, "10": -16.5, "1000": -16.45}
+    page = render(results=results)
+    assert "log p(x) ≥ -15.988" in page.text
+    assert marked(page, "hardly change log p(x), unless by weights that have not come") == "·"
+
+
 DIAGNOSTICS = {
     "num_data": 360,
     "rate": {"mean": 4.25, "standard_error": 0.05},
@@ -151,6 +187,7 @@ DIAGNOSTICS = {
     "probe": {"z": {"linear": 0.76, "knn": 0.74, "chance": 0.1, "classes": 10, "num_test": 180}},
     "bits_per_dimension": None,
     "verdict": "1 of 2 units is active.",
+    "verdict_kind": "good",
 }
 
 
@@ -177,8 +214,7 @@ def test_the_posterior_is_told_in_words_and_numbers():
     assert page.row("accuracy of labels from z, linear probe") == ["76.0%"]
     assert marked(page, "1 of 2 units is active.") == "✓"
     dead = deepcopy(DIAGNOSTICS)
-    dead["sites"]["z"]["active_units"] = 0
-    dead["verdict"] = "The posterior has collapsed."
+    dead |= {"verdict": "The posterior has collapsed.", "verdict_kind": "doubtful"}
     assert marked(render(results=evaluated(diagnostics=dead)), "has collapsed.") == "!"
 
 
@@ -200,6 +236,7 @@ def test_a_bound_that_still_rises_is_a_doubt():
         curve = {"1": -17.0, "10": -16.5, "100": -16.0, "1000": last}
         results["test"]["log_likelihood"]["curve"] = curve
         page = render(results=results)
+        assert page.row("bound with 1 sample, nats per datum") == ["-17.000"]
         assert marked(page, f"From 100 to 1,000 samples the bound rises by {last + 16:.3f}") == mark
         assert page.row("bound with 10 samples, nats per datum") == ["-16.500"]
 

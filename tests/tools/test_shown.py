@@ -1,5 +1,6 @@
 """Results show the few numbers that matter, in ten lines at most, and as a table in a notebook."""
 
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 
 import pyrovae
 from pyrovae._tools import progress_bar
+from pyrovae._tools.shown import counted, number, plus_minus
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 
@@ -53,7 +55,9 @@ def test_pages_are_tables_with_the_same_numbers(results):
 
 def test_the_numbers_are_those_of_the_results(results):
     ll, bound, fit = results["LogLikelihood"], results["ElboResult"], results["Fit"]
-    assert f"log p(x)           {ll.mean:.3f} ± {ll.mean_standard_error:.3f}" in repr(ll)
+    told = f"{ll.mean:.3f} ± {ll.mean_standard_error:.3f} (Monte Carlo) ± "
+    told += f"{ll.data_standard_error:.3f} (over data) nats per datum"
+    assert f"log p(x)           {'≥ ' * (ll.verdict.kind == 'doubtful')}{told}" in repr(ll)
     assert "nats per datum" in repr(ll)
     assert f"{ll.verdict.kind}: {ll.verdict}"[:60] in repr(ll)
     assert f"{bound.mean:.3f} ± {bound.standard_error:.3f} nats per datum" in repr(bound)
@@ -93,3 +97,13 @@ def test_a_bar_is_shown_in_a_notebook(monkeypatch):
     bar = progress_bar(range(2))
     assert not bar.disable
     bar.close()
+
+
+def test_numbers_hide_nothing_and_rounding_is_no_error():
+    assert [number(v) for v in (6.908, 1.2e-4, 0, -1e-17, None, math.nan)] == [
+        "6.908", "0.00012", "0.000", "0.000", "unknown", "unknown",
+    ]  # fmt: skip
+    assert plus_minus(0.0123, "over data") == " ± 0.012 (over data)"
+    assert plus_minus(1.2e-4) == " ± 0.00012"
+    assert not any(map(plus_minus, (2.5e-16, 0.0, None, math.nan)))
+    assert [counted(n, "epoch") for n in (1, 2, 1000)] == ["1 epoch", "2 epochs", "1,000 epochs"]

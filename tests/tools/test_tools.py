@@ -1,13 +1,16 @@
 """The small tools that every folder uses."""
 
+import io
 import math
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 from pyrovae._tools import standard_error
 from pyrovae._tools.seeding import undone
+from pyrovae._tools.source_lines import error_place
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -23,6 +26,13 @@ def test_fewer_than_two_values_have_no_standard_error(shape):
     assert found.isnan().all()
     assert found.shape == shape[1:]
     assert found.dtype == torch.float64
+
+
+def test_a_line_of_a_compiled_library_is_no_line_of_a_user():
+    with pytest.raises(ValueError, match="Expected 2 fields") as found:
+        pandas.read_csv(io.StringIO("a,b\n1,2\n1,2,3\n"), index_col=False, engine="c")
+    assert "pyx" in str(found.traceback)
+    assert "test_tools.py" in error_place(found.value)
 
 
 def test_what_did_not_change_is_not_written_to():
