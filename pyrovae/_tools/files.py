@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, trust
 
 T = TypeVar("T")
 # What a sealed JSON object has beside what the seal is of.
@@ -160,17 +160,28 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(msgspec.json.encode(rest, order="sorted")).hexdigest()
 
 
-def pack_tensors(tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> bytes:
-    """The content of a file that holds tensors and, beside them, words about them."""
+def pack_tensors(
+    tensors: dict[str, Tensor], about: dict[str, str] | None = None, signed: str = ""
+) -> bytes:
+    """The content of a file that holds tensors and, beside them, words about them.
+
+    ``signed`` is the file's name, if the user's key is to sign that it has this content.
+    """
     from safetensors.torch import save
 
     about = about or {}
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    return save(tensors, about | {"sha256": checksum(tensors, about)})
+    seals = {"sha256": checksum(tensors, about)}
+    if signed:
+        seals["signature"] = trust.sign(f"{signed} {seals['sha256']}")
+    return save(tensors, about | seals)
 
 
-def unpack_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and the words about them; a file that was altered is refused."""
+def unpack_tensors(path: Path, signed: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and the words about them; a file that was altered is refused.
+
+    ``signed`` refuses one that this user has not written under this name, too.
+    """
     from safetensors import safe_open
 
     require_file(path)
@@ -179,8 +190,11 @@ def unpack_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             about = file.metadata() or {}
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-        if about.pop("sha256", None) != checksum(tensors, about):
+        seal, signature = (about.pop(name, "") for name in SEALS)
+        if seal != checksum(tensors, about):
             raise ValueError("its checksum is wrong")
+        if signed and not trust.is_own(f"{path.name} {seal}", signature):
+            raise ValueError("it was not written here by you, or under another name")
     return tensors, about
 
 

@@ -166,7 +166,7 @@ class Evaluation:
         if self.file is None or self._saved == len(self._found):
             return
         about = {"about": json.dumps(self.about)}
-        write_atomic(self.file, pack_tensors(_join(self._found), about))
+        write_atomic(self.file, pack_tensors(_join(self._found), about, self.file.name))
         self._saved, self._saved_at = len(self._found), time.monotonic()
 
     def _resume(self, file: Path) -> None:

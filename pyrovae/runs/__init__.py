@@ -38,7 +38,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, trust
 from pyrovae._tools.files import (
     checksum,
     locked,
@@ -52,7 +52,6 @@ from pyrovae._tools.files import (
     unpack_tensors,
     write_atomic,
 )
-from pyrovae.runs import trust
 from pyrovae.runs.config import Config
 from pyrovae.runs.programs import KINDS
 

@@ -33,6 +33,7 @@ from pyrovae.evidence.result import (
 from pyrovae.evidence.result import compare_log_likelihood as compare
 from pyrovae.objectives.elbo import ElboResult
 from pyrovae.runs import Run
+from pyrovae.runs.config import SPLITS
 
 # The estimator whose two parts are rate and distortion: its KL is exact where it can be.
 BOUND = "trace_mean_field_elbo"
@@ -304,7 +305,23 @@ class Finding(NamedTuple):
 
 
 def load_results(run: Run) -> dict[str, Results]:
-    """What evaluations of a run have found, by split."""
+    """What evaluations of a run have found, by split.
+
+    A split that ``results.json`` lacks was being written when its process was killed: its values
+    of each datum hold the means as well.
+    """
+    results = _read_results(run)
+    for split in set(SPLITS) - results.keys():
+        told = (run.load_values(split) or ({}, {}))[1].get("results")
+        if told is not None:
+            path = run.file(f"evaluation/{split}.safetensors")
+            with reading(path):
+                results[split] = found = Results.read(msgspec.json.decode(told))
+            run.require_own(path, found.run, found.sha256)
+    return results
+
+
+def _read_results(run: Run) -> dict[str, Results]:
     path = run.file("results.json")
     if not path.exists():
         return {}
@@ -331,8 +348,13 @@ def load_finding(run: Run, split: str | None = None) -> Finding | None:
 
 
 def save_finding(run: Run, split: str, found: Finding) -> None:
-    """Write what an evaluation found: the values of each datum, and then the means."""
+    """Write what an evaluation found: the values of each datum with the means, then those alone.
+
+    The means of an earlier evaluation go first, so that they never stand beside other values.
+    """
     tensors, about = {"elbo": found.elbo}, {"weights": found.results.weights or "", "units": "nats"}
+    means = plain_json(found.results)
+    about["results"] = json.dumps(means)
     for prefix, ll in (("", found.log_likelihood), ("annealed.", found.annealed)):
         if ll is not None:
             values = {n: v for n, v in vars(ll).items() if isinstance(v, Tensor)}
@@ -343,9 +365,11 @@ def save_finding(run: Run, split: str, found: Finding) -> None:
             about |= {prefix + n: v if n in TEXTS else json.dumps(v) for n, v in texts.items()}
     held = f"{run.path} is being written by another process."
     with locked(run.file(".results.lock"), held, wait=True):
+        others = run.read_json("results.json") if _read_results(run) else {}
+        if others.pop(split, None) is not None:
+            run.write_json("results.json", others)
         run.save_values(split, tensors, about)
-        before = run.read_json("results.json") if load_results(run) else {}
-        run.write_json("results.json", before | {split: plain_json(found.results)})
+        run.write_json("results.json", others | {split: means})
 
 
 def from_tensors(

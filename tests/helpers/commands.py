@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pyrovae._tools import trust
 from pyrovae._tools.files import checksum, sealed, unpack_tensors
 from pyrovae.cli import main
-from pyrovae.runs import trust
 
 SIZES = ["--set", "hidden=8", "--set", "latent=2", "--batch-size", "64", "--lr", "0.01"]
 PAIR = ["--model", "bernoulli", "--guide", "mean_field"]

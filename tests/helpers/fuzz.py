@@ -113,7 +113,8 @@ def spoil_tensors(path: Path, rng: random.Random) -> None:
         about[rng.choice([*about])] = rng.choice(["", "x", "[1, 2]", "null", "1e999", "{}"])
     else:
         tensors[name] = spoil_tensor(tensors[name], rng)
-    path.write_bytes(pack_tensors({n: v.clone() for n, v in tensors.items()}, about))
+    signed = rng.choice(["", path.name])
+    path.write_bytes(pack_tensors({n: v.clone() for n, v in tensors.items()}, about, signed))
 
 
 def spoil_checkpoint(path: Path, rng: random.Random) -> None:

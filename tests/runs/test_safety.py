@@ -68,6 +68,28 @@ def held(path):
     return process
 
 
+@pytest.mark.parametrize("write", range(4))
+def test_a_kill_while_results_are_written_mixes_no_evaluations(workspace, monkeypatch, write):
+    """Of a second evaluation with more samples, at each of its writes."""
+    counted, made, plain = iter(range(9)), Run("run"), Run.write
+
+    def killed(self, name, content):
+        if ("results.json" in name or "safetensors" in name) and next(counted) == write:
+            raise KeyboardInterrupt
+        return plain(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", killed)
+        assert run("evaluate", "run", "--samples", "3", "--no-diagnostics") == (130 * (write < 3))
+    finding = load_finding(made, "test")
+    ll = finding.log_likelihood
+    assert ll.num_samples == finding.results.log_likelihood.num_samples == (2 if write < 2 else 3)
+    assert finding.results.log_likelihood.mean == pytest.approx(ll.mean)
+    stored = made.read_json("results.json").get("test")
+    assert stored is None or stored["log_likelihood"]["num_samples"] == ll.num_samples
+    assert run("report", "run") == 0
+
+
 def test_two_trainings_into_one_directory(workspace, capsys):
     with held(workspace / "run" / TRAINING) as other:
         before = outcome(workspace / "run")
@@ -262,11 +284,11 @@ def flipped(path):
     path.write_bytes(content)
 
 
-def spoilt(path, change):
+def spoilt(path, change, signed=""):
     """Write other numbers under a right checksum, as no damage does."""
     found, about = unpack_tensors(path)
     change(found)
-    path.write_bytes(pack_tensors({n: v.contiguous() for n, v in found.items()}, about))
+    path.write_bytes(pack_tensors({n: v.contiguous() for n, v in found.items()}, about, signed))
 
 
 def test_damage_in_what_an_evaluation_keeps_is_seen_and_done_again(monkeypatch, capsys):
@@ -277,6 +299,26 @@ def test_damage_in_what_an_evaluation_keeps_is_seen_and_done_again(monkeypatch, 
     assert run("evaluate", "run", *SHORT) == 0
     assert "It was put aside, and its data are done again" in capsys.readouterr().err
     assert load_results(Run("run"))["test"] == before
+
+
+@pytest.mark.parametrize("signed", ["", "another"], ids=["by nobody", "of another evaluation"])
+def test_plausible_numbers_that_somebody_put_there_are_done_again(monkeypatch, capsys, signed):
+    before = load_results(Run("run"))["test"]
+    path = stopped_evaluation(monkeypatch)
+    spoilt(path, lambda found: found["log_prob"].add_(0.25), signed)
+    capsys.readouterr()
+    assert run("evaluate", "run", *SHORT) == 0
+    assert "was not written here by you, or under another name" in capsys.readouterr().err
+    assert load_results(Run("run"))["test"] == before
+
+
+def test_what_a_trusted_run_from_elsewhere_has_finished_is_taken(monkeypatch, tmp_path_factory):
+    path = stopped_evaluation(monkeypatch)
+    found = unpack_tensors(path)[0]["log_prob"]
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("elsewhere")))
+    assert run("evaluate", "run", *SHORT, "--trust") == 0
+    assert torch.equal(Run("run").load_values("test")[0]["log_prob"][: len(found)], found)
+    assert not list(path.parent.glob("*.damaged"))
 
 
 SPOILT = {
@@ -290,7 +332,7 @@ SPOILT = {
 @pytest.mark.parametrize("how", SPOILT)
 def test_tiles_that_cannot_be_are_refused(monkeypatch, capsys, how):
     path = stopped_evaluation(monkeypatch)
-    spoilt(path, SPOILT[how])
+    spoilt(path, SPOILT[how], path.name)
     assert f"{path} is damaged" in error_of(capsys, "evaluate", "run", *SHORT)
     assert run("evaluate", "run", *SHORT, "--fresh") == 0
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from commands import TRAIN, config, refusal, rewrite, run, snapshot
 
+from pyrovae._tools import trust
 from pyrovae._tools.files import sealed
-from pyrovae.runs import Run, trust
+from pyrovae.runs import Run
 
 SHORT = ("--samples", "2", "--no-diagnostics")
 COMMANDS = {

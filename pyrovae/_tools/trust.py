@@ -1,4 +1,4 @@
-"""Whether a run was made here: the user's key signs each configuration, and stays on the machine.
+"""Whether a file was made here: the user's key signs its checksum, and stays on the machine.
 
 A run that was made elsewhere holds programs and paths that somebody else chose. The signature is
 an HMAC of the configuration's checksum, which holds the digests of the programs, so that nothing of
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def sign(seal: str) -> str:
-    """The signature of a configuration's checksum; empty where no key can be kept."""
+    """The signature of a checksum; empty where no key can be kept."""
     key = _key()
     return hmac.digest(key, seal.encode(), "sha256").hex() if key else ""
 
