@@ -1,5 +1,7 @@
 """Kill commands at random moments: one process imports, and each command is a fork of it.
 
+Of a hundred trials or more, some are of whole processes, which are mostly killed while they import.
+
 ``python kills.py FOLDER COUNT SEED`` prints as JSON what became of so many kills.
 """
 
@@ -8,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +38,25 @@ KINDS = {
     "resume": ([*RESUME, "--epochs", "5"], "trained", [[*RESUME, "--epochs", "5"]], 3),
     "evaluate": (EVALUATE, "trained", [EVALUATE], 3),
     "report": (["report", "run"], "evaluated", [["report", "run"]], 1),
+    "start-up": ([*TRAIN, "3"], None, [RESUME], 2),
 }
+MANY = 100  # trials from which on whole processes are started as well
+
+
+def start(kind, command, delay=None):
+    """Run a command of a kind: in a fork, or from its start-up on."""
+    if kind != "start-up":
+        return fork(command, delay)
+    began = time.monotonic()
+    with open("errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pyrovae", *command], stdout=subprocess.DEVNULL, stderr=errors
+        )
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait(), time.monotonic() - began
 
 
 def fork(command, delay=None):
@@ -74,7 +95,7 @@ def put(state):
         shutil.copytree(state, "run")
 
 
-def prepare():
+def prepare(kinds):
     """The state before each kind, and what it comes to without a kill, and in how many seconds."""
     shutil.copy(Path(__file__).parents[2] / "models" / "bernoulli.py", "own.py")
     np.save("x.npy", np.random.default_rng(0).integers(0, 2, (90, 6)))
@@ -83,9 +104,10 @@ def prepare():
     assert fork(EVALUATE)[0] == 0, Path("errors").read_text()
     shutil.copytree("run", "evaluated")
     expected = {}
-    for kind, (command, state, _, _) in KINDS.items():
+    for kind in kinds:
+        command, state, _, _ = KINDS[kind]
         put(state)
-        code, seconds = fork(command)
+        code, seconds = start(kind, command)
         assert code == 0, Path("errors").read_text()
         expected[kind] = outcome(kind), seconds
     return expected
@@ -94,21 +116,22 @@ def prepare():
 def go_on(kind, rng):
     """The command to go on with after a kill: that of a new run where there is none yet."""
     command, _, again, _ = KINDS[kind]
-    if kind == "train" and not Path("run/config.json").exists():
+    if kind in ("train", "start-up") and not Path("run/config.json").exists():
         return rng.choice([command, [*command, "--resume"]])
     return rng.choice(again)
 
 
 def trials(count, seed):
     """Kill so many commands; the failures in words, and how many of each kind there were."""
-    rng, expected = random.Random(seed), prepare()
-    failures, counts = [], dict.fromkeys([*KINDS, "finished before the kill"], 0)
+    kinds = [kind for kind in KINDS if kind != "start-up" or count >= MANY]
+    rng, expected = random.Random(seed), prepare(kinds)
+    failures, counts = [], dict.fromkeys([*kinds, "finished before the kill"], 0)
     for number in range(count):
-        kind = rng.choices([*KINDS], [weight for *_, weight in KINDS.values()])[0]
+        kind = rng.choices(kinds, [KINDS[kind][-1] for kind in kinds])[0]
         command, state, _, _ = KINDS[kind]
         (result, seconds), moment = expected[kind], rng.random()
         put(state)
-        code, _ = fork(command, moment * seconds)
+        code, _ = start(kind, command, moment * seconds)
         counts[kind] += 1
         counts["finished before the kill"] += code == 0
         again = go_on(kind, rng)
