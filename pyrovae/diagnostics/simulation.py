@@ -29,11 +29,11 @@ from pyrovae.diagnostics.ranks import (
 )
 from pyrovae.diagnostics.units import CHOICES, by_datum, coordinate, unmasked
 from pyrovae.evidence import SIMULATION_STREAM
+from pyrovae.evidence.pareto import pareto_smooth, tail_length
 from pyrovae.evidence.proposals import chunked, joint_density, require_density, total
 from pyrovae.evidence.result import Verdict
 from pyrovae.evidence.sandwich import simulate
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least, require_rows
-from pyrovae.evidence.weights import pareto_smooth, tail_length
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, Values, samples
 

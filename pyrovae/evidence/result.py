@@ -199,7 +199,11 @@ class LogLikelihood(Shown):
         if bool(unknown.all()):
             text = f"K = {k} is too few to tell whether the errors hold: take 100 or more."
         elif heavy == 0:
-            text = f"k-hat is at most {HEAVY} for all {n} data points: the stated errors hold."
+            text = (
+                f"k-hat is at most {HEAVY} for all {n} data points: nothing in the weights speaks "
+                f"against the stated errors. A part of the posterior that no draw has reached "
+                f"would not show in them; annealed_log_likelihood starts from the prior and may."
+            )
         else:
             text = (
                 f"Importance sampling is unreliable for {_share(heavy, n)}, where k-hat is above "

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
-
-# Two parameters fitted to fewer points say nothing; ArviZ and R's loo draw the line here too.
-LEAST_TAIL = 5
-# A fit holds [data, grid, tail] numbers: 16 MB for eight data of a million samples.
-FITTED_AT_ONCE = 8
+from pyrovae.evidence.pareto import pareto_smooth, tail_length
 
 
 def curve_points(num_samples: int, asked: Sequence[int] = ()) -> list[int]:
@@ -108,11 +104,6 @@ class _Groups:
         return self.total / self.count - math.log(self.size)
 
 
-def tail_length(num_samples: int) -> int:
-    """How many of K weights count as their tail: min(K/5, 3√K) (arXiv 1507.02646, section 2.4)."""
-    return math.ceil(min(0.2 * num_samples, 3 * math.sqrt(num_samples)))
-
-
 class Tail:
     """The largest of K log-weights of each of N data ``like``, kept while the others pass by."""
 
@@ -134,57 +125,3 @@ class Tail:
     def _largest(self) -> Tensor:
         seen = torch.cat(self.waiting)
         return seen.topk(min(self.keep, len(seen)), dim=0).values
-
-
-def pareto_smooth(tail: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
-    r"""Fit a generalized Pareto distribution to each datum's largest weights, and smooth them.
-
-    .. math:: p(w \mid k, \sigma) = \tfrac1\sigma (1 + k w / \sigma)^{-1/k - 1}, \qquad
-              \tilde w_{(i)} = w_0 + F^{-1}\Bigl(\frac{i - 1/2}{M}\Bigr)
-
-    ``tail`` holds the :func:`tail_length` + 1 largest of K log-weights in ascending order,
-    ``[N, M + 1]``; the first is the threshold w₀. Returns the shape k̂ with its weak prior at 0.5,
-    ``[N]``: NaN where the tail has fewer than five weights (K < 21) and cannot be fitted, 0 where
-    the weights are equal, infinite where most are zero. And the M smoothed log-weights ``[N, M]``,
-    none above the largest raw one; the raw ones where no distribution fits.
-
-    References:
-        Zhang and Stephens (2009), A new and efficient estimation method for the generalized
-        Pareto distribution; Vehtari et al. (arXiv 1507.02646), appendix C.
-    """
-    length, raw = min(tail_length(num_samples), tail.shape[1] - 1), tail[:, 1:]
-    if length < LEAST_TAIL:
-        return tail.new_full((len(tail),), math.nan), raw
-    top = torch.where(tail[:, -1:].isinf(), 0.0, tail[:, -1:])
-    weights = (tail - top).exp()
-    excess = weights[:, 1:] - weights[:, :1]
-    constant = ~(excess[:, -1] > 0)
-    excess = torch.where(constant[:, None], torch.ones_like(excess), excess)
-    khat, sigma = (torch.cat(f) for f in zip(*map(_fit, excess.split(FITTED_AT_ONCE)), strict=True))
-    khat = torch.where(torch.isfinite(tail[:, 0]), khat, math.inf)
-    p = (torch.arange(length, dtype=khat.dtype, device=khat.device) + 0.5) / length
-    # At k = 0 the quantile is its limit, -σ ln(1 - p), which a small k gives without a branch.
-    k = torch.where(khat.abs() < torch.finfo(khat.dtype).eps, 1e-12, khat)[:, None]
-    quantiles = sigma[:, None] * torch.expm1(-k * torch.log1p(-p)) / k
-    smoothed = (weights[:, :1] + quantiles).clamp(max=1).log() + top
-    fits = (khat.isfinite() & (sigma > 0) & ~constant)[:, None] & smoothed.isfinite()
-    return torch.where(constant, 0.0, khat), torch.where(fits, smoothed, raw)
-
-
-def _fit(excess: Tensor) -> tuple[Tensor, Tensor]:
-    """k̂ and σ by the posterior mean of b = -k/σ over a grid, all as Zhang and Stephens have it.
-
-    The grid's size, its place at the first quartile, and the prior on k̂, which counts as ten
-    weights at 0.5, are theirs and Vehtari's.
-    """
-    n = excess.shape[1]
-    grid = 30 + int(math.sqrt(n))
-    steps = torch.arange(1, grid + 1, dtype=excess.dtype, device=excess.device) - 0.5
-    quartile = excess[:, int(n / 4 + 0.5) - 1].clamp(min=torch.finfo(excess.dtype).tiny)
-    b = (1 - (grid / steps).sqrt()) / (3 * quartile[:, None]) + 1 / excess[:, -1:]
-    k = torch.log1p(-b[:, :, None] * excess[:, None, :]).mean(-1)
-    profile = n * ((-b / k).log() - k - 1)
-    weight = torch.softmax(profile.nan_to_num(nan=-math.inf), dim=1)
-    b = (b * weight).sum(1, keepdim=True)
-    k = torch.log1p(-b * excess).mean(1)
-    return (n * k + 5) / (n + 10), -k / b[:, 0]

@@ -12,7 +12,7 @@ import torch
 import pyrovae
 from pairs import LATENT, binary, discrete, shipped_bernoulli
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.evidence.weights import pareto_smooth, tail_length
+from pyrovae.evidence.pareto import pareto_smooth, tail_length
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.linear_gaussian import LinearGaussian
@@ -155,6 +155,40 @@ def test_khat_of_known_tails():
     assert (pareto_smooth(tail, 100_000)[0] - shape).abs().max() < 0.12
     assert torch.equal(pareto_smooth(torch.zeros(2, 60), 1000)[0], torch.zeros(2))
     assert pareto_smooth(torch.zeros(2, 3), 4)[0].isnan().all()
+
+
+@pytest.mark.parametrize("samples", [200, 1000])
+def test_weights_equal_up_to_rounding_have_no_tail(samples):
+    """With an exact posterior every weight is p(x), in float32 not to the last bit."""
+    pyro.set_rng_seed(5)
+    model, guide = LinearGaussian((1, 1, 4), 2), ExactGuide((1, 1, 4), 2)
+    guide.match(model)
+    x = pyrovae.sample(model, like=torch.zeros(1, 1, 1, 4), n=40, seed=1)
+    found = pyrovae.log_likelihood(model, guide, x, num_samples=samples, seed=0)
+    assert bool((found.khat < 0.5).all()), found.khat
+    assert found.verdict.kind == "good"
+    step = torch.finfo(torch.float32).eps * 8
+    noise = torch.tensor([0, 0, 1, -1, 2]).double().repeat(samples // 5) * step
+    noise[:3] = 5 * step
+    tail = (noise - 11).sort().values[None, -(tail_length(samples) + 1) :]
+    assert pareto_smooth(tail, samples)[0] == 0
+
+
+def test_weights_that_tie_with_the_threshold_are_no_part_of_the_tail():
+    """As in ArviZ: a discrete latent gives few distinct weights, and no heavy tail by that."""
+    generator = torch.Generator().manual_seed(2)
+    levels = 0.2 * torch.arange(12, dtype=torch.float64)
+    chosen = torch.randint(12, (4, 400), generator=generator)
+    log_weight = torch.where(torch.arange(400) < 370, 0.0, levels[chosen])
+    tail = log_weight.sort(dim=1).values[:, -(tail_length(400) + 1) :]
+    assert bool((tail[:, 0] == tail[:, 20]).all())
+    found = pareto_smooth(tail, 400)[0]
+    expected = torch.tensor(_arviz_khat(log_weight.numpy()))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    two = torch.where(torch.arange(400) < 370, 0.0, torch.ones(1, 400, dtype=torch.float64))
+    assert pareto_smooth(two[:, -61:], 400)[0] < 0.5
+    few = torch.where(torch.arange(400) < 397, 0.0, torch.ones(1, 400, dtype=torch.float64))
+    assert pareto_smooth(few[:, -61:], 400)[0] == math.inf
 
 
 def test_data_that_lie_anyhow_are_evaluated_by_one_graph():
