@@ -242,6 +242,47 @@ def test_a_number_that_changes_unseen_is_found_by_the_audit(tmp_path):
     assert found == pytest.approx(_repeat(svi), rel=0.05)
 
 
+class OnItsKink(nn.Module):
+    """A decoder with a ReLU at zero, where rounding decides whether its gradient is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(LATENT, SHAPE, (8,))
+        self.one, self.other = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            logits = self.net(z) + (self.one - self.other).relu()
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("wrong", [1.0, 1.01])
+def test_rounding_at_a_kink_is_no_difference_but_another_gradient_is(monkeypatch, sign, wrong):
+    def rounded(graph, inputs):
+        def run(*inputs):
+            moved = [
+                t * (1 + (-1) ** n * sign * 1e-6) if t.is_floating_point() else t
+                for n, t in enumerate(inputs)
+            ]
+            numbers, *gradients = graph(*moved)
+            return [numbers, *(wrong * g for g in gradients)]
+
+        return run
+
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", rounded)
+    pyro.set_rng_seed(1)
+    _, svi = _losses(_with_model(OnItsKink()), Trace_ELBO(), True, steps=1)
+    svi.optimizer.zero_grad()
+    if wrong == 1:
+        svi.gradients(X)
+        assert None not in svi.compiled.captures.values()
+    else:
+        with pytest.warns(UserWarning, match="the gradient of shape .* came out otherwise"):
+            svi.gradients(X)
+
+
 class Square(nn.Module):
     """A decoder with as many latents as values."""
 
