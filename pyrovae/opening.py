@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pyrovae import report
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
@@ -19,6 +21,7 @@ from pyrovae.runs import Run
 from pyrovae.runs import evaluate as evaluation
 from pyrovae.runs.config import Config, EvaluationConfig
 from pyrovae.runs.experiment import Experiment, load_experiment
+from pyrovae.runs.programs import KINDS
 from pyrovae.runs.results import Results, load_results
 
 __all__ = ["OpenRun", "evaluate", "load", "programs_of", "stranger", "write_report"]
@@ -35,12 +38,19 @@ class OpenRun:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         data_root: Where the torchvision data are; None is as in training.
         trust: Execute the programs of a run that this user did not make on this machine.
+        given: A ``model``, ``guide`` or ``data`` to take in place of the run's own.
     """
 
     def __init__(
-        self, run: Run, device: str = "auto", data_root: str | None = None, trust: bool = False
+        self,
+        run: Run,
+        device: str = "auto",
+        data_root: str | None = None,
+        trust: bool = False,
+        given: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.device, self.data_root, self.trust = run, device, data_root, trust
+        self.given = dict(given or {})
 
     def __repr__(self) -> str:
         config, rows = self.config, self.history
@@ -72,6 +82,17 @@ class OpenRun:
         return self.run.history()
 
     @property
+    def state(self) -> dict[str, Any]:
+        """What training goes on from: ``pyrovae.fit(..., state=run.state, out=run.path)``.
+
+        Raises:
+            InputError: If the run has no checkpoint.
+        """
+        if (found := self.run.load_checkpoint()) is None:
+            raise InputError(f"{self.path} has no checkpoint to go on from.")
+        return found
+
+    @property
     def model(self) -> Callable:
         """The trained model."""
         return self.experiment.model
@@ -94,9 +115,10 @@ class OpenRun:
             InputError: If the run is not this user's own and is not trusted, or is damaged, or the
                 data are no longer those of the training.
         """
-        if not (self.trust or self.run.is_own):
+        own = self.trust or self.run.is_own or self.given.keys() >= {*KINDS, "data"}
+        if not own:
             raise InputError(f"{stranger(self.run)} Use trust=True if you trust whoever made it.")
-        return load_experiment(self.run, self.device, self.data_root)
+        return load_experiment(self.run, self.device, self.data_root, self.given)
 
     def report(self) -> Path:
         """Write ``report.html`` and the figures of its numbers, as :func:`write_report` does."""
@@ -104,9 +126,16 @@ class OpenRun:
 
 
 def load(
-    path: str | Path, *, device: str = "auto", data_root: str | None = None, trust: bool = False
+    path: str | Path,
+    *,
+    device: str = "auto",
+    data_root: str | None = None,
+    trust: bool = False,
+    model: Callable | None = None,
+    guide: Callable | None = None,
+    data: Dataset | Tensor | None = None,
 ) -> OpenRun:
-    """Open a run directory that ``pyrovae train`` wrote.
+    """Open a run directory that ``pyrovae train``, ``pyrovae.fit(out=)`` or ``Fit.save`` wrote.
 
     Nothing of it is executed before its model, guide or data are asked for.
 
@@ -116,13 +145,17 @@ def load(
             ``"cuda"``.
         data_root: Where the torchvision data are; None is as in training.
         trust: Execute the programs of a run that this user did not make on this machine.
+        model, guide: Programs to load the weights into, where the run has no source of them.
+        data: The data, where they were in memory.
 
     Raises:
         InputError: If there is no run, or its configuration is damaged.
     """
     run = Run.open(path)
     _ = run.config  # one that is damaged is refused here
-    return OpenRun(run, device, data_root, trust)
+    parts = {"model": model, "guide": guide, "data": data}
+    given = {name: part for name, part in parts.items() if part is not None}
+    return OpenRun(run, device, data_root, trust, given)
 
 
 def evaluate(run: OpenRun | str | Path, **options: Any) -> Results:

@@ -69,6 +69,7 @@ class Dataset:
         context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``;
             the last of them is the mask where there is one.
         columns: The columns of a table, one for each of the D numbers of a datum.
+        loaded: What :func:`load_data` loaded them from, a name or a file, and its ``root``.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dataset:
     scale: float = 1.0
     context: Splits[tuple[Tensor, ...]] | None = None
     columns: Schema | None = None
+    loaded: tuple[str, str | None] | None = None
 
     @classmethod
     def of(cls, data: Any) -> Dataset:
@@ -270,6 +272,8 @@ def load_data(
         share = 1 - mask.float().mean().item()
         data = replace(data, context=masks)
         data.provenance.update(missing=missing, missing_share=share)
+    if isinstance(name, str | Path):
+        data = replace(data, loaded=(str(name), None if root is None else str(root)))
     return data.to(device)
 
 

@@ -59,7 +59,8 @@ CAPTIONS = {
 def draw_run(run: Run, experiment: Experiment[Any]) -> dict[str, bytes]:
     """Draw the run's test data and all that is found of it, return the PNG by name."""
     config: PairRecord = experiment.config
-    drawn = _draw_pictures(experiment, subseed(config.seed, PICTURE_STREAM))
+    seen = bool(experiment.data.split("test"))
+    drawn = _draw_pictures(experiment, subseed(config.seed, PICTURE_STREAM)) if seen else {}
     return draw_found(run, drawn)
 
 

@@ -315,6 +315,9 @@ class PairRecord(Options):
 class Config(Training, PairRecord):
     """What a run was asked to do, as ``config.json`` holds it.
 
+    ``objects`` are the arguments of a training from Python that no option can say, ``unrecovered``
+    why its programs cannot be made anew.
+
     ``identity`` is the run's own, which its other parts carry; ``sha256`` and ``signature`` are of
     the configuration, when it is read. ``versions`` are those that it was begun with.
     """
@@ -325,6 +328,8 @@ class Config(Training, PairRecord):
     objective_settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     resumed: tuple[Session, ...] = ()
+    objects: dict[str, str] = field(default_factory=dict)
+    unrecovered: str = ""
     identity: str = ""
     sha256: str = field(default="", compare=False)
     signature: str = field(default="", compare=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,8 @@ import torch
 from pyrovae._tools import InputError, require_same
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import seeded, subseed
-from pyrovae.data import DATASETS, Dataset, load_data
+from pyrovae.data import DATASETS, Dataset, Splits, load_data
+from pyrovae.evidence.tiles import digest
 from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -37,6 +38,7 @@ from pyrovae.training.loop import fit
 from pyrovae.training.monitor import Fit
 
 PROGRAM_STREAM = 1_000_001
+IN_MEMORY = "data in memory"
 C = TypeVar("C", bound=PairRecord)
 
 
@@ -50,28 +52,71 @@ class Experiment(NamedTuple, Generic[C]):
     files: dict[str, bytes]
 
 
-def build(options: PairConfig, run: Run | None = None) -> Experiment[PairRecord]:
+def build(
+    options: PairConfig, run: Run | None = None, given: Mapping[str, Any] | None = None
+) -> Experiment[PairRecord]:
     """Build a pair and load its data, touching nothing on disk.
 
     Args:
         options: Which pair and which data.
         run: An existing run, whose copies of the user's files are used. What it holds is executed:
             ask :attr:`Run.is_own` before.
+        given: The ``model``, ``guide`` or ``data`` of that run, to be taken in place of its own.
     """
+    given = given or {}
     device = join().place(_choose_device(options.device))
     with seeded(subseed(options.seed, PROGRAM_STREAM, 0)):
-        programs = {kind: _program(getattr(options, kind), kind, run) for kind in KINDS}
+        wanted = [kind for kind in KINDS if kind not in given]
+        programs = {kind: _program(getattr(options, kind), kind, run) for kind in wanted}
     settings = {k: p.settings(options.settings.get(k, {})) for k, p in programs.items()}
-    load = options.data if options.data in DATASETS else _absolute(options.data)
-    root = options.data_root and _absolute(options.data_root)
-    shown = {name: getattr(options, name) for name in SHOWN}
-    data = load_data(options.data, root=root, **shown)
-    model, guide = build_pair(programs, settings, data, options.seed)
+    if "data" in given:
+        data = Dataset.of(given["data"])
+    elif options.data == IN_MEMORY:
+        raise InputError(
+            f"The data of {run.path if run else 'a run'} were in memory when it was trained: give "
+            f"them, as pyrovae.load(DIR, data=...) does."
+        )
+    else:
+        shown = {name: getattr(options, name) for name in SHOWN}
+        drawn = 0 if run is None else run.config.data.binarize_seed or 0
+        data = load_data(options.data, root=options.data_root, seed=drawn, **shown)
+    model, guide = build_pair(programs, settings, data, options.seed, given)
     files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
-    records = {kind: _record(program, settings[kind]) for kind, program in programs.items()}
-    told = DataRecord.of(load, root, data.provenance)
+    records = {kind: program_record(program, settings[kind]) for kind, program in programs.items()}
+    records |= {k: getattr(run.config, k) for k in KINDS if run is not None and k in given}
+    told = data_record(data)
     config = PairRecord(**records, data=told, device=str(device), seed=options.seed)
     return Experiment(config, model, guide, data.to(device), {} if run else files)
+
+
+def data_record(data: Dataset) -> DataRecord:
+    """What a run keeps of its data: where to load them from, or a digest of what was in memory."""
+    if data.loaded is not None and _is_as_loaded(data):
+        load, root = data.loaded
+        load = load if load in DATASETS else _absolute(load)
+        return DataRecord.of(load, root and _absolute(root), data.provenance)
+    tensors = [tensor for name in Splits._fields for tensor in data.split(name)]
+    about = {
+        "name": data.name,
+        "shape": list(data.shape),
+        "sizes": {name: len(rows[0]) for name in Splits._fields if (rows := data.split(name))},
+        "binarize": data.binarize,
+        "sha256": digest(*tensors, *([] if data.intensities is None else [data.intensities])),
+    }
+    return DataRecord.of(IN_MEMORY, None, about)
+
+
+def _is_as_loaded(data: Dataset) -> bool:
+    """Whether nobody has replaced a part of the data since they were loaded."""
+    load, root = data.loaded or ("", None)
+    told = {name: data.provenance[name] for name in SHOWN if name in data.provenance}
+    seed = data.provenance.get("binarize_seed") or 0
+    same = load_data(load, root=root, seed=seed, **told)
+    return all(
+        digest(*one.split(name)) == digest(*two.split(name))
+        for one, two in [(same, data)]
+        for name in Splits._fields
+    )
 
 
 def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experiment[Config]:
@@ -83,22 +128,32 @@ def resolve(options: RunConfig, command: str, run: Run | None = None) -> Experim
         run: An existing run to go on with, whose copies of the user's files are used.
     """
     made = build(options, run)
-    versions = {"python": platform.python_version()}
-    versions |= {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "numpy")}
-    about: dict[str, Any] = {"command": command, "versions": versions}
+    about: dict[str, Any] = {"command": command, "versions": versions()}
     about["identity"] = secrets.token_hex(16)
     if run is not None:
         before = run.config
+        if before.objects:
+            told = ", ".join(f"{name}={value}" for name, value in before.objects.items())
+            raise InputError(
+                f"{run.path} was trained from Python with {told}, which no option can say: go on "
+                f"with pyrovae.fit(..., state=pyrovae.load({str(run.path)!r}).state)."
+            )
         about = {name: getattr(before, name) for name in (*about, "resumed")}
         # Going on with a run takes a further command only for more epochs.
         if before.epochs != options.epochs:
             about["command"] += f" && {command}"
-        if [before.versions, *(each.versions for each in before.resumed)][-1] != versions:
-            session = Session(len(run.history()), versions)
+        if [before.versions, *(each.versions for each in before.resumed)][-1] != versions():
+            session = Session(len(run.history()), versions())
             about["resumed"] = (*before.resumed, session)
     config = Config(**vars(made.config), **options.stored(len(made.data.train)), **about)
     _objective(config)
     return Experiment(config, *made[1:])
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of what numbers depend on."""
+    found = {name: version(name) for name in ("pyrovae", "torch", "pyro-ppl", "numpy")}
+    return {"python": platform.python_version()} | found
 
 
 def train(
@@ -167,15 +222,21 @@ def _train(
     return result
 
 
-def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> Experiment[Config]:
+def load_experiment(
+    run: Run,
+    device: str = "auto",
+    root: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Experiment[Config]:
     """A run's trained pair and its data, if they are those that the run was made with.
 
+    What is ``given`` of ``model``, ``guide`` and ``data`` is taken in place of the run's own.
     This executes ``programs/model.py`` and ``programs/guide.py`` of the run, and reads or downloads
     the data that it names: :attr:`Run.is_own` says whether they are your own.
     """
     config = run.config
-    given = {"device": device} | ({"data_root": root} if root else {})
-    made = build(PairConfig.of(given, config), run)
+    options = {"device": device} | ({"data_root": root} if root else {})
+    made = build(PairConfig.of(options, config), run, given)
     require_same(
         plain_json(config.data),
         plain_json(made.config.data),
@@ -185,7 +246,9 @@ def load_experiment(run: Run, device: str = "auto", root: str | None = None) -> 
     )
     pair = Pair(made.model, made.guide)
     with seeded(0):
-        inspect_pair(pair, *(tensor[:2].cpu() for tensor in made.data.split("test")))
+        split = next(name for name in ("test", "train") if made.data.split(name))
+        pair.to(torch.device("cpu"))
+        inspect_pair(pair, *(tensor[:2].cpu() for tensor in made.data.split(split)))
     weights = run.load_weights()
     try:
         pair.load_state_dict(weights)
@@ -227,24 +290,31 @@ def _choose_device(name: str) -> torch.device:
 
 
 def build_pair(
-    programs: dict[str, Program], settings: dict[str, dict], data: Dataset, seed: int
+    programs: dict[str, Program],
+    settings: dict[str, dict],
+    data: Dataset,
+    seed: int,
+    given: Mapping[str, Any] | None = None,
 ) -> tuple[Callable, Callable]:
-    """Construct the model and the guide, each with its settings, for some data."""
-    shape = tuple(data.shape)
+    """Construct the model and the guide, or what is not given of them, for some data."""
+    shape, given = tuple(data.shape), given or {}
     # Programs that ask for the columns of a table get them.
     columns: dict[str, dict[str, Any]] = {
         kind: {"columns": data.columns} if "columns" in program.arguments() else {}
         for kind, program in programs.items()
     }
-    parts = columns["model"]
-    if settings["model"].get("mean") == "data":
+    parts = columns.get("model", {})
+    if settings.get("model", {}).get("mean") == "data":
         parts["mean"] = data.train.mean(0)
+    made = {kind: given[kind] for kind in KINDS if kind in given}
+    first = "model" in programs and "guide" in programs["model"].arguments()
     with seeded(subseed(seed, PROGRAM_STREAM)):
-        if "guide" in programs["model"].arguments():
-            guide = programs["guide"].build(shape, settings["guide"], **columns["guide"])
-            return programs["model"].build(shape, settings["model"], guide=guide, **parts), guide
-        model = programs["model"].build(shape, settings["model"], **parts)
-        return model, programs["guide"].build(shape, settings["guide"], **columns["guide"])
+        for kind in ("guide", "model") if first else ("model", "guide"):
+            if kind in programs:
+                more = {"guide": made["guide"]} if first and kind == "model" else {}
+                more |= parts if kind == "model" else columns["guide"]
+                made[kind] = programs[kind].build(shape, settings[kind], **more)
+    return made["model"], made["guide"]
 
 
 def _absolute(path: str) -> str:
@@ -260,12 +330,15 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
     if name == record.name and name not in shipped(kind):
         raise InputError(
             f"{run.path / 'config.json'} names the {kind} {name!r}, which is none of "
-            f"{sorted(shipped(kind))}, and the run holds no copy of it."
+            f"{sorted(shipped(kind))}, and the run holds no copy of it"
+            f"{run.config.unrecovered and f' ({run.config.unrecovered})'}: give both programs, as "
+            f"pyrovae.load(DIR, model=..., guide=...)."
         )
     return find_program(name, kind)
 
 
-def _record(program: Program, settings: dict[str, Any]) -> ProgramRecord:
+def program_record(program: Program, settings: dict[str, Any]) -> ProgramRecord:
+    """What a run keeps of a program."""
     if program.source is None:
         return ProgramRecord(program.name, None, settings)
     digest = hashlib.sha256(program.source).hexdigest()

@@ -145,19 +145,24 @@ def _load_file(file: Path, kind: str, sha256: str | None) -> tuple[ModuleType, b
             f"{file} was edited since the run was made: put back what it was, or train the edited "
             f"file into another --out."
         )
-    name = f"{PREFIX}{kind}_{digest[:12]}"
+    return load_source(source, kind, file), source
+
+
+def load_source(source: bytes, kind: str, file: Path | None = None) -> ModuleType:
+    """Execute the source of a program as a module of its own."""
+    name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
     module = ModuleType(name)
-    module.__file__ = str(file)
+    module.__file__ = str(file or name)
     sys.modules[name] = module
     try:
-        exec(compile(source, file, "exec"), vars(module))
+        exec(compile(source, file or name, "exec"), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
             f"{error_place(error) or file}: the file cannot be run: {reason}"
         ) from error
-    return module, source
+    return module
 
 
 def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:

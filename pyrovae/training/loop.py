@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pyrovae.data import Dataset, Splits
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
-from pyrovae.training.monitor import Fit, Monitor
+from pyrovae.training.monitor import Fit, Monitor, recorder
 from pyrovae.training.optimizer import check_precision, make_optim, matmul_precision
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI
@@ -49,6 +50,7 @@ def fit(
     device: str | torch.device | None = None,
     seed: int | None = None,
     state: dict[str, Any] | None = None,
+    out: str | Path | None = None,
     on_epoch: Callable[[Fit], None] | None = None,
     progress: bool = True,
 ) -> Fit:
@@ -68,10 +70,9 @@ def fit(
         optimizer: A torch optimizer's class, called with ``lr``; a Pyro or torch optimizer; or a
             function of the parameters. Adam by default.
         lr: The learning rate of an optimizer given by class, or of the default.
-        schedule: Of the learning rate, stepped each epoch: a name in
+        schedule: Of the learning rate, stepped each epoch, as Pyro's are: a name in
             :data:`pyrovae.training.schedules.SCHEDULES`, or makes a torch schedule from the
-            optimizer (``ReduceLROnPlateau`` on the validation loss). Pyro's schedulers too step
-            each epoch.
+            optimizer (``ReduceLROnPlateau`` on the validation loss).
         lr_warm_up: The epochs in which the rate of a named schedule rises to ``lr``.
         clip_norm: The largest norm of the gradient of the batch's summed loss.
         normalize_gradients: Divide the gradient of each parameter by its norm before the update.
@@ -84,10 +85,10 @@ def fit(
         compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
         precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
             :func:`pyrovae.training.optimizer.matmul_precision`.
-        device: Where to train; None stays where the pair is. Data move there once. On CUDA, each
-            of several processes has the GPU of its rank on its machine.
+        device: Where to train; None: where the pair is. Of several processes each has a GPU.
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.
+        out: A run directory to write meanwhile, as ``pyrovae train`` does; see :meth:`Fit.save`.
         on_epoch: Called with the :class:`Fit` after each epoch, by rank 0 alone.
         progress: Show a bar if standard error is a terminal, on rank 0.
 
@@ -95,8 +96,7 @@ def fit(
         The trained pair with its history.
 
     Raises:
-        ValueError: If an argument is out of range, the pair breaks the contract, or data lie
-            outside the likelihood's support.
+        ValueError: If an argument, the pair or data outside the likelihood's support are refused.
         NonFiniteLoss: If the loss stops being a number.
 
     References:
@@ -107,12 +107,13 @@ def fit(
         >>> print(f"ELBO {result.elbo:.2f} nats per datum")
         ELBO -2... nats per datum
     """
+    asked = dict(locals())
+    if out is not None:
+        return recorder().record(fit, asked)
     loss = make_objective(objective, particles)
     data = Dataset.of(data)
     check_precision(precision)
-    _check_sizes(
-        data, batch_size, lr, epochs=epochs, patience=patience, valid_samples=valid_samples
-    )
+    _check_sizes(data, batch_size, lr, asked, "epochs", "patience", "valid_samples")
     epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
         model, guide, make_optim(optimizer, lr), loss,
@@ -123,7 +124,7 @@ def fit(
     svi.pair.to(world.place(svi.pair.device if device is None else device))
     data = data.to(svi.pair.device)
     seed = world.share(draw_seed(seed)) if state is None else state["seed"]
-    result = Fit(model, guide, svi, seed, valid_samples=valid_samples, world=world)
+    result = Fit(model, guide, svi, seed, valid_samples=valid_samples, world=world, asked=asked)
     _prepare(svi, data, batch_size, result.seed, epochs * epoch_steps)
     made = make_schedule(schedule, svi.optimizer, epochs, lr_warm_up)
     result.scheduler = made or svi.trained.scheduler
@@ -190,10 +191,10 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         svi.build(*first)
 
 
-def _check_sizes(data: Dataset, batch_size: int, lr: float, **counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise InputError(f"Expected {name} >= 1, got {count}.")
+def _check_sizes(data: Dataset, batch_size: int, lr: float, asked: dict, *counts: str) -> None:
+    for name in counts:
+        if asked[name] is not None and asked[name] < 1:
+            raise InputError(f"Expected {name} >= 1, got {asked[name]}.")
     if not 1 <= batch_size <= len(data.train):
         raise InputError(
             f"Expected a batch size between 1 and the {len(data.train)} training data, got "
@@ -201,5 +202,5 @@ def _check_sizes(data: Dataset, batch_size: int, lr: float, **counts: int | None
         )
     if not lr > 0:
         raise InputError(f"Expected a learning rate > 0, got {lr}.")
-    if counts["patience"] is not None and data.valid is None:
+    if asked["patience"] is not None and data.valid is None:
         raise InputError("Expected validation data for patience; got training data alone.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -48,6 +50,7 @@ class Fit(Shown):
         best_epoch: The epoch of the highest validation bound so far, if there is one.
         valid_samples: The samples of that bound; with one it is the ELBO.
         world: The processes that train it.
+        asked: The arguments of :func:`pyrovae.fit`, as a run records them.
     """
 
     model: Callable
@@ -60,6 +63,7 @@ class Fit(Shown):
     best_state: dict[str, Tensor] | None = None
     valid_samples: int = 1
     world: World = field(default_factory=World)
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def elbo(self) -> float:
@@ -83,6 +87,21 @@ class Fit(Shown):
         best, done = self.best_epoch, len(self.history)
         verdict = f"The {bound} of validation data was highest in epoch {best} of {done}."
         return Told(f"Fit: {counted(done, 'epoch')}", rows, "" if best is None else verdict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a run directory, which :func:`pyrovae.load` opens and every command takes.
+
+        It holds what ``pyrovae train`` writes: the configuration, the history, the weights, a
+        checkpoint to go on from, pictures, and the programs' sources as far as they can be had. Of
+        others it says why not, and ``pyrovae.load(path, model=..., guide=...)`` takes them.
+
+        Args:
+            path: A new directory.
+
+        Raises:
+            InputError: If the directory is in use.
+        """
+        return recorder().save(self, path)
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: weights, optimizer, schedule, history, seed."""
@@ -163,6 +182,11 @@ class Fit(Shown):
         if patience is None or self.best_epoch is None:
             return False
         return len(self.history) - self.best_epoch >= patience
+
+
+def recorder() -> Any:
+    """What writes runs; it stands on training, so that it is imported by its name."""
+    return import_module("pyrovae.recording")
 
 
 def _bound(row: dict[str, Any]) -> float | None:

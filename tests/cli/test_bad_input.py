@@ -259,6 +259,7 @@ def test_runs_that_cannot_do_what_is_asked(workspace, refused):
     refused("evaluate", "run", "--samples", "0", says=["--samples >= 1, got 0"])
     refused("sample", "run", "-n", "0", says=["-n >= 1, got 0"])
     (workspace / "run" / "results.json").unlink()
+    shutil.rmtree(workspace / "run" / "evaluation")
     refused("report", "run", says=["pyrovae evaluate run"])
 
 

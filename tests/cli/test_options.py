@@ -39,7 +39,7 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
     assert run(*TRAIN, *given, "--particles", "2", "--out", tmp_path / "r") == 0
     stored = config(tmp_path / "r")
     keys = {"command", "model", "guide", "data", "objective_settings", "device", "seed", "versions"}
-    keys |= {"identity", "resumed", "sha256", "signature"}
+    keys |= {"identity", "objects", "resumed", "sha256", "signature", "unrecovered"}
     names = {each.name for each in fields(RunConfig)} - {each.name for each in fields(PairConfig)}
     assert stored.keys() == keys | names
     asked = RunConfig.of({}, Run(tmp_path / "r").config)

@@ -2,7 +2,7 @@
 
 Of a hundred trials or more, some are of whole processes, which are mostly killed while they import.
 
-``python kills.py FOLDER COUNT SEED`` prints as JSON what became of so many kills.
+``python kills.py FOLDER COUNT SEED [KIND ...]`` prints as JSON what became of so many kills.
 """
 
 import json
@@ -121,9 +121,9 @@ def go_on(kind, rng):
     return rng.choice(again)
 
 
-def trials(count, seed):
+def trials(count, seed, kinds=()):
     """Kill so many commands; the failures in words, and how many of each kind there were."""
-    kinds = [kind for kind in KINDS if kind != "start-up" or count >= MANY]
+    kinds = kinds or [kind for kind in KINDS if kind != "start-up" or count >= MANY]
     rng, expected = random.Random(seed), prepare(kinds)
     failures, counts = [], dict.fromkeys([*kinds, "finished before the kill"], 0)
     for number in range(count):
@@ -150,4 +150,4 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     torch.set_num_threads(1)
     report.draw_run = lambda *arguments: {}
-    print(json.dumps(trials(int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(trials(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))

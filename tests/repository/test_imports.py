@@ -30,7 +30,7 @@ FLOORS = [
     {"diagnostics", "inference_data"},
     {"runs"},
     {"report", "estimator"},
-    {"opening"},
+    {"opening", "recording"},
     {"__init__", "cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

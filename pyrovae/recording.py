@@ -1,0 +1,197 @@
+"""A training in Python as a run directory: what ``pyrovae train`` writes, of a pair at hand."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrovae import report
+from pyrovae._tools import InputError, require_same
+from pyrovae._tools.files import plain_json
+from pyrovae.data import Dataset
+from pyrovae.objectives.elbo import elbo
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.pair import Pair
+from pyrovae.runs import Run
+from pyrovae.runs.config import COMPILE, FIT, TRAINING, Config, ProgramRecord
+from pyrovae.runs.experiment import (
+    Experiment,
+    build_pair,
+    data_record,
+    program_record,
+    versions,
+)
+from pyrovae.runs.programs import KINDS, Program
+from pyrovae.runs.recovered import recover
+from pyrovae.training.distributed import join
+from pyrovae.training.monitor import Fit
+
+__all__ = ["record", "save"]
+
+# What a training may be told by an object, which no command line has.
+OBJECTS = ("objective", "optimizer", "schedule")
+
+
+def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
+    """Train with these arguments of :func:`pyrovae.fit` into the directory ``out``.
+
+    Raises:
+        InputError: If the directory is in use, or holds another training than ``state`` is of.
+    """
+    run, known = Run(asked["out"]), asked["on_epoch"]
+    if run.exists() and asked["state"] is None:
+        raise InputError(
+            f"{run.path} holds a run: choose another out, or go on with it by "
+            f"state=pyrovae.load({str(run.path)!r}).state."
+        )
+    if not run.exists():
+        run.require_new()
+    made: list[Experiment[Config]] = []
+
+    def after_epoch(result: Fit) -> None:
+        if not made:
+            made.append(_experiment(result, run))
+        _write(run, made[0], result)
+        if known is not None:
+            known(result)
+
+    with run.training() if join().first else nullcontext():
+        result = fit(**asked | {"out": None, "on_epoch": after_epoch})
+        if made:
+            _finish(run, made[0], result)
+    return result
+
+
+def save(result: Fit, path: str | Path) -> Path:
+    """Write a training that is done, or as far as it has come, as a new run directory.
+
+    Raises:
+        InputError: If the directory is in use, or no epoch is done.
+    """
+    run = Run(path)
+    run.require_new()
+    if not result.history or "model" not in result.asked:
+        raise InputError("Nothing to save yet: pyrovae.fit has not finished an epoch.")
+    with run.training():
+        made = _experiment(result, run)
+        _write(run, made, result)
+        _finish(run, made, result)
+    return run.path
+
+
+def _write(run: Run, made: Experiment[Config], result: Fit) -> None:
+    if not run.exists() or run.config != made.config:
+        run.create(made.config, made.files)
+    run.save_checkpoint(result.state_dict())
+    run.save_metrics(result.history)
+
+
+def _finish(run: Run, made: Experiment[Config], result: Fit) -> None:
+    run.save_metrics(result.history)
+    run.save_weights(result.svi.pair.state_dict())
+    report.draw_run(run, made)
+
+
+def _experiment(result: Fit, run: Run) -> Experiment[Config]:
+    """The configuration of a training, its pair and data, and the sources that could be had."""
+    asked, data = result.asked, Dataset.of(result.asked["data"])
+    programs, settings, reason = _recover(result, data)
+    names = {kind: getattr(asked[kind], "__name__", type(asked[kind]).__name__) for kind in KINDS}
+    records: dict[str, Any] = {
+        kind: program_record(programs[kind], settings[kind])
+        if programs
+        else ProgramRecord(names[kind], None, {})
+        for kind in KINDS
+    }
+    objects = {n: _called(asked[n]) for n in OBJECTS if not isinstance(asked[n], str | None)}
+    plain = {name: asked[name] for name in TRAINING if name in asked and name not in objects}
+    plain["compile"] = next(name for name, value in COMPILE.items() if value == plain["compile"])
+    plain |= {"objective": objects.get("objective", asked["objective"])}
+    plain |= {"schedule": "none"} if "schedule" in objects else {}
+    config = Config(
+        **plain,
+        **records,
+        data=data_record(data),
+        device=str(result.svi.pair.device),
+        seed=result.seed,
+        objects=objects,
+        unrecovered=reason,
+        command=_command(asked, [*names.values(), data.name]),
+        versions=versions(),
+        identity=secrets.token_hex(16),
+    )
+    if run.exists():
+        config = _continued(run.config, config)
+    files = {f"{kind}.py": p.source for kind, p in programs.items() if p.source is not None}
+    return Experiment(config, result.model, result.guide, data, files)
+
+
+def _recover(
+    result: Fit, data: Dataset
+) -> tuple[dict[str, Program], dict[str, dict[str, Any]], str]:
+    """Both programs and their settings, or neither and the reason: they are tried before."""
+    asked, shape, found = result.asked, tuple(data.shape), {}
+    for kind in KINDS:
+        parts = {"columns": data.columns, "guide": asked["guide"]}
+        try:
+            found[kind] = recover(kind, asked[kind], shape, parts)
+        except InputError as error:
+            return {}, {}, f"the {kind}: {error}"
+    programs = {kind: program for kind, (program, _) in found.items()}
+    settings = {kind: each for kind, (_, each) in found.items()}
+    rows = tuple(tensor[:2].cpu() for tensor in data.split("train"))
+    weights = result.svi.pair.state_dict()
+    try:
+        twins = build_pair(programs, settings, data, result.seed)
+        pair = Pair(*twins)
+        inspect_pair(pair, *rows)
+        pair.load_state_dict(weights)
+        place = result.svi.pair.device
+        pair.to(place)
+        rows = tuple(tensor.to(place) for tensor in rows)
+        one = elbo(*twins, *rows, seed=0).elbo
+        two = elbo(result.model, result.guide, *rows, seed=0).elbo
+    except InputError as error:
+        return {}, {}, f"programs made anew differ: {error}"
+    if not torch.allclose(one, two):
+        return {}, {}, "programs made anew give other numbers than those that were trained"
+    return programs, settings, ""
+
+
+def _continued(before: Config, now: Config) -> Config:
+    """The configuration of a run that is trained further, if it is the same training."""
+    kept = ("command", "versions", "identity", "resumed")
+    now = replace(now, **{name: getattr(before, name) for name in kept})
+    free = ["device", "sha256", "signature", *(["epochs"] if now.schedule == "none" else [])]
+    require_same(
+        plain_json(before),
+        plain_json(now),
+        "The run was made with {key} = {before}, and this training has {now}: train it as it was "
+        "begun, or into another out.",
+        free=free,
+    )
+    return now
+
+
+def _called(value: Any) -> str:
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _command(asked: dict[str, Any], names: list[str]) -> str:
+    """The call that makes a run, of what differs from the defaults."""
+    options = {n: v for n, v in asked.items() if n in FIT and v is not FIT[n].default}
+    options = {n: v for n, v in options.items() if FIT[n].kind is inspect.Parameter.KEYWORD_ONLY}
+    skipped = ("state", "on_epoch", "progress")
+    shown = (
+        f"{n}={v!r}" if isinstance(v, str | int | float | Path) else f"{n}={_called(v)}"
+        for n, v in options.items()
+        if n not in skipped and v != FIT[n].default
+    )
+    return f"pyrovae.fit({', '.join([*names, *shown])})"
