@@ -11,6 +11,10 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests marked gpu run")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_key(tmp_path_factory):
     """The key that signs runs is one of the tests' own."""
