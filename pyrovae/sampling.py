@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, should_compile
+from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.pairs.contract import inspect_pair
@@ -71,6 +71,7 @@ def sample(
         n = next((len(each) for each in context if _has_rows(each)), 64)
     if n < 1 or len(like) < 1:
         raise InputError(f"Expected n >= 1 and a template of one datum, got {n} and {len(like)}.")
+    require_memory(f"{n} samples", like[0], n)
     options = {"mean": mean, "seed": seed, "compile": compile}
     return _one_or_all(_generate(model, {}, like, n, context, options))
 

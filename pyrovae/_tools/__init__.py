@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -30,6 +31,25 @@ class InputTypeError(InputError, TypeError):
 def physical_memory() -> int:
     """The bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(what: str, like: Tensor, count: int) -> None:
+    """Refuse to hold so many tensors of a shape at once, where memory cannot.
+
+    Args:
+        what: What asks for them, as the beginning of a sentence.
+        like: One of them, on the device that is to hold them.
+        count: How many.
+    """
+    size = like.numel() * like.element_size() * count
+    have = physical_memory()
+    if like.is_cuda:
+        have = torch.cuda.get_device_properties(like.device).total_memory
+    if size > have:
+        raise InputError(
+            f"{what} would take {size / 2**30:,.0f} GiB of memory at least, and there are "
+            f"{have / 2**30:,.0f}: ask for fewer."
+        )
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, require_memory
 from pyrovae._tools.shown import Shown, Told
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
@@ -123,6 +123,8 @@ def check(
     """
     if particles < 2:
         raise InputError(f"Expected particles >= 2, got {particles}.")
+    if isinstance(x, Tensor):
+        require_memory(f"{particles} particles of each of {len(x[:61])} data", x[:61], particles)
     pair = Pair(model, guide)
     with untouched(pair):
         return Report(tuple(_rows(CHECKS, Case(pair, (x, *context), seed, particles))))

@@ -34,6 +34,9 @@ DRAWN = 8192
 # Pairs that are scored at once on a CPU, so that what a decoder makes of them stays in the cache
 # (2,048 images of 784 pixels are 6 MB), and on a device, where memory is the limit.
 SCORED, ON_DEVICE = 2048, 65536
+# Draws a second of a small network on a CPU and on a GPU. Tiles bound the memory of an evaluation,
+# and not its time: one of more than a day is taken for a slip.
+RATES = 10**6, 10**8
 # Seconds between two savings of what is finished, each of which costs milliseconds.
 SAVE_AFTER = 2.0
 
@@ -114,6 +117,12 @@ class Evaluation:
             raise InputError(
                 f"Plates {partial} subsample within a datum, and log p(x) of a part says nothing "
                 f"of the whole: evaluate without subsampling."
+            )
+        draws, rate = work * len(self.rows[0]), RATES[self.device.type == "cuda"]
+        if (days := draws / rate / 86_400) > 1:
+            raise InputError(
+                f"An evaluation of {draws:.1e} draws takes {days:,.0f} days at {rate:,} a second; "
+                f"its memory is bounded, its time is not: ask for fewer samples, or fewer data."
             )
         if self.file is not None:
             self.about |= options | self._fingerprint()

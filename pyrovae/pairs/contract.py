@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.utils._pytree import tree_leaves
 
-from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae._tools import InputError, InputTypeError, did_you_mean, require_memory
 from pyrovae._tools.seeding import seeded
 from pyrovae._tools.source_lines import failed_message
 from pyrovae.pairs.enumeration import enumerates
@@ -172,11 +172,19 @@ def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -
             _check_observed(scored(pair.trace(*rows)[0]))
 
 
-def check_objective(layout: Layout, objective: Any, validated: bool = False) -> None:
+def check_objective(
+    layout: Layout, objective: Any, validated: bool = False, rows: tuple[Tensor, ...] = ()
+) -> None:
     """Refuse one of Pyro's objectives that draws latents which the model is to sum over.
 
-    And a pair that is to be ``validated`` by bounds of each datum, and has none.
+    And a pair that is to be ``validated`` by bounds of each datum, and has none; and particles of
+    a batch ``rows`` that memory cannot hold at once.
     """
+    looped = isinstance(objective, ELBO) and not objective.vectorize_particles
+    particles = getattr(objective, "particles", getattr(objective, "num_particles", 1))
+    if rows and not looped:
+        count = particles * getattr(objective, "groups", 1)
+        require_memory(f"{count} particles of each of {len(rows[0])} data", rows[0], count)
     if validated:
         check_factors(layout)
     sums = isinstance(objective, TraceEnum_ELBO) or not isinstance(objective, ELBO)

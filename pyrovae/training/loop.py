@@ -183,7 +183,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         for rows in filter(None, map(data.split, Splits._fields)):
             check_support(pair, *rows)
         quick(svi.model, svi.guide, *first)
-        check_objective(layout, loss, bool(data.split("valid")))
+        check_objective(layout, loss, bool(data.split("valid")), first)
         if isinstance(loss, Objective):
             loss.prepare(pair, first, steps)
         elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from commands import PAIR, SIZES, TRAIN, refusal, run, snapshot
+from commands import DIGITS, PAIR, SIZES, TRAIN, refusal, run, snapshot
 
 SITE = 'pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))'
 MODULE = "import pyro.nn\nclass {}(pyro.nn.PyroModule):\n    pass\n"
@@ -58,6 +58,8 @@ OPTIONS = {
     "--batch-size 1259": ["between 1 and the 1258 training data, got 1259"],
     "--epochs 0": ["epochs >= 1, got 0"],
     "--particles 0": ["particles >= 1, got 0"],
+    "--particles 2147483648": ["2147483648 particles of each of 64 data would take", "GiB"],
+    "--objective miwae --particles 2147483648": ["10737418240 particles", "ask for fewer"],
     "--patience 0": ["patience >= 1, got 0"],
     "--lr 0": ["learning rate > 0, got 0"],
     "--lr nan": ["learning rate > 0, got nan"],
@@ -258,6 +260,11 @@ def test_output_directories(workspace, refused):
 def test_runs_that_cannot_do_what_is_asked(workspace, refused):
     refused("evaluate", "run", "--samples", "0", says=["--samples >= 1, got 0"])
     refused("sample", "run", "-n", "0", says=["-n >= 1, got 0"])
+    refused("sample", "run", "-n", "2147483648", says=["2147483648 samples would take", "GiB"])
+    many = ["check", *PAIR, *DIGITS, *SIZES[:4], "--particles", "99999999999"]
+    refused(*many, says=["99999999999 particles of each of 61 data would take", "ask for fewer"])
+    long = ["--samples", "9999999999", "--no-diagnostics"]
+    refused("evaluate", "run", *long, says=["days at 1,000,000 a second", "its time is not"])
     (workspace / "run" / "results.json").unlink()
     shutil.rmtree(workspace / "run" / "evaluation")
     refused("report", "run", says=["pyrovae evaluate run"])
