@@ -358,7 +358,7 @@ def _list(options: _List, line: str) -> None:
     for kind, names in kinds.items():
         print(kind)
         for name, line in names.items():
-            print(f"  {name:<24}{line}")
+            print(f"  {name:<25} {line}")
 
 
 COMMANDS: dict[str, tuple[type[Options], Callable[[Any, str], int | None]]] = {

@@ -85,6 +85,8 @@ class ConvEncoder(nn.Module):
         channels: The channels of the convolutions, from the image inwards.
         hidden: The widths of the MLP's hidden layers.
         activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class.
+        blocks: The number of residual blocks at every size but the image's own, each
+            :math:`h + W_2 a(W_1 a(h))` with 3x3 convolutions (arXiv 1603.05027).
 
     Raises:
         ValueError: If the images are no ``[C, H, W]``, or too small to be halved so often.
@@ -101,13 +103,16 @@ class ConvEncoder(nn.Module):
         channels: Sequence[int] = (32, 64),
         hidden: int | Sequence[int] = (256,),
         activation: str | type[nn.Module] = "ReLU",
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
         *_, last = sizes = _image_sizes(self.in_shape, channels)
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
-            layers += [nn.Conv2d(before[0], after[0], 4, 2, 1), _activation(activation)()]
+            layers.append(nn.Conv2d(before[0], after[0], 4, 2, 1))
+            layers += [_Residual(after[0], activation) for _ in range(blocks)]
+            layers.append(_activation(activation)())
         self.layers = nn.Sequential(*layers)
         self.head = MLP(last, out_shape, hidden, activation)
 
@@ -130,6 +135,8 @@ class ConvDecoder(nn.Module):
         channels: The channels of the convolutions, from the image inwards, as in the encoder.
         hidden: The widths of the MLP's hidden layers.
         activation: The name of a :mod:`torch.nn` module (``"ReLU"``), or its class.
+        blocks: The number of residual blocks at every size but the image's own, each
+            :math:`h + W_2 a(W_1 a(h))` with 3x3 convolutions (arXiv 1603.05027).
 
     Raises:
         ValueError: If the images are no ``[C, H, W]``, or too small to be halved so often.
@@ -146,6 +153,7 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] = (32, 64),
         hidden: int | Sequence[int] = (256,),
         activation: str | type[nn.Module] = "ReLU",
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
@@ -155,6 +163,7 @@ class ConvDecoder(nn.Module):
         for before, after in pairwise(sizes):
             odd = after[1] % 2, after[2] % 2
             conv = nn.ConvTranspose2d(before[0], after[0], 4, 2, 1, output_padding=odd)
+            layers += [_Residual(before[0], activation) for _ in range(blocks)]
             layers += [_activation(activation)(), conv]
         self.layers = nn.Sequential(*layers)
 
@@ -163,6 +172,19 @@ class ConvDecoder(nn.Module):
         batch = _batch(z, self.in_shape)
         small = self.stem(z.reshape(-1, *self.in_shape))
         return self.layers(small).reshape(*batch, *self.out_shape)
+
+
+class _Residual(nn.Module):
+    """h + W₂ a(W₁ a(h)): the sum itself is not bent, so that gradients pass through it whole."""
+
+    def __init__(self, width: int, activation: str | type[nn.Module]) -> None:
+        super().__init__()
+        bend = _activation(activation)
+        convolutions = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.layers = nn.Sequential(*(part for conv in convolutions for part in (bend(), conv)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.layers(h)
 
 
 def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, int, int]]:

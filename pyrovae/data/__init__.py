@@ -198,7 +198,8 @@ def load_data(
             ``.arff`` file as :func:`pyrovae.data.files.read_arrays` has it. In a file, uint8 are
             intensities over 255 (or binary, where none is above 1), all else is taken as it is;
             ``[N, H, W]`` become ``[N, 1, H, W]`` and ``[N, H, W, C]`` with one or three channels
-            ``[N, C, H, W]``.
+            ``[N, C, H, W]``. Or a folder of images, flat or with a folder for each class, as
+            :func:`pyrovae.data.images.read_folder` has it.
         binarize: One of :data:`BINARIZE`.
         root: The folder of the torchvision sets; by default ``PYROVAE_DATA``, or else
             ``pyrovae/data`` in the user's cache. What is missing there is downloaded into it.

@@ -111,7 +111,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
                 return {"": _array(file, path)}
         with ZipFile(path) as archive:
             names = archive.namelist()
-            _check_memory(sum(_header(archive.open(n), path) for n in names), path)
+            check_memory(sum(_header(archive.open(n), path) for n in names), path)
             return {n.removesuffix(".npy"): _array(archive.open(n), path) for n in names}
     except InputError:
         raise
@@ -121,7 +121,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
 
 def _array(file: IO[bytes], path: Path) -> np.ndarray:
     """An array in NumPy's own format."""
-    _check_memory(_header(file, path), path)
+    check_memory(_header(file, path), path)
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
@@ -139,7 +139,7 @@ def _header(file: IO[bytes], path: Path) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _check_memory(size: int, path: Path) -> None:
+def check_memory(size: int, path: Path) -> None:
     """Refuse before reading what does not fit: a small file may inflate to a thousand times."""
     if size > (limit := physical_memory()):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Read data sets from scikit-learn, torchvision or a file, and choose their splits."""
+"""Read data sets from scikit-learn, torchvision, a file or a folder, and choose their splits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays, table_arrays
+from pyrovae.data.images import draw_shapes, read_folder
 from pyrovae.data.tables import read_table
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ DATASETS = {
     "kmnist": "70,000 cursive Japanese characters, 28×28 (torchvision)",
     "cifar10": "60,000 colour photographs of ten classes, 3×32×32 (torchvision)",
     "svhn": "99,289 colour photographs of house numbers, 3×32×32 (torchvision)",
+    "shapes": "3,000 coloured discs, squares and triangles, 3×16×16 (drawn here, no download)",
 }
 _KINDS = ("images-idx3", "labels-idx1")
 _IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in _KINDS]
@@ -62,7 +64,7 @@ def find_source(
     missing: str = "refuse",
     kinds: Mapping[str, str] | None = None,
 ) -> Source:
-    """Read a shipped data set, a file or a frame, as events of shape ``[D]`` or ``[C, H, W]``."""
+    """Read what a name stands for, as events of shape ``[D]`` or ``[C, H, W]``."""
     source = _read(name, root, missing, kinds)
     x, mask = source.arrays.x, source.arrays.mask
     if missing == "mask" and mask is None:
@@ -94,13 +96,19 @@ def _read(
         arrays = Arrays(found.images.astype(np.uint8), found.target.astype(np.int64))
         origin = {"source": f"scikit-learn {version('scikit-learn')}"}
         return Source("digits", arrays, 16.0, "/ 16", origin)
+    if str(name) == "shapes":
+        return Source("shapes", draw_shapes(), 255.0, "uint8 / 255", {"source": "drawn, seed 0"})
     if str(name) in DATASETS:
         origin = {"source": f"torchvision {version('torchvision')}"}
         return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)
     path = Path(name).expanduser()
+    if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        return _folder(path, kinds)
     if path.suffix.lower() not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        raise InputError(unknown("the data set", str(name), [*DATASETS, files]))
+        raise InputError(
+            unknown("the data set", str(name), [*DATASETS, "a folder of images", files])
+        )
     arrays = read_arrays(path, missing, kinds)
     with path.open("rb") as file:
         origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -116,6 +124,15 @@ def _frame(frame: Any, missing: str, kinds: Mapping[str, str] | None) -> Source:
         digest.update(b"" if part is None else np.ascontiguousarray(part).data)
     origin = {"source": "pandas.DataFrame", "sha256": digest.hexdigest()}
     return Source("frame", arrays, 1.0, "none", origin)
+
+
+def _folder(path: Path, kinds: Mapping[str, str] | None) -> Source:
+    if kinds:
+        raise InputError(f"Expected a table for columns={dict(kinds)}, got the folder {path}.")
+    arrays, digest = read_folder(path)
+    name = path.resolve().name
+    origin = {"source": f"{name}/, {len(arrays.x):,} images", "sha256": digest}
+    return Source(name, arrays, 255.0, "uint8 / 255", origin)
 
 
 def _images(name: str, root: str | Path | None) -> Arrays:

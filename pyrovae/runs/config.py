@@ -123,7 +123,9 @@ class PairConfig(Options):
 
     model: str = option("p(z)p(x|z): a shipped name, FILE.py or FILE.py:CLASS", "", metavar="M")
     guide: str = option("q(z|x), likewise", "", metavar="G")
-    data: str = option("a shipped name, or a .npy, .npz, .csv or .arff file", "", metavar="D")
+    data: str = option(
+        "a shipped name, a .npy, .npz, .csv or .arff file, or a folder of images", "", metavar="D"
+    )
     device: str = option("auto, cpu or cuda", "auto")
     seed: int = option("seeds every draw", 0)
     binarize: str = option(f"one of {', '.join(BINARIZE)}", "none")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae.data import DATASETS, Splits, load_data
+from pyrovae.data import Splits, load_data
+from pyrovae.data.sources import IMAGES
 
 needs_mnist = pytest.mark.skipif(
     not os.environ.get("PYROVAE_DATA"), reason="PYROVAE_DATA names no folder with MNIST"
@@ -116,7 +117,7 @@ def test_svhn_is_channels_first(tmp_path, monkeypatch):
     assert data.labels.test.tolist() == [1, 0, 3, 7]
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
+@pytest.mark.parametrize("name", IMAGES)
 def test_without_network_the_error_names_folder_files_and_option(tmp_path, offline, capsys, name):
     folder = tmp_path / "nothing"
     with pytest.raises(FileNotFoundError) as caught:

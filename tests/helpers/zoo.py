@@ -78,6 +78,18 @@ def table() -> tuple:
     )
 
 
+def colour(model: str, guide: str = "convolutional", **options) -> tuple:
+    """A pair for images in colour, of an odd size, on a grid of five levels."""
+    small = {"shape": (3, 5, 7), "latent": 2, "channels": (3, 4), "hidden": (6,), **options}
+    x = torch.rand(12, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    levels = {"levels": 5} if model == "residual" else {}
+    pair = (
+        one_layer.build("models", model, **small, **levels),
+        one_layer.build("guides", guide, **small),
+    )
+    return *pair, ((4 * x).round() / 4,)
+
+
 def known(name: str) -> tuple:
     """A pair whose log p(x) is known, moved away from there."""
     model, guide, args, _ = KNOWN[name]()
@@ -98,6 +110,9 @@ ZOO |= {n: Entry(partial(written, n)) for n in PAIRS if not n.startswith("shippe
 ZOO |= {
     "poisson-counts": Entry(partial(one, "poisson", "counts")),
     "negative_binomial-counts": Entry(partial(one, "negative_binomial", "counts")),
+    "residual": Entry(partial(colour, "residual", "residual", blocks=1)),
+    "convolutional_gaussian": Entry(partial(colour, "convolutional_gaussian")),
+    "convolutional_continuous": Entry(partial(colour, "convolutional_continuous")),
     "linear": Entry(linear),
     "bernoulli-autoencoder": Entry(
         partial(one, "bernoulli", "autoencoder"), noisy=("stl", "iwae_stl", "iwae_dreg")

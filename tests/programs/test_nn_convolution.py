@@ -5,22 +5,25 @@ import torch
 
 from pyrovae.nn import ConvDecoder, ConvEncoder
 
-SIZES = [(1, 8, 8), (3, 9, 13), (2, 11, 8), (1, 28, 28)]
+SIZES = [(1, 8, 8), (3, 9, 13), (2, 11, 8), (1, 28, 28), (3, 4, 5)]
 each_size = pytest.mark.parametrize("shape", SIZES, ids=str)
+each_depth = pytest.mark.parametrize("blocks", [0, 2])
 
 
-def encoder(shape):
-    return ConvEncoder(shape, (2, 5), channels=(3, 4), hidden=(6,))
+def encoder(shape, blocks=0):
+    return ConvEncoder(shape, (2, 5), channels=(3, 4), hidden=(6,), blocks=blocks)
 
 
-def decoder(shape):
-    return ConvDecoder((2, 5), shape, channels=(3, 4), hidden=(6,))
+def decoder(shape, blocks=0):
+    return ConvDecoder((2, 5), shape, channels=(3, 4), hidden=(6,), blocks=blocks)
 
 
 @each_size
+@each_depth
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
-def test_leading_dimensions_are_a_loop_over_single_images(shape, batch):
-    for net, before, after in ((encoder(shape), shape, (2, 5)), (decoder(shape), (2, 5), shape)):
+def test_leading_dimensions_are_a_loop_over_single_images(shape, batch, blocks):
+    nets = (encoder(shape, blocks), shape, (2, 5)), (decoder(shape, blocks), (2, 5), shape)
+    for net, before, after in nets:
         x = torch.randn(*batch, *before)
         y = net(x)
         assert y.shape == (*batch, *after)
@@ -67,10 +70,32 @@ def test_convolutions_are_bent_in_between():
         assert bend.abs().max() > 1e-3
 
 
-def test_every_parameter_takes_part():
-    for net, x in ((encoder((1, 8, 8)), torch.randn(4, 1, 8, 8)), (decoder((1, 8, 8)), None)):
+@each_depth
+def test_every_parameter_takes_part(blocks):
+    shape = (1, 8, 8)
+    for net, x in (
+        (encoder(shape, blocks), torch.randn(4, *shape)),
+        (decoder(shape, blocks), None),
+    ):
         net(torch.randn(4, 2, 5) if x is None else x).square().sum().backward()
         assert all(p.grad is not None and bool(p.grad.any()) for p in net.parameters())
+
+
+def test_a_residual_block_adds_to_what_it_is_given():
+    """With its last convolution at zero it is the identity."""
+    for make, x in ((encoder, torch.randn(4, 1, 8, 8)), (decoder, torch.randn(4, 2, 5))):
+        plain, deep = make((1, 8, 8)), make((1, 8, 8), 2)
+        blocks = [layer for layer in deep.layers if hasattr(layer, "layers")]
+        assert len(blocks) == 4
+        others = [layer for layer in deep.layers if layer not in blocks]
+        ends = [getattr(net, "head", None) or net.stem for net in (plain, deep)]
+        for one, other in [*zip(plain.layers, others, strict=True), ends]:
+            other.load_state_dict(one.state_dict())
+        assert not torch.allclose(plain(x), deep(x))
+        for block in blocks:
+            torch.nn.init.zeros_(block.layers[-1].weight)
+            torch.nn.init.zeros_(block.layers[-1].bias)
+        assert torch.equal(plain(x), deep(x))
 
 
 @pytest.mark.parametrize("make", [encoder, decoder])
