@@ -51,7 +51,9 @@ def styled(draw: Callable[P, F]) -> Callable[P, F]:
             figure = draw(*args, **kwargs)
             for axes in figure.axes if figure is not None else ():
                 axes.spines[["top", "right"]].set_visible(False)
-                axes.tick_params(labelsize=8, color=GREY, labelcolor=INK)
+                for axis in (axes.xaxis, axes.yaxis):
+                    size = axis.get_tick_params().get("labelsize", 8)
+                    axis.set_tick_params(labelsize=size, color=GREY, labelcolor=INK)
             return figure
 
     return drawn
@@ -299,7 +301,7 @@ def _mosaic(
     note = "" if picture else f"each panel: dimension 0 to {dims - 1}, "
     note += "" if picture and (bar or (low, high) == (0, 1)) else f"x from {low:.3g} to {high:.3g}"
     xlabel = "\n".join(filter(None, [names[0], note]))
-    left, right = 30 + 110 * bool(names[1]) + 230 * bool(rows), 30 + 170 * bar
+    left, right = 30 + 110 * bool(names[1]) + 310 * bool(rows), 30 + 170 * bar
     below = 30 + 40 * bool(x) + 40 * len(xlabel.splitlines())
     figure, axes = _panel_of_size(width, height, title, around=(left, right, below))
     axes.set(xlabel=xlabel, ylabel=names[1])
@@ -315,6 +317,7 @@ def _mosaic(
         axes.set_xticks([])
     if not y:
         axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(axis="y", labelsize=11)  # pages show wide figures smaller
     axes.spines[:].set_visible(False)
     if bar:
         box = axes.get_position()

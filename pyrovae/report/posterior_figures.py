@@ -28,7 +28,7 @@ FINDING_PICTURES = (
 )
 # k-hat above which importance weights have no variance, and above which no error can be trusted
 # (Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646).
-THRESHOLDS = {0.5: "0.5: infinite variance", 0.7: "0.7: not to be trusted"}
+THRESHOLDS = {0.5: "0.5: infinite\nvariance", 0.7: "0.7: not to\nbe trusted"}
 
 
 def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, Figure]:
@@ -97,8 +97,7 @@ def khat_curves(findings: Mapping[str, Finding]) -> Figure | None:
     figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
     for level, text in THRESHOLDS.items():
         axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)
-        where: dict[str, Any] = {"xytext": (3, 2), "textcoords": "offset points"}
-        axes.annotate(text, (0, level), fontsize=7.5, color=INK, **where)
+        _beside(axes, text, (1, level))
     for (name, k), colour in zip(shapes.items(), cycle(PALETTE), strict=False):
         share = (np.arange(k.size) + 0.5) / k.size
         label = f"{name + ': ' if len(shapes) > 1 else ''}{np.mean(k > 0.7):.1%} above 0.7"
@@ -147,6 +146,7 @@ def rate_distortion(findings: Mapping[str, Finding], *, joined: bool = False) ->
 @styled
 def kl_by_dimension(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue."""
+    from matplotlib.colors import to_hex
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
@@ -172,8 +172,10 @@ def kl_by_dimension(findings: Mapping[str, Finding]) -> Figure | None:
             axes.set_xticks(range(1, len(kl) + 1))
         axes.grid(True, axis="y")
     names = {BLUE: f"active: its mean varies by more than {ACTIVE}", GREY: "not active"}
-    handles = [Patch(color=colour, label=text) for colour, text in names.items()]
-    panels[0].legend(handles=handles, frameon=False, fontsize=8, loc="upper right")
+    shown = {to_hex(bar.get_facecolor()) for each in panels for bar in each.patches}
+    handles = [Patch(color=c, label=text) for c, text in names.items() if c in shown]
+    white: dict[str, Any] = {"framealpha": 1, "edgecolor": "white"}  # the grid runs behind it
+    panels[0].legend(handles=handles, fontsize=8, loc="upper right", **white)
     return figure
 
 
@@ -201,13 +203,11 @@ def calibration_curves(findings: Mapping[str, Finding]) -> Figure | None:
 @styled
 def guide_calibration(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw how the ranks of true latents among a guide's draws are distributed, for one run."""
-    from matplotlib.figure import Figure
-
     known = [each.results.calibration for each in findings.values()]
     found = known[0] if len(known) == 1 else None
     if not found or not found.curves:
         return None
-    figure = Figure(figsize=(4 * len(found.curves), 3.2), layout="constrained")
+    figure = blank(3.6 * len(found.curves), 3.2)
     panels = figure.subplots(1, len(found.curves), squeeze=False)[0]
     for (title, curves), axes in zip(found.curves.items(), panels, strict=True):
         draw_curves(axes, curves, found.num_data, found.num_samples)
@@ -244,12 +244,27 @@ def _levels(axes: Axes, points: np.ndarray) -> None:
     low, high = points.min(0), points.max(0)
     pad = 0.12 * np.maximum(high - low, 1e-6) + 0.4
     (left, right), (bottom, top) = zip(low - pad, high + pad, strict=True)
+    left = max(left, 0.0) if low[0] >= 0 else left  # a rate is a divergence
     axes.set(xlim=(left, right), ylim=(bottom, top))
     rate, distortion = np.meshgrid(np.linspace(left, right), np.linspace(bottom, top))
     levels = MaxNLocator(6).tick_values(-right - top, -left - bottom)
     grey: dict[str, Any] = {"colors": GREY, "linestyles": "solid", "linewidths": 0.7}
     drawn = axes.contour(rate, distortion, -rate - distortion, levels, zorder=0, **grey)
-    axes.clabel(drawn, fmt="ELBO %g", fontsize=7, colors="#666666", zorder=0.5)
+    axes.set_title(axes.get_title(loc="left"), pad=16)
+    # Where a line leaves the window, and not on it: there the path and the grid run through.
+    for level in drawn.levels:
+        name = f"ELBO {level:g}".replace("-", "−")
+        if bottom <= -level - right <= top:
+            _beside(axes, name, (right, -level - right))
+        elif left <= -level - top < right:
+            _beside(axes, name, (-level - top, top), above=True)
+
+
+def _beside(axes: Axes, text: str, at: tuple[float, float], above: bool = False) -> None:
+    """Write outside of a window, right of a point on its edge, or above it."""
+    place: dict[str, Any] = {"xytext": (4, 0), "va": "center"}
+    place = {"xytext": (0, 3), "ha": "center", "va": "bottom"} if above else place
+    axes.annotate(text, at, fontsize=7.5, color=INK, textcoords="offset points", **place)
 
 
 def _label_rises(axes: Axes, k: Sequence[float], bound: Sequence[float]) -> None:
