@@ -295,11 +295,14 @@ def find_sources(pair: Pair, rows: Rows) -> dict[str, Source]:
         return {name: source for name, source in found.items() if source}
     runs = [_changed(pair, own, i) for i in range(len(own))]
     return {
-        name: source or _followed(name, before[name], own, runs) for name, source in found.items()
+        name: source or _followed(pair, name, before[name], own, runs)
+        for name, source in found.items()
     }
 
 
-def _followed(name: str, value: Tensor, own: Rows, runs: list[tuple[Tensor, Values]]) -> Source:
+def _followed(
+    pair: Pair, name: str, value: Tensor, own: Rows, runs: list[tuple[Tensor, Values]]
+) -> Source:
     """The source of a value that follows arguments when they are changed, one in each run."""
     follows, copied = [], None
     for i, (changed, after) in enumerate(runs):
@@ -312,6 +315,10 @@ def _followed(name: str, value: Tensor, own: Rows, runs: list[tuple[Tensor, Valu
     if copied is not None:
         places = torch.arange(value.numel(), device=value.device).reshape(value.shape)
         return Source(tuple(follows), copied, places)
+    for i in follows:
+        chosen = _chosen(pair, name, value, own, i)
+        if chosen is not None:
+            return Source(tuple(follows), i, chosen)
     if 0 in follows and len(follows) > 1:
         raise InputError(
             f"Site {name!r} observes what is made of x and of further arguments, {follows}, so "
@@ -319,6 +326,33 @@ def _followed(name: str, value: Tensor, own: Rows, runs: list[tuple[Tensor, Valu
             f"distribution depend on the others."
         )
     return Source(tuple(follows))
+
+
+def _chosen(pair: Pair, name: str, value: Tensor, rows: Rows, i: int) -> Tensor | None:
+    """Which elements of an argument a value has, as where a mask chooses them, each one once.
+
+    The elements' numbers are spelled in two values that the argument has, a run for each digit,
+    and read off what the site then observes: a program may refuse values that are not its own.
+    """
+    row = rows[i]
+    if row.is_complex() or not row.numel() or bool((row == row.view(-1)[0]).all()):
+        return None
+    low, high = row.min(), row.max()
+    places = torch.zeros(value.shape, dtype=torch.long, device=row.device)
+    numbers = torch.arange(row.numel(), device=row.device).reshape(row.shape)
+    for digit in range((row.numel() - 1).bit_length()):
+        spelled = torch.where(numbers.bitwise_right_shift(digit) % 2 == 1, high, low)
+        try:
+            with pyro.validation_enabled(False):
+                seen = _observed(pair, (*rows[:i], spelled, *rows[i + 1 :])).get(name)
+        except REFUSALS:
+            return None
+        if seen is None or seen.shape != value.shape:
+            return None
+        places += (seen == high).long() << digit
+    if bool((places >= row.numel()).any()) or len(places.unique()) < places.numel():
+        return None
+    return places if _equal(row.view(-1)[places].to(value), value) else None
 
 
 def _observed(pair: Pair, rows: tuple) -> Values:

@@ -161,6 +161,11 @@ class Pair(Parameters):
 
     def _latents(self, trace: Trace) -> Values:
         nodes: dict[str, Site] = trace.nodes
+        if absent := [name for name in self.known.latents if name not in nodes]:
+            raise InputError(
+                f"The programs have no latents {absent} on this batch, and had them on the first: "
+                f"sample the same sites for every batch, and mask what a datum lacks."
+            )
         return {name: nodes[name]["value"] for name in self.known.latents}
 
 

@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import infer
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools.seeding import subseed, undone
@@ -237,11 +238,23 @@ class Monitor:
         return self._scales[size]
 
     def _note(self, estimate: Estimate) -> None:
-        self.names = [*estimate.terms, "loss"]
         values = torch.stack([*estimate.terms.values(), estimate.loss])
+        values = self._placed([*estimate.terms, "loss"], values)
         self.values.append(values if self._scale == 1 else values / self._scale)
         if estimate.loss.device.type == "cpu" and not math.isfinite(estimate.loss):
             self.totals()
+
+    def _placed(self, names: list[str], values: Tensor) -> Tensor:
+        """A step's numbers in the epoch's columns: a batch may lack sites that another has."""
+        new = [name for name in names if name not in self.names]
+        if not self.names or names == self.names:
+            self.names = names
+            return values
+        self.names = [*new, *self.names]
+        self.values = [pad(each, (len(new), 0)) for each in self.values]
+        columns = torch.tensor([self.names.index(name) for name in names], device=values.device)
+        found = values.new_zeros(*values.shape[:-1], len(self.names))
+        return found.index_copy(-1, columns, values)
 
     def totals(self) -> dict[str, float]:
         """The sum over the epoch's steps of the loss and of each term of it, in nats."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import torch
 from pyro import infer, poutine
@@ -99,6 +100,10 @@ class SVI(infer.SVI):
             from pyrovae.compiling.step import CompiledSteps
 
             self.compiled = CompiledSteps(loss, self.pair, self.trained, compile, steps)
+        elif compile is True and not self._differentiable:
+            told = "takes its gradient by code of its own, which no graph of a loss has"
+            kind = f"the objective, {type(loss).__name__}," if isinstance(loss, ELBO) else "it"
+            warn(f"The pair runs eagerly, not compiled: {kind} {told}.", stacklevel=2)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -171,6 +176,9 @@ class SVI(infer.SVI):
                 found = estimate(self.objective, self.pair, *args)
             check_step(self.pair, found.surrogate, args)
         self.trained.collect(needed=True)
+        for leaf in self.trained.leaves:
+            # What somebody else's loss has left there, as where a part was trained before.
+            leaf.grad = None
         self._checked = self.trained.grown
 
     def _assess(self, args: tuple, kwargs: dict, load: Any, update: bool) -> tuple[Estimate, bool]:

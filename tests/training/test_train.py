@@ -430,6 +430,20 @@ def test_the_history_has_an_elbo_where_the_loss_is_one(loss, known):
     assert row["train_kl"] is None
 
 
+def test_a_fit_begins_without_gradients_that_somebody_left():
+    """As where a part of the pair was trained before."""
+    found = []
+    for left in (False, True):
+        pyro.set_rng_seed(0)
+        pair = shipped_bernoulli()
+        if left:
+            pair[0](X)
+            sum(p.sum() for p in pair[0].parameters()).backward()
+        pyrovae.fit(*pair, X, epochs=1, batch_size=len(X), seed=0)
+        found.append([p.detach().clone() for p in pair[0].parameters()])
+    assert all(map(torch.equal, *found))
+
+
 def test_precision_is_given_back_and_named():
     before = torch.get_float32_matmul_precision()
     convolves = torch.backends.cudnn.allow_tf32
