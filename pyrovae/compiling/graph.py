@@ -76,6 +76,24 @@ class Graph:
         laid = map(_laid, args, self._strides)
         return self.run(*self._held(), *laid)
 
+    def bound(self, changing: Tensor | None = None) -> Callable[..., list[Tensor]]:
+        """The same function of arguments and of a held tensor, with what it holds bound for good.
+
+        Called without gradients; its first argument stands in the place of ``changing``, if that is
+        held.
+        """
+        held: list[Tensor | None] = [*self._held()]
+        run, strides = self.run, self._strides
+        place = None if changing is None else changing.data_ptr()
+        there = [n for n, tensor in enumerate(self.constants) if tensor.data_ptr() == place]
+
+        def call(value: Tensor | None, args: tuple[Tensor, ...]) -> list[Tensor]:
+            for n in there:
+                held[n] = value
+            return run(*held, *map(_laid, args, strides))
+
+        return call
+
     def _held(self) -> list[Tensor]:
         """What the function holds, without gradients; made anew where a tensor has moved."""
         # A person may set a weight's .data, or move a module: the record has the old tensor's

@@ -112,7 +112,7 @@ class Seen:
             finally:
                 sys.setprofile(before)
         # What a program owns, as against what it calls of torch and Pyro.
-        self.own = {c for c, scope in self.ran.items() if not _is_library(scope.get("__name__"))}
+        self.own = {c for c, scope in self.ran.items() if not is_library(scope.get("__name__"))}
         self.names = {name for code in self.ran for name in _names(code)}
         self.scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for code in self.own:
@@ -146,7 +146,8 @@ def _streams() -> tuple:
 
 
 @functools.cache
-def _is_library(name: str | None) -> bool:
+def is_library(name: str | None) -> bool:
+    """Whether a module is of the libraries, whose code is taken for fixed."""
     top = str(name).partition(".")[0]
     if top in LIBRARIES:
         return True
@@ -373,7 +374,7 @@ class Walk:
 
     def _function(self, path: str, thing: FunctionType) -> None:
         code, scope = thing.__code__, thing.__globals__
-        own = not _is_library(scope.get("__name__"))
+        own = not is_library(scope.get("__name__"))
         if (code not in self.seen.ran) if self.seen else not (own or thing.__closure__):
             return self._note(path, Same(thing))
         self._note(path, Same(code))
@@ -389,7 +390,7 @@ class Walk:
         return self._dict(path, vars(thing), "{}.{}")
 
     def _class(self, path: str, thing: type) -> None:
-        own = [c for c in thing.__mro__ if not _is_library(c.__module__)]
+        own = [c for c in thing.__mro__ if not is_library(c.__module__)]
         if not own or issubclass(thing, Enum):
             return
         named = {n for c in own for n in vars(c) if self._may_read(n)}
@@ -398,7 +399,7 @@ class Walk:
 
     def _module(self, path: str, thing: ModuleType) -> None:
         entries = vars(thing)
-        if not _is_library(thing.__name__):
+        if not is_library(thing.__name__):
             self._scope(f"{path}.", None, entries, {n for n in entries if self._may_read(n)})
         elif self.seen:
             # What a program reads of torch and the like are functions and constants.
@@ -433,7 +434,7 @@ def _layout(kind: type) -> tuple[bool, list[str]]:
     for each in kind.__mro__:
         names = vars(each).get("__slots__", ())
         slots += [names] if isinstance(names, str) else names
-    own = not all(_is_library(each.__module__) for each in kind.__mro__)
+    own = not all(is_library(each.__module__) for each in kind.__mro__)
     return own, [name for name in slots if name not in ("__dict__", "__weakref__")]
 
 

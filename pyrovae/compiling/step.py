@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import islice, repeat, takewhile
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,9 +22,18 @@ from torch.utils import _pytree as pytree
 from pyrovae._tools import should_compile
 from pyrovae._tools.seeding import undone
 from pyrovae.compiling.graph import CaptureError, Graph, compare, form
-from pyrovae.compiling.reads import VALUES, Entry, ProgramWatch, Seen, Walk, assigned, kept
+from pyrovae.compiling.reads import (
+    VALUES,
+    Entry,
+    ProgramWatch,
+    Seen,
+    Walk,
+    assigned,
+    is_library,
+    kept,
+)
 from pyrovae.compiling.update import Average, OptionsWatch, Update, UpdateError
-from pyrovae.objectives import Estimate, estimate
+from pyrovae.objectives import Estimate, Objective, estimate
 from pyrovae.pairs.pair import Pair
 
 # Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
@@ -46,6 +58,13 @@ class Step(NamedTuple):
     estimate: Estimate
     gradients: tuple[Tensor | None, ...]
     updated: bool = False
+
+
+class Steps(NamedTuple):
+    """Steps taken one after another: the loss and each term of it, by name, in the columns."""
+
+    names: list[str]
+    numbers: Tensor
 
 
 class _Trainable(Protocol):
@@ -159,11 +178,8 @@ class CompiledSteps:
             return None
         if not self.trained.named:
             return None
-        optimizer = self.trained.optimizer
-        # A gradient that waits to be added to would be lost in a graph that has the update.
-        update = update and self._records_updates and Update.can_record(optimizer)
-        update = update and all(p.grad is None for p in self.trained.named.values())
-        if update and not any(optimizer.state.values()):
+        update = update and self._can_update()
+        if update and not any(self.trained.optimizer.state.values()):
             # Optimizers make their state in their first step, which therefore is an eager one: a
             # captured step writes to tensors that are there.
             return None
@@ -191,6 +207,47 @@ class CompiledSteps:
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         return step
+
+    def many(
+        self, batches: Sequence[Tensor], load: Callable, begin: Callable[[], None]
+    ) -> Steps | None:
+        """Take the compiled steps of the first batches, with nothing looked at in between.
+
+        There are none where the next step is none of a capture with the update, or is audited, or
+        ``begin``, called before each, may change what Python reads. Batches are of the first one's
+        form, and end before an audit and with a loss that is not finite (on a CPU, where it can be
+        read).
+        """
+        known = any(each and each.update for each in self.captures.values())
+        if not (known and self._can_update() and self._moves_in_place() and not _PYRO_STACK):
+            return None
+        try:
+            call = Call((batches[0],), {}, self._takes_numbers)
+            captured = self.captures.get(self._find(_Key((call.form, load, True))))
+            if captured is None:
+                return None
+            alike = takewhile(lambda batch: form(batch) == form(batches[0]), batches)
+            return captured.many([*islice(alike, captured.unaudited)], begin)
+        except CaptureError:
+            # It is told where the step is tried alone.
+            return None
+
+    def _can_update(self) -> bool:
+        """Whether a graph may have the update of the parameters."""
+        # A gradient that waits to be added to would be lost in a graph that has it.
+        if not (self._records_updates and Update.can_record(self.trained.optimizer)):
+            return False
+        return all(p.grad is None for p in self.trained.named.values())
+
+    def _moves_in_place(self) -> bool:
+        """Whether what an objective does before a step is known to change tensors alone."""
+        if not isinstance(self.objective, Objective):
+            return True
+        called = [self.objective.at_step, *filter(callable, vars(self.objective).values())]
+        return all(
+            isinstance(each, FunctionType | MethodType) and is_library(each.__module__)
+            for each in called
+        )
 
     @cached_property
     def _watch_options(self) -> OptionsWatch:
@@ -379,6 +436,35 @@ class Capture:
                 ) from error
             self.sound = number
         return self._run(call.inputs)
+
+    @property
+    def unaudited(self) -> int:
+        """How many calls there are before the next audit."""
+        due = [*(n for n in FIRST_AUDITS if n > self.calls), (self.calls // AUDIT + 1) * AUDIT]
+        return min(due) - self.calls - 1
+
+    @torch.no_grad()
+    def many(self, batches: Sequence[Tensor], begin: Callable[[], None]) -> Steps | None:
+        """Take steps as :meth:`CompiledSteps.many` says."""
+        if self.update is None or not batches or not all(slot.adopt() for slot in self.slots):
+            return None
+        self.update.refresh()
+        counts = self.update.counts
+        run, assigned = self.graph.bound(counts), self._assigned
+        ahead = repeat(None) if counts is None else self.update.ahead(len(batches))
+        made_from, read = sum(self.present), self.device.type == "cpu"
+        rows: list[Any] = []
+        for batch, count in zip(batches, ahead, strict=False):
+            begin()
+            self.calls += 1
+            numbers, *found = run(count, (batch,))
+            for tensor, made in zip(assigned, found[made_from:], strict=True):
+                tensor.copy_(made)
+            rows.append(numbers.tolist() if read else numbers)
+            if read and not math.isfinite(rows[-1][0]):
+                break
+        values = torch.tensor(rows, dtype=numbers.dtype) if read else torch.stack(rows)
+        return Steps(["loss", *self.names], values)
 
     def eager(self, args: tuple, kwargs: dict[str, Any]) -> Step:
         """The same loss and gradients through Pyro's handlers."""

@@ -69,7 +69,8 @@ class Update:
         self._numbers = torch.zeros(len(groups), len(_numbers_of(groups[0])), device=device)
         self._made_from: list = []
         # One row a leaf, where its count of steps can be read: as :func:`_debiased` has it.
-        self._counts = torch.zeros(len(leaves), 2) if device.type == "cpu" else None
+        counted = self._own and device.type == "cpu"
+        self.counts = torch.zeros(len(leaves), 2) if counted else None
 
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
@@ -93,11 +94,18 @@ class Update:
         if now != self._made_from or any(isinstance(group["lr"], Tensor) for group in groups):
             self._numbers.copy_(torch.tensor([_numbers_of(group) for group in groups]))
             self._made_from = now
-        if self._own and self._counts is not None:
-            steps = [self.optimizer.state[leaf]["step"] for leaf in self.leaves]
-            keys = list(zip(self._groups, torch.stack(steps).tolist(), strict=True))
-            found = {key: _debiased(groups[key[0]], key[1] + 1) for key in set(keys)}
-            self._counts.copy_(torch.tensor([found[key] for key in keys]))
+        if self.counts is not None:
+            self.counts.copy_(self.ahead(1)[0])
+
+    def ahead(self, steps: int) -> list[Tensor]:
+        """What ``counts`` have to be in each of the next steps."""
+        counts = torch.stack([self.optimizer.state[leaf]["step"] for leaf in self.leaves]).tolist()
+        keys = list(zip(self._groups, counts, strict=True))
+        groups, rows = self.optimizer.param_groups, []
+        for taken in range(1, steps + 1):
+            found = {key: _debiased(groups[key[0]], key[1] + taken) for key in set(keys)}
+            rows.append([found[key] for key in keys])
+        return [*torch.tensor(rows, dtype=self._numbers.dtype).unbind()]
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Step on some gradients, which may be clipped in place."""
@@ -149,11 +157,11 @@ class Update:
             options, state = self.optimizer.param_groups[group], self.optimizer.state[leaf]
             rate, left, first, fresh, second, freshest, eps, decay = self._numbers[group].unbind()
             state["step"].add_(1)
-            if self._counts is None:
+            if self.counts is None:
                 rate = rate / (1 - first ** state["step"])
                 spread = (1 - second ** state["step"]).rsqrt()
             else:
-                rate, spread = self._counts[index].unbind()
+                rate, spread = self.counts[index].unbind()
             gradient = leaf.grad
             if options.get("decoupled_weight_decay", False):
                 leaf.mul_(left)

@@ -167,8 +167,7 @@ def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str,
     monitor = Monitor(svi, data.rows, epoch)
     order = torch.randperm(len(data.train)).to(svi.pair.device)
     with svi.pair.mode(training=True), world.stream(result.seed, epoch, order.device):
-        for index in order.split(batch_size):
-            monitor.step(world.rows(index), index)
+        monitor.steps(order.split(batch_size), world.rows)
     return monitor.means(len(data.train))
 
 

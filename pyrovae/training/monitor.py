@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +34,11 @@ UNDIVIDED = (
     *(infer.TraceEnum_ELBO, infer.JitTraceEnum_ELBO),
     *(infer.TraceGraph_ELBO, infer.JitTraceGraph_ELBO),
 )
+
+
+# Steps that are taken at once where they are compiled: what callbacks and other threads change is
+# seen after so many at the latest. What is looked at before them takes as long as a small step.
+AT_ONCE = 100
 
 
 @dataclass(repr=False)
@@ -215,18 +220,32 @@ class Monitor:
         self.names: list[str] = []
         self.values: list[Tensor] = []
         self._scales: dict[int, float] = {}
-        self._scale = 1.0
 
-    def step(self, index: Tensor, batch: Tensor) -> None:
-        """Take a step on the training rows ``index`` ``[M]``, this process's of a ``batch``."""
-        self._scale = self._scale_of(batch)
+    def steps(self, batches: Sequence[Tensor], share: Callable[[Tensor], Tensor]) -> None:
+        """Take a step on each of some batches of rows, of which a ``share`` is this process's."""
+        taken = 0
+        while taken < len(batches):
+            batch = batches[taken]
+            scale = self._scale_of(batch)
+            found = self.svi.update_many(batches[taken : taken + AT_ONCE], self.load)
+            if found is None:
+                self._step(share(batch), scale)
+            else:
+                self._keep(found.names, found.numbers, scale)
+            taken += 1 if found is None else len(found.numbers)
+
+    def _step(self, index: Tensor, scale: float) -> None:
+        def inspect(found: Estimate) -> None:
+            numbers = torch.stack([found.loss, *found.terms.values()])
+            self._keep(["loss", *found.terms], numbers[None], scale)
+
         try:
-            self.svi.update(index, load=self.load, inspect=self._note)
+            self.svi.update(index, load=self.load, inspect=inspect)
         except ValueError as error:
             site = _non_finite_site(self.svi.pair, self.load(index))
             if site is None:
                 raise
-            raise self._stop(len(self.values) + 1, site) from error
+            raise self._stop(sum(map(len, self.values)) + 1, site) from error
 
     def _scale_of(self, batch: Tensor) -> float:
         pair, size = self.svi.pair, len(batch)
@@ -237,15 +256,16 @@ class Monitor:
                 self._scales[size] = plate_scale(pair, *self.load(batch))
         return self._scales[size]
 
-    def _note(self, estimate: Estimate) -> None:
-        values = torch.stack([*estimate.terms.values(), estimate.loss])
-        values = self._placed([*estimate.terms, "loss"], values)
-        self.values.append(values if self._scale == 1 else values / self._scale)
-        if estimate.loss.device.type == "cpu" and not math.isfinite(estimate.loss):
+    def _keep(self, names: list[str], numbers: Tensor, scale: float) -> None:
+        """Keep the loss and its terms of some steps ``[S, 1 + terms]``, in this order."""
+        # A term that is not finite says more than the loss, which then comes last.
+        values = self._placed([*names[1:], names[0]], numbers.roll(-1, 1))
+        self.values.append(values if scale == 1 else values / scale)
+        if values.device.type == "cpu" and not math.isfinite(values[-1, -1]):
             self.totals()
 
     def _placed(self, names: list[str], values: Tensor) -> Tensor:
-        """A step's numbers in the epoch's columns: a batch may lack sites that another has."""
+        """Steps' numbers in the epoch's columns: a batch may lack sites that another has."""
         new = [name for name in names if name not in self.names]
         if not self.names or names == self.names:
             self.names = names
@@ -258,7 +278,7 @@ class Monitor:
 
     def totals(self) -> dict[str, float]:
         """The sum over the epoch's steps of the loss and of each term of it, in nats."""
-        values = torch.stack(self.values).double()
+        values = torch.cat(self.values).double()
         total = values.sum(0).tolist()
         if not all(map(math.isfinite, total)):
             step, column = (~values.isfinite()).nonzero()[0].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -21,7 +21,7 @@ from pyrovae.pairs.pair import Pair
 from pyrovae.training.optimizer import Trained
 
 if TYPE_CHECKING:
-    from pyrovae.compiling.step import CompiledSteps
+    from pyrovae.compiling.step import CompiledSteps, Steps
 
 
 class SVI(infer.SVI):
@@ -136,11 +136,7 @@ class SVI(infer.SVI):
             inspect: Called with the estimate, before the update where that is a step of its own;
                 a compiled step takes no notice of the gradient of a loss that is not finite.
         """
-        if isinstance(self.objective, Objective):
-            self.objective.at_step(self.steps_taken)
-        if self.trained.average is not None:
-            self.trained.average.at_step(self.steps_taken)
-        self.steps_taken += 1
+        self._begin()
         result, updated = self._assess(args, kwargs, load, update=self.reduce is None)
         if self.reduce is not None:
             self.trained.collect()
@@ -150,6 +146,15 @@ class SVI(infer.SVI):
         if not updated:
             self.apply_gradients()
         return result
+
+    def update_many(self, batches: Sequence[Tensor], load: Callable) -> Steps | None:
+        """Take the compiled steps of the first ``batches`` in one go, if they are ready for it.
+
+        Whatever else Python reads is looked at before them, not in between; ``load`` is as for
+        :meth:`update`, which takes the same steps one by one.
+        """
+        compiled = self._ready() if self.reduce is None else None
+        return None if compiled is None else compiled.many(batches, load, self._begin)
 
     def gradients(self, *args: Any, load: Callable | None = None, **kwargs: Any) -> Estimate:
         """Evaluate the objective on a batch and add its gradient to every parameter's."""
@@ -181,10 +186,22 @@ class SVI(infer.SVI):
             leaf.grad = None
         self._checked = self.trained.grown
 
+    def _begin(self) -> None:
+        """Set what changes from step to step."""
+        if isinstance(self.objective, Objective):
+            self.objective.at_step(self.steps_taken)
+        if self.trained.average is not None:
+            self.trained.average.at_step(self.steps_taken)
+        self.steps_taken += 1
+
+    def _ready(self) -> CompiledSteps | None:
+        """The compiled steps, where the parameters are those that are known."""
+        known = self._checked == self.trained.grown and self.trained.is_current()
+        return self.compiled if known else None
+
     def _assess(self, args: tuple, kwargs: dict, load: Any, update: bool) -> tuple[Estimate, bool]:
         """A batch's estimate, its gradient at hand, or stepped on already if the second is True."""
-        checked = self._checked == self.trained.grown
-        compiled = self.compiled if checked and self.trained.is_current() else None
+        compiled = self._ready()
         if compiled and (step := compiled(args, kwargs, load, update, self.steps_taken)):
             return step.estimate, step.updated
         args = load(*args) if load else args
@@ -192,7 +209,7 @@ class SVI(infer.SVI):
         if self._backward is not None:
             return summed(self._backward(*self._programs, *args, **kwargs)), False
         result = estimate(self.objective, self.pair, *args, **kwargs)
-        if not checked:
+        if self._checked != self.trained.grown:
             check_step(self.pair, result.surrogate, (args, kwargs))
             self._checked = self.trained.grown
         if result.surrogate is not None and result.surrogate.requires_grad:
