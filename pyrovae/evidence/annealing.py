@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
+from pyrovae.evidence.path import Chains, GeometricPath, Moves, Schedule, adapt, anneal
 from pyrovae.evidence.proposals import (
     chunked,
     joint_density,
@@ -24,22 +25,15 @@ from pyrovae.evidence.proposals import (
 )
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least
-from pyrovae.evidence.unconstrained import (
-    Coordinates,
-    GeometricPath,
-    Move,
-    State,
-    adapt,
-    anneal,
-    transition,
-)
+from pyrovae.evidence.unconstrained import Coordinates
 from pyrovae.evidence.weights import Sums, curve_points
 
-# Chains of the run that finds step sizes: enough for an acceptance rate, a quarter of the cost.
-PILOT_CHAINS = 4
+# Temperatures of the run that finds step sizes and where temperatures are needed: a quarter more
+# cost for 200. It has as many chains as the run itself if those are few, so that one graph serves.
+PILOT_KNOTS, PILOT_CHAINS = 24, (4, 16)
 # Compiling takes some 20 seconds, in which a small pair takes so many steps.
 PAYS_AFTER = 2_000_000
-# Wu et al.'s sigmoid, from -4 to 4: a 27th of the way at the ends for each step in the middle.
+# Wu et al.'s sigmoid, from -4 to 4: dense at both ends, where densities change fastest.
 STEEPNESS = 4.0
 
 
@@ -48,28 +42,26 @@ class Settings(NamedTuple):
 
     num_chains: int = 16
     num_temperatures: int = 500
-    num_steps: int = 5
+    num_steps: int = 2
     initial: str = "guide"
 
     @property
-    def betas(self) -> list[float]:
-        r"""β_1, …, β_T: evenly spaced in a sigmoid, so that they are dense at both ends.
-
-        .. math:: \beta_t \propto \sigma\Bigl(4 \bigl(\tfrac{2t}{T + 1} - 1\bigr)\Bigr) - \sigma(-4)
+    def knots(self) -> list[float]:
+        r"""Temperatures of the run that finds all others, evenly spaced in a sigmoid.
 
         References:
             Wu et al. (arXiv 1611.04273), section 4.
         """
-        number = self.num_temperatures + 1
-        knots = [1 / (1 + math.exp(-STEEPNESS * (2 * t / number - 1))) for t in range(number + 1)]
-        return [(knot - knots[0]) / (knots[-1] - knots[0]) for knot in knots[1:-1]]
+        number = min(PILOT_KNOTS, self.num_temperatures) + 1
+        at = [1 / (1 + math.exp(-STEEPNESS * (2 * t / number - 1))) for t in range(number + 1)]
+        return [(each - at[0]) / (at[-1] - at[0]) for each in at[1:-1]]
 
     @property
     def method(self) -> str:
         """In words."""
         return (
             f"annealed importance sampling from the {self.initial}, {self.num_temperatures} "
-            f"temperatures of {self.num_steps} leapfrog steps"
+            f"temperatures chosen for each datum, {self.num_steps} leapfrog steps at each"
         )
 
     def options(self, num_data: int, compile: bool | str) -> dict[str, Any]:
@@ -89,7 +81,7 @@ def annealed_log_likelihood(
     *context: Tensor,
     num_chains: int = 16,
     num_temperatures: int = 500,
-    num_steps: int = 5,
+    num_steps: int = 2,
     initial: str = "guide",
     max_rows: int | None = None,
     seed: int | None = None,
@@ -104,12 +96,13 @@ def annealed_log_likelihood(
               \prod_{t=0}^{T} \frac{f_{\beta_{t+1}}(z_{c,t})}{f_{\beta_t}(z_{c,t})}, \qquad
               f_\beta(z) = q(z \mid x)^{1 - \beta}\, p(x, z)^\beta
 
-    Each of C chains starts at a draw z_0 from the guide, or the prior, and moves by one
-    Hamiltonian transition at each of T temperatures β_t between 0 and 1. The weights have mean
-    p(x) however few temperatures there are, and vary the less the more there are: where
-    importance sampling has k-hat above 0.7, this still gives a tight bound, at the price of T L
-    gradients for each chain. Transitions act on all latents at once, in real coordinates of their
-    supports; step sizes are those of a run before, for each datum and temperature.
+    Each of C chains starts at a draw z_0 from the guide, or the prior, and makes one Hamiltonian
+    move at each of T temperatures β_t between 0 and 1. The weights have mean p(x) however few
+    temperatures there are, and vary the less the more there are: where importance sampling has
+    k-hat above 0.7, this still gives a tight bound, at the price of T L gradients for each chain.
+    Moves act on all latents at once, in real coordinates of their supports, and keep a part of
+    their momentum (:class:`~pyrovae.evidence.path.Moves`). Temperatures and step sizes are those of
+    a short run before, for each datum (:func:`~pyrovae.evidence.path.adapt`).
 
     Args:
         model: The model program; its latents must be continuous, or enumerated by the model.
@@ -118,7 +111,7 @@ def annealed_log_likelihood(
         num_chains: The number of chains C of each datum.
         num_temperatures: The number T of temperatures strictly between 0 and 1; with none, this
             is importance sampling with C samples.
-        num_steps: The number L of leapfrog steps of a transition.
+        num_steps: The number L of leapfrog steps at a temperature.
         initial: Start from the ``"guide"`` or the ``"prior"``; a guide far from the posterior
             can be the worse place.
         max_rows: The largest number of (chain, datum) pairs that the programs score at once; it
@@ -126,7 +119,7 @@ def annealed_log_likelihood(
             elsewhere.
         seed: Seeds the draws; None draws a seed from torch's global stream, or goes on with that
             of the checkpoint.
-        compile: Compile densities and gradients: True, False, or ``"auto"`` where N C T L is at
+        compile: Compile whole moves: True, False, or ``"auto"`` where N C T L is at
             least two million, so that it pays.
         checkpoint: A file to keep finished data in; with the same file, an evaluation that was
             stopped goes on and ends as if it had not been.
@@ -144,7 +137,8 @@ def annealed_log_likelihood(
 
     References:
         Neal (2001), Annealed importance sampling; Wu et al., On the Quantitative Analysis of
-        Decoder-Based Generative Models (arXiv 1611.04273).
+        Decoder-Based Generative Models (arXiv 1611.04273); Sohl-Dickstein and Culpepper (2012),
+        Hamiltonian annealed importance sampling (arXiv 1205.1925).
 
     Example:
         >>> few = {"num_chains": 4, "num_temperatures": 20}  # 16 and 500 where nothing is said
@@ -173,49 +167,48 @@ class Annealer:
             require_density(task.pair, task.first)
             require_scorable(task.pair, task.first, "use initial='prior'")
         self.path = GeometricPath(self.coordinates, settings.initial, task.max_rows)
+        self.moves = Moves(self.path, settings.num_steps)
         self.tile = min(task.tile, settings.num_chains)
+        self.pilots = min(max(self.tile, PILOT_CHAINS[0]), PILOT_CHAINS[1])
         tiles = -(-settings.num_chains // self.tile)
-        self.ticks = settings.num_temperatures * (1 + tiles)
+        self.ticks = len(settings.knots) + settings.num_temperatures * tiles
 
-    def tune(self, index: int, rows: tuple) -> list[Tensor]:
-        """Find the step sizes of the transitions, ``[N, D]`` each, by chains of their own."""
+    def tune(self, index: int, rows: tuple) -> Schedule:
+        """Find temperatures and step sizes for each datum, by chains of their own."""
         if self.compiled:
-            self.path.compile(rows, PILOT_CHAINS, self.tile)
+            self.moves.compile(rows, self.pilots, self.tile)
             self.compiled = False
-        if not self.settings.betas:
-            return []
+        knots = rows[0].new_tensor(self.settings.knots, dtype=torch.float64)
+        if not len(knots):
+            return Schedule(knots[:, None].expand(0, len(rows[0])), knots, knots)
         with seeded(subseed(self.task.seed, index), rows[0].device, 0, PILOT_STREAM):
-            state, _ = self._start(index, rows, PILOT_CHAINS)
-            return adapt(self._move(rows), state, self.settings.betas, self.task.bar.update)
+            chains, _ = self._start(index, rows, self.pilots)
+            move = partial(self.moves, rows)
+            return adapt(move, chains, knots, self.settings.num_temperatures, self.task.bar.update)
 
-    def run(
-        self, index: int, rows: tuple, strides: list[Tensor], end: Tensor | None = None
-    ) -> Found:
+    def run(self, index: int, rows: tuple, schedule: Schedule, end: Tensor | None = None) -> Found:
         """Sum the weights of all chains: w forward, or 1/w backward from ``end`` ``[N, D]``."""
         count, seed = self.settings.num_chains, subseed(self.task.seed, index)
         sums = Sums(count, curve_points(count), rows[0])
         accepted = rows[0].new_zeros(len(rows[0]), dtype=torch.float64)
-        how = self.settings.betas, strides, self.task.bar.update
+        move, how = partial(self.moves, rows), (schedule, self.task.bar.update)
         for number, first in enumerate(range(0, count, self.tile)):
-            chains = min(self.tile, count - first)
+            some = min(self.tile, count - first)
             stream = (number,) if end is None else (number, BACKWARD_STREAM)
             with seeded(seed, rows[0].device, *stream):
                 if end is None:
-                    state, outside = self._start(index, rows, chains)
-                    log_weight, rate = anneal(self._move(rows), state, *how)
+                    chains, outside = self._start(index, rows, some)
+                    log_weight, rate = anneal(move, chains, *how)
                     log_weight = log_weight.masked_fill(outside, -math.inf)
                 else:
-                    state = self.path(rows, end.expand(chains, *end.shape))
-                    log_weight, rate = anneal(self._move(rows), state, *how, backward=True)
+                    chains = self.moves.start(rows, end.expand(some, *end.shape).contiguous())
+                    log_weight, rate = anneal(move, chains, *how, backward=True)
                     log_weight = -log_weight
             sums.add(log_weight)
-            accepted = accepted + rate * chains / count
+            accepted = accepted + rate * some / count
         return sums.result() | {"acceptance": accepted}
 
-    def _move(self, rows: tuple) -> Move:
-        return partial(transition, self.path, rows, self.settings.num_steps)
-
-    def _start(self, index: int, rows: tuple, chains: int) -> tuple[State, Tensor]:
+    def _start(self, index: int, rows: tuple, chains: int) -> tuple[Chains, Tensor]:
         """Where chains start: at the first draws that importance sampling would make.
 
         And which draws of the guide are outside of the prior's support, ``[C, N]``: their weight
@@ -231,13 +224,13 @@ class Annealer:
             drawn = pair.draw_prior(rows, chains)
             outside = rows[0].new_zeros(chains, len(rows[0]), dtype=torch.bool)
         u = self.coordinates.of(rows, drawn, chunk)
-        state = self.path(rows, torch.where(outside[..., None], 0.0, u))
-        if bool((state.target - state.start).isnan().logical_and(~outside).any()):
+        state, momentum = self.moves.start(rows, torch.where(outside[..., None], 0.0, u))
+        if bool(state.gain.isnan().logical_and(~outside).any()):
             model = joint_density(pair, rows, chains, drawn).sites
             start = self.settings.initial
             guide = {} if start == "prior" else pair.score_guide(rows, chains, drawn)
             refuse_nan(guide, model, index * DATA_TILE)
-        return state, outside
+        return (state, momentum), outside
 
     def result(self, found: Found | None = None) -> LogLikelihood:
         """The estimate that all tiles' sums make up."""

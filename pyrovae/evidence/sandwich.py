@@ -76,7 +76,7 @@ def bidirectional(
     n: int = 64,
     num_chains: int = 16,
     num_temperatures: int = 500,
-    num_steps: int = 5,
+    num_steps: int = 2,
     initial: str = "guide",
     max_rows: int | None = None,
     seed: int | None = None,

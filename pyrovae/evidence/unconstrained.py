@@ -1,13 +1,9 @@
-"""A pair's latents in real coordinates: a guide refined there, and moves towards the posterior."""
+"""A pair's latents in real coordinates, and a guide that is refined there for each datum."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Normal, StudentT
@@ -24,7 +20,6 @@ from pyrovae.evidence.proposals import (
     Sampler,
     chunked,
     counted_within,
-    guide_density,
     joint_density,
     to_support,
 )
@@ -41,17 +36,6 @@ FIT_RATE, PAIRS, MOMENT_DRAWS = 0.1, 4, 256
 DEGREES = 8.0
 # Turns of a circle that a normal of up to π radians reaches; that one is uniform up to a percent.
 TURNS = range(-4, 5)
-
-# 0.65 is optimal for Hamiltonian moves in many dimensions (Beskos et al., arXiv 1001.4460); a
-# little more costs little and is safer. The rate is that of a stochastic approximation, per move.
-TARGET, RATE = 0.7, 0.3
-# Step sizes that vary keep trajectories from closing on themselves (Neal 2011).
-JITTER = 0.2
-# Moves before the first temperature, as its step size starts from a guess; how much a new slope
-# counts in the running mean; and the least curvature, for a coordinate that hardly matters.
-WARM_UP, FORGET, FLAT = 12, 0.1, 1e-6
-# At most so many sets of step sizes are kept: thousands of temperatures of [64, D] add up.
-KEPT = 200
 
 
 class Coordinates:
@@ -243,180 +227,3 @@ def _moments(u: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     # A datum with less than two draws inside starts from a standard normal.
     scale = torch.where(count > 1, (square / (count - 1).clamp(min=1)).sqrt(), 1.0)
     return mean, scale.clamp(min=1e-4)
-
-
-class State(NamedTuple):
-    """Points u ``[K, N, D]`` with two log-densities ``[K, N]`` there, and their gradients.
-
-    ``target`` is ln p(x, u), ``start`` ln q(u | x) or ln p(u).
-    """
-
-    u: Tensor
-    target: Tensor
-    start: Tensor
-    target_slope: Tensor
-    start_slope: Tensor
-
-    def density(self, beta: float) -> Tensor:
-        r"""The log-density :math:`(1 - \beta) \ln q + \beta \ln p` on the way, unnormalized."""
-        return (1 - beta) * self.start + beta * self.target
-
-    def slope(self, beta: float) -> Tensor:
-        """Its gradient."""
-        return (1 - beta) * self.start_slope + beta * self.target_slope
-
-
-class GeometricPath:
-    r"""What lies between the guide, or the prior, and the posterior of each datum.
-
-    .. math:: f_\beta(u) = q(u \mid x)^{1 - \beta}\, p(x, u)^\beta
-    """
-
-    def __init__(self, coordinates: Coordinates, initial: str, max_rows: int) -> None:
-        self.coordinates, self.pair = coordinates, coordinates.pair
-        self.initial, self.max_rows = initial, max_rows
-        self.graphs: dict[torch.Size, Callable[..., list[Tensor]]] = {}
-
-    def __call__(self, rows: tuple, u: Tensor) -> State:
-        """Both densities and their gradients at u."""
-        # A graph takes what lies in memory as it did when it was captured.
-        chunks = u.contiguous().split(self.chunk(rows))
-        parts = [self.graphs.get(some.shape, self._eager)(some, *rows) for some in chunks]
-        return State(u, *(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def compile(self, rows: tuple, *particles: int) -> None:
-        """Compile both for these numbers of particles of data of these shapes, or warn."""
-        from pyrovae.compiling.graph import CaptureError, Graph
-
-        size = len(rows[0]), sum(self.coordinates.sizes)
-        try:
-            for count in {min(each, self.chunk(rows)) for each in particles}:
-                u = rows[0].new_zeros(count, *size, dtype=self.coordinates.dtype)
-                self.graphs[u.shape] = Graph(self._eager, (u, *rows), self.pair)
-        except CaptureError as error:
-            self.graphs.clear()
-            warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=4)
-
-    def chunk(self, rows: tuple) -> int:
-        """How many particles of these data are scored at once."""
-        return max(1, self.max_rows // len(rows[0]))
-
-    def _eager(self, u: Tensor, *rows: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            points = self.coordinates.split(u)
-            found = joint_density(self.pair, rows, len(u), points, unconstrained=True)
-            start = found.prior
-            if self.initial == "guide":
-                start = guide_density(self.pair, rows, len(u), found.latents) + found.log_det
-            densities = found.prior + found.likelihood, start
-            slopes = [_slope(density, u) for density in densities]
-        return [*(density.detach() for density in densities), *slopes]
-
-
-def _slope(density: Tensor, u: Tensor) -> Tensor:
-    if not density.requires_grad:
-        return torch.zeros_like(u)
-    return torch.autograd.grad(density.sum(), u, retain_graph=True, materialize_grads=True)[0]
-
-
-Move = Callable[[State, float, Tensor], tuple[State, Tensor]]
-
-
-def transition(
-    path: GeometricPath, rows: tuple, num_steps: int, state: State, beta: float, stride: Tensor
-) -> tuple[State, Tensor]:
-    r"""One Hamiltonian move that leaves the density at β invariant.
-
-    .. math:: r \sim \mathcal{N}(0, I), \qquad
-              (u', r') = \mathrm{leapfrog}^L(u, r), \qquad
-              \Pr(\text{accept}) = \min\{1, e^{H(u, r) - H(u', r')}\}
-
-    The stride ``[N, D]`` is the step size, which each chain varies by up to a fifth. Returns where
-    the chains are then, and the probabilities of acceptance ``[K, N]``.
-
-    References:
-        Neal (2011), MCMC using Hamiltonian dynamics (arXiv 1206.1901), section 3.
-    """
-    jitter = 1 + JITTER * (2 * torch.rand_like(state.target) - 1)
-    stride = jitter[..., None].to(stride.dtype) * stride
-    momentum = torch.randn_like(state.u)
-    uniform = torch.rand_like(state.target)
-    before = state.density(beta) - 0.5 * momentum.double().square().sum(-1)
-    moved, sound = state, torch.ones_like(uniform, dtype=torch.bool)
-    for _ in range(num_steps):
-        momentum = momentum + 0.5 * stride * moved.slope(beta)
-        u = moved.u + stride * momentum
-        sound = sound & u.isfinite().all(-1)
-        moved = path(rows, torch.where(sound[..., None], u, state.u))
-        momentum = momentum + 0.5 * stride * moved.slope(beta)
-    after = moved.density(beta) - 0.5 * momentum.double().square().sum(-1)
-    gain = torch.where(sound, after - before, -torch.inf).nan_to_num(nan=-torch.inf)
-    probability = gain.exp().clamp(max=1)
-    accept = uniform < probability
-    masks = [accept[..., None] if each.dim() == 3 else accept for each in state]
-    return State(*map(torch.where, masks, moved, state)), probability
-
-
-def adapt(move: Move, state: State, betas: list[float], tick: Callable[[], Any]) -> list[Tensor]:
-    r"""Step sizes ``[N, D]`` for each temperature in rising order, found by a run of its own.
-
-    .. math:: \epsilon_d = \epsilon \, \bigl(E[(\partial_d \ln f_\beta)^2]\bigr)^{-1/2}
-
-    The run goes up the path as the one that it is for. A datum's ε is raised where its chains
-    accept more than 70 % and lowered where less; the expectation, which for a normal density is
-    the diagonal of its precision, is a running mean. What it finds does not depend on the chains
-    that use it, so their estimate stays unbiased. A coordinate that the density ignores, as where
-    a latent is masked, stays where it is.
-    """
-    step = torch.full_like(state.target[0], state.u.shape[-1] ** -0.25)
-    curvature: Tensor | None = None
-    found: list[Tensor] = []
-    kept = -(-len(betas) // KEPT)
-    for index, beta in enumerate(betas):
-        for _ in range(1 + (WARM_UP if index == 0 else WARM_UP // len(betas))):
-            seen = state.slope(beta).square().mean(0)
-            curvature = seen if curvature is None else torch.lerp(curvature, seen, FORGET)
-            scale = torch.where(curvature > 0, curvature.clamp(min=FLAT).rsqrt(), 0.0)
-            stride = step[:, None].to(scale.dtype) * scale
-            state, accepted = move(state, beta, stride)
-            step = (step * (RATE * (accepted.mean(0) - TARGET)).exp()).clamp(1e-6, 10.0)
-        found.append(found[-1] if index % kept else stride)
-        tick()
-    return found
-
-
-def anneal(
-    move: Move,
-    state: State,
-    betas: list[float],
-    strides: list[Tensor],
-    tick: Callable[[], Any],
-    *,
-    backward: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r"""Anneal chains up the path, or down it, and sum the log-weights.
-
-    .. math:: \ln w = \sum_{t=0}^{T} (\beta_{t+1} - \beta_t)\,
-              \ln \frac{p(x, u_t)}{q(u_t \mid x)}, \qquad \beta_0 = 0, \quad \beta_{T+1} = 1
-
-    where u_0 ~ q and u_t follows from u_{t-1} by a transition at β_t; or, backward, u_T is a draw
-    from the posterior and u_{t-1} follows from u_t. Forward the mean of w is p(x), backward that
-    of 1/w is 1/p(x). Strides are step sizes ``[N, D]`` for each of β_1, …, β_T. Returns ln w
-    ``[K, N]``, and the mean probability of acceptance ``[N]``.
-
-    References:
-        Neal (2001), Annealed importance sampling; Grosse et al. (arXiv 1511.02543), section 3.
-    """
-    order = list(zip(betas, strides, strict=True))
-    gaps = [after - before for before, after in pairwise([0.0, *betas, 1.0])]
-    accepted = torch.zeros_like(state.target[0])
-    if backward:
-        order, gaps = order[::-1], gaps[::-1]
-    log_weight = gaps[0] * (state.target - state.start)
-    for (beta, stride), gap in zip(order, gaps[1:], strict=True):
-        state, probability = move(state, beta, stride)
-        log_weight = log_weight + gap * (state.target - state.start)
-        accepted = accepted + probability.mean(0) / len(betas)
-        tick()
-    return log_weight, accepted

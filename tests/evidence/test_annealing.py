@@ -14,14 +14,16 @@ from torch.distributions import transforms
 from pairs import LATENT, binary, discrete, mixed, shipped_bernoulli, two_latents
 from pyrovae.evidence.annealing import Settings, annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.evidence.unconstrained import (
-    Coordinates,
+from pyrovae.evidence.path import (
     GeometricPath,
+    Moves,
+    Schedule,
     State,
     adapt,
     anneal,
-    transition,
+    spaced,
 )
+from pyrovae.evidence.unconstrained import Coordinates
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
@@ -68,39 +70,61 @@ def test_more_temperatures_tighten_the_bound():
     assert -0.1 < gaps[2] < 1.2
 
 
-def test_a_transition_leaves_its_density_alone():
+@pytest.mark.parametrize("steps", [1, 4])
+def test_moves_leave_their_density_alone(steps):
+    """That of points and momenta together, at steps so long that many moves are refused."""
     model, _, x, _ = linear_gaussian(latent=3, n=2)
-    path = _path((model, Normals(3, 0.4, 2.0)), x)
+    moves = Moves(_path((model, Normals(3, 0.4, 2.0)), x), steps)
     posterior = model.posterior(x)
-    u = posterior.sample((4000,))
     torch.manual_seed(0)
-    stride = torch.full((2, 3), 0.15)
-    state = path((x,), u)
-    for _ in range(3):
-        state, probability = transition(path, (x,), 4, state, 1.0, stride)
-    assert 0.5 < probability.mean() < 0.99
+    u = posterior.sample((4000,))
+    chains = moves.start((x,), u)
+    for _ in range(6):
+        chains, probability = moves((x,), chains, torch.ones(2), torch.full((2, 3), 0.4))
+    state, momentum = chains
+    assert 0.5 < probability.mean() < 0.95
     assert (state.u - u).abs().mean() > 0.1
     error = posterior.variance.sqrt() / 4000**0.5
     assert ((state.u.mean(0) - posterior.mean).abs() < 4.5 * error).all()
     covariance = torch.stack([state.u[:, n].mT.cov() for n in range(2)])
     assert (covariance - posterior.covariance_matrix).abs().max() < 0.015
-    torch.testing.assert_close(state.target, path((x,), state.u).target)
+    both = torch.stack([torch.cat([state.u, momentum], -1)[:, n].mT.cov() for n in range(2)])
+    assert (both[:, 3:, 3:] - torch.eye(3)).abs().max() < 0.12
+    assert both[:, :3, 3:].abs().max() < 0.04
+    torch.testing.assert_close(state.target, moves.path((x,), state.u).target)
 
 
-def test_impossible_moves_are_rejected():
+def test_a_chain_goes_on_in_its_direction_and_turns_where_it_is_refused():
+    model, guide, x, _ = linear_gaussian(latent=2, n=3)
+    moves = Moves(_path((model, guide), x), 1, persistence=1.0)
+    chains = moves.start((x,), torch.zeros(50, 3, 2))
+    beta = torch.full((3,), 0.5)
+    (state, momentum), probability = moves((x,), chains, beta, torch.full((3, 2), 1e-3))
+    assert probability.min() > 0.99
+    assert (momentum - chains[1]).abs().max() < 0.05
+    torch.testing.assert_close(state.u, 1e-3 * chains[1], atol=1e-3, rtol=0)
+    (state, momentum), _ = moves((x,), chains, beta, torch.full((3, 2), 1e3))
+    assert torch.equal(momentum, -chains[1])
+    assert torch.equal(state.u, chains[0].u)
+
+
+def test_impossible_moves_are_rejected(monkeypatch):
     model, guide, x, _ = linear_gaussian(latent=2, n=3)
     path = _path((model, guide), x)
-    state = path((x,), torch.zeros(5, 3, 2))
+    moves, at = Moves(path, 3), path.at
+    chains = moves.start((x,), torch.zeros(5, 3, 2))
 
     def watched(rows, u):
         assert u.isfinite().all()
-        return path(rows, u)
+        return at(rows, u)
 
+    monkeypatch.setattr(path, "at", watched)
     for size in (1e3, 1e30, math.nan):
         with pyro.validation_enabled(False):
-            after, probability = transition(watched, (x,), 3, state, 0.5, torch.full((3, 2), size))
+            stride = torch.full((3, 2), size)
+            (after, _), probability = moves((x,), chains, torch.full((3,), 0.5), stride)
         assert after.target.isfinite().all()
-        assert torch.equal(after.u, state.u)
+        assert torch.equal(after.u, chains[0].u)
         assert (probability == 0).all()
 
 
@@ -236,16 +260,54 @@ class _NoWayBack(transforms.AffineTransform):
 
 def test_step_sizes_reach_their_acceptance_for_each_datum():
     model, _, x, _ = linear_gaussian(latent=6, pixels=10, n=5)
-    path = _path((model, Normals(6, 0.0, 1.5)), x)
-    betas, ticks = Settings(num_temperatures=30).betas, []
+    moves = Moves(_path((model, Normals(6, 0.0, 1.5)), x), 3)
+    knots, ticks = torch.tensor(Settings(num_temperatures=30).knots).double(), []
+    move = partial(moves, (x,))
     torch.manual_seed(0)
-    move = partial(transition, path, (x,), 3)
-    strides = adapt(move, path((x,), torch.randn(16, 5, 6)), betas, lambda: ticks.append(1))
-    assert len(strides) == len(ticks) == 30
-    assert strides[-1].mean() < 0.8 * strides[0].mean()
-    state = path((x,), torch.randn(64, 5, 6))
-    _, accepted = anneal(move, state, betas, strides, lambda: None)
-    assert ((accepted > 0.5) & (accepted < 0.9)).all()
+    start = moves.start((x,), torch.randn(16, 5, 6))
+    found = adapt(move, start, knots, 30, lambda: ticks.append(1))
+    assert len(found.strides) == len(ticks) == len(knots) == 24
+    assert found.betas.shape == (30, 5)
+    assert found.strides[-1].mean() < 0.8 * found.strides[0].mean()
+    start = moves.start((x,), torch.randn(64, 5, 6))
+    _, accepted = anneal(move, start, found, lambda: None)
+    assert ((accepted > 0.7) & (accepted < 0.97)).all()
+
+
+def test_temperatures_are_dense_where_the_densities_change():
+    """Between any two of them lies the same part of the integral of the spread."""
+    knots = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    at = torch.cat([torch.zeros(1), knots])
+    betas = spaced(knots, torch.stack([1 / (0.1 + at), torch.ones(20), torch.zeros(20)], 1), 99)
+    assert betas.shape == (99, 3)
+    assert (betas.diff(dim=0) > 0).all()
+    assert 0 < betas.min() < betas.max() < 1
+    even = torch.arange(1, 100, dtype=torch.float64) / 100
+    torch.testing.assert_close(betas[:, 1], even)
+    torch.testing.assert_close(betas[:, 2], even)
+    # ∫ 1 / (0.1 + β) dβ = ln(1 + 10 β), and a fifth of its mean is added everywhere.
+    total = math.log(11)
+    length = ((1 + 10 * betas[:, 0]).log() + 0.2 * total * betas[:, 0]) / (1.2 * total)
+    torch.testing.assert_close(length, even, atol=0.02, rtol=0)
+
+
+def test_step_sizes_between_knots_lie_between_theirs():
+    knots, strides = torch.tensor([0.2, 0.6]).double(), torch.tensor([[[1.0]], [[3.0]]])
+    betas = torch.tensor([[0.1], [0.2], [0.3], [0.6], [0.9]]).double()
+    schedule = Schedule(betas, knots, strides)
+    found = [schedule.stride(index).item() for index in range(5)]
+    assert found == pytest.approx([1.0, 1.0, 1.5, 3.0, 3.0])
+    assert Schedule(betas, knots[:1], strides[:1]).stride(4).item() == 1.0
+
+
+def test_chosen_temperatures_do_better_than_even_ones_from_the_prior(monkeypatch):
+    model, guide, x, exact = linear_gaussian(latent=6, pixels=200, n=16)
+    how = {"num_chains": 8, "num_temperatures": 20, "num_steps": 2, "initial": "prior", "seed": 0}
+    chosen = annealed_log_likelihood(model, guide, x, **how)
+    monkeypatch.setattr("pyrovae.evidence.path.EVEN", 1e6)
+    even = annealed_log_likelihood(model, guide, x, **how)
+    assert exact.mean() - chosen.mean < 0.6 * (exact.mean() - even.mean)
+    assert chosen.ess.mean() > 1.3 * even.ess.mean()
 
 
 def test_one_seed_gives_one_answer_whatever_the_chunks():
@@ -305,14 +367,13 @@ def test_bad_arguments_are_named(options, message):
         annealed_log_likelihood(*shipped_bernoulli(), X, **options)
 
 
-def test_temperatures_rise_from_end_to_end_and_are_dense_there():
-    betas = Settings(num_temperatures=99).betas
-    assert len(betas) == 99
-    assert betas == sorted(betas)
-    assert betas[49] == pytest.approx(0.5)
-    assert betas[0] == pytest.approx(1 - betas[-1])
-    assert betas[0] < 0.25 * (betas[50] - betas[49])
-    assert Settings(num_temperatures=0).betas == []
+def test_knots_rise_from_end_to_end_and_are_dense_there():
+    knots = Settings(num_temperatures=99).knots
+    assert knots == sorted(knots)
+    assert knots[0] == pytest.approx(1 - knots[-1])
+    assert knots[0] < 0.4 * (knots[12] - knots[11])
+    assert len(Settings(num_temperatures=3).knots) == 3
+    assert Settings(num_temperatures=0).knots == []
 
 
 def test_compiled_chains_are_those_of_the_handlers(monkeypatch):
@@ -327,16 +388,19 @@ def test_compiled_chains_are_those_of_the_handlers(monkeypatch):
 
 
 def test_each_state_is_weighed_by_the_gap_that_it_stands_in():
-    """A state that a transition at β leaves has ln p − ln q = β here, the first one 10."""
+    """A state that a move at β leaves has ln p − ln q = β here, the first one 10."""
     like = torch.zeros(1, 1, dtype=torch.float64)
 
-    def state(value):
-        return State(torch.zeros(1, 1, 1), like + value, like, torch.zeros(0), torch.zeros(0))
+    def chains(value):
+        none = torch.zeros(0)
+        return State(torch.zeros(1, 1, 1), like + value, like, none, none), none
 
     def move(before, beta, stride):
-        return state(beta), like + 0.5
+        return chains(beta), like + 0.5
 
-    at = move, state(10.0), [0.1, 0.4], [None, None], lambda: None
+    knots = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    schedule = Schedule(knots[:, None], knots, torch.zeros(2, 1, 1))
+    at = move, chains(10.0), schedule, lambda: None
     forward, accepted = anneal(*at)
     assert forward.item() == pytest.approx(0.1 * 10 + 0.3 * 0.1 + 0.6 * 0.4)
     assert accepted.item() == pytest.approx(0.5)

@@ -161,7 +161,7 @@ def test_reconstructions_of_a_teacher_forced_model_do_not_copy_x():
 def test_the_sandwich_of_a_teacher_forced_model_holds_log_p(model):
     found = bidirectional(
         model, normal_guide, like=torch.zeros(1, STEPS), n=200, num_chains=32, seed=1,
-        num_temperatures=3, num_steps=2,
+        num_temperatures=4, num_steps=2,
     )  # fmt: skip
     prior = dist.MultivariateNormal(torch.zeros(STEPS), covariance())
     exact = prior.log_prob(found.x).double()
