@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +71,12 @@ class GeometricPath:
         parts = [self.at(rows, some) for some in u.split(self.chunk(rows))]
         return parts[0] if len(parts) == 1 else State(*map(torch.cat, zip(*parts, strict=True)))
 
-    def at(self, rows: tuple, u: Tensor) -> State:
-        """Both densities and their gradients at u, at once."""
+    def at(self, rows: tuple, u: Tensor, *, fused: bool = False) -> State:
+        """Both densities and their gradients at u, at once; ``fused`` by a compiler."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             points = self.coordinates.split(u)
-            found = joint_density(self.pair, rows, len(u), points, unconstrained=True)
+            found = joint_density(self.pair, rows, len(u), points, unconstrained=True, fused=fused)
             start = found.prior
             if self.initial == "guide":
                 start = guide_density(self.pair, rows, len(u), found.latents) + found.log_det
@@ -146,7 +147,7 @@ class Moves:
             strict=True,
         )
         found = [
-            self.graphs.get(some[0].shape, self._hop)(beta, stride, *some, *rows) for some in each
+            self.graphs.get(some[0].shape, self._eager)(beta, stride, *some, *rows) for some in each
         ]
         whole = (
             found[0] if len(found) == 1 else [torch.cat(part) for part in zip(*found, strict=True)]
@@ -165,12 +166,20 @@ class Moves:
                 one = like(size, dtype=torch.float64)
                 tensors = u, one, one, u, u, u, u, one, one
                 args = one[0].clone(), u[0].clone(), *(tensor.clone() for tensor in tensors)
-                self.graphs[u.shape] = Graph(self._hop, (*args, *rows), self.path.pair)
+                self.graphs[u.shape] = Graph(self._fused, (*args, *rows), self.path.pair)
         except CaptureError as error:
             self.graphs.clear()
             warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=4)
 
-    def _hop(self, beta: Tensor, stride: Tensor, *tensors: Tensor) -> list[Tensor]:
+    def _eager(self, *tensors: Tensor) -> list[Tensor]:
+        return self._hop(self.path.at, *tensors)
+
+    def _fused(self, *tensors: Tensor) -> list[Tensor]:
+        return self._hop(partial(self.path.at, fused=True), *tensors)
+
+    def _hop(
+        self, at: Callable[..., State], beta: Tensor, stride: Tensor, *tensors: Tensor
+    ) -> list[Tensor]:
         state, momentum = State(*tensors[:5]), tensors[5]
         chance, rows = Chance(*tensors[6:9]), tensors[9:]
         momentum = self.kept * momentum + (1 - self.kept**2) ** 0.5 * chance.momentum
@@ -180,7 +189,7 @@ class Moves:
             along = along + 0.5 * stride * moved.slope(beta)
             u = moved.u + stride * along
             sound = sound & u.isfinite().all(-1)
-            moved = self.path.at(rows, torch.where(sound[..., None], u, state.u))
+            moved = at(rows, torch.where(sound[..., None], u, state.u))
             along = along + 0.5 * stride * moved.slope(beta)
         gain = _energy(moved, along, beta) - _energy(state, momentum, beta)
         probability = torch.where(sound, gain, -torch.inf).nan_to_num(nan=-torch.inf).exp()

@@ -7,18 +7,16 @@ from math import prod
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
-import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from pyrovae.pairs.bernoulli import site_log_prob
 from pyrovae.pairs.support import within_bounds
 
 Site = Any  # one of Pyro's messages: its TypedDict is wider than what a sample site holds
 Values = dict[str, Tensor]
-BERNOULLI = (dist.Bernoulli, torch.distributions.Bernoulli)
 
 
 class Layout(NamedTuple):
@@ -70,33 +68,6 @@ def log_probs(trace: Trace, *, fused: bool = False) -> Values:
         name: scale_and_mask(site_log_prob(site, fused=fused), mask=site["mask"])
         for name, site in samples(trace).items()
     }
-
-
-def site_log_prob(site: Site, *, fused: bool = False) -> Tensor:
-    r"""A site's log-probability; without gradients, many Bernoullis at once in one pass.
-
-    .. math:: \sum_d x_d l_d - \ln(1 + e^{l_d})
-              = \sum_d x_d l_d - \max(l_d, 0) - \sum_g \ln \prod_{d \in g} (1 + e^{-|l_d|})
-
-    Every factor lies between 1 and 2, so that a logarithm of the product of a few of them loses
-    nothing and costs as much as one of a single factor.
-
-    ``fused`` says that a compiler is going to fuse what is asked for here.
-    """
-    base, events, value = site["fn"], 0, site["value"]
-    while isinstance(base, torch.distributions.Independent):
-        base, events = base.base_dist, events + base.reinterpreted_batch_ndims
-    if isinstance(base, dist.MaskedDistribution) and base._mask is True:  # hides nothing
-        base = base.base_dist
-    if events == 0 or type(base) not in BERNOULLI or torch.is_grad_enabled():
-        return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
-    logits, value = base.logits.flatten(-events), value.flatten(-events).to(base.logits.dtype)
-    if not fused:
-        return torch.linalg.vecdot(logits, value) - softplus(logits).sum(-1)
-    factors = 1 + (-logits.abs()).exp()
-    few = next(n for n in range(8, 0, -1) if factors.shape[-1] % n == 0)
-    products = factors.unflatten(-1, (few, -1)).prod(-2)
-    return (value * logits - logits.clamp(min=0)).sum(-1) - products.log().sum(-1)
 
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int | None, num_data: int) -> Tensor:

@@ -13,7 +13,7 @@ from pyrovae.evidence.sandwich import bidirectional
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
-ANNEALED = {"num_chains": 64, "num_temperatures": 8, "num_steps": 3}
+ANNEALED = {"num_chains": 64, "num_temperatures": 12, "num_steps": 2}
 ESTIMATES = {
     "importance": lambda *pair: log_likelihood(*pair, num_samples=3000, seed=1),
     "defensive": lambda *pair: log_likelihood(*pair, num_samples=3000, seed=2, defensive=0.2),

@@ -18,7 +18,7 @@ from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.pareto import pareto_smooth, tail_length
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.weights import Sums, Tail, curve_points
-from pyrovae.pairs.traces import site_log_prob as log_prob
+from pyrovae.pairs.bernoulli import site_log_prob as log_prob
 
 X = binary()
 each_oracle = pytest.mark.parametrize("make", ORACLES.values(), ids=ORACLES)
@@ -159,6 +159,18 @@ def test_fused_bernoullis_score_as_the_distribution_does(size):
         with torch.no_grad():
             found = log_prob(site, fused=fused)
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_fused_bernoullis_have_the_slopes_of_the_distribution():
+    value = torch.bernoulli(torch.full((5, 12), 0.4))
+    logits = (10 * torch.randn(3, 1, 12)).requires_grad_()
+    slopes = []
+    for fused in (False, True):
+        fn = dist.Bernoulli(logits=logits).to_event(1)
+        found = log_prob({"fn": fn, "value": value, "args": (), "kwargs": {}}, fused=fused)
+        (slope,) = torch.autograd.grad((found * torch.arange(5.0)).sum(), logits)
+        slopes.append(slope)
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-5)
 
 
 def test_draws_depend_on_a_datum_s_place_alone():
