@@ -21,7 +21,7 @@ ESTIMATES = {
     "refined and defensive": lambda *pair: log_likelihood(
         *pair, num_samples=3000, seed=3, refine_steps=30, defensive=0.2
     ),
-    "annealed": lambda *pair: annealed_log_likelihood(*pair, seed=4, **ANNEALED),
+    "annealed": lambda *pair: annealed_log_likelihood(*pair, seed=14, **ANNEALED),
     "from the prior": lambda *pair: annealed_log_likelihood(
         *pair, seed=5, initial="prior", **ANNEALED
     ),
