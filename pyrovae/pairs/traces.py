@@ -7,16 +7,19 @@ from math import prod
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from pyrovae.pairs.bernoulli import site_log_prob
+from pyrovae.pairs.bernoulli import Bits
 from pyrovae.pairs.support import within_bounds
 
 Site = Any  # one of Pyro's messages: its TypedDict is wider than what a sample site holds
 Values = dict[str, Tensor]
+BERNOULLI = (dist.Bernoulli, torch.distributions.Bernoulli)
 
 
 class Layout(NamedTuple):
@@ -68,6 +71,25 @@ def log_probs(trace: Trace, *, fused: bool = False) -> Values:
         name: scale_and_mask(site_log_prob(site, fused=fused), mask=site["mask"])
         for name, site in samples(trace).items()
     }
+
+
+def site_log_prob(site: Site, *, fused: bool = False) -> Tensor:
+    """A site's log-probability; of many Bernoullis in one pass where that is sure to be faster.
+
+    ``fused`` says that a compiler is going to fuse what is asked for here; without it, gradients
+    are those of the distribution's own.
+    """
+    base, events, value = site["fn"], 0, site["value"]
+    while isinstance(base, torch.distributions.Independent):
+        base, events = base.base_dist, events + base.reinterpreted_batch_ndims
+    if isinstance(base, dist.MaskedDistribution) and base._mask is True:  # hides nothing
+        base = base.base_dist
+    if events == 0 or type(base) not in BERNOULLI or (torch.is_grad_enabled() and not fused):
+        return site["fn"].log_prob(value, *site["args"], **site["kwargs"])
+    logits, value = base.logits.flatten(-events), value.flatten(-events).to(base.logits.dtype)
+    if not fused:
+        return torch.linalg.vecdot(logits, value) - softplus(logits).sum(-1)
+    return Bits.apply(*torch.broadcast_tensors(logits, value))
 
 
 def reduce_to(log_prob: Tensor, layout: Layout, particles: int | None, num_data: int) -> Tensor:

@@ -18,7 +18,7 @@ from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.pareto import pareto_smooth, tail_length
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
 from pyrovae.evidence.weights import Sums, Tail, curve_points
-from pyrovae.pairs.bernoulli import site_log_prob as log_prob
+from pyrovae.pairs.traces import site_log_prob as log_prob
 
 X = binary()
 each_oracle = pytest.mark.parametrize("make", ORACLES.values(), ids=ORACLES)
