@@ -24,6 +24,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
+from pyrovae.data.given import takes_data
 from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
@@ -64,6 +65,7 @@ COUNTS = (
 )
 
 
+@takes_data
 def to_inference_data(
     model: Callable,
     guide: Callable,

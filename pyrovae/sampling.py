@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
+from pyrovae.data.given import takes_data
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
@@ -109,6 +110,7 @@ def decode(
     return _one_or_all(_generate(model, latents, like, n, context, options))
 
 
+@takes_data
 def reconstruct(
     model: Callable,
     guide: Callable,
@@ -154,6 +156,7 @@ def reconstruct(
     return _one_or_all(_forward(pair, read, rows, mean, seed, compile, size))
 
 
+@takes_data
 def encode(
     guide: Callable,
     x: Tensor | Callable,
@@ -277,6 +280,7 @@ def traverse(
     return _decode_paths(model, path, context, x, seed=seed, compile=compile)
 
 
+@takes_data
 @torch.no_grad()
 def classify(
     guide: Callable, x: Tensor, *context: Any, site: str | None = None, seed: int | None = None

@@ -15,6 +15,7 @@ from pyrovae._tools.shown import Shown, Told
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
+from pyrovae.data.given import takes_data
 from pyrovae.pairs.contract import sentence
 from pyrovae.pairs.pair import Pair
 
@@ -90,6 +91,7 @@ class Report(Shown):
         return "\n".join([*shown, ", ".join(f"{statuses.count(k)} {k}" for k in kinds)])
 
 
+@takes_data
 def check(
     model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0, particles: int = 64
 ) -> Report:

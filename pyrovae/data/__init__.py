@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from pyrovae._tools import InputError, InputTypeError
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import Told, html
 from pyrovae.data.files import MISSING, Arrays
+from pyrovae.data.given import as_tensors, frame_schema, package_of
 from pyrovae.data.sources import DATASETS, SPLIT_SEED, find_source, split_rows, unknown
-from pyrovae.data.tables import Schema, measured
-
-if TYPE_CHECKING:
-    import pandas as pd
+from pyrovae.data.tables import LABELLED, Context, Schema, measured
 
 __all__ = [
     "BINARIZE",
@@ -88,19 +86,35 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any) -> Dataset:
-        """A data set as it is, or one of training data alone from a tensor ``[N, ...]``."""
+        """A data set as it is, or one of training data alone.
+
+        Args:
+            data: What :func:`pyrovae.data.given.as_tensors` takes, or a tuple ``(x, *context)``.
+        """
         if isinstance(data, cls):
             return data
-        if not isinstance(data, Tensor):
+        name, columns = package_of(data) or "tensor", None
+        if name in ("pandas", "polars") and hasattr(data, "columns"):
+            numbers, columns = frame_schema(data)
+            columns = measured(columns, torch.from_numpy(numbers), None)
+        x, *context = as_tensors(*data) if isinstance(data, tuple) else as_tensors(data)
+        if not isinstance(x, Tensor):
             raise InputTypeError(
-                f"Expected a Dataset or a tensor [N, ...], got {type(data).__name__}: load a file "
-                f"with pyrovae.load_data, or use torch.as_tensor(array)."
+                f"Expected a Dataset, or data [N, ...] as a tensor, an array, a frame or a torch "
+                f"data set, got {type(x).__name__}: load a file with pyrovae.load_data."
             )
+        if any(not isinstance(each, Tensor) or len(each) != len(x) for each in context):
+            raise InputTypeError(
+                f"Expected a tensor or an array with a row for each of {len(x)} data points as "
+                f"further argument of both programs, got another number of rows, or none."
+            )
+        data = x
         if not data.is_floating_point():
             raise InputTypeError(
                 f"Expected floating-point data, got {data.dtype}: scale and use .float()."
             )
-        return cls("tensor", data.shape[1:], data)
+        more = Splits(tuple(context), (), ()) if context else None
+        return cls(name, data.shape[1:], data, context=more, columns=columns)
 
     def __repr__(self) -> str:
         found = {name: getattr(self, name) for name in Splits._fields}
@@ -171,13 +185,13 @@ class Dataset:
 
 
 def load_data(
-    name: str | Path | pd.DataFrame,
+    name: Any,
     *,
     binarize: str = "none",
     root: str | Path | None = None,
     device: torch.device | str | int | None = None,
     seed: int = 0,
-    context: str = "none",
+    context: str | Sequence[str] = "none",
     labelled: int | None = None,
     missing: str = "refuse",
     columns: Mapping[str, str] | None = None,
@@ -194,8 +208,10 @@ def load_data(
     :meth:`Dataset.batch`. The fixed draws depend on ``seed`` and the split alone, on every device.
 
     Args:
-        name: One of :data:`DATASETS`, a pandas frame, or a ``.npy``, ``.npz``, ``.csv`` or
-            ``.arff`` file as :func:`pyrovae.data.files.read_arrays` has it. In a file, uint8 are
+        name: One of :data:`DATASETS`; a pandas or polars frame, an AnnData, an array, a SciPy
+            sparse matrix, or a torch data set or loader, of x or of x and a label; or a ``.npy``,
+            ``.npz``, ``.csv``, ``.arff`` or ``.h5ad`` file as
+            :func:`pyrovae.data.files.read_arrays` has it. In a file, uint8 are
             intensities over 255 (or binary, where none is above 1), all else is taken as it is;
             ``[N, H, W]`` become ``[N, 1, H, W]`` and ``[N, H, W, C]`` with one or three channels
             ``[N, C, H, W]``. Or a folder of images, flat or with a folder for each class, as
@@ -206,7 +222,11 @@ def load_data(
         device: Where the tensors go.
         seed: The seed of the fixed draws.
         context: ``"labels"`` hands the classes, int64 ``[N]``, to both programs beside x:
-            ``model(x, y)``, ``guide(x, y)``.
+            ``model(x, y)``, ``guide(x, y)``. Names of columns, ``"age,site"`` or a list, take
+            these out of x and hand them over in this order, ``[N]`` each: whole numbers as int64,
+            categories and words as codes from 0 (``provenance["context_categories"]`` says of
+            what), other numbers as float32. Of a ``.npz`` they are arrays, of any shape
+            ``[N, ...]``; of a ``.h5ad``, columns of obs.
         labelled: How many training labels the programs are shown, as many of each class and the
             same ones for every ``seed``; all other labels of ``context`` are −1, those of
             validation and test data among them. ``.labels`` keeps every one.
@@ -228,13 +248,13 @@ def load_data(
     """
     if binarize not in BINARIZE:
         raise InputError(unknown("binarize", str(binarize), BINARIZE))
-    if context not in CONTEXTS:
-        raise InputError(unknown("context", str(context), CONTEXTS))
-    if labelled is not None and context != "labels":
+    shown = _names(context)
+    if labelled is not None and not {*LABELLED} & {*shown}:
         raise InputError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
     if missing not in MISSING:
         raise InputError(unknown("missing", str(missing), MISSING))
-    source = find_source(name, root, missing, columns)
+    named = tuple(each for each in shown if each not in LABELLED)
+    source = find_source(name, root, missing, columns, named)
     x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
         _check_intensities(x, source.scale, binarize)
@@ -265,8 +285,8 @@ def load_data(
         provenance["columns"] = dict(columns or {})
     if binarize == "dynamic":
         data = replace(data, intensities=x[index.train], scale=source.scale)
-    if context == "labels":
-        data = _with_labels(data, labelled)
+    if shown:
+        data = _with_context(data, shown, source.arrays.context or {}, index, labelled)
     if mask is not None:
         told = Splits(*(data.context or ((), (), ())))
         masks = Splits(*((*rest, mask[rows]) for rest, rows in zip(told, index, strict=True)))
@@ -324,8 +344,46 @@ def choose_labelled(y: Tensor, count: int) -> Tensor:
     return order[turn.argsort(stable=True)[:count]]
 
 
-def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
-    """The same data with their classes, or the chosen few of them, as the programs' context."""
+def _names(context: str | Sequence[str]) -> tuple[str, ...]:
+    """What is asked for beside x, by name and in its order."""
+    given = context.split(",") if isinstance(context, str) else context
+    names = tuple(each.strip() for each in given)
+    if names == ("none",):
+        return ()
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(
+            f"Expected context to be none, labels, or names of columns like 'age,site', each once, "
+            f"got {context!r}."
+        )
+    return names
+
+
+def _with_context(
+    data: Dataset,
+    names: tuple[str, ...],
+    columns: Context,
+    index: Splits[Tensor],
+    labelled: int | None,
+) -> Dataset:
+    """The same data with labels and columns of these names as the programs' context."""
+    found: list[Splits[Tensor]] = []
+    told: dict[str, Any] = {"context": ",".join(names)}
+    for name in names:
+        if name in LABELLED:
+            shown, seed = _shown_labels(data, labelled)
+            told |= {"labelled": labelled, "label_seed": seed}
+        else:
+            values = torch.from_numpy(columns[name][0])
+            shown = Splits(*(values[rows] for rows in index))
+        found.append(shown)
+    if words := {name: list(words) for name, (_, words) in columns.items() if words}:
+        told["context_categories"] = words
+    context = Splits(*zip(*found, strict=True))
+    return replace(data, context=context, provenance=data.provenance | told)
+
+
+def _shown_labels(data: Dataset, labelled: int | None) -> tuple[Splits[Tensor], int | None]:
+    """The classes of data, or the chosen few of them, and the seed that chose them."""
     if data.labels is None:
         raise InputError(
             f"Expected labels in {data.name} for context='labels', got none; save them as y beside "
@@ -347,8 +405,7 @@ def _with_labels(data: Dataset, labelled: int | None) -> Dataset:
         shown, seed = Splits(*(torch.full_like(y, HIDDEN) for y in data.labels)), LABEL_SEED
         chosen = choose_labelled(data.labels.train, labelled)
         shown.train[chosen] = data.labels.train[chosen]
-    told = {"context": "labels", "labelled": labelled, "label_seed": seed}
-    return replace(data, context=Splits(*((y,) for y in shown)), provenance=data.provenance | told)
+    return shown, seed
 
 
 def _binarize(x: Tensor, how: str, seed: int) -> Tensor:

@@ -1,23 +1,35 @@
-"""Read arrays from .npy, .npz, .csv and .arff files or a frame, and check them."""
+"""Read arrays from .npy, .npz, .csv, .arff and .h5ad files or a frame, and check them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
-from pyrovae._tools import InputError, physical_memory
-from pyrovae.data.tables import Schema, Table, read_arff, read_csv, read_table
+from pyrovae._tools import InputError, did_you_mean, physical_memory
+from pyrovae.data.annotated import read_h5ad, split_layer
+from pyrovae.data.tables import (
+    LABELLED,
+    LABELS,
+    Context,
+    Schema,
+    Table,
+    labels_of,
+    read_arff,
+    read_csv,
+    read_table,
+    take_context,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".arff": read_arff}
-SUFFIXES = (".npy", ".npz", *TABLES)
+SUFFIXES = (".npy", ".npz", ".h5ad", *TABLES)
 MISSING = ("refuse", "mask")
 
 
@@ -28,7 +40,7 @@ class Arrays(NamedTuple):
     counts the leading rows that are train, valid and test, with 0 for a valid left to the reader;
     ``classes`` are the names behind the integers where the labels were words. ``mask`` is True
     where x is observed, ``[N, ...]``, and x is 0 elsewhere; None where gaps are refused.
-    ``columns`` are those of a table.
+    ``columns`` are those of a table, ``context`` what was asked for beside x, by name.
     """
 
     x: np.ndarray
@@ -37,10 +49,14 @@ class Arrays(NamedTuple):
     classes: list[str] | None = None
     mask: np.ndarray | None = None
     columns: Schema | None = None
+    context: Context | None = None
 
 
 def read_arrays(
-    path: Path, missing: str = "refuse", kinds: Mapping[str, str] | None = None
+    path: Path,
+    missing: str = "refuse",
+    kinds: Mapping[str, str] | None = None,
+    context: Sequence[str] = (),
 ) -> Arrays:
     """Read the rows and labels of a file; no pickle is executed.
 
@@ -49,13 +65,18 @@ def read_arrays(
             are any, or ``x_train``, ``x_valid`` (may be missing), ``x_test`` with ``y_train``, …,
             or one array of any name. ``.csv``: one datum a row, with or without a header; a
             column called label, labels, y, target or class holds the labels. ``.arff``: the same.
+            ``.h5ad``: the matrix X, or the layer of ``FILE.h5ad:LAYER``, with obs as the table
+            that labels and context are columns of.
         missing: What NaN or an empty field is: ``"refuse"`` or ``"mask"``.
         kinds: The kinds of a table's columns, as :func:`pyrovae.data.tables.read_table` has them.
+        context: Columns of a table, or arrays of a ``.npz`` (``age``, or ``age_train``, …), that
+            are no part of x but go beside it.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is empty, damaged, or holds what is no finite number.
     """
+    path, layer = split_layer(str(path))
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"Expected a data file at {path}, found {found} there.")
@@ -64,23 +85,39 @@ def read_arrays(
     suffix = path.suffix.lower()
     if suffix in TABLES:
         try:
-            frame = TABLES[suffix](path)
+            frame, taken = take_context(TABLES[suffix](path), context, str(path))
         except InputError:
             raise
         except (ValueError, OSError, Warning, NotImplementedError) as error:
             raise _unreadable(path, error) from error
-        return table_arrays(
-            read_table(frame, str(path), kinds, words=suffix != ".csv"), path, missing
-        )
+        table = read_table(frame, str(path), kinds, words=suffix != ".csv")
+        return table_arrays(table, path, missing)._replace(context=taken)
     if kinds:
         raise InputError(f"Expected a table for columns={dict(kinds)}, got {path}.")
-    return _checked(_read_numpy(path), path, missing)
+    if suffix == ".h5ad":
+        try:
+            return matrix_arrays(*read_h5ad(path, layer), path, missing, context)
+        except (OSError, KeyError, TypeError) as error:
+            raise _unreadable(path, error) from error
+    arrays = _read_numpy(path)
+    taken = _take_arrays(arrays, context, path)
+    return checked(arrays, path, missing)._replace(context=taken)
+
+
+def matrix_arrays(
+    x: np.ndarray, about: pd.DataFrame, path: Path, missing: str, context: Sequence[str]
+) -> Arrays:
+    """The rows of a matrix, with labels and context from a table about its rows."""
+    rest, taken = take_context(about, context, f"obs of {path}")
+    labels = [name for name in rest.columns if str(name).strip().lower() in LABELS]
+    arrays = {"x": x} | ({"y": labels_of(rest[labels[0]], str(path))} if labels else {})
+    return checked(arrays, path, missing)._replace(context=taken)
 
 
 def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
     """The rows and labels of a table; the path is what to call it."""
     arrays = {"x": table.x} | ({} if table.y is None else {"y": table.y})
-    found = _checked(arrays, path, missing)._replace(columns=table.columns)
+    found = checked(arrays, path, missing)._replace(columns=table.columns)
     if found.mask is not None:
         # What stands at a gap is not scored, but has to have a logarithm where others do.
         positive = np.array([column.kind == "positive" for column in table.columns])
@@ -88,7 +125,31 @@ def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
     return found
 
 
-def _checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:
+def _take_arrays(arrays: dict[str, np.ndarray], names: Sequence[str], path: Path) -> Context:
+    """Take what is context out of the arrays of a file, its splits joined."""
+    found: Context = {}
+    for name in names:
+        splits = [f"{name}_{split}" for split in ("train", "valid", "test")]
+        parts = [each for each in ([name] if name in arrays else splits) if each in arrays]
+        if not parts:
+            have, near = sorted(filter(None, arrays)), did_you_mean(name, [*arrays, *LABELLED])
+            raise InputError(
+                f"Expected an array {name!r} in {path} for context, got {have}"
+                f"{near}; name it in np.savez(file, x=..., {name}=...)."
+            )
+        values = np.concatenate([arrays.pop(part) for part in parts])
+        if values.dtype.kind in "biu":
+            found[name] = values.astype(np.int64), ()
+        elif values.dtype.kind == "f":
+            found[name] = _finite(values, _title(path, name)), ()
+        else:
+            words, codes = np.unique(values.astype(str), return_inverse=True)
+            found[name] = codes.astype(np.int64), tuple(words.tolist())
+    return found
+
+
+def checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:
+    """The rows and labels of named arrays, if they are finite numbers; the path names them."""
     names = _roles(arrays, path)
     xs = [_rows(arrays[x], _title(path, x), missing) for x, _ in names]
     pairs = zip(names, xs, strict=True)

@@ -6,23 +6,30 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
-from pyrovae.data.files import SUFFIXES, Arrays, one_line, read_arrays, table_arrays
+from pyrovae.data.annotated import split_layer
+from pyrovae.data.files import (
+    SUFFIXES,
+    Arrays,
+    checked,
+    matrix_arrays,
+    one_line,
+    read_arrays,
+    table_arrays,
+)
+from pyrovae.data.given import as_tensors, dense, package_of
 from pyrovae.data.images import draw_shapes, read_folder
-from pyrovae.data.tables import read_table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from pyrovae.data.tables import read_table, take_context, to_pandas
 
 # Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
 SPLIT_SEED = 0
@@ -59,13 +66,20 @@ class Source(NamedTuple):
 
 
 def find_source(
-    name: str | Path | pd.DataFrame,
+    name: Any,
     root: str | Path | None = None,
     missing: str = "refuse",
     kinds: Mapping[str, str] | None = None,
+    context: Sequence[str] = (),
 ) -> Source:
     """Read what a name stands for, as events of shape ``[D]`` or ``[C, H, W]``."""
-    source = _read(name, root, missing, kinds)
+    source = _read(name, root, missing, kinds, context)
+    for each, (values, _) in (source.arrays.context or {}).items():
+        if len(values) != len(source.arrays.x):
+            raise InputError(
+                f"Expected {len(source.arrays.x)} values of {each!r} in {source.name}, one a row, "
+                f"got {len(values)}."
+            )
     x, mask = source.arrays.x, source.arrays.mask
     if missing == "mask" and mask is None:
         mask = np.ones(x.shape, bool)
@@ -74,21 +88,18 @@ def find_source(
 
 
 def _read(
-    name: str | Path | pd.DataFrame,
+    name: Any,
     root: str | Path | None,
     missing: str,
     kinds: Mapping[str, str] | None,
+    context: Sequence[str],
 ) -> Source:
-    # A frame is known by its module, so that pandas is imported by those alone who have one.
-    if type(name).__module__.partition(".")[0] == "pandas" and hasattr(name, "columns"):
-        return _frame(name, missing, kinds)
     if not isinstance(name, str | os.PathLike):
-        raise InputTypeError(
-            f"Expected the name of a data set, a file or a frame, got {type(name).__name__}; save "
-            "an array with numpy.save, or give tensors to pyrovae.data.Dataset."
-        )
+        return _in_memory(name, missing, kinds, context)
     if kinds and str(name) in DATASETS:
         raise InputError(f"Expected a table for columns={dict(kinds)}, got {name}.")
+    if context and (str(name) in DATASETS or Path(name).expanduser().is_dir()):
+        raise _no_columns(context, str(name))
     if str(name) == "digits":
         from sklearn.datasets import load_digits
 
@@ -102,28 +113,70 @@ def _read(
         origin = {"source": f"torchvision {version('torchvision')}"}
         return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)
     path = Path(name).expanduser()
-    if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+    suffix = split_layer(str(path))[0].suffix.lower()
+    if path.is_dir() and suffix not in SUFFIXES:
         return _folder(path, kinds)
-    if path.suffix.lower() not in SUFFIXES:
+    if suffix not in SUFFIXES:
         files = f"or a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         raise InputError(
             unknown("the data set", str(name), [*DATASETS, "a folder of images", files])
         )
-    arrays = read_arrays(path, missing, kinds)
-    with path.open("rb") as file:
+    arrays = read_arrays(path, missing, kinds, context)
+    with split_layer(str(path))[0].open("rb") as file:
         origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return _scaled(path.stem, arrays, origin)
+
+
+def _in_memory(
+    data: Any, missing: str, kinds: Mapping[str, str] | None, context: Sequence[str]
+) -> Source:
+    """Read what somebody has at hand: a frame, an AnnData, an array or a torch data set."""
+    kind, where = package_of(data), Path(f"the {type(data).__name__}")
+    title = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}"
+    if kind in ("pandas", "polars") and hasattr(data, "columns"):
+        frame, taken = take_context(to_pandas(data), context, "the frame")
+        arrays = table_arrays(read_table(frame, "the frame", kinds), Path("the frame"), missing)
+        return _hashed("frame", arrays._replace(context=taken), title)
+    if kinds:
+        raise InputError(f"Expected a table for columns={dict(kinds)}, got {title}.")
+    if kind == "anndata":
+        x = data.X if isinstance(data.X, np.ndarray) else dense(data.X)
+        return _hashed("anndata", matrix_arrays(x, data.obs, where, missing, context), title)
+    if context:
+        raise _no_columns(context, title)
+    if isinstance(data, np.ndarray):
+        return _hashed("array", checked({"x": data}, where, missing), title)
+    x, *more = as_tensors(data)
+    if not isinstance(x, Tensor) or len(more) > 1:
+        what = "more than x and a label in a datum of " if isinstance(x, Tensor) else ""
+        raise InputTypeError(
+            f"Expected the name of a data set, a file, a frame, an array or a torch data set, got "
+            f"{what}{type(data).__name__}; give pyrovae.fit a tuple (x, *context) of tensors."
+        )
+    named = {name: each.numpy(force=True) for name, each in zip("xy", (x, *more), strict=False)}
+    return _hashed("data", checked(named, where, missing), title)
+
+
+def _hashed(name: str, arrays: Arrays, title: str) -> Source:
+    """What was in memory, known by a digest of it."""
+    digest, context = hashlib.sha256(), arrays.context or {}
+    parts = arrays.x, arrays.y, arrays.mask, *(values for values, _ in context.values())
+    for part in parts:
+        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
+    return _scaled(name, arrays, {"source": title, "sha256": digest.hexdigest()})
+
+
+def _scaled(name: str, arrays: Arrays, origin: dict[str, str]) -> Source:
     grey = arrays.x.dtype == np.uint8 and arrays.x.max() > 1
     scale, scaling = (255.0, "uint8 / 255") if grey else (1.0, "none")
-    return Source(path.stem, arrays, scale, scaling, origin)
+    return Source(name, arrays, scale, scaling, origin)
 
 
-def _frame(frame: Any, missing: str, kinds: Mapping[str, str] | None) -> Source:
-    arrays = table_arrays(read_table(frame, "the frame", kinds), Path("the frame"), missing)
-    digest = hashlib.sha256()
-    for part in (arrays.x, arrays.y, arrays.mask):
-        digest.update(b"" if part is None else np.ascontiguousarray(part).data)
-    origin = {"source": "pandas.DataFrame", "sha256": digest.hexdigest()}
-    return Source("frame", arrays, 1.0, "none", origin)
+def _no_columns(context: Sequence[str], name: str) -> InputError:
+    return InputError(
+        f"Expected a table, a .npz or a .h5ad file for context={','.join(context)!r}, which names "
+        f"columns, got {name}."
+    )
 
 
 def _folder(path: Path, kinds: Mapping[str, str] | None) -> Source:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from pyrovae._tools import InputError, did_you_mean
 if TYPE_CHECKING:
     import pandas as pd
 
+# What context calls the labels, whatever their column is called.
+LABELLED = ("labels",)
 LABELS = ("label", "labels", "y", "target", "class")
 KINDS = ("real", "positive", "count", "binary", "categorical", "ordinal")
 # In which units a number is about normal.
@@ -45,6 +47,8 @@ class Column(NamedTuple):
 
 
 Schema = tuple[Column, ...]
+# Columns that programs take beside x, by name, and what the codes of a column stand for.
+Context = dict[str, tuple[np.ndarray, tuple[str, ...]]]
 
 
 class Table(NamedTuple):
@@ -90,6 +94,62 @@ def read_arff(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def to_pandas(frame: Any) -> pd.DataFrame:
+    """A frame of pandas as it is, and one of polars column by column, its categories kept."""
+    import pandas as pd
+
+    if isinstance(frame, pd.DataFrame):
+        return frame
+    columns = {}
+    for name in frame.columns:
+        column = frame[name]
+        values = column.to_list()
+        if hasattr(column.dtype, "categories") or type(column.dtype).__name__ == "Categorical":
+            known = column.cat.get_categories().to_list()
+            columns[name] = pd.Series(pd.Categorical(values, categories=known))
+        else:
+            columns[name] = pd.Series(column.to_numpy() if column.dtype.is_numeric() else values)
+    return pd.DataFrame(columns)
+
+
+def take_context(
+    frame: pd.DataFrame, names: Sequence[str], title: str
+) -> tuple[pd.DataFrame, Context]:
+    """Take some columns out of a frame, as further arguments of both programs.
+
+    Returns:
+        The other columns, and by name: whole numbers and truth values as int64 ``[N]``, categories
+        and words as their codes with what they stand for, all else as float32 ``[N]``.
+    """
+    from pandas.api import types
+
+    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
+    found: Context = {}
+    for name in names:
+        if name not in frame:
+            known = [str(each) for each in frame.columns]
+            raise InputError(
+                f"Expected a column of {title} for context, got {name!r}"
+                f"{did_you_mean(name, [*known, *LABELLED])}; it has {', '.join(known)}."
+            )
+        column = frame[name]
+        if column.isna().any():
+            row = int(column.isna().to_numpy().argmax())
+            raise InputError(
+                f"Expected a value in every row of {name!r} of {title}, which is context, got none "
+                f"in row {row}: fill it, or leave it among the data with missing='mask'."
+            )
+        if types.is_integer_dtype(column) or types.is_bool_dtype(column):
+            found[name] = column.to_numpy(np.int64), ()
+        elif types.is_numeric_dtype(column):
+            found[name] = column.to_numpy(np.float32), ()
+        else:
+            category = column.astype("category").cat
+            words = tuple(str(each) for each in category.categories)
+            found[name] = category.codes.to_numpy(np.int64), words
+    return frame.drop(columns=list(names)), found
+
+
 def read_table(
     frame: pd.DataFrame, title: str, kinds: Mapping[str, str] | None = None, *, words: bool = True
 ) -> Table:
@@ -109,7 +169,7 @@ def read_table(
     if len(labels) > 1 or not frame.columns.is_unique:
         what = "at most one column of labels" if len(labels) > 1 else "columns of different names"
         raise InputError(f"Expected {what} in {title}, got {labels or list(frame.columns)}.")
-    y = _labels(frame[labels[0]], title) if labels else None
+    y = labels_of(frame[labels[0]], title) if labels else None
     frame, kinds = frame.drop(columns=labels), dict(kinds or {})
     for name, kind in kinds.items():
         if name not in frame or kind not in KINDS:
@@ -165,7 +225,7 @@ def _is_header(top: pd.DataFrame, path: Path) -> bool:
     return False
 
 
-def _labels(column: pd.Series, title: str) -> np.ndarray:
+def labels_of(column: pd.Series, title: str) -> np.ndarray:
     """Labels: numbers as they are, everything else as strings."""
     from pandas.api.types import is_numeric_dtype
 

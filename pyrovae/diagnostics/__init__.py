@@ -12,6 +12,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint, indepen
 
 from pyrovae._tools import InputError, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.data.given import takes_data
 from pyrovae.diagnostics.aggregate import Aggregate, Gaps, aggregate_posterior, inference_gaps, mix
 from pyrovae.diagnostics.calibration import (
     Calibration,
@@ -53,6 +54,7 @@ MOST_DRAWS, LEAST_DRAWS, PAIRS = 1024, 256, 2**22
 DRAW_STREAM, CHOICE_STREAM, INTERVAL_STREAM, PROBE_STREAM = 7, 8, 9, 10
 
 
+@takes_data
 def diagnose(
     model: Callable,
     guide: Callable,

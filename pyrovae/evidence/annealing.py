@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.data.given import takes_data
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
 from pyrovae.evidence.path import Chains, GeometricPath, Moves, Schedule, adapt, anneal
 from pyrovae.evidence.proposals import (
@@ -74,6 +75,7 @@ class Settings(NamedTuple):
         return self._asdict() | {"method": self.method, "compiled": compiled}
 
 
+@takes_data
 def annealed_log_likelihood(
     model: Callable,
     guide: Callable,

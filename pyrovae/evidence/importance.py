@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, should_compile
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import (
     Proposal,
@@ -26,6 +27,7 @@ from pyrovae.evidence.weights import Sums, curve_points
 PAYS_AFTER = 5_000_000
 
 
+@takes_data
 def log_likelihood(
     model: Callable,
     guide: Callable,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import Sampler, chunked, refuse_nan, total, uncovered_share
 from pyrovae.evidence.result import LogLikelihood
@@ -74,6 +75,7 @@ class Imputation:
         )
 
 
+@takes_data
 def impute(
     model: Callable,
     guide: Callable,

@@ -21,6 +21,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae._tools import InputError, shown, standard_error
 from pyrovae._tools.seeding import seeded
+from pyrovae.data.given import takes_data
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_evidence
 from pyrovae.pairs.pair import Pair
@@ -169,6 +170,7 @@ class ElboResult(NamedTuple):
         return standard_error(self.elbo.double()).item()
 
 
+@takes_data
 @torch.no_grad()
 def elbo(
     model: Callable,

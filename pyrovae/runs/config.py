@@ -124,12 +124,16 @@ class PairConfig(Options):
     model: str = option("p(z)p(x|z): a shipped name, FILE.py or FILE.py:CLASS", "", metavar="M")
     guide: str = option("q(z|x), likewise", "", metavar="G")
     data: str = option(
-        "a shipped name, a .npy, .npz, .csv or .arff file, or a folder of images", "", metavar="D"
+        "a shipped name, a .npy, .npz, .csv, .arff or .h5ad file, or a folder of images",
+        "",
+        metavar="D",
     )
     device: str = option("auto, cpu or cuda", "auto")
     seed: int = option("seeds every draw", 0)
     binarize: str = option(f"one of {', '.join(BINARIZE)}", "none")
-    context: str = option(f"what the programs see beside x: {', '.join(CONTEXTS)}", "none")
+    context: str = option(
+        f"what the programs see beside x: {', '.join(CONTEXTS)}, or columns: age,site", "none"
+    )
     labelled: int | None = option("show N of the training labels", None, metavar="N", said="all")
     missing: str = option(f"what NaN or an empty field is: {', '.join(GAPS)}", "refuse")
     columns: Mapping[str, str] = option(
@@ -283,6 +287,7 @@ class DataRecord(Struct, frozen=True, omit_defaults=True):
     context: str | None = None
     labelled: int | None = None
     label_seed: int | None = None
+    context_categories: dict[str, list[str]] | None = None
     columns: dict[str, str] | None = None
     missing: str | None = None
     missing_share: float | None = None

@@ -1,0 +1,219 @@
+"""Data as people have them, as the tensors that programs take."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae._tools import InputError, InputTypeError, require_memory
+from pyrovae.data.tables import Schema, read_table, to_pandas
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Whole numbers up to here are exact in float32.
+EXACT = 2**24
+# Data of a torch data set that are read at once where no loader says how many.
+AT_ONCE = 256
+
+
+def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
+    """The arguments ``(x, *context)`` of both programs as tensors ``[N, ...]``.
+
+    Args:
+        x: A tensor; a NumPy array; a pandas or polars frame of numbers and categories, whose codes
+            count from 0; a SciPy sparse matrix; an AnnData, whose ``X`` is taken; a torch
+            ``Dataset`` with a length, any other object with a length whose items are data, or a
+            ``DataLoader`` of one. Items that are tuples or dicts give x first, or the one that is
+            called x, and context after it. Every datum is read once, in the order of its number.
+        context: Further arguments, likewise; numbers with a fraction become float32, others int64.
+
+    Returns:
+        float32 x and its context. A tensor is itself, and so is what is none of these.
+
+    Raises:
+        InputError: If they are no real numbers, whole numbers that float32 does not have, words,
+            or more than memory can hold.
+    """
+    if _is_torch_data(x):
+        x, *more = _items(x)
+        context = (*more, *context)
+    return _numbers(x, first=True), *(_numbers(each, first=False) for each in context)
+
+
+def takes_data(function: Callable[P, T]) -> Callable[P, T]:
+    """A function ``(*programs, x, *context, ...)`` that takes data as :func:`as_tensors` does."""
+
+    @functools.wraps(function)
+    def taking(*args: P.args, **kwargs: P.kwargs) -> T:
+        place = next((i for i, arg in enumerate(args) if not callable(arg)), len(args))
+        given: Any = args[place:]
+        if not given and "x" in kwargs:
+            # Where a datum holds context too, the programs' arguments are told by their places.
+            rest: Any = {name: value for name, value in kwargs.items() if name != "x"}
+            return taking(*args, kwargs["x"], **rest)  # type: ignore[arg-type]
+        if all(isinstance(arg, Tensor) for arg in given):
+            return function(*args, **kwargs)
+        changed: Any = (*args[:place], *as_tensors(*given))
+        return function(*changed, **kwargs)
+
+    return taking
+
+
+def package_of(value: Any) -> str:
+    """The package that a value's type is of or stands on, of those that are known here."""
+    known = ("pandas", "polars", "scipy", "anndata", "numpy", "datasets")
+    packages = (base.__module__.partition(".")[0] for base in type(value).__mro__)
+    return next((name for name in packages if name in known), "")
+
+
+def frame_schema(frame: Any) -> tuple[np.ndarray, Schema]:
+    """The numbers ``[N, D]`` of a frame and its columns; words are refused."""
+    from pandas.api import types
+
+    frame = to_pandas(frame)
+    for name, column in frame.items():
+        if not (types.is_numeric_dtype(column) or column.dtype.name == "category"):
+            raise _words(name)
+    table = read_table(frame, "the frame")
+    return table.x, table.columns
+
+
+def _words(name: Any) -> InputError:
+    return InputError(
+        f"Expected numbers or categories in column {name!r} of the frame, got words, which another "
+        f"frame may number otherwise: make it a pandas.Categorical, or load the frame with "
+        f"pyrovae.load_data."
+    )
+
+
+def _numbers(value: Any, first: bool) -> Any:
+    """A value as a tensor, if it is known how."""
+    if isinstance(value, Tensor):
+        return value
+    package = package_of(value)
+    if package == "anndata":
+        value, package = value.X, package_of(value.X)
+    if package in ("pandas", "polars"):
+        if hasattr(value, "columns"):
+            return _array(frame_schema(value)[0], first)
+        return _array(_column(value), first)
+    if package == "scipy" and hasattr(value, "toarray"):
+        return _array(dense(value), first)
+    return _array(value, first) if isinstance(value, np.ndarray) else value
+
+
+def dense(matrix: Any) -> np.ndarray:
+    """A sparse matrix as float32 ``[N, D]``, if that fits into memory."""
+    like = torch.empty(matrix.shape[1], dtype=torch.float32, device="meta")
+    what = f"A sparse matrix of shape {list(matrix.shape)}, made dense,"
+    require_memory(what, like, matrix.shape[0])
+    return matrix.astype(np.float32).toarray()
+
+
+def _column(series: Any) -> np.ndarray:
+    """The numbers or codes of one column."""
+    frame = to_pandas(series.to_frame())
+    column = frame.iloc[:, 0]
+    if column.dtype.name == "category":
+        return column.cat.codes.to_numpy()
+    if column.dtype.kind not in "biuf":
+        raise _words(column.name)
+    return column.to_numpy()
+
+
+def _array(x: np.ndarray, first: bool) -> Tensor:
+    """An array as float32, where it is data; context keeps whole numbers and truth values."""
+    kind = x.dtype.kind
+    if kind not in "biuf":
+        raise InputTypeError(f"Expected real numbers, got an array of dtype {x.dtype}.")
+    if first and x.dtype == np.uint8:
+        raise InputTypeError(
+            "Expected real numbers or counts, got uint8, which may be grey levels: give "
+            "x.astype(numpy.float32), divided by 255 where they are."
+        )
+    if first and kind in "iu" and x.size and max(abs(int(x.max())), abs(int(x.min()))) > EXACT:
+        raise InputError(
+            f"Expected whole numbers up to 2^24, which float32 has exactly, got "
+            f"{max(int(x.max()), -int(x.min()))}: rescale them, or give floating-point numbers."
+        )
+    if kind == "f" or first:
+        x = np.ascontiguousarray(x, dtype=np.float32)
+    elif kind in "iu":
+        x = np.ascontiguousarray(x, dtype=np.int64)
+    with warnings.catch_warnings(action="ignore"):  # of a read-only array; nothing writes to x
+        return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def _is_torch_data(value: Any) -> bool:
+    """Whether it is a torch data set or loader, or a data set that follows their protocol."""
+    from torch.utils.data import DataLoader, Dataset
+
+    return isinstance(value, DataLoader | Dataset) or package_of(value) == "datasets"
+
+
+def as_loader(data: Any) -> DataLoader:
+    """What reads every datum of a torch data set, or of a loader of one, in order."""
+    from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+    given: DataLoader | None = data if isinstance(data, DataLoader) else None
+    source = data if given is None else given.dataset
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        raise InputTypeError(
+            f"Expected data with a length that are read by number, got {type(source).__name__}: "
+            f"an epoch is a pass over every datum; give the data set a __len__ and a __getitem__."
+        )
+    how: dict[str, Any] = {"batch_size": AT_ONCE, "generator": torch.Generator()}
+    if given is not None:
+        sampler = given.sampler
+        if not isinstance(sampler, RandomSampler | SequentialSampler) or getattr(
+            sampler, "replacement", False
+        ):
+            raise InputTypeError(
+                f"Expected a DataLoader that takes each datum once, got {type(sampler).__name__}: "
+                f"fit has an order of its own; give the data set in place of its loader."
+            )
+        how |= {"collate_fn": given.collate_fn, "num_workers": given.num_workers}
+    return DataLoader(source, **how)
+
+
+def _items(data: Any) -> tuple[Tensor, ...]:
+    """All data of a torch data set ``(x, *context)``, each ``[N, ...]``."""
+    from torch.utils.data import TensorDataset
+
+    if isinstance(data, TensorDataset):
+        return data.tensors
+    loader = as_loader(data)
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in loader:
+        rows = _named(batch)
+        if not parts:
+            for row in rows:
+                require_memory("The data set", row[:1], len(loader.dataset))  # type: ignore[arg-type]
+        parts.append(rows)
+    if not parts:
+        raise InputError("Expected at least one datum, got an empty data set.")
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _named(batch: Any) -> tuple[Tensor, ...]:
+    """The tensors of a batch, x first."""
+    if isinstance(batch, dict):
+        names = sorted(batch, key=lambda name: name != "x")
+        batch = tuple(batch[name] for name in names)
+    rows = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    for row in rows:
+        if not isinstance(row, Tensor):
+            raise InputTypeError(
+                f"Expected tensors or numbers in each datum of the data set, got "
+                f"{type(row).__name__}: leave the rest out, or turn it into numbers."
+            )
+    return rows

@@ -1,0 +1,302 @@
+"""Data as people have them give the numbers that the same tensors give."""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from commands import run
+from scipy import sparse
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+
+import pyrovae
+from pyrovae.data.given import as_tensors
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.models.gaussian import Gaussian
+
+
+class Conditional(nn.Module):
+    """A model of x given a covariate and a site."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.site = nn.Linear(2, 3), nn.Embedding(3, 3)
+
+    def model(self, x, age, site):
+        pyro.module("given", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1).to_event(1))
+            loc = self.net(z) + self.site(site) + age[..., None]
+            pyro.sample("x", dist.Normal(loc, 1).to_event(1), obs=x)
+
+    def guide(self, x, age, site):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[..., :2], 1).to_event(1))
+
+
+class Items(Dataset):
+    """A map-style data set of x alone, of tuples or of dicts."""
+
+    def __init__(self, x, kind="x"):
+        self.x, self.kind = x, kind
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        datum = self.x[i]
+        return {"x": datum, "pair": (datum, i), "dict": {"number": i, "x": datum}}[self.kind]
+
+
+@pytest.fixture
+def x():
+    return torch.randint(0, 9, (40, 3), generator=torch.Generator().manual_seed(0)).float()
+
+
+def polars_frame(values):
+    polars = pytest.importorskip("polars")
+    return polars.DataFrame({f"c{j}": values[:, j].numpy() for j in range(3)})
+
+
+FORMS = {
+    "float64": lambda x: x.double().numpy(),
+    "integers": lambda x: x.int().numpy(),
+    "read-only": lambda x: np.broadcast_to(x.numpy(), x.shape),
+    "pandas": lambda x: pd.DataFrame(x.numpy()),
+    "polars": polars_frame,
+    "csr": lambda x: sparse.csr_matrix(x.numpy()),
+    "csc array": lambda x: sparse.csc_array(x.numpy()),
+    "tensor data set": TensorDataset,
+    "data set": Items,
+    "loader": lambda x: DataLoader(Items(x), batch_size=7, shuffle=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_the_same_tensor(x, form):
+    (found,) = as_tensors(FORMS[form](x))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, x)
+
+
+def test_every_function_gives_the_same_numbers(x):
+    model, guide = Gaussian((3,), latent=2), MeanField((3,), latent=2)
+    given = x.double().numpy()
+    calls = {
+        "log_likelihood": functools.partial(pyrovae.log_likelihood, num_samples=5),
+        "annealed": functools.partial(
+            pyrovae.annealed_log_likelihood, num_chains=2, num_temperatures=3
+        ),
+        "elbo": pyrovae.elbo,
+        "encode": pyrovae.encode,
+        "diagnose": functools.partial(pyrovae.diagnose, intervals=False),
+        "check": pyrovae.check,
+        "fit": functools.partial(pyrovae.fit, epochs=1, batch_size=20, lr=1e-9),
+    }
+    for name in ("annealed", "elbo", "diagnose", "check"):
+        one, two = (str(calls[name](model, guide, each, seed=0)) for each in (given, x))
+        assert one == two, name
+    one, two = (calls["log_likelihood"](model, guide, each, seed=0) for each in (given, x))
+    assert torch.equal(one.log_prob, two.log_prob)
+    one, two = (pyrovae.encode(guide, x=each, seed=0)["z"] for each in (given, x))
+    assert torch.equal(one, two)
+    one, two = (calls["fit"](model, guide, each, seed=0) for each in (given, x))
+    assert one.history[0]["train_loss"] == pytest.approx(two.history[0]["train_loss"], rel=1e-6)
+
+
+def test_a_datum_brings_its_context(x):
+    ages, sites = torch.rand(40), torch.arange(40) % 3
+    pair = Conditional()
+    expected = pyrovae.elbo(pair.model, pair.guide, x, ages, sites, seed=0).elbo
+    for given in (
+        (TensorDataset(x, ages, sites),),
+        (DataLoader(TensorDataset(x, ages, sites)),),
+        (x.numpy(), ages.double().numpy(), pd.Series(sites.numpy())),
+        (x.numpy(), ages, pd.Series(pd.Categorical(np.array(["a", "b", "c"])[sites.numpy()]))),
+    ):
+        found = pyrovae.elbo(pair.model, pair.guide, *given, seed=0).elbo
+        torch.testing.assert_close(found, expected)
+    fit = pyrovae.fit(
+        pair.model, pair.guide, (x, ages, sites.numpy()), epochs=1, batch_size=8, seed=0
+    )
+    assert fit.history[0]["train_elbo"] < 0
+    assert as_tensors(Items(x, "pair"))[1].tolist() == list(range(40))
+    named = as_tensors(Items(x, "dict"))
+    assert torch.equal(named[0], x)
+    assert named[1].tolist() == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (np.zeros((2, 2), np.uint8), "divided by 255"),
+        (np.full((2, 2), 2**24 + 1), "up to 2\\^24"),
+        (np.zeros((2, 2), complex), "dtype complex128"),
+        (pd.DataFrame({"a": ["u", "v"], "b": [1.0, 2.0]}), "pandas.Categorical"),
+        (sparse.csr_matrix((2**31, 2**20)), "GiB of memory"),
+        (
+            DataLoader(Items(torch.ones(4, 1)), sampler=WeightedRandomSampler([1.0] * 4, 4)),
+            "takes each datum once, got WeightedRandomSampler",
+        ),
+        (iter([1]), "as a tensor, an array, a frame"),
+        ((torch.ones(4, 2), torch.ones(3)), "a row for each of 4"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_in_a_sentence(given, sentence):
+    with pytest.raises(pyrovae.InputError, match=sentence):
+        pyrovae.Dataset.of(given)
+
+
+def test_context_is_named(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(60, 3)), columns=list("abc"))
+    frame["age"], frame["site"] = rng.normal(size=60), np.array(["u", "v", "w"])[np.arange(60) % 3]
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    codes = np.arange(60) % 3
+    arrays = {"x": frame[list("abc")].to_numpy(np.float32), "age": frame["age"].to_numpy()}
+    np.savez(tmp_path / "a.npz", **arrays, site=frame["site"].to_numpy(dtype=str))
+    split = {f"{n}_{part}": v[rows] for n, v in (arrays | {"site": codes}).items()
+             for part, rows in (("train", slice(0, 40)), ("test", slice(40, 60)))}  # fmt: skip
+    np.savez(tmp_path / "b.npz", **split)
+    loaded = [
+        pyrovae.load_data(source, context="age,site")
+        for source in (frame, tmp_path / "a.csv", tmp_path / "a.npz", tmp_path / "b.npz")
+    ]
+    for data in loaded:
+        assert data.shape == (3,)
+        assert data.provenance["context"] == "age,site"
+        age, site = data.context.test
+        assert age.dtype == torch.float32
+        assert site.dtype == torch.int64
+        rows = [np.flatnonzero(np.isclose(frame["a"], value))[0] for value in data.test[:, 0]]
+        torch.testing.assert_close(age, torch.tensor(frame["age"][rows].to_numpy()).float())
+        assert site.tolist() == codes[rows].tolist()
+    assert loaded[0].provenance["context_categories"] == {"site": ["u", "v", "w"]}
+    for context, sentence in [
+        ("agee", "did you mean 'age'"),
+        ("age,age", "each once"),
+        ("", "each once"),
+    ]:
+        with pytest.raises(pyrovae.InputError, match=sentence):
+            pyrovae.load_data(frame, context=context)
+    with pytest.raises(pyrovae.InputError, match="which names columns, got digits"):
+        pyrovae.load_data("digits", context="age")
+    frame.loc[3, "age"] = np.nan
+    with pytest.raises(pyrovae.InputError, match="got none in row 3: fill it"):
+        pyrovae.load_data(frame, context=["age"])
+
+
+def test_labels_and_columns_go_together():
+    frame = pd.DataFrame({"a": np.arange(30.0), "b": np.arange(30.0), "n": np.arange(30)})
+    frame["label"] = np.arange(30) % 2
+    data = pyrovae.load_data(frame, context="n,labels", labelled=4)
+    n, y = data.context.train
+    assert n.dtype == torch.int64
+    assert (n.float() == data.train[:, 0]).all()
+    assert (y >= 0).sum() == 4
+    assert data.shape == (2,)
+
+
+def write_h5ad(path, x):
+    """A file as anndata 0.8 writes it."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        matrix = sparse.csr_matrix(x)
+        for name, kind in (("X", "csr_matrix"), ("layers/counts", "array")):
+            if kind == "array":
+                file[name] = x * 2
+                file[name].attrs["encoding-type"] = kind
+                continue
+            group = file.create_group(name)
+            group.attrs["encoding-type"], group.attrs["shape"] = kind, x.shape
+            for part in ("data", "indices", "indptr"):
+                group[part] = getattr(matrix, part)
+        obs = file.create_group("obs")
+        obs.attrs["column-order"] = ["batch", "size"]
+        obs["size"] = np.arange(len(x), dtype=np.float64)
+        batch = obs.create_group("batch")
+        batch.attrs["encoding-type"], batch.attrs["ordered"] = "categorical", False
+        batch["codes"], batch["categories"] = np.arange(len(x), dtype=np.int8) % 2, ["p", "q"]
+
+
+def test_an_annotated_file(tmp_path, x):
+    path = tmp_path / "cells.h5ad"
+    write_h5ad(path, x.numpy())
+    data = pyrovae.load_data(path, context="size,batch")
+    layer = pyrovae.load_data(f"{path}:counts", context="size,batch")
+    size, batch = data.context.train
+    assert torch.equal(data.train, x[size.long()])
+    assert torch.equal(layer.train, 2 * data.train)
+    assert torch.equal(batch, size.long() % 2)
+    assert data.provenance["context_categories"] == {"batch": ["p", "q"]}
+    with pytest.raises(pyrovae.InputError, match=r"one of X, counts, got 'count' .did you mean"):
+        pyrovae.load_data(f"{path}:count")
+
+
+def test_anndata_itself(tmp_path, x):
+    anndata = pytest.importorskip("anndata")
+    obs = pd.DataFrame({"batch": pd.Categorical(["p", "q"] * 20), "size": np.arange(40.0)})
+    obs.index = obs.index.astype(str)
+    cells = anndata.AnnData(sparse.csr_matrix(x.numpy()), obs=obs)
+    assert torch.equal(as_tensors(cells)[0], x)
+    anndata.settings.allow_write_nullable_strings = True  # pandas 3 has no other words
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for source in (cells, tmp_path / "cells.h5ad"):
+        size, batch = pyrovae.load_data(source, context="size,batch").context.test
+        assert torch.equal(batch, size.long() % 2)
+
+
+def test_loads_from_a_torch_data_set_with_labels(x):
+    data = pyrovae.load_data(TensorDataset(x, torch.arange(40)))
+    assert (x[data.labels.test] == data.test).all()
+
+
+def test_columns_are_context_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(40, 3)), columns=list("abc"))
+    frame["age"], frame["site"] = rng.normal(size=40), np.arange(40) % 3
+    frame.to_csv("a.csv", index=False)
+    for kind, body in (("model", MODEL), ("guide", GUIDE)):
+        (tmp_path / f"{kind}.py").write_text(body)
+    pair = ["--model", "model.py", "--guide", "guide.py", "--data", "a.csv"]
+    assert run("train", *pair, "--context", "age,site", "--epochs", 1, "--out", "run") == 0
+    assert run("evaluate", "run", "--samples", 5, "--no-diagnostics") == 0
+    assert pyrovae.load("run").data.provenance["context"] == "age,site"
+
+
+MODEL = """
+import pyro, pyro.distributions as dist, torch
+from pyro.nn import PyroModule
+from torch import nn
+
+class Model(PyroModule):
+    def __init__(self, shape, latent=2):
+        super().__init__()
+        self.decoder, self.site = nn.Linear(latent, 3), nn.Embedding(3, 3)
+        self.latent = latent
+
+    def forward(self, x, age, site):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(self.latent), 1).to_event(1))
+            loc = self.decoder(z) + self.site(site) + age[..., None]
+            pyro.sample("x", dist.Normal(loc, 1).to_event(1), obs=x)
+"""
+GUIDE = """
+import pyro, pyro.distributions as dist
+from pyro.nn import PyroModule
+from torch import nn
+
+class Guide(PyroModule):
+    def __init__(self, shape, latent=2):
+        super().__init__()
+        self.encoder = nn.Linear(3, latent)
+
+    def forward(self, x, age, site):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1).to_event(1))
+"""
