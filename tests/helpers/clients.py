@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pyro
 import pytest
@@ -41,13 +42,14 @@ def takes_the_steps_of_pyro(make, batches, loss, optim=None):
     assert ours == pytest.approx(theirs, rel=2e-5)
 
 
-def runs_captured(make, batches, loss, captures=1):
-    """Steps that run as one graph have the losses of eager ones; ``captures`` are their shapes."""
-    eager, _ = take(pyrovae.SVI, make, batches, loss, compile=False)
-    found, svi = take(pyrovae.SVI, make, batches, loss, compile=True)
+def runs_captured(make, batches, loss):
+    """Steps that run as one graph have the losses of eager ones."""
+    optim = partial(pyro.optim.SGD, {"lr": 0.001})  # recorded in half the time of Adam
+    eager, _ = take(pyrovae.SVI, make, batches, loss, optim, compile=False)
+    found, svi = take(pyrovae.SVI, make, batches, loss, optim, compile=True)
     assert found == pytest.approx(eager, rel=2e-5)
-    assert len(svi.compiled.captures) == captures
-    assert all(each.calls for each in svi.compiled.captures.values())
+    (capture,) = svi.compiled.captures.values()
+    assert capture.calls == len(batches) - 1
 
 
 def runs_eagerly(make, batches, loss, why):
