@@ -22,7 +22,7 @@ from pyrovae.runs import evaluate as evaluation
 from pyrovae.runs.config import Config, EvaluationConfig
 from pyrovae.runs.experiment import Experiment, load_experiment
 from pyrovae.runs.programs import KINDS
-from pyrovae.runs.results import Results, load_results
+from pyrovae.runs.results import Results, load_finding, load_results
 
 __all__ = ["OpenRun", "evaluate", "load", "programs_of", "stranger", "write_report"]
 
@@ -199,7 +199,15 @@ def write_report(run: Run) -> Path:
         raise InputError(f"Nothing to report yet; first: {again}")
     report.draw_found(run)
     config, weights = plain_json(run.config), run.weights_checksum()
-    page = report.render_report(config, results, run.history(), run.figures(), weights=weights)
+    finding = load_finding(run, "test") if "test" in results else None
+    page = report.render_report(
+        config,
+        results,
+        run.history(),
+        run.figures(),
+        weights=weights,
+        explored=report.explorer.summary(run, config, finding),
+    )
     return run.write("report.html", page.encode())
 
 

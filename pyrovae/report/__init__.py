@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,9 @@ from pyrovae._tools import InputError, flat
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import number
+from pyrovae.report import explorer
 from pyrovae.report import figures as plots
+from pyrovae.report.explorer import whole_events
 from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
 from pyrovae.report.text import statements
 from pyrovae.runs import Run
@@ -60,7 +61,10 @@ def draw_run(run: Run, experiment: Experiment[Any]) -> dict[str, bytes]:
     """Draw the run's test data and all that is found of it, return the PNG by name."""
     config: PairRecord = experiment.config
     seen = bool(experiment.data.split("test"))
-    drawn = _draw_pictures(experiment, subseed(config.seed, PICTURE_STREAM)) if seen else {}
+    seed = subseed(config.seed, PICTURE_STREAM)
+    drawn = _draw_pictures(experiment, seed) if seen else {}
+    pair = experiment.model, experiment.guide
+    explorer.save(run, explorer.explore(*pair, experiment.data, seed=seed) if seen else None)
     return draw_found(run, drawn)
 
 
@@ -87,7 +91,9 @@ def sample_picture(
 ) -> Figure:
     """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
     rows = [tensor[torch.arange(n) % len(tensor)] for tensor in context]
-    images = _events(sample(model, *rows, like=like, n=n, mean=True, seed=seed), 1, like.shape[1:])
+    images = whole_events(
+        sample(model, *rows, like=like, n=n, mean=True, seed=seed), 1, like.shape[1:]
+    )
     return plots.image_grid(images, title="Samples, E[x | z] with z from the prior")
 
 
@@ -98,11 +104,13 @@ def render_report(
     figures: Mapping[str, bytes],
     *,
     weights: str | None = None,
+    explored: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a run as one HTML page: what was found, by split, then PNG pictures, then settings.
 
-    The page refers to nothing outside itself and runs no script. ``weights`` is the digest of the
-    run's weights, by which results of others are told.
+    The page refers to nothing outside itself, and runs no script but that of the latent explorer,
+    whose hash its policy names. ``weights`` is the digest of the run's weights, by which results of
+    others are told, and ``explored`` what :func:`pyrovae.report.explorer.view` gives.
     """
     model, guide, data = (_name_of(config.get(part)) for part in ("model", "guide", "data"))
     splits: list[dict[str, Any]] = []
@@ -118,6 +126,8 @@ def render_report(
         history=history,
         splits=splits,
         figures=[_picture(name, png) for name, png in figures.items()],
+        explored=explored,
+        **(explorer.script() if explored else {}),
     )
 
 
@@ -227,7 +237,7 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
     every, *others = data.split("test")
     x, *context = every[:10], *(tensor[:10] for tensor in others)
     found = {"samples": sample_picture(model, every, *others, n=64, seed=seed)}
-    xhat = _events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
+    xhat = whole_events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
     found["reconstructions"] = plots.reconstructions(x, xhat)
     means = encode(guide, every, *others)
     codes = {n: z for n, z in means.items() if z.is_floating_point()}
@@ -241,7 +251,7 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
         n = min(5, len(every) // 2)
         start, half = min(10, len(every) - n), [tensor[:n] for tensor in context]
         rows = interpolate(model, guide, x[:n], every[start : start + n], *half)
-        found["interpolations"] = plots.interpolations(_events(rows, 2, data.shape))
+        found["interpolations"] = plots.interpolations(whole_events(rows, 2, data.shape))
     if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
         found["manifold"] = _manifold(model, next(iter(codes)), every)
     return found
@@ -250,14 +260,5 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
 def _manifold(model: Callable, site: str, like: Tensor, side: int = 15) -> Figure:
     axis = torch.linspace(-REACH, REACH, side)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
-    images = _events(decode(model, {site: grid.reshape(-1, 2)}, like=like), 1, like.shape[1:])
+    images = whole_events(decode(model, {site: grid.reshape(-1, 2)}, like=like), 1, like.shape[1:])
     return plots.manifold(images.reshape(side, side, *like.shape[1:]), (-REACH, REACH))
-
-
-def _events(found: Tensor | dict[str, Tensor], batch: int, shape: Sequence[int]) -> Tensor:
-    """Data of a shape: the only site, sites that together make it up, or the first."""
-    parts = [found] if isinstance(found, Tensor) else list(found.values())
-    lead = parts[0].shape[:batch]
-    whole = torch.cat([part.reshape(*lead, -1).float() for part in parts], -1)
-    whole = whole if whole.shape[-1] == math.prod(shape) else parts[0]
-    return whole.reshape(*lead, *shape)

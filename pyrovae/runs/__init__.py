@@ -10,6 +10,7 @@
 ``evaluation/``           what they found of each datum, by split, and what stopped ones finished
 ``inference_<split>.nc``  posterior draws and predictions of 100 data, for ArviZ
 ``figures/``              PNG pictures
+``explorer.safetensors``  what the report's latent explorer shows
 ``report.html``           the one-page report
 ========================= =====================================================================
 
@@ -60,6 +61,7 @@ __all__ = ["Run"]
 # Held while a run is trained. A folder that has it and no configuration is a beginning that was
 # killed.
 TRAINING = ".training.lock"
+EXPLORER = "explorer.safetensors"
 # How the names of pictures begin that are drawn from the weights.
 PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space")
 
@@ -235,6 +237,7 @@ class Run:
         for path in self._figures():
             if path.stem.startswith(PICTURES):
                 path.unlink()
+        self.file(EXPLORER).unlink(missing_ok=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Read where training goes on from; None if no epoch was finished.

@@ -79,6 +79,7 @@ def test_the_whole_path(tmp_path, monkeypatch, capsys):
     pictures = {"learning_curves", "samples", "reconstructions", "latent_space", "manifold"}
     pictures = {f"figures/{name}.png" for name in pictures | {"interpolations"}}
     stored = {"config.json", "checkpoint.pt", "metrics.csv", "weights.safetensors"}
+    stored |= {"explorer.safetensors"}
     assert files == stored | pictures
 
     assert run("evaluate", "deep/r", "--samples", "100") == 0
@@ -109,7 +110,7 @@ def test_the_whole_path(tmp_path, monkeypatch, capsys):
     asked = [name for name in FINDING_PICTURES if name != "guide_calibration"]
     findings = {f"figures/{name}.png" for name in asked}
     assert set(snapshot(tmp_path / "deep/r")) >= findings
-    assert page.count("data:image/png;base64,") == len(pictures | findings)
+    assert page.count('src="data:image/png;base64,') == len(pictures | findings)
     assert page.count("src=") == len(pictures | findings)
     assert set(snapshot(tmp_path)) >= {"deep", "deep/r"}
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import escape
+from html import escape, unescape
 
 import numpy as np
 import pytest
@@ -39,6 +39,41 @@ width="{width}" height="30000"></iframe><script>addEventListener("load", () => {
   document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
 }});</script>"""
 
+# The pointer is moved and clicked over the map, and sliders moved by their events, as a key does;
+# the page's own policy holds in the frame, so that the script runs only if its hash is right.
+EXPLORED = """<body style="margin: 0"><iframe srcdoc="{page}" style="border: 0"
+width="{width}" height="30000"></iframe><script>addEventListener("load", async () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const at = name => page.getElementById("explorer-" + name);
+  for (let i = 0; i < 200 && at("controls").hidden; i++) await new Promise(r => setTimeout(r, 50));
+  const seen = [];
+  const look = () => seen.push({{
+    place: at("place").textContent, said: at("said").textContent,
+    decoded: at("decoded").toDataURL(),
+    datum: page.querySelector("canvas[data-part]").toDataURL()}});
+  const point = (kind, u, v) => {{
+    const box = at("map").getBoundingClientRect();
+    const [clientX, clientY] = [box.x + u * box.width, box.y + v * box.height];
+    at("map").dispatchEvent(new PointerEvent(kind, {{clientX, clientY, bubbles: true}}));
+  }};
+  look();
+  point("pointermove", 0.2, 0.2);
+  look();
+  point("click", 0.9, 0.9);
+  look();
+  at("axis0").value = 0;
+  at("axis0").dispatchEvent(new Event("input"));
+  at("datum").value = 1;
+  at("datum").dispatchEvent(new Event("input"));
+  look();
+  const script = page.createElement("script");
+  script.textContent = "document.title = 'injected'";
+  page.body.append(script);
+  const found = {{hidden: at("controls").hidden, title: page.title, seen}};
+  document.body.innerHTML = "<pre id=found></pre>";
+  document.getElementById("found").textContent = JSON.stringify(found);
+}});</script>"""
+
 pytestmark = pytest.mark.browser
 
 
@@ -67,12 +102,13 @@ def browse(chromium, page, width, height, folder, *options):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def measured(chromium, page, width, folder):
+def measured(chromium, page, width, folder, wrapper=WRAPPER):
     """What a browser finds of a page in a frame of a width."""
     frame = folder / "frame.html"
-    frame.write_text(WRAPPER.format(page=escape(page.read_text()), width=width))
-    shown = browse(chromium, frame, 1400, 900, folder, "--dump-dom")
-    return json.loads(re.search('<pre id="found">(.*?)</pre>', shown)[1])
+    frame.write_text(wrapper.format(page=escape(page.read_text()), width=width))
+    wait = "--virtual-time-budget=10000"
+    shown = browse(chromium, frame, 1400, 900, folder, "--dump-dom", wait)
+    return json.loads(unescape(re.search('<pre id="found">(.*?)</pre>', shown)[1]))
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -93,3 +129,21 @@ def test_pages_fit_their_window_and_all_pictures_are_drawn(chromium, pages, tmp_
         part = pixels[round(y) : round(y + high), round(x) : round(x + wide)]
         assert np.ptp(part) > 0.5
         assert min(wide, high) > 40
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_explorer_follows_pointer_and_keys_and_no_other_script_runs(
+    chromium, pages, tmp_path, width
+):
+    found = measured(chromium, pages["report"], width, tmp_path, EXPLORED)
+    assert not found["hidden"]
+    assert found["title"] != "injected"
+    first, moved, clicked, keyed = found["seen"]
+    for name in ("place", "decoded"):
+        assert first[name] != moved[name] == clicked[name] != keyed[name]
+    for name in ("said", "datum"):
+        assert first[name] == moved[name] != clicked[name] != keyed[name]
+    assert re.fullmatch(r"(.*) = -?\d+\.\d\d, (.*) = -?\d+\.\d\d", moved["place"])
+    assert keyed["said"].startswith("Test datum 1, label")
+    for part in ("log p(x)", "k-hat", "KL(q(z|x) ‖ p(z)) ="):
+        assert part in keyed["said"]

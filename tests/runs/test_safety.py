@@ -347,6 +347,7 @@ LINKS = {
     "weights.safetensors": ("evaluate", "run", *SHORT),
     "config.json": ("report", "run"),
     "metrics.csv": ("report", "run"),
+    "explorer.safetensors": ("report", "run"),
     "report.html": ("report", "run"),
 }
 
