@@ -208,10 +208,7 @@ class OwnParameters(Messenger):
 
     def __enter__(self) -> OwnParameters:
         store = pyro.get_param_store()
-        self._own_names = _pyro_param_names(self.modules)
-        foreign = [n for n, value in store._params.items() if isinstance(value, nn.Parameter)]
-        aside = dict.fromkeys([*self._own_names, *foreign])
-        self._aside = {n: _take(store, n) for n in aside if n in store}
+        self._aside = {n: _take(store, n) for n in self._met_by_modules(store)}
         # With module-local parameters a PyroModule swaps in a store of its own while it runs.
         self._local = pyro.settings.get("module_local_params")
         if self._local:
@@ -224,13 +221,19 @@ class OwnParameters(Messenger):
         if self._local:
             pyro.settings.set(module_local_params=True)
         store = pyro.get_param_store()
-        for name, value in list(store._params.items()):
-            if name in self._own_names or isinstance(value, nn.Parameter):
-                if value not in self.pair.met:
-                    self.pair.blocked.add(value)
-                _take(store, name)
+        for name in self._met_by_modules(store):
+            value, _ = _take(store, name)
+            if value not in self.pair.met:
+                self.pair.blocked.add(value)
         for name, (value, constraint) in self._aside.items():
             store.set_state({"params": {name: value}, "constraints": {name: constraint}})
+
+    def _met_by_modules(self, store: Any) -> list[str]:
+        """The names of entries that a module of the program would meet."""
+        kinds = {n: isinstance(value, nn.Parameter) for n, value in store._params.items()}
+        # Modules are walked through only where something in the store asks for it.
+        own = () if all(kinds.values()) else _pyro_param_names(self.modules)
+        return [n for n, foreign in kinds.items() if foreign or n in own]
 
     def _pyro_param(self, msg: Any) -> None:
         store = pyro.get_param_store()

@@ -15,7 +15,7 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyrovae._tools import InputError, InputTypeError
@@ -342,7 +342,10 @@ class Trained:
             self._patterns.add(pattern)
         if self.clips:
             self.clip()
-        self.optimizer.step()
+        # Asked for once: a Pyro optimizer's is brought up to date each time.
+        optimizer = self.optimizer
+        with _fused(optimizer):
+            optimizer.step()
         if self.joint is not None:
             self.joint.share()
             self.joint.name_leaves()
@@ -401,6 +404,27 @@ def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimi
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
+
+
+@contextmanager
+def _fused(optimizer: Optimizer) -> Iterator[None]:
+    """Let torch's Adam on a CPU step all weights by one kernel, unless its options say otherwise.
+
+    It takes half the time of one operator after another, and rounds otherwise than they do.
+    """
+    groups = optimizer.param_groups if type(optimizer) in (Adam, AdamW) else []
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    told = [g for g in groups if g["fused"] is not None or g["foreach"] is not None]
+    if told or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors):
+        groups = []
+    groups = [group for group in groups if not group["differentiable"]]
+    for group in groups:
+        group["fused"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = None
 
 
 def _enlarge(optimizer: Optimizer, fresh: dict[str, Tensor], replaced: dict[str, Tensor]) -> None:

@@ -15,8 +15,10 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTMC_ELB
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
 from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrovae
+from pairs import binary, shipped_bernoulli
 from pyrovae.training.optimizer import Trained
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
@@ -681,3 +683,48 @@ def test_telling_what_is_trained_asks_for_no_program():
     assert trained.is_current()
     with pytest.raises(ValueError, match="no optimizer yet"):
         _ = trained.optimizer
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"fused": False}, False), ({"foreach": True}, False), ({"amsgrad": True}, True)],
+)
+@pytest.mark.parametrize("own", [True, False], ids=["torch", "Pyro"])
+def test_adam_steps_all_weights_by_one_kernel_unless_told_otherwise(options, fused, own):
+    given = {"lr": 0.01, **options}
+    pair = Plain()
+    optim = partial(torch.optim.Adam, **given) if own else pyro.optim.Adam(given)
+    svi = pyrovae.SVI(pair.model, pair.guide, optim, Trace_ELBO(), compile=False)
+    plain = Plain()
+    plainly = partial(torch.optim.Adam, **{"foreach": False, **given, "fused": False})
+    other = pyrovae.SVI(plain.model, plain.guide, plainly, Trace_ELBO(), compile=False)
+    with Kernels() as kernels:
+        for each in (svi, other):
+            pyro.set_rng_seed(1)
+            for _ in range(5):
+                each.step(X, True)
+    assert ("_fused_adam_" in kernels.names) is fused
+    assert {group["fused"] for group in svi.optimizer.param_groups} == {given.get("fused")}
+    for one, two in zip(pair.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_walks_through_no_module_where_the_store_is_empty(monkeypatch):
+    pyro.clear_param_store()
+    pair = shipped_bernoulli()
+    svi = pyrovae.SVI(*pair, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), compile=False)
+    svi.step(binary())
+    monkeypatch.setattr("pyrovae.pairs.pair._pyro_param_names", None)
+    svi.step(binary())
