@@ -93,11 +93,12 @@ def test_a_frame_a_csv_and_an_arff_file_are_one_table(frame, tmp_path):
     cells = frame.astype(object).where(frame.notna(), "?").astype(str)
     (tmp_path / "x.arff").write_text("\n".join([*lines, "@data", *map(",".join, cells.values)]))
     kinds = words | {"year": "real"}
+    # Before pandas 3, astype(str) makes "nan" of a gap.
+    frame["grade"] = frame["grade"].astype(str).where(frame["grade"].notna())
     found = [
         load_data(source, missing="mask", columns=kinds)
-        for source in (frame.astype({"grade": str}), tmp_path / "x.csv", tmp_path / "x.arff")
+        for source in (frame, tmp_path / "x.csv", tmp_path / "x.arff")
     ]
-    frame["grade"] = frame["grade"].astype(str).where(frame["grade"].notna())
     for data in found:
         assert torch.equal(data.train, found[0].train)
         assert data.columns[1].scale == found[0].columns[1].scale
