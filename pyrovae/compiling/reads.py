@@ -104,13 +104,16 @@ class Seen:
                 called.append((frame.f_code, function))
 
         streams = _streams()
-        before = sys.getprofile()
+        before: Any = sys.getprofile()
         with redirect_stdout(io.StringIO()):
             sys.setprofile(note)
             try:
                 run()
             finally:
-                sys.setprofile(before)
+                # Up to Python 3.11, cProfile is found there as an object that switches itself on.
+                sys.setprofile(None if hasattr(before, "enable") else before)
+                if hasattr(before, "enable"):
+                    before.enable()
         # What a program owns, as against what it calls of torch and Pyro.
         self.own = {c for c, scope in self.ran.items() if not is_library(scope.get("__name__"))}
         self.names = {name for code in self.ran for name in _names(code)}

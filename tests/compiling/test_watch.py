@@ -1,6 +1,7 @@
 """A watched state has another number when, and only when, it is another state."""
 
 import copy
+import cProfile
 
 import pytest
 import torch
@@ -162,3 +163,13 @@ def test_a_learning_rate_is_no_part_of_an_optimizers_state():
     assert watch() == before
     optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
     assert watch() not in (before, changed)
+
+
+def test_what_runs_is_seen_under_a_profiler_too():
+    profile = cProfile.Profile()
+    profile.enable()
+    seen = Seen(lambda: binary(2))
+    sum(binary(2).shape)
+    profile.disable()
+    assert binary.__code__ in seen.ran
+    assert any(each.code is binary.__code__ for each in profile.getstats())
