@@ -10,17 +10,17 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Distribution as PyroDistribution
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.utils._pytree import tree_leaves
 
 from pyrovae._tools import InputError, InputTypeError, did_you_mean, require_memory
 from pyrovae._tools.seeding import seeded
-from pyrovae._tools.source_lines import failed_message
+from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.pairs.enumeration import enumerates
-from pyrovae.pairs.folding import takes_a_plate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.support import counted, survey
 from pyrovae.pairs.traces import (
@@ -33,6 +33,7 @@ from pyrovae.pairs.traces import (
     samples,
     scored,
 )
+from pyrovae.pairs.trial import takes_a_plate
 
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
@@ -49,11 +50,13 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         ValueError: If a latent is in one program only, no plate holds the batch, a site lies
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
-    _check_arguments(pair, x, *context)
+    check_arguments(pair, x, *context)
     with torch.no_grad(), _blames_data(x):
         guide_trace = pair.trace_guide(x, *context)
         model_trace = _try_replay(pair, guide_trace, x, *context)
     sites, guide_sites = samples(model_trace), samples(guide_trace)
+    check_kinds(guide_sites)
+    check_kinds(sites)
     hidden = {name: site for name, site in sites.items() if not site["is_observed"]}
     enumerated = tuple(n for n, s in hidden.items() if n not in guide_sites and enumerates(s))
     latents = tuple(name for name in hidden if name not in enumerated)
@@ -89,7 +92,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     return pair.layout
 
 
-def _check_arguments(pair: Pair, *rows: Any) -> None:
+def check_arguments(pair: Pair, *rows: Any) -> None:
     """Check that both programs take as many arguments as there are."""
     for kind, program in (("model", pair.model), ("guide", pair.guide)):
         entry = program.forward if isinstance(program, nn.Module) else program
@@ -103,9 +106,10 @@ def _check_arguments(pair: Pair, *rows: Any) -> None:
             names = ", ".join(taken.parameters)
             mask = rows[-1].dtype == torch.bool if isinstance(rows[-1], Tensor) else False
             mend = f"forward(self, {names}, mask=True)" if mask else "the arguments that it needs"
+            given = f"{len(rows)} arguments, x and its context" if len(rows) > 1 else "x alone"
             raise InputError(
-                f"The {kind} takes ({names}), and it is given {len(rows)} arguments, x and its "
-                f"context: write {mend}."
+                f"The {kind} takes ({names}), and it is given {given}: write {mend}"
+                f"{'' if mask else ', or give the context after x'}."
             ) from error
 
 
@@ -226,7 +230,7 @@ def check_reach(pair: Pair, surrogate: Tensor, args: Any = ()) -> None:
     """
     given = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     known = {id(leaf) for leaf in (*pair.named().values(), *pair.blocked, *given)}
-    leaves = _leaves(surrogate, {tensor.grad_fn for tensor in given})
+    leaves = leaves_behind(surrogate, {tensor.grad_fn for tensor in given})
     lost = [
         list(leaf.shape)
         for leaf in leaves
@@ -236,11 +240,11 @@ def check_reach(pair: Pair, surrogate: Tensor, args: Any = ()) -> None:
         raise InputError(
             f"The loss depends on parameters of shapes {lost} that neither the model nor the "
             f"guide owns, so they would not be trained: make their module an attribute, call "
-            f"pyro.module('name', module) in the program, or freeze it with requires_grad_()."
+            f"pyro.module('name', module) in the program, or freeze it with requires_grad_(False)."
         )
 
 
-def _leaves(tensor: Tensor, seen: set[Any]) -> list[Tensor]:
+def leaves_behind(tensor: Tensor, seen: set[Any]) -> list[Tensor]:
     """The leaves of a graph, but for what lies behind the nodes in ``seen``."""
     found, stack = [], [tensor.grad_fn]
     while stack:
@@ -301,22 +305,75 @@ def mended(error: Exception, x: Tensor) -> str:
     inner, text = dict(frame.f_locals), sentence(error)
     if misfit(error) is not None:
         return f"{text}: declare the dimensions of one event with .to_event(n)."
-    # A distribution refuses a parameter in its own constructor, by a plain ValueError that says
-    # which in words alone; these are that constructor's names in torch 2.11 to 2.15.
-    refused = {"self", "param", "value", "constraint"} <= inner.keys()
-    if frame.f_code is Distribution.__init__.__code__ and refused:
-        return (
-            f"Expected parameter {inner['param']} of {type(inner['self']).__name__}, of shape "
-            f"{list(inner['value'].shape)}, to satisfy the constraint {inner['constraint']!r}, and "
-            f"it does not. The data run from {x.min():.4g} to {x.max():.4g}: scale them to about "
-            f"[0, 1], or look at the network that makes the parameter."
-        )
-    owner = inner.get("self")
+    if (refused := _refused(frame.f_code, inner, x)) is not None:
+        return refused
+    owner, given_to = inner.get("self"), inner.get("input")
+    if isinstance(owner, nn.Linear) and isinstance(given_to, Tensor):
+        expected, found = owner.in_features, [*given_to.shape]
+        if found[-1:] != [expected]:
+            return (
+                f"{owner} is given {found}, and takes the last dimension alone: flatten a datum "
+                f"before it, as x.flatten(1) does, or give the layer that size."
+            )
     known = {p.dtype for p in owner.parameters()} if isinstance(owner, nn.Module) else set()
     given = {value.dtype for value in inner.values() if isinstance(value, Tensor)}
     if isinstance(error, RuntimeError) and known and x.dtype in given - known:
-        return f"{text}. The data are {x.dtype}: convert them or the modules."
+        whole = ", or look them up in an nn.Embedding if they are categories"
+        return (
+            f"{text}. The data are {x.dtype}: convert them or the modules"
+            f"{'' if x.is_floating_point() else whole}."
+        )
+    if isinstance(error, RuntimeError) and any(w in error_place(error) for w in (".numpy(", "np.")):
+        return (
+            f"{text} NumPy sees no gradient, so that what it computes would train nothing: use "
+            f"torch's function instead, without detach()."
+        )
     return text
+
+
+def _refused(code: Any, inner: dict[str, Any], x: Tensor) -> str | None:
+    """What a library's own check refused, in words that help; None for any other error.
+
+    Which check it was is told by its code, as the errors say so in words alone; the names of the
+    variables are those of torch 2.11 to 2.15 and of Pyro 1.9.
+    """
+    if code is Distribution.__init__.__code__ and {"param", "value", "constraint"} <= inner.keys():
+        fix = into(inner["constraint"])
+        if fix is None:
+            fix = (
+                f"The data run from {x.min():.4g} to {x.max():.4g}: scale them to about [0, 1], or "
+                f"look at the network that makes the parameter"
+            )
+        return (
+            f"Expected parameter {inner['param']} of {type(inner['self']).__name__}, of shape "
+            f"{list(inner['value'].shape)}, to satisfy the constraint {inner['constraint']!r}, and "
+            f"it does not. {fix[0].upper()}{fix[1:]}."
+        )
+    if code is Independent.__init__.__code__ and "base_distribution" in inner:
+        base, events = inner["base_distribution"], inner["reinterpreted_batch_ndims"]
+        return (
+            f"{type(base).__name__} has shape {list(base.batch_shape)}, fewer dimensions than "
+            f".to_event({events}) takes: let the network's output have the shape of what is "
+            f"sampled (a datum has {list(x.shape[1:])}), or correct the number."
+        )
+    if code is Trace.add_node.__code__:
+        return f"Two sites are named {inner['site_name']!r}: give each a name of its own."
+    return None
+
+
+def into(constraint: Any) -> str | None:
+    """How to bring a parameter into its range; None for one that may be any number."""
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, type(constraints.real)):
+        return None
+    if isinstance(constraint, type(constraints.unit_interval)):
+        return "take torch.sigmoid of it, or give the distribution logits="
+    if isinstance(constraint, type(constraints.simplex)):
+        return "take torch.softmax of it, or give the distribution logits="
+    if isinstance(constraint, type(constraints.positive) | type(constraints.nonnegative)):
+        return "bound it, as softplus(s) + 1e-3 does"
+    return "bring it there by torch.distributions.transform_to(constraint)"
 
 
 def sentence(error: BaseException) -> str:
@@ -342,6 +399,27 @@ def sizes_fit(batch: Size, frames: Iterable[Any]) -> bool:
     return all(len(batch) < -f.dim or f.size == -1 or batch[f.dim] in (1, f.size) for f in frames)
 
 
+def check_kinds(sites: dict[str, Site]) -> None:
+    """Refuse distributions of torch itself, which know neither plates nor events as Pyro's do."""
+    for name, site in sites.items():
+        if not isinstance(site["fn"], PyroDistribution):
+            raise InputError(
+                f"Site {name!r} has {type(site['fn']).__name__} of "
+                f"{type(site['fn']).__module__.partition('.')[0]}, which knows no events: take it "
+                f"from pyro.distributions, with .to_event(n)."
+            )
+
+
+def check_programs(*programs: Any) -> None:
+    """Refuse a class in the place of a program, and what cannot be called."""
+    for kind, program in zip(("model", "guide"), programs, strict=True):
+        if isinstance(program, type):
+            name = program.__name__
+            raise InputTypeError(f"Expected a {kind}, got the class {name}: make one, {name}(...).")
+        if not callable(program):
+            raise InputTypeError(f"Expected a program as the {kind}, got {program!r}.")
+
+
 def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
     """Check that the guide samples the model's latents, and no others."""
     for name in latents:
@@ -349,8 +427,9 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
             raise InputError(
                 f"The model's latent site {name!r} is missing in the guide, which samples "
                 f"{sorted(guide_sites)}: sample every latent there"
-                f"{did_you_mean(name, guide_sites)}, or mark one that is discrete with "
-                f"infer={{'enumerate': 'parallel'}} in the model and train with TraceEnum_ELBO."
+                f"{did_you_mean(name, guide_sites)}, give it obs=x if it is data, or mark one that "
+                f"is discrete with infer={{'enumerate': 'parallel'}} in the model and train with "
+                f"TraceEnum_ELBO."
             )
     for name in sorted(guide_sites.keys() - set(latents)):
         site = guide_sites[name]
@@ -387,7 +466,8 @@ def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
     fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size in sizes})
     if not fitting:
         raise InputError(
-            f"Expected a plate over the batch of {num_data}, got plates "
+            f"Expected a plate over the batch of {num_data} around site "
+            f"{sites[0][0] if sites else 'x'!r}, got plates "
             f"{sorted({(f.name, f.size) for stack in stacks for f in stack.values()})}: open "
             f"`with pyro.plate('data', len(x))` in the model and in the guide."
         )
@@ -397,7 +477,16 @@ def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
 
 def batch_frame(sites: list[tuple[str, Site]], plate: str) -> Any:
     """The frame of the plate that holds the batch, and every site."""
+    frames = [frame for _, site in sites for frame in plates(site).values()]
+    sizes = {frame.size for frame in frames if frame.name == plate}
     for name, site in sites:
+        other = [frame.name for frame in plates(site).values() if frame.size in sizes]
+        if other and plate not in plates(site):
+            raise InputError(
+                f"Site {name!r} lies in the plate {other[0]!r}, and others in the plate {plate!r}, "
+                f"of the same size: give the plate over the batch one name in model and guide, "
+                f"pyro.plate({plate!r}, len(x))."
+            )
         if plate not in plates(site):
             raise InputError(
                 f"Site {name!r} lies outside the plate {plate!r} that holds the batch, so its "

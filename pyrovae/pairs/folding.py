@@ -9,8 +9,7 @@ traces are read as if there had been the plate.
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Categorical, Independent, OneHotCategorical, Unit
@@ -24,68 +23,7 @@ from torch import Size, Tensor
 from torch.distributions import kl_divergence, register_kl
 from torch.distributions.constraints import Constraint
 
-from pyrovae._tools.seeding import seeded, undone
-from pyrovae.pairs.traces import Layout, Site, Values, drawn, samples, site_scores
-
-if TYPE_CHECKING:
-    from pyrovae.pairs.pair import Pair
-
-# On how many rows and particles a plate of particles is tried, and how far rounding, or a flow
-# that is inverted numerically, may move a score there, in nats and as a share of it.
-ROWS, PARTICLES, TOLERANCE = 5, 3, 1e-3
-
-
-def takes_a_plate(pair: Pair, rows: tuple) -> bool:
-    """Whether a draw scores among K particles, left of the batch, as it does without a plate.
-
-    A few rows are tried, in eval mode; all of them where the programs take no fewer.
-    """
-    few = (r[:ROWS] if isinstance(r, Tensor) and len(r) == len(rows[0]) else r for r in rows)
-    pair.folds = False
-    with (
-        torch.no_grad(),
-        pair.mode(training=False),
-        undone(pair.modules, rows[0].device),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        for some in (tuple(few), rows):
-            try:
-                with seeded(0, rows[0].device):
-                    alone = pair.trace(*some, sums=True)
-            except Exception:
-                continue
-            try:
-                return _scores_alike(pair, some, alone)
-            except Exception:
-                return False
-    return True  # nothing is known of a pair that runs with particles alone
-
-
-def _scores_alike(pair: Pair, rows: tuple, alone: tuple[Trace, Trace]) -> bool:
-    layout, size = pair.known, len(rows[0])
-    values: Values = {}
-    for name, site in drawn(alone[1]).items():
-        rank = site["fn"].event_dim - layout.particle_dim - 1
-        value = site["value"].reshape((1,) * (rank - site["value"].dim()) + site["value"].shape)
-        # The other particles are draws for other data: particle 0 is to take no notice.
-        batch = layout.dim - site["fn"].event_dim
-        values[name] = torch.stack([value.roll(k, batch) for k in range(PARTICLES)])
-    model, _ = pair.score_model(rows, PARTICLES, values)
-    try:
-        guide = pair.score_guide(rows, PARTICLES, values)
-    except (NotImplementedError, KeyError):  # a flow that knows its own draws alone
-        with seeded(0, rows[0].device):
-            trace = pair.trace_guide(*rows, particles=1)
-        guide = site_scores(trace, layout, 1, size)
-    for scores, trace in zip((model, guide), alone, strict=True):
-        expected = site_scores(trace, layout, None, size)
-        for name, score in scores.items():
-            if not torch.allclose(
-                score[0], expected[name][0], TOLERANCE, TOLERANCE, equal_nan=True
-            ):
-                return False
-    return True
+from pyrovae.pairs.traces import Layout, Site, samples
 
 
 class Fold(Messenger):

@@ -20,8 +20,8 @@ CORE = (
 )
 CORE_LINES = 1_500
 BEYOND_THE_CORE = ("compiling", "checking", "runs")
-# An evaluation compares a few particles with single draws before it begins: 21 crossings of these.
-STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 90
+# Of an evaluation's, 4 are the check whether what the trial of particles found still holds.
+STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 70
 
 
 def lines(names):
