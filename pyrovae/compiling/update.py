@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyrovae.compiling.graph import CaptureError
 from pyrovae.compiling.reads import VALUES, Same, Watch
 
 # Those that torch can step without reading a value back: they have the option ``capturable``, or
@@ -57,10 +58,11 @@ class Update:
         # recorded; functools.wraps leaves the step itself here (torch 2.11 to 2.14).
         step = type(optimizer).step
         self._step = getattr(step, "__wrapped__", step)
-        self._groups = [
-            next(i for i, group in enumerate(groups) if any(p is leaf for p in group["params"]))
-            for leaf in leaves
-        ]
+        held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        if any(id(leaf) not in held for leaf in leaves):
+            cause = UpdateError("the optimizer steps some of the parameters alone")
+            raise CaptureError(str(cause)) from cause
+        self._groups = [held[id(leaf)] for leaf in leaves]
         self._own = is_plain_adam(optimizer) and all(
             leaf in optimizer.state and optimizer.state[leaf]["step"].device == leaf.device
             for leaf in leaves

@@ -43,6 +43,11 @@ class Coordinates:
 
     def __init__(self, pair: Pair, rows: tuple) -> None:
         self.pair = pair
+        if not pair.known.latents:
+            raise InputError(
+                "The pair has no latents of its guide, so there is nothing to refine, and nothing "
+                "to anneal: log_likelihood as it is has log p(x)."
+            )
         sites = pair.trace_given(pair.run_model, rows, 1, Given({})).nodes
         fns = {name: sites[name]["fn"] for name in pair.known.latents}
         # Where the batch lies in each u, counted from the right: a simplex has an event of its own.

@@ -12,7 +12,16 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyrovae
-from pairs import LATENT, SHAPE, binary, functions, published_example, same_names, two_latents
+from pairs import (
+    LATENT,
+    SHAPE,
+    binary,
+    functions,
+    plain_modules,
+    published_example,
+    same_names,
+    two_latents,
+)
 from pyrovae.compiling.update import UpdateError
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
@@ -477,4 +486,20 @@ def test_an_update_that_cannot_be_recorded_leaves_the_gradients_captured(monkeyp
 
     monkeypatch.setattr("pyrovae.compiling.update.Update.record", refused)
     svi = _both(published_example, Trace_ELBO(), steps=4)
+    assert [capture.update for capture in svi.compiled.captures.values()] == [None]
+
+
+def test_an_optimizer_of_the_guide_alone_leaves_the_gradients_captured():
+    """As it does eagerly, the model stays where it is."""
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model, guide = plain_modules()
+        adam = torch.optim.Adam(guide.parameters(), 0.01)
+        svi = pyrovae.SVI(model, guide, adam, Trace_ELBO(), compile=compile)
+        before = [p.clone() for p in model.parameters()]
+        found.append([svi.step(X) for _ in range(5)])
+        assert all(map(torch.equal, model.parameters(), before))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert [capture.update for capture in svi.compiled.captures.values()] == [None]

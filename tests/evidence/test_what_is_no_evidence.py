@@ -244,3 +244,25 @@ def test_a_layout_knows_of_what_lies_outside_of_the_plate():
     pair = Pair(Outside(False), Outside(True))
     assert inspect_pair(pair, X).adrift == ("penalty",)
     assert inspect_pair(Pair(Linear(False), Linear(True)), X).adrift == ()
+
+
+def test_a_pair_without_latents_has_nothing_to_refine_or_to_anneal():
+    loc = torch.nn.Parameter(torch.zeros(4))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    pair = model, lambda x: None
+    exact = dist.Normal(0.0, 1.0).log_prob(X).sum(-1).double()
+    found = log_likelihood(*pair, X, num_samples=30, seed=0)
+    torch.testing.assert_close(found.log_prob, exact)
+    assert found.khat.max() < 0.7
+    assert pyrovae.elbo(*pair, X, particles=3).mean == pytest.approx(exact.mean().item())
+    for report in (
+        lambda: log_likelihood(*pair, X, num_samples=10, refine_steps=2),
+        lambda: annealed_log_likelihood(*pair, X, num_temperatures=1),
+        lambda: pyrovae.bidirectional(*pair, like=X, num_temperatures=1),
+    ):
+        with pytest.raises(pyrovae.InputError, match="nothing to anneal: log_likelihood as it is"):
+            report()
