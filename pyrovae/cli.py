@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -44,6 +45,17 @@ from pyrovae.training.distributed import Diverged, ProcessLost, World, join
 from pyrovae.training.monitor import Fit, NonFiniteLoss
 
 TRUST = "execute the programs of a run that you did not make on this machine"
+# How arguments that are named in advice are spelled here.
+ARGUMENTS = {
+    "batch_size": "--batch-size",
+    "binarize": "--binarize",
+    "clip_norm": "--clip-norm",
+    "defensive": "--defensive",
+    "num_chains": "--annealed",
+    "num_samples": "--samples",
+    "refine_steps": "--refine",
+    "valid_samples": "--valid-samples",
+}
 STOPPED_EARLY = "stopped before the end of the first epoch; nothing was written."
 
 
@@ -112,9 +124,17 @@ def _main(given: list[str]) -> int:
             raise
         where = f"{place}: {type(error).__name__}: " if place and not failed else ""
         # Pyro lists the shapes of all sites after what went wrong: too much for a sentence.
-        sentence, _, _ = f"{where}{error}".partition("Trace Shapes:")
+        sentence, _, _ = f"{where}{_as_options(str(error))}".partition("Trace Shapes:")
         world.say(f"pyrovae: error: {' '.join(sentence.split())}")
         return 1 if failed else 2
+
+
+def _as_options(text: str) -> str:
+    """Advice for Python as it is written on the command line."""
+    for argument, flag in ARGUMENTS.items():
+        text = re.sub(rf"(?<![\w.]){argument}=('?)([\w.]+)\1", rf"{flag} \2", text)
+        text = text.replace(f"({argument})", f"({flag})")
+    return text.replace("annealed_log_likelihood", "--annealed 16")
 
 
 def _run(arguments: list[str], world: World) -> int:
@@ -236,7 +256,7 @@ def _check(options: _Check, line: str) -> int:
     made = experiment.build(options)
     rows = made.data.split("train")
     found = check(made.model, made.guide, *rows, seed=options.seed, particles=options.particles)
-    print(found)
+    print(_as_options(str(found)))
     return 0 if found.passed else 1
 
 
@@ -294,7 +314,7 @@ def _evaluate(options: _Evaluate, line: str) -> None:
         if not run.file("figures/samples.png").exists():
             report.draw_run(run, made)
         text = json.dumps(plain_json(found), indent=2) if options.json else None
-        print(text or summarize(found, options.split))
+        print(text or _as_options(summarize(found, options.split)))
 
 
 @dataclass(frozen=True, kw_only=True)

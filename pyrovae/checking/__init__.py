@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -47,13 +48,28 @@ CHECKS = (
     Check("analytic KL", bounds.analytic_kl, (*FIT, "latents in support")),
     Check("estimators agree", bounds.estimators_agree, (*NUMBER, "particles")),
     Check("ELBO below IWAE", bounds.bounds_are_ordered, (*NUMBER, "particles")),
-    Check("samples", bounds.samples_are_data, FIT),
+    Check("samples", bounds.samples_are_data, NUMBER),
     Check("capture", bounds.capture_is_possible, (*NUMBER, "gradients")),
 )
+
+
+def _few_are_independent(case: Case) -> Row:
+    return scores.independent_data(case.fewer, training=False, sizes=False)
+
+
+# What fit refuses, and what it warns of: that trains, though hardly to what is meant.
 QUICK = (
     *CHECKS[:4],
     Check("latents in support", partial(values.latent_support, covering=False), FIT),
-    Check("independent data", partial(scores.independent_data, training=False, sizes=False), SCORE),
+    Check("numbers", partial(values.finite, edges=False), (*SCORE, "latents in support")),
+    Check("independent data", _few_are_independent, SCORE),
+)
+TOLD = (
+    Check("gradients", partial(scores.gradients, training=False), ()),
+    Check("latents in support", values.latent_support, ()),
+    # Batch normalization is a choice that people make: the check alone says what it costs.
+    Check("independent data", partial(scores.independent_data, training=False), ()),
+    Check("samples", bounds.samples_are_data, ()),
 )
 
 
@@ -135,8 +151,9 @@ def check(
 def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0) -> None:
     """Refuse a pair that cannot be trained to anything, judged by its first batch.
 
-    Costs a few evaluations of the programs and leaves everything as it was. What only limits a
-    pair, or shows in training itself, is left to :func:`check`.
+    And warn of one that trains, though hardly to what is meant, judged by a few data points.
+    Costs a few evaluations of the programs and leaves everything as it was. The rest is left to
+    :func:`check`.
 
     Args:
         model: The model program.
@@ -149,10 +166,18 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
     """
     pair = Pair(model, guide)
     with untouched(pair):
-        for row in _rows(QUICK, Case(pair, (x, *context), seed, particles=1, whole=True)):
+        case = Case(pair, (x, *context), seed, particles=1, whole=True)
+        for row in _rows(QUICK, case):
             if row.status == "failed":
-                where = f" ({'; '.join(row.where)})" if row.where else ""
-                raise InputError(f"{row.message}{where}")
+                raise InputError(_sentence(row))
+        told = [row for row in _rows(TOLD, case.fewer) if row.status == "failed"]
+    if told:
+        found = " ".join(map(_sentence, told))
+        warnings.warn(f"{found} Trained as it is: run pyrovae.check for the rest.", stacklevel=4)
+
+
+def _sentence(row: Row) -> str:
+    return f"{row.message} ({'; '.join(row.where)})" if row.where else row.message
 
 
 def _rows(checks: Iterable[Check], case: Case) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, undone
 from pyrovae._tools.source_lines import Places, lines_with
 from pyrovae.objectives import estimate
-from pyrovae.pairs.contract import check_tensor, inspect_pair
+from pyrovae.pairs.contract import check_programs, check_tensor, inspect_pair
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, Values, drawn, is_bookkeeping, samples
@@ -87,6 +87,7 @@ class Case:
     def __init__(
         self, pair: Pair, rows: tuple, seed: int, particles: int, whole: bool = False
     ) -> None:
+        check_programs(pair.model, pair.guide)
         check_tensor(rows[0])
         if rows[0].dim() == 0 or len(rows[0]) == 0:
             raise InputError("Expected at least one datum, got an empty tensor.")
@@ -102,10 +103,16 @@ class Case:
             places = Places()
             self.places[kind] = places.found
             try:
-                with self.quietly(), places:
+                # With gradients, as in training: some errors, as of NumPy, come up there alone.
+                with self.quietly(gradients=True), places:
                     self.sites[kind] = samples(poutine.trace(program).get_trace(*self.rows))
             except Exception as error:
                 self.errors[kind] = error
+
+    @cached_property
+    def fewer(self) -> Case:
+        """The same pair on few of the data."""
+        return Case(self.pair, self.few, self.seed, self.particles)
 
     @cached_property
     def inspected(self) -> Pair:

@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import lines_with
-from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take
+from pyrovae.checking import outputs
+from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take, warned
+from pyrovae.checking.outputs import Cut
 from pyrovae.pairs.contract import check_reach, sentence
 from pyrovae.pairs.traces import Values, log_probs
 
@@ -25,7 +27,10 @@ ROUNDING, NUDGE, STEEP = 1e-5, 1e-6, 10
 Bounded = dict[tuple[str, str], tuple[Tensor, Tensor]]
 # Words of source lines that may be to blame, shown beside the finding.
 REDUCTIONS = (".mean()", ".mean(0)", ".sum()", ".sum(0)", ".std(", ".var(", "dim=0", "BatchNorm")
-STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode")
+STOPS = (".detach()", "no_grad", ".data", ".item()", "inference_mode", "numpy", "np.")
+
+UNUSED = "use it in the program, take it out, or freeze it with requires_grad_(False)."
+MEANT = " If this is meant, freeze with requires_grad_(False) what is not to be trained."
 
 
 def independent_data(case: Case, training: bool = True, sizes: bool = True) -> Row:
@@ -131,32 +136,20 @@ def particles_broadcast(case: Case) -> Row:
     return passed(f"[K, N] = [{PARTICLES}, {n}] as a loop")
 
 
-def gradients(case: Case) -> Row:
-    """The objective reaches every parameter, with a number, and every latent reaches a score."""
+def gradients(case: Case, training: bool = True) -> Row:
+    """The objective reaches every parameter, with a number, and every latent reaches a score.
+
+    Without ``training`` only what stops gradients inside the programs is looked for.
+    """
     if loose := dict(_unregistered(case)):
         return failed(
             f"{_list(loose)} holds parameters that no module owns, so they are not trained: make a "
             f"list an nn.ModuleList, a tensor an nn.Parameter.",
             *chain.from_iterable(loose.values()),
         )
-    with case.quietly(training=True, gradients=True):
-        _, surrogate = case.estimate(*case.rows, particles=PARTICLES)
-        check_reach(case.pair, surrogate, case.rows)
-        named = case.pair.named()
-        if not named:
-            return skipped("the pair has no parameters")
-        found = dict(zip(named, _slopes(surrogate, list(named.values())), strict=True))
-    if missing := [name for name, g in found.items() if g is None]:
-        return failed(
-            f"No gradient reaches {_list(missing)}: use it in the program, take it out, or freeze "
-            f"it with requires_grad_(False).",
-            *case.suspects(STOPS),
-        )
-    if broken := [n for n, g in found.items() if g is not None and not bool(g.isfinite().all())]:
-        return failed(
-            f"The gradient is NaN or infinite for {_list(broken)}: look for a root, a norm or a "
-            f"where() at a point without a slope."
-        )
+    found, lost = outputs.cuts(case)
+    if dead := [cut for cut in found if cut.dead]:
+        return failed(_stopped(dead), *_places(case, dead))
     if unused := _unused_latents(case):
         return failed(
             f"No other site of the model depends on latent {_list(unused)}: use it there, without "
@@ -164,7 +157,61 @@ def gradients(case: Case) -> Row:
             *case.where(*unused),
             *case.suspects(STOPS),
         )
-    return passed(f"parameters: {len(named)}, latents: {len(case.latents())}")
+    known = {name for cut in found for name in cut.sources} | _baselines(case)
+    if training and (wrong := _slopes_are_wrong(case, known)):
+        return wrong
+    if outside := [cut for cut in found if not training and {*cut.sources} & {*lost}]:
+        return failed(_stopped(outside) + MEANT, *_places(case, outside))
+    if unreached := [name for name in lost if not training and name not in known]:
+        return failed(f"No gradient reaches {_list(unreached)}: {UNUSED}")
+    if found:
+        return warned(_stopped(found) + MEANT, *_places(case, found))
+    return passed(f"parameters: {len(case.pair.named())}, latents: {len(case.latents())}")
+
+
+def _baselines(case: Case) -> set[str]:
+    """The parameters of networks that predict a loss for TraceGraph_ELBO, which trains them."""
+    sites = [site for each in case.sites.values() for site in each.values()]
+    nets = [site["infer"].get("baseline", {}).get("nn_baseline") for site in sites]
+    owned = {id(p) for net in nets if isinstance(net, nn.Module) for p in net.parameters()}
+    return {name for name, leaf in case.pair.named().items() if id(leaf) in owned}
+
+
+def _slopes_are_wrong(case: Case, outside: Collection[str]) -> Row | None:
+    """A parameter whose gradient is missing, if it is not known to be left out, or no number."""
+    with case.quietly(training=True, gradients=True):
+        _, surrogate = case.estimate(*case.rows, particles=PARTICLES)
+        check_reach(case.pair, surrogate, case.rows)
+        named = case.pair.named()
+        if not named:
+            return skipped("the pair has no parameters")
+        found = dict(zip(named, _slopes(surrogate, list(named.values())), strict=True))
+    if missing := [name for name, g in found.items() if g is None and name not in outside]:
+        return failed(
+            f"No gradient reaches {_list(missing)}: {UNUSED}",
+            *case.suspects(STOPS),
+        )
+    if broken := [n for n, g in found.items() if g is not None and not bool(g.isfinite().all())]:
+        return failed(
+            f"The gradient is NaN or infinite for {_list(broken)}: look for a root, a norm or a "
+            f"where() at a point without a slope."
+        )
+    return None
+
+
+def _stopped(found: list[Cut]) -> str:
+    """What some arguments depend on without a gradient."""
+    arguments = [f"{c.argument} at site {c.site!r} of the {c.program}" for c in found]
+    sources = dict.fromkeys(name for cut in found for name in cut.sources)
+    return (
+        f"No gradient goes from {_list(arguments)} back to {_list(sources)}, though "
+        f"{'they depend' if len(found) > 1 else 'it depends'} on it: take out the detach(), "
+        f"no_grad(), .data, .item() or NumPy in between."
+    )
+
+
+def _places(case: Case, found: list[Cut]) -> list[str]:
+    return [*case.suspects(STOPS), *case.where(*dict.fromkeys(cut.site for cut in found))]
 
 
 def _slopes(value: Any, leaves: list[Tensor]) -> list[Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import dropwhile
 from typing import Any
 
+from pyro.distributions import Distribution
 from torch import Size, Tensor
 from torch.distributions import Independent
 
@@ -17,6 +18,7 @@ from pyrovae.pairs.traces import is_bookkeeping, is_factor
 
 def programs_run(case: Case) -> Row:
     """Both programs run on a batch, each by itself."""
+    contract.check_arguments(case.pair, *case.rows)
     for kind, error in case.errors.items():
         if contract.misfit(error):
             return skipped(needs="plates and events")
@@ -30,13 +32,16 @@ def sites_match(case: Case) -> Row:
     model, summed = case.sites["model"], case.enumerated()
     hidden = [name for name, site in model.items() if not site["is_observed"]]
     latents = [name for name in hidden if name not in summed]
-    contract.check_sites(latents, case.sites["guide"])
+    contract.check_kinds(case.sites["guide"])
+    contract.check_kinds(model)
     observed = [name for name, site in model.items() if site["is_observed"]]
-    if not observed:
+    guide_observes = any(site["is_observed"] for site in case.sites["guide"].values())
+    if not observed and not guide_observes:
         return failed(
             f"The model observes nothing (it samples {hidden}): give the site of the data obs=x.",
-            *case.where(*hidden[-1:]),
+            *case.where(*[n for n in hidden if n not in case.sites["guide"]] or hidden[-1:]),
         )
+    contract.check_sites(latents, case.sites["guide"])
     if factors := [name for name, site in case.sites["guide"].items() if is_factor(site)]:
         return warned(
             f"The guide's factor {', '.join(factors)} is no density: training counts it as Pyro "
@@ -57,6 +62,8 @@ def plates_and_events(case: Case) -> Row:
         where = dict.fromkeys(line for each in found for line in each.where)
         return failed(" ".join(each.message for each in found), *where)
     every = [item for kind in ("model", "guide") for item in case.sites[kind].items()]
+    if not all(isinstance(site["fn"], Distribution) for _, site in every):
+        return skipped(needs="sites")
     every = [(name, site) for name, site in every if not is_bookkeeping(site)]
     frame = contract.batch_frame(every, contract.batch_plates(every, len(case.rows[0]))[0])
     if wrong := _ranks(case):
@@ -139,6 +146,11 @@ def _check_observed(case: Case) -> None:
         fn, value = site["fn"], site["value"]
         if not isinstance(value, Tensor) or value.shape in (fn.shape(), Size()):
             continue
+        if value.shape == fn.event_shape and len(value) == 1:
+            raise InputError(
+                f"Site {name!r} observes one event {list(value.shape)} and no batch of them: give "
+                f"the programs data [N, ...], such as x[None] for one datum."
+            )
         extra = fn.event_dim - (value.dim() - max(-f.dim for f in contract.plates(site).values()))
         if 0 < extra <= _written(fn):
             fix = f"the event swallows the batch, end it in .to_event({_written(fn) - extra})."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import Unit
@@ -16,14 +16,15 @@ from torch.distributions.constraints import is_dependent
 
 from pyrovae._tools import InputError
 from pyrovae.checking.case import Case, Row, failed, passed, take, warned
-from pyrovae.pairs.contract import base_of, check_support
+from pyrovae.pairs.contract import base_of, check_support, into
 from pyrovae.pairs.traces import Site, samples
 
 DRAWS = 16
 # How many of their ranges beyond the data's edges are tried.
 FAR = 3.0
 SEARCH = "look for a log of 0, a division by 0 or an overflow in what makes it"
-BOUND = "bound it, as softplus(s) + 1e-3 does"
+# Data of this size make the first outputs of a network so large that training may not start.
+LARGE = 100
 # Values beside draws at which two supports are compared: of either sign, near zero and far from
 # it, and off every grid, so that bounded, positive, unit-interval and real supports all differ.
 REALS, INTEGERS = (-987.6, -1.37, 0.41, 1.63, 987.6), (-1.0, 0.0, 1.0, 2.0, 3.0, 9.0, 999.0)
@@ -119,14 +120,16 @@ def _only_in(here: Any, there: Any) -> float | None:
     return (value[outside] if outside.shape == value.shape and outside.any() else value)[0].item()
 
 
-def finite(case: Case) -> Row:
+def finite(case: Case, edges: bool = True) -> Row:
     """No parameter of a distribution, and no log-probability, is NaN or infinite.
 
-    On the batch as it is, and on data at and beyond the edges of what was given.
+    On the batch as it is, and (if asked) on data at and beyond the edges of what was given.
     """
     with case.quietly():
         if bad := _first_bad(case.pair.trace(*case.rows), ()):
-            raise InputError(f"With these weights {bad}")
+            return failed(f"With these weights {bad.text}{_of_the_data(case)}", bad.place(case))
+    if not edges:
+        return passed("on the batch")
     names, extreme = zip(*_extremes(case), strict=True)
     n, each = len(case.rows[0]), torch.arange(max(len(names), len(case.rows[0])))
     _, *context = take(case.rows, each % n)
@@ -138,8 +141,23 @@ def finite(case: Case) -> Row:
         kind = type(error).__name__
         raise InputError(f"The pair fails on data {', '.join(names)}: {kind}: {error}") from error
     if bad:
-        raise InputError(f"On data {bad}")
+        return failed(f"On data {bad.text}{_of_the_data(case)}", bad.place(case))
     return passed(f"on the batch, and on data {', '.join(names)}")
+
+
+def _of_the_data(case: Case) -> str:
+    """What to do about data whose size alone may be the cause; nothing for others."""
+    x = case.every[0][case.every[0].isfinite()]
+    if not len(x) or x.abs().max() <= LARGE:
+        return ""
+    low, high = f"{x.min():.4g}", f"{x.max():.4g}"
+    counts = any(site["fn"].support.is_discrete for site in case.observed().values())
+    if counts and x.min() >= 0 and bool((x == x.round()).all()):
+        return (
+            f" The data are counts up to {high}: let the network see x.log1p(), as the guide "
+            f"counts does (pyrovae.guides.counts, --guide counts)."
+        )
+    return f" The data run from {low} to {high}: scale them to about [-1, 1]."
 
 
 def _extremes(case: Case) -> Iterator[tuple[str, Tensor]]:
@@ -167,34 +185,46 @@ def _allows(case: Case, value: float) -> bool:
     return False
 
 
-def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> str | None:
+class _Bad(NamedTuple):
+    """A site with something that is no number, or not where it is allowed."""
+
+    program: str
+    site: str
+    text: str
+
+    def place(self, case: Case) -> str:
+        return case.places[self.program].get(self.site, "")
+
+
+def _first_bad(traces: tuple[Trace, Trace], names: tuple[str, ...]) -> _Bad | None:
     """What is wrong at the first site that is no number, with the name of the row."""
     for kind, trace in zip(("guide", "model"), reversed(traces), strict=True):
         for name, site in samples(trace).items():
-            for what, value, inside, asked in _numbers(name, site, kind):
+            for what, value, inside, constraint in _numbers(name, site, kind):
                 if not bool(inside.all()):
                     index = tuple((~inside).nonzero()[0].tolist())
                     named = names and index and len(value) >= len(names)
                     row = f"{names[index[0] % len(names)]}, " if named else ""
                     shown = f"{value[index].reshape(-1)[0].item():.4g}"
-                    fix = SEARCH if shown == "nan" or not asked else BOUND
-                    return f"{row}{what} is {shown}{asked}: {fix}."
+                    fix = None if constraint is None or shown == "nan" else into(constraint)
+                    asked = "" if constraint is None else f", not {_spell(constraint)}"
+                    return _Bad(kind, name, f"{row}{what} is {shown}{asked}: {fix or SEARCH}.")
     return None
 
 
-def _numbers(name: str, site: Site, kind: str) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """A site's parameters and log-probability: words, value, where it is allowed, what else is."""
+def _numbers(name: str, site: Site, kind: str) -> Iterator[tuple[str, Tensor, Tensor, Any]]:
+    """A site's parameters and log-probability: words, value, where it is allowed, what is asked."""
     fn = site["fn"]
     while fn is not None and not isinstance(fn, Unit):
         for parameter, constraint in fn.arg_constraints.items():
             value = vars(fn).get(parameter)
             if isinstance(value, Tensor) and not is_dependent(constraint):
-                what, asked = f"{parameter} at site {name!r} of the {kind}", _spell(constraint)
-                yield what, value, constraint.check(value), f", not {asked}"
+                what = f"{parameter} at site {name!r} of the {kind}"
+                yield what, value, constraint.check(value), constraint
         fn = getattr(fn, "_component_distribution", None) or getattr(fn, "base_dist", None)
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     what = f"the log-probability of site {name!r} in the {kind}"
-    yield what, log_prob, log_prob.isfinite(), ""
+    yield what, log_prob, log_prob.isfinite(), None
 
 
 def _support(fn: Any) -> str:

@@ -109,10 +109,8 @@ class Dataset:
                 f"further argument of both programs, got another number of rows, or none."
             )
         data = x
-        if not data.is_floating_point():
-            raise InputTypeError(
-                f"Expected floating-point data, got {data.dtype}: scale and use .float()."
-            )
+        if data.is_complex() or data.dtype == torch.bool:
+            raise InputTypeError(f"Expected real data, got {data.dtype}: use .float().")
         more = Splits(tuple(context), (), ()) if context else None
         return cls(name, data.shape[1:], data, context=more, columns=columns)
 

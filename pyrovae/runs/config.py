@@ -21,7 +21,7 @@ from pyrovae._tools import InputError
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.data.files import MISSING as GAPS
 from pyrovae.runs.programs import KINDS, plain
-from pyrovae.training.loop import fit
+from pyrovae.training.loop import BATCH_SIZE, fit
 from pyrovae.training.optimizer import PRECISIONS
 from pyrovae.training.schedules import SCHEDULES
 
@@ -205,7 +205,7 @@ class Training(Options):
         "the size of a minibatch",
         None,
         metavar="M",
-        said=f"{FIT['batch_size'].default}, or all if fewer",
+        said=f"{BATCH_SIZE}, or all if fewer",
     )
     particles: int | None = _fitted(
         "particles", "samples of each datum", metavar="L", said="of the objective"
@@ -254,7 +254,7 @@ class RunConfig(Training, PairConfig):
         """The entries of ``config.json`` that say how to train on so many data."""
         found = {name: getattr(self, name) for name in TRAINING}
         if self.batch_size is None:
-            found["batch_size"] = min(FIT["batch_size"].default, num_data)
+            found["batch_size"] = min(BATCH_SIZE, num_data)
         return found | {"objective_settings": self.settings.get("objective", {})}
 
 

@@ -26,6 +26,8 @@ from pyrovae.training.optimizer import check_precision, make_optim, matmul_preci
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI
 
+BATCH_SIZE = 128
+
 
 def fit(
     model: Callable,
@@ -34,7 +36,7 @@ def fit(
     *,
     objective: str | ELBO | Objective | Callable = "trace_elbo",
     epochs: int = 50,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     particles: int | None = None,
     optimizer: type[Optimizer] | PyroOptim | Optimizer | Callable | None = None,
     lr: float = 1e-3,
@@ -65,7 +67,8 @@ def fit(
         objective: A name in :data:`pyrovae.objectives.OBJECTIVES`, an objective that
             :func:`pyrovae.objectives.make_objective` made, a Pyro ELBO, or a function.
         epochs: How many passes over the training data, those of ``state`` included.
-        batch_size: The size M of a minibatch; the last of an epoch may be smaller.
+        batch_size: The size M of a minibatch, of which the last of an epoch may be smaller; None is
+            128, or all data if they are fewer.
         particles: The samples per datum of a named objective; None is the objective's own number.
         optimizer: A torch optimizer's class, called with ``lr``; a Pyro or torch optimizer; or a
             function of the parameters. Adam by default.
@@ -113,6 +116,8 @@ def fit(
     loss = make_objective(objective, particles)
     data = Dataset.of(data)
     check_precision(precision)
+    if batch_size is None:
+        batch_size = asked["batch_size"] = min(BATCH_SIZE, len(data.train))
     _check_sizes(data, batch_size, lr, asked, "epochs", "patience", "valid_samples")
     epoch_steps = -(-len(data.train) // batch_size)
     svi = SVI(
@@ -178,10 +183,10 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
     pair, loss = svi.pair, svi.objective
     first = tuple(tensor[:batch_size] for tensor in data.split("train"))
     with seeded(subseed(seed, 0), pair.device), pair.mode(training=False):
+        quick(svi.model, svi.guide, *first)
         layout = inspect_pair(pair, *first)
         for rows in filter(None, map(data.split, Splits._fields)):
             check_support(pair, *rows)
-        quick(svi.model, svi.guide, *first)
         check_objective(layout, loss, bool(data.split("valid")), first)
         if isinstance(loss, Objective):
             loss.prepare(pair, first, steps)

@@ -305,7 +305,8 @@ class Monitor:
         what = "the loss" if site == "loss" else f"the log-probability of site {site!r}"
         return NonFiniteLoss(
             f"Training stopped in epoch {self.epoch}, step {step}: {what} is not finite. Lower "
-            f"the learning rate, clip the gradient (clip_norm), or look at that site's parameters."
+            f"the learning rate, clip the gradient (clip_norm), or look at that site's parameters; "
+            f"pyrovae.check looks for the cause."
         )
 
 

@@ -51,7 +51,7 @@ OPTIONS = {
     "--data missing.npy": ["missing.npy"],
     "--data run": ["got 'run'"],
     "--binarize dynmic": ["'dynmic'", "did you mean 'dynamic'?"],
-    "--binarize none": ["outside the support of Bernoulli", "binarize='threshold'"],
+    "--binarize none": ["outside the support of Bernoulli", "--binarize threshold"],
     "--device tpu": ["'auto', 'cpu' or 'cuda'", "'tpu'"],
     "--device cpu:x": ["'auto', 'cpu' or 'cuda'", "'cpu:x'"],
     "--batch-size 0": ["between 1 and the 1258 training data, got 0"],
@@ -230,7 +230,7 @@ DATA = {
     "objects.npy": (lambda f: np.save(f, np.full((9, 4), {}), allow_pickle=True), ["unpickled"]),
     "truncated.npy": (lambda f: (np.save(f, np.ones((20, 4))), os.truncate(f, 99)), ["damaged"]),
     "picture.jpg": (lambda f: f.touch(), ["picture.jpg", ".npy"]),
-    "grey.npy": (lambda f: np.save(f, np.full((20, 4), 0.5)), ["0.5", "binarize='threshold'"]),
+    "grey.npy": (lambda f: np.save(f, np.full((20, 4), 0.5)), ["0.5", "--binarize threshold"]),
     "large.npy": (lambda f: np.save(f, np.full((20, 4), 7.0)), ["7", "Bernoulli"]),
 }
 

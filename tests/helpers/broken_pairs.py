@@ -4,6 +4,7 @@ import random
 import weakref
 from typing import NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -13,6 +14,8 @@ from torch.distributions.kl import register_kl
 from torch.nn.functional import softplus
 
 from pairs import LATENT, SHAPE, PlainGuide, PlainModel, binary
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.models.poisson import Poisson
 from pyrovae.nn import MLP
 
 BROKEN = {}
@@ -27,13 +30,17 @@ class Broken(NamedTuple):
     line: str
     data: object
     also: tuple
+    fit: str
 
 
-def broken(row, words, line="", data=binary, also=()):
-    """Files a pair under its name: the row that fails, a pattern in it, a piece of its line."""
+def broken(row, words, line="", data=binary, also=(), fit="refuses"):
+    """Files a pair under its name: the row that fails, a pattern in it, a piece of its line.
+
+    ``fit`` is what training does, with the same words: "refuses", "warns" or "trains" silently.
+    """
 
     def file(make):
-        BROKEN[make.__name__] = Broken(make, row, words, line, data, also)
+        BROKEN[make.__name__] = Broken(make, row, words, line, data, also, fit)
         return make
 
     return file
@@ -229,7 +236,10 @@ def event_that_swallows_the_batch():
     return with_model(likelihood)
 
 
-@broken("plates and events", r"batch of 11, got plates \[\].*pyro\.plate\('data', len\(x\)\)")
+@broken(
+    "plates and events",
+    r"batch of 11 around site 'z', got plates \[\].*pyro\.plate\('data', len\(x\)\)",
+)
 def no_plate():
     net, other = decoder(), encoder()
 
@@ -297,7 +307,9 @@ def normal_guide_of_a_positive_latent():
     return with_model(pixels, prior=prior)
 
 
-@broken("latents in support", r"the guide never draws -?\d.*Widen the guide", "Uniform")
+@broken(
+    "latents in support", r"the guide never draws -?\d.*Widen the guide", "Uniform", fit="warns"
+)
 def bounded_guide_of_a_normal_latent():
     net = encoder(LATENT)
 
@@ -309,7 +321,7 @@ def bounded_guide_of_a_normal_latent():
     return PlainModel(), guide
 
 
-@broken("latents in support", r"the guide never draws 3", "Categorical")
+@broken("latents in support", r"the guide never draws 3", "Categorical", fit="warns")
 def fewer_categories_in_the_guide():
     def choose(size):
         return pyro.sample("y", dist.Categorical(logits=torch.zeros(size)))
@@ -353,6 +365,7 @@ def scale_that_may_be_negative():
     "numbers",
     r"On data far \w+ their range, scale at site 'z' of the guide is 0, not > 0: bound it",
     data=real,
+    fit="trains",
 )
 def scale_that_underflows():
     net = encoder(LATENT)
@@ -368,7 +381,12 @@ def scale_that_underflows():
     return with_model(likelihood)[0], guide
 
 
-@broken("gradients", r"No gradient reaches guide\.net\.layers\.0\.weight, .*: use it", "no_grad")
+@broken(
+    "gradients",
+    r"No gradient goes from loc at site 'z' of the guide, scale .*net",
+    "no_grad",
+    fit="warns",
+)
 def detached_encoder():
     class Detached(PlainGuide):
         def forward(self, x):
@@ -380,7 +398,12 @@ def detached_encoder():
     return PlainModel(), Detached()
 
 
-@broken("gradients", r"No other site of the model depends on latent z.*detach", "z.detach()")
+@broken(
+    "gradients",
+    r"No other site of the model depends on latent z.*detach",
+    "z.detach()",
+    fit="warns",
+)
 def detached_latent():
     def likelihood(net, z, x):
         pixels(net, z.detach(), x)
@@ -388,7 +411,11 @@ def detached_latent():
     return with_model(likelihood)
 
 
-@broken("gradients", r"No gradient reaches model\.extra\.weight, model\.extra\.bias: use it")
+@broken(
+    "gradients",
+    r"No gradient reaches model\.extra\.weight, model\.extra\.bias: use it",
+    fit="warns",
+)
 def unused_layer():
     model = PlainModel()
     model.extra = nn.Linear(2, 2)
@@ -399,6 +426,7 @@ def unused_layer():
     "gradients",
     r"model\.tables holds parameters that no module owns.*nn\.ModuleList",
     "self.tables",
+    fit="warns",
 )
 def tensors_in_a_list():
     class Listed(PlainModel):
@@ -421,7 +449,9 @@ def network_behind_a_weak_reference():
     return with_model(lambda net, z, x: pixels(hidden(), z, x), net=lambda z: z)
 
 
-@broken("gradients", r"The gradient is NaN or infinite for model\.floor: look for a root")
+@broken(
+    "gradients", r"The gradient is NaN or infinite for model\.floor: look for a root", fit="trains"
+)
 def root_of_zero():
     class Root(nn.Module):
         def __init__(self):
@@ -436,7 +466,11 @@ def root_of_zero():
     return Root(), PlainGuide()
 
 
-@broken("independent data", r"in train mode: guide\.net\.1 normalizes over the batch.*LayerNorm")
+@broken(
+    "independent data",
+    r"in train mode: guide\.net\.1 normalizes over the batch.*LayerNorm",
+    fit="trains",
+)
 def batch_normalization():
     guide = PlainGuide()
     guide.net = nn.Sequential(MLP(SHAPE, 8, ()), nn.BatchNorm1d(8), nn.ReLU(), MLP(8, (2, 3), ()))
@@ -468,7 +502,7 @@ def likelihood_summed_over_the_batch():
     return with_model(likelihood)
 
 
-@broken("independent data", r"fails on a batch of 1,.*squeeze", "squeeze()")
+@broken("independent data", r"fails on a batch of 1,.*squeeze", "squeeze()", fit="warns")
 def squeezed_batch():
     net = encoder()
 
@@ -480,7 +514,11 @@ def squeezed_batch():
     return PlainModel(), guide
 
 
-@broken("particles", r"With 3 particles, as a plate .* fails, .*: take the size of the batch")
+@broken(
+    "particles",
+    r"With 3 particles, as a plate .* fails, .*: take the size of the batch",
+    fit="trains",
+)
 def rows_by_their_place():
     places = torch.zeros(N, LATENT)
 
@@ -490,7 +528,7 @@ def rows_by_their_place():
     return with_model(likelihood)
 
 
-@broken("estimators agree", r"A - B = .*do not belong to one distribution", "Wide(")
+@broken("estimators agree", r"A - B = .*do not belong to one distribution", "Wide(", fit="trains")
 def draws_that_do_not_fit_their_density():
     class Wide(dist.Normal):
         def rsample(self, sample_shape=()):
@@ -509,7 +547,7 @@ def draws_that_do_not_fit_their_density():
     return PlainModel(), guide
 
 
-@broken("ELBO below IWAE", r"different scales.*log p\(x\) is not defined")
+@broken("ELBO below IWAE", r"different scales.*log p\(x\) is not defined", fit="trains")
 def hidden_weight_on_the_divergence():
     net, guide = decoder(), PlainGuide()
 
@@ -522,7 +560,12 @@ def hidden_weight_on_the_divergence():
     return model, poutine.scale(guide, scale=0.1)
 
 
-@broken("ELBO below IWAE", r"estimator B, .*, is above the bound of 64", also=("estimators agree",))
+@broken(
+    "ELBO below IWAE",
+    r"estimator B, .*, is above the bound of 64",
+    also=("estimators agree",),
+    fit="trains",
+)
 def divergence_that_is_no_divergence():
     class Own(dist.Normal):
         def expand(self, shape, _instance=None):
@@ -539,7 +582,12 @@ def divergence_that_is_no_divergence():
     return PlainModel(), guide
 
 
-@broken("samples", r"draws \{'x': 8\} numbers per datum and the data have 16.*obs=x", "obs=")
+@broken(
+    "samples",
+    r"draws \{'x': 8\} numbers per datum and the data have 16.*obs=x",
+    "obs=",
+    fit="warns",
+)
 def half_of_the_data():
     def likelihood(net, z, x):
         pyro.sample("x", dist.Bernoulli(logits=net(z)).to_event(3), obs=x[..., :2, :])
@@ -547,7 +595,7 @@ def half_of_the_data():
     return with_model(likelihood, net=decoder((1, 2, 4)))
 
 
-@broken("samples", r"'x' draws values outside its own support", "Soft(")
+@broken("samples", r"'x' draws values outside its own support", "Soft(", fit="warns")
 def draws_outside_the_support():
     class Soft(dist.Bernoulli):
         def sample(self, sample_shape=()):
@@ -562,7 +610,7 @@ def draws_outside_the_support():
     return with_model(likelihood)
 
 
-@broken("capture", r"reads a value back.*keep it on the device", ".item()")
+@broken("capture", r"reads a value back.*keep it on the device", ".item()", fit="trains")
 def value_read_back():
     def likelihood(net, z, x):
         noise = 1.0 + softplus(z).mean().item() * 0.0
@@ -571,7 +619,7 @@ def value_read_back():
     return with_model(likelihood)
 
 
-@broken("capture", r"reads a value back.*if tensor", "if z.sum()")
+@broken("capture", r"reads a value back.*if tensor", "if z.sum()", fit="trains")
 def branch_on_a_tensor():
     def likelihood(net, z, x):
         if z.sum() > 1e9:
@@ -581,10 +629,206 @@ def branch_on_a_tensor():
     return with_model(likelihood)
 
 
-@broken("capture", r"gives another loss.*Draw with torch", "random.random()")
+@broken("capture", r"gives another loss.*Draw with torch", "random.random()", fit="trains")
 def random_control_flow():
     def likelihood(net, z, x):
         logits = net(z) if random.random() < 0.5 else net(z / 2)
         pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
 
     return with_model(likelihood)
+
+
+def guide_by(draw):
+    """A guide that goes on from the two outputs of its network as it is told."""
+    net = encoder()
+
+    def guide(x):
+        loc, log_scale = net(x).unbind(-2)
+        with pyro.plate("data", len(x)):
+            draw(loc, log_scale, x)
+
+    return guide
+
+
+def normal(loc, scale):
+    return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+@broken(
+    "gradients",
+    r"from loc at site 'z' of the guide back to guide\.l.*detach",
+    ".detach()",
+    fit="warns",
+)
+def one_head_with_a_detached_mean():
+    return PlainModel(), guide_by(lambda loc, log_scale, x: normal(loc.detach(), log_scale.exp()))
+
+
+@broken("gradients", r"from scale at site 'z' of the guide back to .*NumPy", "numpy", fit="warns")
+def numpy_behind_a_detach():
+    def draw(loc, log_scale, x):
+        scale = torch.from_numpy(np.exp(log_scale.detach().numpy()))
+        normal(loc, scale)
+
+    return PlainModel(), guide_by(draw)
+
+
+@broken("runs", r"The guide fails .*NumPy sees no gradient.*use torch's function", "numpy")
+def numpy_in_a_program():
+    return PlainModel(), guide_by(
+        lambda loc, log_scale, x: normal(loc, torch.from_numpy(np.exp(log_scale.numpy())))
+    )
+
+
+@broken(
+    "gradients",
+    r"from logits at site 'x' of the model back to latent z, model\.",
+    "no_grad",
+    fit="warns",
+)
+def decoder_without_gradients():
+    def likelihood(net, z, x):
+        with torch.no_grad():
+            logits = net(z)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("sites", r"observes nothing.*obs=x", "likelihood that forgets")
+def forgotten_observation_alone():
+    return with_model(
+        lambda net, z, x: pyro.sample("x", forgetful(net(z)))  # likelihood that forgets
+    )
+
+
+def forgetful(logits):
+    return dist.Bernoulli(logits=logits).to_event(3)
+
+
+@broken("sites", r"'y' is missing in the guide.*obs=x if it is data", '"y"')
+def one_of_two_observations_forgotten():
+    def likelihood(net, z, x):
+        pixels(net, z, x)
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1))
+
+    return with_model(likelihood)
+
+
+@broken("sites", r"exchange model and guide if they are the wrong way round", '"x"')
+def model_and_guide_exchanged():
+    return PlainGuide(), PlainModel()
+
+
+@broken("sites", r"'x' has Independent of torch.*pyro\.distributions", "Independent(")
+def distribution_of_torch():
+    def likelihood(net, z, x):
+        bernoulli = torch.distributions.Bernoulli(logits=net(z))
+        pyro.sample("x", torch.distributions.Independent(bernoulli, 3), obs=x)
+
+    return with_model(likelihood)
+
+
+@broken("runs", r"Two sites are named 'x': give each a name", '"x"')
+def one_name_for_two_sites():
+    def likelihood(net, z, x):
+        pixels(net, z, x)
+        pixels(net, z, x)
+
+    return with_model(likelihood)
+
+
+@broken(
+    "plates and events",
+    r"in the plate 'batch', and others in the plate 'data'.*one name",
+    '"batch"',
+)
+def plates_of_two_names():
+    net = encoder()
+
+    def guide(x):
+        with pyro.plate("batch", len(x)):
+            posterior(net, x)
+
+    return PlainModel(), guide
+
+
+@broken("plates and events", r"draws \[11, 1, 4, 5\].*network's output have the shape", "obs=x")
+def decoder_of_another_shape():
+    return with_model(pixels, net=decoder((1, 4, 5)))
+
+
+@broken("runs", r"has shape \[11, 16\], fewer dimensions than \.to_event\(3\) takes", "to_event(3)")
+def flat_decoder():
+    return with_model(pixels, net=decoder(16))
+
+
+@broken("runs", r"is given \[11, 1, 4, 4\].*flatten a datum", "layer(x)")
+def images_into_a_layer():
+    layer = nn.Linear(16, 2 * LATENT)
+
+    def guide(x):
+        loc, log_scale = layer(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            normal(loc, log_scale.exp())
+
+    return PlainModel(), guide
+
+
+@broken(
+    "plates and events", r"one event \[1, 4, 4\] and no batch.*x\[None\]", data=lambda: binary()[0]
+)
+def one_datum_without_a_batch():
+    return PlainModel(), PlainGuide()
+
+
+@broken(
+    "runs", r"data are torch\.float64: convert them", "self.net(x)", data=lambda: binary().double()
+)
+def data_of_another_precision():
+    return PlainModel(), PlainGuide()
+
+
+@broken(
+    "runs", r"data are torch\.int64.*nn\.Embedding if", "self.net(x)", data=lambda: binary().long()
+)
+def integers_into_a_layer():
+    return PlainModel(), PlainGuide()
+
+
+@broken("data in support", r"12 of 12 data hold NaN.*clean them", data=lambda: binary() / 0)
+def data_that_are_no_numbers():
+    return PlainModel(), PlainGuide()
+
+
+@broken("runs", r"The model takes \(x, y\), and it is given x alone")
+def context_forgotten():
+    class Conditional(PlainModel):
+        def forward(self, x, y):
+            super().forward(x + y)
+
+    return Conditional(), PlainGuide()
+
+
+@broken(
+    "numbers", r"probs at site 'x' .*not between 0 and 1: .*sigmoid.*logits=", "Bernoulli(net(z))"
+)
+def logits_for_probabilities():
+    def likelihood(net, z, x):
+        pyro.sample("x", dist.Bernoulli(net(z)).to_event(3), obs=x)
+
+    return with_model(likelihood)
+
+
+def counted():
+    return torch.poisson(torch.full((N, 16), 2000.0), torch.Generator().manual_seed(0))
+
+
+@broken("numbers", r"The data are counts up to 2\d+: .*--guide counts", "Normal(loc", data=counted)
+def counts_as_they_are():
+    return Poisson((16,), LATENT, (8,)), MeanField((16,), LATENT, (8,))
+
+
+@broken("gradients", r"that neither the model nor the guide owns.*requires_grad_\(False\)")
+def network_made_in_the_program():
+    return with_model(lambda net, z, x: pixels(decoder(), z, x))

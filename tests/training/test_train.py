@@ -254,6 +254,7 @@ def test_the_gradient_is_clipped_as_a_whole():
     assert norm == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:No other site of the model depends on latent z")
 def test_a_non_finite_loss_stops_with_epoch_step_and_site():
     class Breaks(nn.Module):
         def __init__(self):
@@ -303,6 +304,7 @@ def _always_after(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:No gradient reaches model.norm")
 def test_modules_train_in_train_mode_and_are_scored_in_eval_mode():
     seen = []
 
