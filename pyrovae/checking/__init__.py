@@ -137,7 +137,7 @@ def check(
         passed   plates and events   plate 'data' at dim -1; z [4], x [1, 8, 8]
         FAILED   data in support     Site 'x' observes 0.6875, outside the support of Bernoulli...
         skipped  the rest            needs data in support: ...
-        7 passed, 1 failed, 7 skipped
+        6 passed, 1 failed, 8 skipped
     """
     if particles < 2:
         raise InputError(f"Expected particles >= 2, got {particles}.")

@@ -16,7 +16,7 @@ from pyrovae._tools.source_lines import lines_with
 from pyrovae.checking import outputs
 from pyrovae.checking.case import Case, Row, Scores, failed, passed, skipped, take, warned
 from pyrovae.checking.outputs import Cut
-from pyrovae.pairs.contract import check_reach, sentence
+from pyrovae.pairs.contract import check_reach, leaves_behind, sentence
 from pyrovae.pairs.traces import Values, log_probs
 
 PARTICLES = 3
@@ -170,10 +170,17 @@ def gradients(case: Case, training: bool = True) -> Row:
 
 
 def _baselines(case: Case) -> set[str]:
-    """The parameters of networks that predict a loss for TraceGraph_ELBO, which trains them."""
+    """The parameters of what predicts a loss for TraceGraph_ELBO, which trains them by itself."""
     sites = [site for each in case.sites.values() for site in each.values()]
-    nets = [site["infer"].get("baseline", {}).get("nn_baseline") for site in sites]
-    owned = {id(p) for net in nets if isinstance(net, nn.Module) for p in net.parameters()}
+    given = [site["infer"].get("baseline", {}) for site in sites]
+    nets = [each.get("nn_baseline") for each in given]
+    leaves: list[Tensor] = []
+    for net in nets:
+        leaves += net.parameters() if isinstance(net, nn.Module) else ()
+    for each in given:
+        if isinstance(value := each.get("baseline_value"), Tensor):
+            leaves += leaves_behind(value, set())
+    owned = {id(leaf) for leaf in leaves}
     return {name for name, leaf in case.pair.named().items() if id(leaf) in owned}
 
 

@@ -170,7 +170,7 @@ GUIDES = {
         f"{SITE}; " + SITE.replace('"z"', '"w"'),
         ["samples 'w'", "no latent site of the model"],
     ),
-    "other event": (SITE, SITE.replace(".to_event(1)", ""), ["own.py", "site z"]),
+    "other event": (SITE, SITE.replace(".to_event(1)", ""), ["own.py", "Site 'z'", ".to_event(1)"]),
 }
 
 
@@ -183,6 +183,7 @@ def test_guides_that_do_not_fit(workspace, refused, repository, case):
     refused(*TRAIN, "--guide", "own.py", "--out", "new", says=says)
 
 
+@pytest.mark.filterwarnings("ignore:No gradient reaches model.weight")
 def test_an_objective_that_the_pair_rules_out(workspace, refused):
     (workspace / "own.py").write_text(
         "import torch, pyro, pyro.distributions as dist\n"

@@ -137,6 +137,7 @@ def test_eager():
     runs_eagerly(programs, [(XS, YS)] * 3, Trace_ELBO, "a mask as an index")
 
 
+@pytest.mark.filterwarnings("ignore:No gradient goes from loc at site 'z'.*If this is meant")
 def test_fit_and_evidence():
     """log p(y | x) of the hidden pixels."""
     cvae = CVAE(trained_baseline())
