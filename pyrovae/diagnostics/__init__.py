@@ -204,7 +204,8 @@ def _eight_bit_dimensions(pair: Pair, rows: tuple) -> float:
     while isinstance(support, independent | MixtureSameFamilyConstraint):
         support = support.base_constraint
     levels = getattr(support, "levels", 0)
-    if hasattr(support, "upper_bound") and support.is_discrete:
+    # A multinomial's support has a bound of its sum alone.
+    if support.is_discrete and hasattr(support, "upper_bound") and hasattr(support, "lower_bound"):
         levels = support.upper_bound - support.lower_bound + 1
     if not bool((torch.as_tensor(levels) == 256).all()):
         return math.nan

@@ -104,6 +104,11 @@ def test_samples():
     assert (x.sum(-1) == DOCS[0].sum()).all()
 
 
+def test_diagnosis():
+    found = pyrovae.diagnose(*programs(), DOCS, seed=0)
+    assert found.bits_per_dimension is None
+
+
 def test_check():
     says = {"independent_data": "normalizes over the batch", "capture": "reads a value back"}
     has_no_false_alarm(pyrovae.check(*programs(), DOCS), **says)
