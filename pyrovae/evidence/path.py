@@ -156,7 +156,8 @@ class Moves:
 
     def compile(self, rows: tuple, *particles: int) -> None:
         """Compile a whole move for these numbers of chains of data of these shapes, or warn."""
-        from pyrovae.compiling.graph import CaptureError, Graph
+        from pyrovae.compiling.graph import CaptureError
+        from pyrovae.compiling.hoist import Hoisted
 
         coordinates, like = self.path.coordinates, rows[0].new_zeros
         try:
@@ -166,7 +167,7 @@ class Moves:
                 one = like(size, dtype=torch.float64)
                 tensors = u, one, one, u, u, u, u, one, one
                 args = one[0].clone(), u[0].clone(), *(tensor.clone() for tensor in tensors)
-                self.graphs[u.shape] = Graph(self._fused, (*args, *rows), self.path.pair)
+                self.graphs[u.shape] = Hoisted(self._fused, args, rows, self.path.pair)
         except CaptureError as error:
             self.graphs.clear()
             warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=4)
