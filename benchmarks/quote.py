@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import annealing_tables
 import evaluation_tables
 import gallery_tables
 import imputation_tables
@@ -161,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | speed_tables.TABLES
     | gallery_tables.TABLES
     | evaluation_tables.TABLES
+    | annealing_tables.TABLES
     | imputation_tables.TABLES
 )
 
