@@ -17,6 +17,7 @@ from pyrovae._tools.shown import number
 from pyrovae.report import explorer
 from pyrovae.report import figures as plots
 from pyrovae.report.explorer import whole_events
+from pyrovae.report.glossary import GLOSSARY
 from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
 from pyrovae.report.text import statements
 from pyrovae.runs import Run
@@ -53,6 +54,8 @@ CAPTIONS = {
     "samples": "Samples: z drawn from the prior, then decoded.",
     "reconstructions": "Data, and each datum encoded and decoded again.",
     "interpolations": "From one datum to another along a line between their latents.",
+    "responses": "How the columns of a table respond to each latent dimension, from two standard "
+    "deviations of the posterior means below their mean to two above, the others at their mean.",
     "manifold": "What the model decodes across the latent plane.",
 }
 
@@ -127,6 +130,7 @@ def render_report(
         splits=splits,
         figures=[_picture(name, png) for name, png in figures.items()],
         explored=explored,
+        glossary=GLOSSARY,
         **(explorer.script() if explored else {}),
     )
 
@@ -239,6 +243,10 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
     found = {"samples": sample_picture(model, every, *others, n=64, seed=seed)}
     xhat = whole_events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
     found["reconstructions"] = plots.reconstructions(x, xhat)
+    if responding := explorer.respond(model, guide, data):
+        values, curves, site = responding
+        called = [column.name for column in data.columns or ()]
+        found["responses"] = plots.responses(values, curves, called, site)
     means = encode(guide, every, *others)
     codes = {n: z for n, z in means.items() if z.is_floating_point()}
     labels = data.labels.test if data.labels else None

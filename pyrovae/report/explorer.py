@@ -179,6 +179,43 @@ def explore(model: Any, guide: Any, data: Dataset, *, seed: int) -> Explorer | N
     return _shown(found, x)
 
 
+@torch.no_grad()
+def respond(model: Any, guide: Any, data: Dataset) -> tuple[Tensor, Tensor, str] | None:
+    """How the columns of a table respond to each latent axis.
+
+    Dimension i goes from two standard deviations of the posterior means below their mean to two
+    above, with the others at their mean.
+
+    Returns:
+        The values of at most nine dimensions ``[d, T]``, E[x | z] there in standard deviations of
+        the data from their mean ``[d, T, D]``, and the name of the site; or None for events that
+        are no table, and latents that are no vector.
+    """
+    x, *others = data.split("test")
+    if len(data.shape) != 1 or not _is_shown(data.shape) or len(x) < 2 or len(others) > 1:
+        return None
+    if any(each.dtype != torch.bool or each.shape != x.shape for each in others):
+        return None
+    ((site, z), *more) = encode(guide, x, *others, seed=0).items()
+    if more or z.dim() != 2 or not z.is_floating_point():
+        return None
+    kept, centre = min(z.shape[1], 9), z.mean(0)
+    reach = 2 * z.std(0).clamp(min=1e-3)
+    steps = torch.linspace(-1, 1, SIDE).to(z)
+    shifts = torch.diag(reach)[:kept, None] * steps[:, None]
+    grid = (centre + shifts).flatten(0, 1)
+    seen = [torch.ones(len(grid), *x.shape[1:], dtype=torch.bool, device=x.device)] * len(others)
+    decoded = whole_events(decode(model, {site: grid}, *seen, like=x), 1, data.shape)
+    # Missing values are not counted: what stands there is no datum.
+    known = others[0] if others else torch.ones_like(x, dtype=torch.bool)
+    count = known.sum(0).clamp(min=1)
+    mean = x.where(known, 0.0).sum(0) / count
+    spread = ((x - mean).where(known, 0.0).square().sum(0) / count).sqrt()
+    scaled = (decoded - mean) / spread.where(spread > 0, 1.0)
+    values = centre[:kept, None] + reach[:kept, None] * steps
+    return values.cpu(), scaled.unflatten(0, (kept, SIDE)).cpu(), site
+
+
 def save(run: Run, found: Explorer | None) -> None:
     """Write it into a run, or remove what an earlier pair has left."""
     if found is None:

@@ -186,6 +186,40 @@ def interpolations(rows: Tensor) -> Figure:
     return _mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
 
 
+@styled
+def responses(
+    values: Tensor, curves: Tensor, columns: Sequence[str] = (), site: str = "z"
+) -> Figure:
+    """Draw how columns respond to each latent dimension, a panel each.
+
+    ``curves[i, t]`` ``[D]`` are the columns, in standard deviations of the data, where dimension i
+    is at ``values[i, t]``. The six columns that move most have a colour and a name.
+    """
+    x, y = _events(values, 1), _events(curves, 2)
+    if y.shape[:2] != x.shape:
+        raise InputError(f"Expected curves {[*x.shape, 'D']}, got {list(y.shape)}.")
+    names = columns or [f"x[{i}]" for i in range(y.shape[2])]
+    most = np.argsort(-np.ptp(y, 1).max(0), kind="stable")
+    colours = dict(zip(most.tolist(), PALETTE, strict=False))
+    across = min(3, len(x))
+    down = ceil(len(x) / across)
+    figure = blank(1.9 * across + 1.6, 1.9 * down + 0.5)
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+    for axes in panels[len(x) :]:
+        axes.remove()
+    for i, (axes, place, lines) in enumerate(zip(panels, x, y, strict=False)):
+        # Grey ones first, so that they lie below.
+        for j in most[::-1]:
+            label = names[j] if j in colours else None
+            axes.plot(place, lines[:, j], color=colours.get(j, GREY), lw=1.2, label=label)
+        axes.set(title=f"{site}[{i}]")
+        axes.grid(True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper")
+    figure.supylabel("standard deviations of the column", fontsize=9)
+    return figure
+
+
 def _curves(history: Sequence[dict], name: str) -> dict[str, np.ndarray]:
     curves = {}
     for key, split in (("train", "train"), ("valid", "validation")):

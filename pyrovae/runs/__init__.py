@@ -63,7 +63,7 @@ __all__ = ["Run"]
 TRAINING = ".training.lock"
 EXPLORER = "explorer.safetensors"
 # How the names of pictures begin that are drawn from the weights.
-PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space")
+PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space", "responses")
 
 
 class _Optimizer(Struct):

@@ -20,6 +20,7 @@ from pyrovae.data.tables import Column
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.report import explorer, render_report
 from pyrovae.report.explorer import PARTS, SIDE, Explorer, explore, view
+from pyrovae.report.figures import responses
 from pyrovae.runs import Run
 
 N = 12
@@ -112,6 +113,27 @@ def test_the_kl_of_each_datum_is_the_closed_form():
     loc = guide.mean(data.test)
     expected = 0.5 * (loc**2 + 0.01**2 - 1 - 2 * np.log(0.01)).sum(-1)
     torch.testing.assert_close(found.kl, expected, rtol=1e-4, atol=0)
+
+
+def test_columns_of_a_linear_model_respond_by_its_weights():
+    model, guide, data = Ramp(2, (6,)), Known(2), dataset((6,))
+    values, curves, site = explorer.respond(model, guide, data)
+    assert site == "z"
+    z = guide.mean(data.test)
+    torch.testing.assert_close(values[:, [0, -1]].mean(1), z.mean(0))
+    torch.testing.assert_close((values[:, -1] - values[:, 0]), 4 * z.std(0))
+    rise = (curves[:, -1] - curves[:, 0]) / (values[:, -1] - values[:, 0])[:, None]
+    torch.testing.assert_close(rise, model.weight / data.test.std(0, correction=0))
+    middle = (model.decode(z.mean(0)) - data.test.mean(0)) / data.test.std(0, correction=0)
+    torch.testing.assert_close(curves[:, SIDE // 2], middle.expand(2, 6))
+    drawn = responses(values, curves, [f"c{i}" for i in range(6)])
+    named = {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert named == {f"c{i}" for i in range(6)}
+    for panel, expected in zip(drawn.axes, curves, strict=True):
+        shown = {line.get_label(): line.get_ydata() for line in panel.lines}
+        for i, column in enumerate(expected.T):
+            torch.testing.assert_close(torch.tensor(shown[f"c{i}"]).float(), column)
+    assert explorer.respond(model, guide, dataset((1, 2, 3))) is None
 
 
 def test_missing_numbers_are_left_out_and_not_shown_as_zero():

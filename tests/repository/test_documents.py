@@ -4,7 +4,11 @@ import re
 import sys
 import tomllib
 
+from markupsafe import escape
+
 import pyrovae
+from pyrovae.report import render_report
+from pyrovae.report.glossary import GLOSSARY
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -30,6 +34,17 @@ def test_links_to_lines_lead_to_the_definition_that_they_name(repository):
         for name, link, number in LINK.findall(path.read_text(encoding="utf-8")):
             found = places(path, name, link)
             assert int(number) in found, f"{path.name}: {name} is on {found}: run make lines"
+
+
+def test_the_glossary_is_that_of_every_report(repository):
+    page = (repository / "docs" / "glossary.md").read_text(encoding="utf-8")
+    paragraphs = [" ".join(part.split()) for part in page.split("\n\n")]
+    assert [each for each in paragraphs if each.startswith("**")] == [
+        f"**{word}**: {meaning}" for word, meaning in GLOSSARY.items()
+    ]
+    report = render_report({}, {}, [], {})
+    for word, meaning in GLOSSARY.items():
+        assert f"<dt>{word}</dt><dd>{escape(meaning)}</dd>" in report
 
 
 def test_every_page_is_in_the_navigation_of_the_site(repository):
