@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, physical_memory
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import Told, html
+from pyrovae.data.disk import MEMORY, Disk, is_on_disk, mapped, open_array
 from pyrovae.data.files import MISSING, Arrays
 from pyrovae.data.given import as_tensors, frame_schema, package_of
-from pyrovae.data.sources import DATASETS, SPLIT_SEED, find_source, split_rows, unknown
+from pyrovae.data.sources import (
+    DATASETS,
+    SPLIT_SEED,
+    find_source,
+    split_end,
+    split_rows,
+    unknown,
+)
 from pyrovae.data.tables import LABELLED, Context, Schema, measured
 
 __all__ = [
@@ -67,6 +77,7 @@ class Dataset:
         context: What the programs take beside x, for each split a tuple of tensors ``[N, ...]``;
             the last of them is the mask where there is one.
         columns: The columns of a table, one for each of the D numbers of a datum.
+        disk: Where the training data are on disk; :attr:`train` then is a view of them.
         loaded: What :func:`load_data` loaded them from, a name or a file, and its ``root``.
     """
 
@@ -83,6 +94,7 @@ class Dataset:
     context: Splits[tuple[Tensor, ...]] | None = None
     columns: Schema | None = None
     loaded: tuple[str, str | None] | None = None
+    disk: Disk | None = None
 
     @classmethod
     def of(cls, data: Any) -> Dataset:
@@ -97,6 +109,7 @@ class Dataset:
         if name in ("pandas", "polars") and hasattr(data, "columns"):
             numbers, columns = frame_schema(data)
             columns = measured(columns, torch.from_numpy(numbers), None)
+        given = data[0] if isinstance(data, tuple) else data
         x, *context = as_tensors(*data) if isinstance(data, tuple) else as_tensors(data)
         if not isinstance(x, Tensor):
             raise InputTypeError(
@@ -112,7 +125,8 @@ class Dataset:
         if data.is_complex() or data.dtype == torch.bool:
             raise InputTypeError(f"Expected real data, got {data.dtype}: use .float().")
         more = Splits(tuple(context), (), ()) if context else None
-        return cls(name, data.shape[1:], data, context=more, columns=columns)
+        disk = Disk(given) if is_on_disk(given) else None
+        return cls(name, data.shape[1:], data, context=more, columns=columns, disk=disk)
 
     def __repr__(self) -> str:
         found = {name: getattr(self, name) for name in Splits._fields}
@@ -152,6 +166,47 @@ class Dataset:
         context = self.context.train if self.context else ()
         return self.batch(index, generator), *(tensor[index] for tensor in context)
 
+    def parts(
+        self, batches: Sequence[Tensor]
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], Iterable[Sequence[Tensor]]]:
+        """Bring batches of training rows to hand, some of them at a time.
+
+        Args:
+            batches: Numbers of rows ``[M]`` each, all of one size but the last.
+
+        Returns:
+            What makes the programs' arguments from numbers, and for each part in turn the numbers
+            of its batches. Of data in memory that is :meth:`rows`, and all batches as they are.
+        """
+        if self.disk is None:
+            return self.rows, [batches]
+        context = self.context.train if self.context else ()
+        size = len(batches[0])
+        x, *more = self.disk.held(self.disk.batches_at_once(size) * size, context)
+        if self.disk.at_hand is None or self.disk.at_hand.train is not x:
+            # One for all epochs, as a compiled step is of the tensors that it gathers from.
+            told = Splits(tuple(more), (), ()) if more else None
+            self.disk.at_hand = replace(self, train=x, context=told, disk=None)
+        return self.disk.at_hand.rows, self.disk.parts(batches, context)
+
+    def head(self, n: int) -> tuple[Tensor, ...]:
+        """The programs' arguments for the first n training data, on the data's device."""
+        rows = tuple(tensor[:n] for tensor in self.split("train"))
+        return rows if self.disk is None else tuple(each.to(self.disk.device) for each in rows)
+
+    def blocks(self) -> Iterator[tuple[Tensor, ...]]:
+        """The programs' arguments for all data, in pieces that memory holds."""
+        for name in Splits._fields:
+            x, *context = self.split(name) or (None,)
+            if self.disk is None or name != "train":
+                if x is not None:
+                    yield x, *context
+                continue
+            start = 0
+            for block in self.disk.blocks(0, len(self.train)):
+                rows = slice(start, start := start + len(block))
+                yield block, *(each[rows].to(block.device) for each in context)
+
     def split(self, name: str) -> tuple[Tensor, ...]:
         """The arguments of both programs for a whole split.
 
@@ -175,8 +230,11 @@ class Dataset:
         """The same data on another device; None leaves it where it is."""
         if device is None:
             return self
-        names = ("train", "valid", "test", "intensities")
-        moved = {name: t.to(device) for name in names if (t := getattr(self, name)) is not None}
+        names = ("train", "valid", "test", "intensities")[self.disk is not None :]
+        moved: dict[str, Any] = {
+            name: t.to(device) for name in names if (t := getattr(self, name)) is not None
+        }
+        moved |= {"disk": self.disk.to(device)} if self.disk else {}
         labels = self.labels and Splits(*(y.to(device) for y in self.labels))
         context = self.context and Splits(*(tuple(t.to(device) for t in c) for c in self.context))
         return replace(self, labels=labels, context=context, **moved)
@@ -193,6 +251,7 @@ def load_data(
     labelled: int | None = None,
     missing: str = "refuse",
     columns: Mapping[str, str] | None = None,
+    memory: float | None = None,
 ) -> Dataset:
     """Load a shipped data set or a file, split it, and binarize it as told.
 
@@ -235,6 +294,10 @@ def load_data(
         columns: The kind of some columns of a table, by name: real, positive, count, binary,
             categorical or ordinal; others are told by their dtype, as
             :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.
+        memory: A ``.npy`` file of float32 that is larger than so many GiB, by default half of the
+            machine's memory, stays on disk, and no more than that of it is in memory while
+            :func:`pyrovae.fit` trains. Its last rows are for validation and test, a tenth and a
+            fifth of them, 10,000 and 20,000 at most: shuffle a file that is sorted first.
 
     Raises:
         ValueError: If an argument or the data cannot be used; the message names the mend.
@@ -251,6 +314,16 @@ def load_data(
         raise InputError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
     if missing not in MISSING:
         raise InputError(unknown("missing", str(missing), MISSING))
+    if isinstance(name, str | Path) and name not in DATASETS:
+        path = Path(name).expanduser()
+        array = open_array(path, memory, physical_memory() // 2)
+        if array is not None:
+            if shown or binarize != "none" or missing != "refuse" or columns:
+                raise InputError(
+                    f"Expected no binarize, context, missing and columns for {path}, which stays "
+                    f"on disk: give a larger memory, or (numpy.load(file, 'r'), *context) to fit."
+                )
+            return _on_disk(path, array, memory, root).to(device)
     named = tuple(each for each in shown if each not in LABELLED)
     source = find_source(name, root, missing, columns, named)
     x = torch.from_numpy(source.arrays.x)
@@ -294,6 +367,40 @@ def load_data(
     if isinstance(name, str | Path):
         data = replace(data, loaded=(str(name), None if root is None else str(root)))
     return data.to(device)
+
+
+def _on_disk(
+    path: Path, array: np.memmap, memory: float | None, root: str | Path | None
+) -> Dataset:
+    """The data set of an array that stays on disk."""
+    disk, n = Disk(array, memory or MEMORY), len(array)
+    index, rule = split_end(n, str(path))
+    digest = hashlib.sha256()
+    for start, block in enumerate(disk.blocks(0, n)):
+        if not bool(block.isfinite().all()):
+            raise InputError(
+                f"Expected finite float32 numbers in {path}, got NaN or infinite ones in part "
+                f"{start} of it: drop or fill these rows."
+            )
+        digest.update(block.numpy().data)
+    rows = mapped(array).split(index)
+    provenance = {
+        "name": path.stem,
+        "source": path.name,
+        "sha256": digest.hexdigest(),
+        "shape": list(array.shape[1:]),
+        "sizes": dict(zip(Splits._fields, index, strict=True)),
+        **rule,
+        "scaling": "none",
+        "binarize": "none",
+        "memory": memory,
+    }
+    train, valid, test = rows
+    loaded = str(path), None if root is None else str(root)
+    return Dataset(
+        path.stem, train.shape[1:], train, valid.clone(), test.clone(),
+        provenance=provenance, loaded=loaded, disk=disk,
+    )  # fmt: skip
 
 
 def draw_binary(

@@ -256,6 +256,14 @@ def split_rows(
     return index, {"split": rule, "split_seed": SPLIT_SEED}
 
 
+def split_end(rows: int, name: str) -> tuple[list[int], dict[str, str | int | None]]:
+    """How many rows are train, valid and test where they cannot be permuted, and the rule."""
+    _check_rows(rows, 3, f"rows in {name}")
+    valid, test = min(10_000, max(1, rows // 10)), min(20_000, max(1, rows // 5))
+    rule = "the last rows, at most 10,000 and 20,000, for valid and test"
+    return [rows - valid - test, valid, test], {"split": rule, "split_seed": None}
+
+
 def _permutation(rows: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(rows))
 

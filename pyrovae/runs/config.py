@@ -28,7 +28,7 @@ from pyrovae.training.schedules import SCHEDULES
 SPLITS = ("test", "valid", "train")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 # How the programs see the data: options that are arguments of load_data().
-SHOWN = ("binarize", "context", "labelled", "missing", "columns")
+SHOWN = ("binarize", "context", "labelled", "missing", "columns", "memory")
 FIT = inspect.signature(fit).parameters
 
 
@@ -138,6 +138,12 @@ class PairConfig(Options):
     missing: str = option(f"what NaN or an empty field is: {', '.join(GAPS)}", "refuse")
     columns: Mapping[str, str] = option(
         "the kind of a column: age=positive", dict, metavar="NAME=KIND", said="by its numbers"
+    )
+    memory: float | None = option(
+        "keep a .npy of more than so many GiB on disk, and so many of it in memory at most",
+        None,
+        metavar="GIB",
+        said="half of the machine's",
     )
     data_root: str | None = option("where the torchvision data are", None, said="$PYROVAE_DATA")
     settings: Mapping[str, dict[str, Any]] = option(
@@ -291,6 +297,7 @@ class DataRecord(Struct, frozen=True, omit_defaults=True):
     columns: dict[str, str] | None = None
     missing: str | None = None
     missing_share: float | None = None
+    memory: float | None = None
 
     @classmethod
     def of(cls, load: str, root: str | None, provenance: Mapping[str, Any]) -> Self:

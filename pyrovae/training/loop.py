@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
-from pyrovae.data import Dataset, Splits
+from pyrovae.data import Dataset
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
@@ -138,7 +138,7 @@ def fit(
     first = len(result.history) + 1
     svi.steps_taken = len(result.history) * epoch_steps
     facts = {"epoch": first, "epochs": epochs, "batch_size": batch_size, "data": len(data.train)}
-    world.prepare(svi, tuple(tensor[:batch_size] for tensor in data.split("train")), **facts)
+    world.prepare(svi, data.head(batch_size), **facts)
     shown = progress and world.first
     bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     if svi.compiled is not None:
@@ -169,10 +169,12 @@ def fit(
 def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str, float | None]:
     """Take the steps of an epoch, in minibatches of rows in a new order."""
     svi, world = result.svi, result.world
-    monitor = Monitor(svi, data.rows, epoch)
     order = torch.randperm(len(data.train)).to(svi.pair.device)
+    load, parts = data.parts(order.split(batch_size))
+    monitor = Monitor(svi, load, epoch)
     with svi.pair.mode(training=True), world.stream(result.seed, epoch, order.device):
-        monitor.steps(order.split(batch_size), world.rows)
+        for batches in parts:
+            monitor.steps(batches, world.rows)
     return monitor.means(len(data.train))
 
 
@@ -181,11 +183,11 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
     from pyrovae.checking import quick
 
     pair, loss = svi.pair, svi.objective
-    first = tuple(tensor[:batch_size] for tensor in data.split("train"))
+    first = data.head(batch_size)
     with seeded(subseed(seed, 0), pair.device), pair.mode(training=False):
         quick(svi.model, svi.guide, *first)
         layout = inspect_pair(pair, *first)
-        for rows in filter(None, map(data.split, Splits._fields)):
+        for rows in data.blocks():
             check_support(pair, *rows)
         check_objective(layout, loss, bool(data.split("valid")), first)
         if isinstance(loss, Objective):
