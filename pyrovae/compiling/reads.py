@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import io
 import logging
 import os
@@ -105,6 +106,9 @@ class Seen:
 
         streams = _streams()
         before: Any = sys.getprofile()
+        collects = gc.isenabled()
+        # What libraries do when garbage is collected (JAX has a callback) is no program's code.
+        gc.disable()
         with redirect_stdout(io.StringIO()):
             sys.setprofile(note)
             try:
@@ -114,6 +118,8 @@ class Seen:
                 sys.setprofile(None if hasattr(before, "enable") else before)
                 if hasattr(before, "enable"):
                     before.enable()
+                if collects:
+                    gc.enable()
         # What a program owns, as against what it calls of torch and Pyro.
         self.own = {c for c, scope in self.ran.items() if not is_library(scope.get("__name__"))}
         self.names = {name for code in self.ran for name in _names(code)}

@@ -1,6 +1,7 @@
 """A captured step is the eager step, or it is not taken."""
 
 import copy
+import gc
 import random
 import warnings
 
@@ -20,6 +21,7 @@ from pairs import (
     plain_modules,
     published_example,
     same_names,
+    shipped_bernoulli,
     two_latents,
 )
 from pyrovae.compiling.update import UpdateError
@@ -290,6 +292,30 @@ def test_rounding_at_a_kink_is_no_difference_but_another_gradient_is(monkeypatch
     else:
         with pytest.warns(UserWarning, match="the gradient of shape .* came out otherwise"):
             svi.gradients(X)
+
+
+OPAQUE = random.Random(0)
+
+
+def test_what_runs_when_garbage_is_collected_is_no_part_of_a_step():
+    called = []
+
+    def collected(phase, info):
+        called.append(OPAQUE)
+
+    gc.callbacks.append(collected)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20, 10**6, 10**6)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _, svi = _losses(shipped_bernoulli, Trace_ELBO(), True, steps=3)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+    assert called
+    assert gc.isenabled()
+    assert None not in svi.compiled.captures.values()
 
 
 class Square(nn.Module):
