@@ -12,11 +12,12 @@ that :class:`~pyro.infer.TraceMeanField_ELBO` stays analytic for them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import (
     Independent,
     LowRankMultivariateNormal,
@@ -29,8 +30,9 @@ from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
 from pyrovae._tools import InputError
+from pyrovae.nn import whole
 
-__all__ = ["DiscretizedLogistic", "Grid", "GridCategorical", "kl_standard_normal"]
+__all__ = ["DiscretizedLogistic", "Grid", "GridCategorical", "MarkovNormal", "kl_standard_normal"]
 
 
 class Grid(constraints.Constraint):
@@ -205,6 +207,92 @@ class DiscretizedLogistic(_OnGrid):
             weight = (k**power - (k - 1) ** power) / top**power
             total += weight * torch.sigmoid((self.loc - (k - 0.5) / top) / self.scale)
         return total
+
+
+class MarkovNormal(TorchDistribution):
+    r"""The steps of a Markov chain, each a diagonal normal given the one before.
+
+    .. math:: p(z_{1:T}) = \prod_t \mathcal{N}\bigl(z_t; \mu_t, \mathrm{diag}\,\sigma_t^2\bigr),
+              \qquad (\mu_t, \sigma_t) = f(z_{t-1}, h_t)
+
+    A step is an element of the batch ``[..., T]``: its log-density is that of z_t given z_{t-1},
+    so that ``MarkovNormal(...).mask(steps).to_event(1)`` is the chain of those steps that count.
+    Values are scored for all steps at once, and drawn one step after the other, in one piece.
+
+    Args:
+        network: A module from z_{t-1} ``[..., L]``, and h_t ``[..., H]`` if there is one, to
+            ``(μ, σ)``.
+        start: z_0 ``[L]``.
+        batch_shape: ``[..., T]``.
+        given: h ``[..., T, H]``.
+
+    References:
+        Krishnan, Shalit and Sontag, Structured Inference Networks for Nonlinear State Space Models
+        (arXiv 1609.09869), equations 1 and 2.
+
+    Example:
+        >>> class Walk(torch.nn.Module):
+        ...     def forward(self, z):
+        ...         return z, torch.ones_like(z)
+        >>> walk = MarkovNormal(Walk(), torch.zeros(2), (3, 5)).to_event(1)
+        >>> walk.log_prob(torch.zeros(3, 5, 2))
+        tensor([-9.1894, -9.1894, -9.1894])
+    """
+
+    arg_constraints: ClassVar = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        start: Tensor,
+        batch_shape: Sequence[int],
+        given: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.network, self.start = network, start
+        self.given = () if given is None else (given,)
+        super().__init__(torch.Size(batch_shape), start.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
+        """The same chains, more of them."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.network, new.start, new.given = self.network, self.start, self.given
+        super(MarkovNormal, new).__init__(
+            torch.Size(batch_shape), self.event_shape, validate_args=False
+        )
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density ``[..., T]`` of each step of z ``[..., T, L]`` given the one before."""
+        if self._validate_args:
+            self._validate_sample(value)
+        first = self.start.expand(*value.shape[:-2], 1, -1)
+        loc, scale = self.network(torch.cat([first, value[..., :-1, :]], -2), *self.given)
+        return Normal(loc, scale, validate_args=False).log_prob(value).sum(-1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``[*sample_shape, ..., T, L]``."""
+        noise = torch.randn(
+            self._extended_shape(torch.Size(sample_shape)),
+            dtype=self.start.dtype,
+            device=self.start.device,
+        )
+        return whole(_unrolled, self.network, noise, self.start, *self.given)
+
+
+def _unrolled(network: nn.Module, noise: Tensor, start: Tensor, *given: Tensor) -> Tensor:
+    """The values of a chain, one step after the other."""
+    previous, steps = start.expand(*noise.shape[:-2], -1), []
+    # Taken apart once: the gradient of a slice is as long as the whole.
+    for each, *h in zip(*(part.unbind(-2) for part in (noise, *given)), strict=True):
+        loc, scale = network(previous, *h)
+        previous = loc + scale * each
+        steps.append(previous)
+    return torch.stack(steps, -2)
 
 
 def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from pyrovae.data.files import (
 )
 from pyrovae.data.given import as_tensors, dense, package_of
 from pyrovae.data.images import draw_shapes, read_folder
+from pyrovae.data.sequences import read_chorales
 from pyrovae.data.tables import read_table, take_context, to_pandas
 
 # Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
@@ -41,6 +42,7 @@ DATASETS = {
     "kmnist": "70,000 cursive Japanese characters, 28×28 (torchvision)",
     "cifar10": "60,000 colour photographs of ten classes, 3×32×32 (torchvision)",
     "svhn": "99,289 colour photographs of house numbers, 3×32×32 (torchvision)",
+    "jsb": "382 chorales by Bach, up to 160 quarters of 88 keys, padded and masked (PYROVAE_DATA)",
     "shapes": "3,000 coloured discs, squares and triangles, 3×16×16 (drawn here, no download)",
 }
 _KINDS = ("images-idx3", "labels-idx1")
@@ -74,6 +76,8 @@ def find_source(
 ) -> Source:
     """Read what a name stands for, as events of shape ``[D]`` or ``[C, H, W]``."""
     source = _read(name, root, missing, kinds, context)
+    if source.name == "jsb":
+        return source
     for each, (values, _) in (source.arrays.context or {}).items():
         if len(values) != len(source.arrays.x):
             raise InputError(
@@ -109,6 +113,9 @@ def _read(
         return Source("digits", arrays, 16.0, "/ 16", origin)
     if str(name) == "shapes":
         return Source("shapes", draw_shapes(), 255.0, "uint8 / 255", {"source": "drawn, seed 0"})
+    if str(name) == "jsb":
+        arrays = read_chorales(root)
+        return Source("jsb", arrays, 1.0, "none", {"source": "jsb-chorales-quarter.json"})
     if str(name) in DATASETS:
         origin = {"source": f"torchvision {version('torchvision')}"}
         return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)

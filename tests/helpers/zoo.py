@@ -14,8 +14,10 @@ import one_layer
 from pairs import PAIRS, binary
 from pyrovae.data.tables import Column
 from pyrovae.guides.linear_gaussian import LinearGaussian as LinearGaussianGuide
+from pyrovae.guides.sequence import Sequence as ChainGuide
 from pyrovae.guides.table import Table as TableGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.models.sequence import Sequence as Chain
 from pyrovae.models.table import Table
 from pyrovae.objectives import OBJECTIVES
 
@@ -90,6 +92,15 @@ def colour(model: str, guide: str = "convolutional", **options) -> tuple:
     return *pair, ((4 * x).round() / 4,)
 
 
+def sequence() -> tuple:
+    """Sequences of three lengths, padded."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(12, 5, 3, generator=generator) > 0.5).float()
+    lengths = torch.arange(12) % 3 * 2 + 1
+    mask = (torch.arange(5) < lengths[:, None])[..., None].expand_as(x)
+    return Chain((5, 3), 2, (6,), 4), ChainGuide((5, 3), 2, 6), (x * mask, mask)
+
+
 def known(name: str) -> tuple:
     """A pair whose log p(x) is known, moved away from there."""
     model, guide, args, _ = KNOWN[name]()
@@ -123,6 +134,7 @@ ZOO |= {
         limits=("analytic KL",),
     ),
     "ladder": Entry(MAKE["ladder"]),
+    "sequence": Entry(sequence),
     "table": Entry(table, dict.fromkeys(("wake_sleep", "reweighted_wake_sleep"), BY_COLUMN)),
     "conditional": Entry(MAKE["conditional"]),
     "gmvae": Entry(MAKE["gmvae"], NEEDS_PATHS, ENUMERATED),

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "diagnostics.md": "test_diagnostics_docs.py",
     "objectives.md": "test_objectives_docs.py",
     "python.md": "test_python_page.py",
+    "sequences.md": "test_sequence.py",
     "theory.md": "test_theory.py",
     "write-your-own.md": "test_write_your_own.py",
 }

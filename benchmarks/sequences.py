@@ -1,0 +1,163 @@
+"""The bound and log p per quarter of Bach's chorales, and the time of an epoch beside Pyro's loop.
+
+    PYROVAE_DATA=folder python benchmarks/sequences.py [--epochs E] [--only train time ...]
+
+The pair `sequence` on the JSB chorales, trained with a rising weight of the KL and one cosine of
+the learning rate; of all epochs the one with the best validation bound is kept, and the test
+chorales are looked at once, at the end. The time is that of a pass over the training chorales, in
+turns with one of a deep Markov model that samples step after step in Python, of the sizes of
+Pyro's tutorial. In nats per quarter, the sum over the chorales divided by the quarters that they
+have. Writes results/sequences.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from sequences_pyro import epoch_of_pyro
+from sequences_tables import PUBLISHED
+from tables import machine, show, write
+from torch import Tensor
+
+import pyrovae
+from pyrovae.guides.sequence import Sequence as Guide
+from pyrovae.models.sequence import Sequence as Model
+
+HOME = Path(__file__).resolve().parent
+RESULTS = HOME / "results" / "sequences.json"
+SEED, BATCH = 0, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=400)
+    parser.add_argument("--latent", type=int, default=48)
+    parser.add_argument("--hidden", type=int, default=200, help="the width of the guide's GRU")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.05, help="AdamW's weight decay")
+    parser.add_argument("--samples", type=int, default=1000, help="of log p(x)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of an epoch each")
+    parser.add_argument("--sequences", type=int, help="so many of each split, a trial")
+    parser.add_argument("--only", nargs="+", choices=("train", "time"), default=["train", "time"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    data = shortened(pyrovae.load_data("jsb"), options.sequences)
+    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    for name in options.only:
+        results[name] = {"train": train, "time": timed}[name](data, options) | machine()
+        write(options.out, results)
+    if "train" in results:
+        rows = [{"what": name, "nats": -number} for name, number in PUBLISHED.items()]
+        found = results["train"]
+        rows += [
+            {"what": "bound", "nats": found["bound"]},
+            {"what": "log p", "nats": found["log p"]},
+        ]
+        show(rows, ".3f")
+
+
+def shortened(data: pyrovae.Dataset, count: int | None) -> pyrovae.Dataset:
+    """The first few sequences of each split."""
+    if count is None:
+        return data
+    from dataclasses import replace
+
+    parts = {name: getattr(data, name)[:count] for name in ("train", "valid", "test")}
+    masks = type(data.context)(*(tuple(m[:count] for m in masks) for masks in data.context))
+    return replace(data, context=masks, **parts)
+
+
+def pair(data: pyrovae.Dataset, options: argparse.Namespace) -> tuple[Model, Guide]:
+    torch.manual_seed(SEED)
+    model = Model(data.shape, options.latent, hidden=(100,))
+    mean = data.train.sum((0, 1)) / data.context.train[0].sum((0, 1))
+    model.decoder.last.bias.data = mean.logit(eps=1e-3)
+    return model, Guide(data.shape, options.latent, options.hidden)
+
+
+def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
+    """Train the pair, and measure it on the test chorales."""
+    model, guide = pair(data, options)
+    steps = -(-len(data.train) // BATCH) * options.epochs
+    objective = pyrovae.objectives.BetaELBO(warm_up=max(1, steps // 4))
+    started = time.process_time()
+    valid = quarters(data.context.valid[0])
+
+    def tell(fit: pyrovae.Fit) -> None:
+        last = fit.history[-1]
+        bound = fit.elbo * len(data.valid) / valid
+        print(f"epoch {last['epoch']}  valid {bound:.3f}  {last['seconds']:.1f} s", flush=True)
+
+    fit = pyrovae.fit(
+        model, guide, data, objective=objective, epochs=options.epochs, batch_size=BATCH,
+        optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=options.decay),
+        schedule="cosine", lr_warm_up=min(5, options.epochs - 1), clip_norm=1e4, average=0.99,
+        patience=options.epochs, compile=True, seed=SEED, on_epoch=tell,
+    )  # fmt: skip
+    cpu = time.process_time() - started
+    x, mask = data.split("test")
+    count = quarters(mask)
+    bound = pyrovae.elbo(model, guide, x, mask, particles=100, seed=SEED)
+    found = pyrovae.log_likelihood(
+        model, guide, x, mask, num_samples=options.samples, seed=SEED, progress=True
+    )
+    best = max(fit.history, key=lambda row: row["valid_elbo"])
+    return {
+        "quarters": count,
+        "bound": bound.elbo.double().sum().item() / count,
+        "log p": found.log_prob.sum().item() / count,
+        "log p ±": found.standard_error.square().sum().sqrt().item() / count,
+        "samples": options.samples,
+        "k-hat > 0.7": found.khat.gt(0.7).double().mean().item(),
+        "epochs": options.epochs,
+        "best epoch": best["epoch"],
+        "valid bound": best["valid_elbo"] * len(data.valid) / valid,
+        "CPU seconds": cpu,
+        "settings": {name: getattr(options, name) for name in ("latent", "hidden", "lr", "decay")},
+        "curve": [
+            {"epoch": row["epoch"], "valid": row["valid_elbo"] * len(data.valid) / valid}
+            for row in fit.history[:: max(1, len(fit.history) // 40)]
+        ],
+    }
+
+
+def timed(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
+    """CPU seconds of an epoch here and of one of Pyro's loop over time, in turns."""
+    model, guide = pair(data, options)
+    svi = pyrovae.SVI(
+        model, guide, partial(torch.optim.AdamW, lr=1e-3), pyrovae.objectives.BetaELBO(),
+        compile=True, steps=10_000,
+    )  # fmt: skip
+    pyro_epoch, ours, theirs = epoch_of_pyro(data), [], []
+    epoch_of(svi, data)
+    for _ in range(options.rounds):
+        for run, times in ((partial(epoch_of, svi, data), ours), (pyro_epoch, theirs)):
+            started = time.process_time()
+            run()
+            times.append(time.process_time() - started)
+    return {
+        "CPU seconds an epoch": median(ours),
+        "Pyro's, the tutorial's network": median(theirs),
+        "ratio": median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "rounds": [ours, theirs],
+    }
+
+
+def epoch_of(svi: pyrovae.SVI, data: pyrovae.Dataset) -> None:
+    for index in torch.randperm(len(data.train)).split(BATCH):
+        if len(index) == BATCH:
+            svi.update(*data.rows(index))
+
+
+def quarters(mask: Tensor) -> int:
+    return int(mask[..., 0].sum())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Sequences: chains in one piece, padding that does not count, and a filter's exact log p(x)."""
+
+import json
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyrovae
+from pyrovae.distributions import MarkovNormal, _unrolled
+from pyrovae.guides.sequence import Sequence as Guide
+from pyrovae.models.sequence import Sequence as Model
+from pyrovae.nn import BackwardGRU, lasting, whole
+
+# A walk that forgets: z_t = A z_{t-1} + S ε, and x_t = C z_t + R ε.
+A, S, R = 0.8, 0.6, 0.5
+C = torch.tensor([1.0, -0.5])
+N, T = 6, 7
+LENGTHS = torch.tensor([7, 1, 4, 7, 2, 6])
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(T) < LENGTHS[:, None])[..., None].expand(N, T, 2)
+    return torch.randn(N, T, 2, generator=generator), mask
+
+
+def filtered(x, length):
+    """log p(x) by the Kalman filter, in float64."""
+    slope, mean, variance, total = C.double(), 0.0, 0.0, 0.0
+    for step in x[:length].double():
+        mean, variance = A * mean, A**2 * variance + S**2
+        spread = variance * torch.outer(slope, slope) + R**2 * torch.eye(2).double()
+        total += dist.MultivariateNormal(slope * mean, spread).log_prob(step)
+        gain = variance * torch.linalg.solve(spread, slope)
+        mean = mean + gain @ (step - slope * mean)
+        variance = variance * (1 - gain @ slope)
+    return total
+
+
+class Walk(nn.Module):
+    def forward(self, z):
+        return A * z, torch.full_like(z, S)
+
+
+class Filtered(nn.Module):
+    """q(z_t | z_{t-1}, x_t, …, x_T) in closed form, from precisions and shifts to come."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+    def forward(self, z, h):
+        precision = 1 / S**2 + h[..., :1]
+        return (A * z / S**2 + h[..., 1:]) / precision, self.width * precision.rsqrt()
+
+
+def linear(width=1.0):
+    """A linear-Gaussian state-space model and its posterior, or one that is wider."""
+    walk, backward, start = Walk(), Filtered(width), torch.zeros(1)
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            prior = MarkovNormal(walk, start, x.shape[:2])
+            z = pyro.sample("z", prior.mask(lasting(mask)).to_event(1))
+            pyro.sample("x", dist.Normal(z * C, R).mask(mask).to_event(2), obs=x)
+
+    def guide(x, mask):
+        weight = mask[..., 0] * (C @ C) / R**2
+        shift = mask[..., 0] * (x @ C) / R**2
+        precision, pull, found = torch.zeros(len(x)), torch.zeros(len(x)), []
+        for t in reversed(range(x.shape[1])):
+            less = 1 + S**2 * precision
+            precision, pull = weight[:, t] + A**2 * precision / less, shift[:, t] + A * pull / less
+            found.append(torch.stack([precision, pull], -1))
+        with pyro.plate("data", len(x)):
+            chain = MarkovNormal(backward, start, x.shape[:2], torch.stack(found[::-1], 1))
+            pyro.sample("z", chain.mask(lasting(mask)).to_event(1))
+
+    return model, guide
+
+
+@pytest.fixture(scope="module")
+def exact():
+    x, _ = batch()
+    return torch.stack([filtered(*row) for row in zip(x, LENGTHS, strict=True)])
+
+
+def test_the_exact_posterior_has_equal_weights(exact):
+    found = pyrovae.log_likelihood(*linear(), *batch(), num_samples=20, seed=0)
+    torch.testing.assert_close(found.log_prob, exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("estimate", ["importance", "refined", "annealed"])
+def test_every_estimate_is_the_filters_within_its_error(exact, estimate):
+    model, guide = linear(1.3)
+    if estimate == "annealed":
+        chains = {"num_chains": 64, "num_temperatures": 6}
+        found = pyrovae.annealed_log_likelihood(model, guide, *batch(), **chains, seed=1)
+    else:
+        steps = 20 if estimate == "refined" else 0
+        found = pyrovae.log_likelihood(
+            model, guide, *batch(), num_samples=4000, refine_steps=steps, seed=1
+        )
+    z = (found.log_prob - exact) / found.standard_error.clamp(min=1e-4)
+    assert z.square().mean().sqrt() < 2
+    assert (found.log_prob - exact).abs().max() < 0.3
+
+
+def test_what_stands_behind_the_end_changes_nothing():
+    x, mask = batch()
+    model, guide = Model((T, 2), 3, (5,), 4), Guide((T, 2), 3, 6)
+    x = (x > 0).float()
+    rubbish = torch.where(mask, x, 1 - x)
+    found = [pyrovae.log_likelihood(model, guide, d, mask, num_samples=50, seed=0).log_prob
+             for d in (x, rubbish)]  # fmt: skip
+    assert torch.equal(*found)
+    longer = [torch.nn.functional.pad(each, (0, 0, 0, 3)) for each in (x, mask)]
+    with torch.no_grad():
+        seen = [
+            guide.encoder(each.masked_fill(~there, 0.0), LENGTHS)
+            for each, there in ((rubbish, mask), longer)
+        ]
+    for n, length in enumerate(LENGTHS):
+        torch.testing.assert_close(seen[1][n, :length], seen[0][n, :length])
+
+
+def test_a_backward_network_reads_from_the_last_step_on():
+    network, x = BackwardGRU(2, 3), batch()[0]
+    with torch.no_grad():
+        found = network(x, LENGTHS)
+        for n, length in enumerate(LENGTHS):
+            alone = network.gru(x[n : n + 1, :length].flip(1)).flip(1)[0]
+            torch.testing.assert_close(found[n, :length], alone)
+
+
+def test_a_chain_scores_each_step_given_the_one_before():
+    chain = MarkovNormal(Walk(), torch.tensor([0.5]), (N, T))
+    z = batch()[0][..., :1]
+    before = torch.cat([torch.full((N, 1, 1), 0.5), z[:, :-1]], 1)
+    expected = dist.Normal(A * before, S).log_prob(z)[..., 0]
+    torch.testing.assert_close(chain.log_prob(z), expected)
+    pyro.set_rng_seed(0)
+    drawn = chain.expand((4000, T)).rsample()[..., 0]
+    variance = [S**2 * (1 - A ** (2 * t)) / (1 - A**2) for t in range(1, T + 1)]
+    mean = [0.5 * A**t for t in range(1, T + 1)]
+    torch.testing.assert_close(drawn.mean(0), torch.tensor(mean), atol=0.07, rtol=0)
+    torch.testing.assert_close(drawn.var(0), torch.tensor(variance), rtol=0.12, atol=0)
+
+
+class Bent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(2, 2)
+
+    def forward(self, z, h):
+        return (self.map(z) + h).tanh(), h.exp()
+
+
+def test_one_piece_has_the_gradient_of_its_steps():
+    network, start = Bent().double(), torch.zeros(2).double().requires_grad_()
+    noise, h = torch.randn(2, 3, T, 2).double(), torch.randn(3, T, 2).double().requires_grad_()
+    wanted = [start, h, *network.parameters()]
+    weight = torch.randn(2, 3, T, 2).double()
+    found = [
+        torch.autograd.grad((weight * values).sum(), wanted)
+        for values in (
+            _unrolled(network, noise, start, h),
+            whole(_unrolled, network, noise, start, h),
+        )
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.inductor
+def test_a_compiled_step_does_not_unroll_time():
+    x, mask = batch()
+    x, losses = (x > 0).float(), []
+    for compile in (False, True):
+        pyro.set_rng_seed(0)
+        pair = Model((T, 2), 3, (5,), 4), Guide((T, 2), 3, 6)
+        svi = pyrovae.SVI(*pair, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO(),
+                          compile=compile, steps=10)  # fmt: skip
+        losses.append([svi.step(x, mask) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_generation_starts_at_the_beginning():
+    x, mask = batch()
+    model = Model((T, 2), 3, (5,), 4)
+    drawn = [pyrovae.sample(model, mask, like=d, n=N, seed=3) for d in (x * 0, x * 0 + 1)]
+    assert torch.equal(*drawn)
+    assert set(drawn[0].unique().tolist()) <= {0.0, 1.0}
+
+
+def chorales(tmp_path, **parts):
+    folder = tmp_path / "JSB"
+    folder.mkdir()
+    (folder / "jsb-chorales-quarter.json").write_text(json.dumps(parts))
+    return tmp_path
+
+
+def test_chorales_are_padded_and_masked(tmp_path):
+    one, two = [[21], [60, 64], []], [[108]]
+    root = chorales(tmp_path, train=[one, two], valid=[two], test=[one])
+    data = pyrovae.load_data("jsb", root=root)
+    assert (list(data.shape), len(data.train), len(data.valid)) == ([3, 88], 2, 1)
+    assert data.train[0].nonzero().tolist() == [[0, 0], [1, 39], [1, 43]]
+    (mask,) = data.context.train
+    assert mask[..., 0].tolist() == [[True] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("parts", [{"train": []}, {"train": [[[200]]], "valid": [], "test": []}])
+def test_another_file_is_no_chorales(tmp_path, parts):
+    with pytest.raises(pyrovae.InputError, match="got another file"):
+        pyrovae.load_data("jsb", root=chorales(tmp_path, **parts))
+
+
+def test_where_chorales_belong(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYROVAE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="PYROVAE_DATA"):
+        pyrovae.load_data("jsb")
+
+
+def test_the_programs_of_its_page(repository, tmp_path, monkeypatch):
+    text = (repository / "docs" / "sequences.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    one = [[60, 64], [62], [64]]
+    root = chorales(tmp_path, train=[one, one[:2]], valid=[one], test=[one, one[1:]])
+    monkeypatch.setenv("PYROVAE_DATA", str(root))
+    for long, short in {"=400": "=2", "=20)": "=2)", "=64": "=3", "=1000": "=20"}.items():
+        assert long in first
+        first = first.replace(long, short)
+    names = {}
+    exec(first, names)
+    assert names["per_step"] < 0
+    assert names["music"].shape == (2, 3, 88)
+    x, lengths = torch.rand(3, 4, 2).round(), torch.tensor([4, 1, 2])
+    rows = {"torch": torch, "x": x, "T": 4, "lengths": lengths}
+    exec(second, rows)
+    assert rows["data"].context.train[0].sum((1, 2)).tolist() == [8, 2, 4]
