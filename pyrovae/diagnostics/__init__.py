@@ -101,7 +101,7 @@ def diagnose(
     Example:
         >>> found = pyrovae.diagnose(model, guide, data.test, labels=data.labels.test, seed=0)
         >>> print(found.verdict)
-        4 of 4 units are active. Of the rate of ... nats, ...
+        4 of 4 units are active: ... Of the rate of ... nats, ...
     """
     if len(x) < 2:
         raise InputError(

@@ -49,7 +49,7 @@ OPTIONS = {
     "--objective trace_elb": ["No objective 'trace_elb'", "did you mean 'trace_elbo'?"],
     "--data digit": ["got 'digit'", "did you mean 'digits'?", ".npy"],
     "--data missing.npy": ["missing.npy"],
-    "--data run": ["got 'run'"],
+    "--data run": ["Expected images in run"],
     "--binarize dynmic": ["'dynmic'", "did you mean 'dynamic'?"],
     "--binarize none": ["outside the support of Bernoulli", "--binarize threshold"],
     "--device tpu": ["'auto', 'cpu' or 'cuda'", "'tpu'"],

@@ -91,5 +91,5 @@ def has_no_false_alarm(report, **says):
     """These rows of the check alone may warn or fail, with these words, which are true."""
     rows = {row.name: row for row in report.rows if row.status in ("warned", "failed")}
     says = {name.replace("_", " "): words for name, words in says.items()}
-    assert rows.keys() <= says.keys(), str(report)
+    assert rows.keys() == says.keys(), str(report)
     assert all(says[name] in row.message for name, row in rows.items()), str(report)
