@@ -14,7 +14,7 @@ from pyrovae.nn import BackwardGRU, lasting
 __all__ = ["Sequence"]
 
 
-class Combiner(nn.Module):
+class _Combiner(nn.Module):
     """From z_{t-1} and what is known of x_t, …, x_T to the mean and standard deviation of z_t."""
 
     def __init__(self, latent: int, hidden: int) -> None:
@@ -46,7 +46,7 @@ class Sequence(PyroModule):
     def __init__(self, shape: Sizes[int], latent: int = 32, hidden: int = 200) -> None:
         super().__init__()
         self.encoder = BackwardGRU(shape[-1], hidden)
-        self.combiner = Combiner(latent, hidden)
+        self.combiner = _Combiner(latent, hidden)
         self.start = nn.Parameter(torch.zeros(latent))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> None:

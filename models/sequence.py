@@ -15,7 +15,7 @@ from pyrovae.nn import MLP, lasting
 __all__ = ["Sequence"]
 
 
-class Transition(nn.Module):
+class _Transition(nn.Module):
     """From z_{t-1} to the mean and standard deviation of z_t: linear where its gate is closed."""
 
     def __init__(self, latent: int, hidden: int) -> None:
@@ -58,7 +58,7 @@ class Sequence(PyroModule):
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent, shape[-1:], hidden)
-        self.transition = Transition(latent, transition)
+        self.transition = _Transition(latent, transition)
         self.start = nn.Parameter(torch.zeros(latent))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> None:

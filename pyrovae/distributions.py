@@ -30,7 +30,7 @@ from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
 from pyrovae._tools import InputError
-from pyrovae.nn import whole
+from pyrovae._tools.whole import whole
 
 __all__ = ["DiscretizedLogistic", "Grid", "GridCategorical", "MarkovNormal", "kl_standard_normal"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile
+from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import takes_data
@@ -484,8 +482,7 @@ def _tiled(
         try:
             graph = audited(run, tuple(t.to(pair.device) for t in tiles[0]), pair, named)
         except CaptureError as error:
-            text = f"The program runs eagerly, not compiled: {error}."
-            warnings.warn(text, stacklevel=_callers_level())
+            warn(f"The program runs eagerly, not compiled: {error}.")
     shapes = {name: (total, *value.shape[1:]) for name, value in first.items()}
     found = {name: first[name].new_empty(shape, device=home) for name, shape in shapes.items()}
     for index, tile in enumerate(tiles):
@@ -526,11 +523,3 @@ def _has_mean(site: Site) -> bool:
         return not bool(site["fn"].mean.isnan().any())
     except NotImplementedError:
         return False
-
-
-def _callers_level() -> int:
-    """How many frames up, from who calls this, the line lies that called into this module."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
-        frame, level = frame.f_back, level + 1
-    return level

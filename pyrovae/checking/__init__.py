@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError, require_memory
+from pyrovae._tools import InputError, require_memory, warn
 from pyrovae._tools.shown import Shown, Told
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
@@ -173,7 +172,7 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
         told = [row for row in _rows(TOLD, case.fewer) if row.status == "failed"]
     if told:
         found = " ".join(map(_sentence, told))
-        warnings.warn(f"{found} Trained as it is: run pyrovae.check for the rest.", stacklevel=4)
+        warn(f"{found} Trained as it is: run pyrovae.check for the rest.")
 
 
 def _sentence(row: Row) -> str:

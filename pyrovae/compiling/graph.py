@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae._tools import warn
 from pyrovae._tools.seeding import seeded, undone
 from pyrovae.pairs.pair import Pair
 
@@ -263,8 +264,7 @@ def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None
         with torch.cuda.graph(recording):
             outputs = run(*held, *still)
     except RuntimeError as error:
-        text = f"The compiled step is launched kernel by kernel, not as a CUDA graph: {error}"
-        warnings.warn(text, stacklevel=2)
+        warn(f"The compiled step is launched kernel by kernel, not as a CUDA graph: {error}")
         return run
 
     def replay(*inputs: Tensor) -> list[Tensor]:

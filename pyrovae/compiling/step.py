@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import islice, repeat, takewhile
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from pyrovae._tools import should_compile
+from pyrovae._tools import should_compile, warn
 from pyrovae._tools.seeding import undone
 from pyrovae.compiling.graph import CaptureError, Graph, compare, form
 from pyrovae.compiling.reads import (
@@ -323,7 +322,7 @@ class CompiledSteps:
     def _warn(self, text: str | None) -> None:
         if text is not None and text not in self._said:
             self._said.add(text)
-            warnings.warn(text, stacklevel=6)
+            warn(text)
 
 
 class Slot:

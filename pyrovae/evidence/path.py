@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrovae._tools import warn
 from pyrovae.evidence.proposals import guide_density, joint_density
 from pyrovae.evidence.unconstrained import Coordinates
 
@@ -170,7 +170,7 @@ class Moves:
                 self.graphs[u.shape] = Hoisted(self._fused, args, rows, self.path.pair)
         except CaptureError as error:
             self.graphs.clear()
-            warnings.warn(f"Annealing runs eagerly, not compiled: {error}.", stacklevel=4)
+            warn(f"Annealing runs eagerly, not compiled: {error}.")
 
     def _eager(self, *tensors: Tensor) -> list[Tensor]:
         return self._hop(self.path.at, *tensors)

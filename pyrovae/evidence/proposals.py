@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, biject_to
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, warn
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.support import counted, support_of
@@ -270,7 +269,7 @@ class Sampler:
                 audited(score, (*rows, *some), self.pair, repeat(("a score", 0.0))),
             ]
         except CaptureError as error:
-            warnings.warn(f"log p(x) runs eagerly, not compiled: {error}.", stacklevel=4)
+            warn(f"log p(x) runs eagerly, not compiled: {error}.")
             return []
 
 

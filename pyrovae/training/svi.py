@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from warnings import warn
 
 import torch
 from pyro import infer, poutine
@@ -13,7 +12,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyrovae._tools import InputTypeError, should_compile
+from pyrovae._tools import InputTypeError, should_compile, warn
 from pyrovae._tools.seeding import undone
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
 from pyrovae.pairs.contract import check_step
@@ -103,7 +102,7 @@ class SVI(infer.SVI):
         elif compile is True and not self._differentiable:
             told = "takes its gradient by code of its own, which no graph of a loss has"
             kind = f"the objective, {type(loss).__name__}," if isinstance(loss, ELBO) else "it"
-            warn(f"The pair runs eagerly, not compiled: {kind} {told}.", stacklevel=2)
+            warn(f"The pair runs eagerly, not compiled: {kind} {told}.")
 
     @property
     def optimizer(self) -> Optimizer:

@@ -366,7 +366,7 @@ def test_bad_arguments_are_refused():
     pair = shipped_bernoulli()
     for run in (check, quick):
         with pytest.raises(TypeError, match=r"\.train"):
-            run(*pair, X.numpy())
+            run(*pair, {"x": X})
         with pytest.raises(ValueError, match="one datum"):
             run(*pair, X[:0])
     with pytest.raises(ValueError, match="particles >= 2"):

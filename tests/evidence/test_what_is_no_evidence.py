@@ -55,6 +55,8 @@ class Trained(Outside):
         return cls(False), cls(True)
 
 
+# Half of each program is not used.
+@pytest.mark.filterwarnings("ignore:No gradient reaches")
 def test_a_factor_outside_of_the_plate_trains_but_is_not_validated():
     optim, how = pyro.optim.Adam({"lr": 0.01}), {"epochs": 1, "batch_size": 4, "compile": False}
     svi = pyrovae.SVI(*Trained.pair(), optim, pyro.infer.Trace_ELBO(), compile=False)

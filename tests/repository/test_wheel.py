@@ -56,7 +56,7 @@ def test_contents(wheel, repository):
         f"{to}/{p.relative_to(repository / at).as_posix()}"
         for at, to in folders.items()
         for p in (repository / at).rglob("*")
-        if p.suffix in (".py", ".j2")
+        if p.suffix in (".py", ".j2", ".js")
     }
     info = metadata.partition("/")[0]
     assert {name for name in names if not name.startswith(info)} == expected | {"pyrovae/py.typed"}

@@ -1,0 +1,102 @@
+"""Loops that a compiled step calls in one piece, as operators of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+# What runs in one piece, by the name under which a compiled step calls it.
+_WHOLE: dict[str, tuple[Callable[..., Tensor], ref[nn.Module]]] = {}
+_ASIDE: ThreadPoolExecutor | None = None
+
+
+def whole(run: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
+    """``run(module, *inputs)`` in one piece, which a compiled step calls instead of unrolling it.
+
+    A loop over time would become thousands of operators to compile. The backward pass runs it
+    again, so that nothing of it is kept until then.
+
+    Args:
+        run: A function at the top of a module, without random draws or changes of buffers.
+        module: The network whose parameters it uses.
+        inputs: Floating-point tensors.
+    """
+    key = f"{run.__module__}.{run.__qualname__} {id(module)}"
+    _WHOLE[key] = run, ref(module)
+    return _whole([*inputs, *module.parameters()], key, len(inputs))
+
+
+class _Piece(nn.Module):
+    """A function of a module and of tensors, as a module."""
+
+    def __init__(self, run: Callable[..., Tensor], module: nn.Module) -> None:
+        super().__init__()
+        self.run, self.module = run, module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(self.module, *inputs)
+
+
+def _with_weights(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
+    """What runs under a key, of its inputs and then its module's parameters."""
+    run, known = _WHOLE[key]
+    module = known()
+    assert module is not None, "the program that holds it is gone"
+    piece = _Piece(run, module)
+    names = [name for name, _ in piece.named_parameters()]
+    weights = dict(zip(names, tensors[inputs:], strict=True))
+    return torch.func.functional_call(piece, weights, tuple(tensors[:inputs]))
+
+
+def _pulled_back(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
+    with torch.enable_grad():
+        given = [tensor.detach().requires_grad_() for tensor in tensors]
+        found = torch.autograd.grad(
+            _with_weights(given, key, inputs),
+            given,
+            grad,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return [each.clone() for each in found]
+
+
+@torch.library.custom_op("pyrovae::whole", mutates_args=())
+def _whole(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
+    return _with_weights(tensors, key, inputs).clone()
+
+
+@torch.library.custom_op("pyrovae::whole_backward", mutates_args=())
+def _whole_backward(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
+    # Inside of an operator autograd is off for its thread, and functorch's does not run inside of
+    # a recording (torch 2.14); another thread has its own.
+    global _ASIDE
+    _ASIDE = _ASIDE or ThreadPoolExecutor(1, "pyrovae-whole")
+    return _ASIDE.submit(_pulled_back, grad, tensors, key, inputs).result()
+
+
+@_whole.register_fake
+def _(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
+    return _with_weights(tensors, key, inputs)
+
+
+@_whole_backward.register_fake
+def _(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    tensors, ctx.key, ctx.inputs = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple:
+    return _whole_backward(grad, [*ctx.saved_tensors], ctx.key, ctx.inputs), None, None
+
+
+_whole.register_autograd(_back, setup_context=_keep)
