@@ -111,7 +111,7 @@ sys.meta_path.insert(0, Interrupt)
 """
 
 
-@pytest.mark.parametrize("name", ["torch", "numpy.linalg", "pyro.infer", "pyrovae.cli"])
+@pytest.mark.parametrize("name", ["torch", "pyrovae.cli"])
 def test_ctrl_c_in_imports_is_one_sentence(workspace, ctrl_c, name):
     (workspace / "sitecustomize.py").write_text(INTERRUPT.format(name=name))
     environment = os.environ | {"PYTHONPATH": str(workspace)}

@@ -71,7 +71,7 @@ def _inductor(*values):
         _inductor(published_example, Trace_ELBO(3, max_plate_nesting=1, vectorize_particles=True)),
         (same_names, TraceMeanField_ELBO()),
         (functions, Trace_ELBO()),
-        _inductor(two_latents, TraceMeanField_ELBO()),
+        (two_latents, TraceMeanField_ELBO()),
     ],
     ids=["published", "same-names", "functions", "two-latents"],
 )

@@ -10,7 +10,7 @@ import sys
 
 import kills
 
-KILLS = int(os.environ.get("PYROVAE_KILLS", "12"))
+KILLS = int(os.environ.get("PYROVAE_KILLS", "8"))
 
 
 def test_a_kill_at_any_moment_loses_nothing(tmp_path):

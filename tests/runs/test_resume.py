@@ -21,8 +21,7 @@ VARIANTS = {
     "cosine": ["--schedule", "cosine"],
     "recipe": ["--recipe", "long", "--average", "0.9", "--valid-samples", "3"],
     "normalized": ["--schedule", "iwae", "--normalize-gradients"],
-    "particles": ["--particles", "3", "--objective", "trace_mean_field_elbo"],
-    "clipped": ["--clip-norm", "10", "--seed", "5"],
+    "particles": ["--particles", "3", "--objective", "trace_mean_field_elbo", "--clip-norm", "10"],
     "grey": ["--model", "gaussian", "--binarize", "none", "--set", "model.scale=pixel"],
 }
 PATIENCE = ["--patience", "2", "--lr", "0.2"]
@@ -107,7 +106,8 @@ def test_another_seed_gives_another_run(workspace):
     assert history(workspace / "0") != history(workspace / "9")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The long recipe has the cosine.
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "cosine"])
 def test_stopping_after_any_epoch_changes_nothing(workspace, stop_in, variant):
     command = [*TRAIN, *VARIANTS[variant], "--epochs", "3"]
     assert run(*command, "--out", "whole") == 0
