@@ -216,9 +216,12 @@ def annealed(pair: tuple, x: Tensor, chains: dict[str, int], checkpoint: Path) -
     found = pyrovae.annealed_log_likelihood(
         *pair, x, **chains, seed=SEED, checkpoint=checkpoint, progress=True
     )
+    # Of the same images, to compare with.
+    sampled = torch.load(checkpoint.with_name("literature-log-prob.pt"), weights_only=True)
     return {
         "annealed NLL": -found.mean,
         "annealed ±": found.mean_standard_error,
+        "NLL of these images": -sampled[: len(x)].double().mean().item(),
         "annealed images": len(x),
         **chains,
     }

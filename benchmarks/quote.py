@@ -18,6 +18,7 @@ import annealing_tables
 import evaluation_tables
 import gallery_tables
 import imputation_tables
+import literature_tables
 import sequences_tables
 import speed_tables
 from tables import markdown
@@ -30,6 +31,7 @@ DOCUMENTS = tuple(
         "docs/benchmarks.md",
         "docs/evaluation.md",
         "docs/imputation.md",
+        "docs/literature.md",
         "docs/models.md",
         "docs/sequences.md",
     )
@@ -166,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | evaluation_tables.TABLES
     | annealing_tables.TABLES
     | imputation_tables.TABLES
+    | literature_tables.TABLES
     | sequences_tables.TABLES
 )
 

@@ -1,0 +1,48 @@
+"""The table of docs/literature.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from literature_rows import ROWS
+from tables import markdown
+
+__all__ = ["TABLES"]
+
+RESULTS = Path(__file__).resolve().parent / "results" / "literature.json"
+
+
+def literature() -> str:
+    """Every row: what was published, and what was reached, if it was trained to its end."""
+    found: dict[str, dict] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    head = [
+        "model", "published", "NLL, K = 5,000", "ELBO", "annealed less sampled", "gap",
+        "k-hat > 0.7",
+        "epochs", "CPU hours",
+    ]  # fmt: skip
+    body = []
+    for row in ROWS:
+        runs = [found[key] for key in found if key.partition("/")[0] == row.name]
+        each = runs or [None]
+        published = f"[{row.published:.2f}]({row.source.partition('(')[2]}"
+        body += [[row.title, published, *_reached(run)] for run in each]
+    return markdown(head, body)
+
+
+def _reached(run: dict[str, Any] | None) -> list[str]:
+    if run is None:
+        return ["not trained", *["–"] * 6]
+    return [
+        f"≤ {run['NLL']:.2f} ± {run['±']:.3f} ± {run['± over data']:.2f}",
+        f"{run['ELBO']:.2f}",
+        f"{run['annealed NLL'] - run['NLL of these images']:+.2f} ± {run['annealed ±']:.3f}",
+        f"{run['bidirectional gap']:.2f} ± {run['bidirectional gap ±']:.2f}",
+        f"{run['k-hat > 0.7']:.0%}",
+        f"{run['epochs']}",
+        f"{run['CPU hours']:.2f}",
+    ]
+
+
+TABLES = {literature.__name__: literature}
