@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyrovae._tools import InputError, InputTypeError, require_memory, should_co
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import takes_data
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import blames_data, inspect_pair
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, is_bookkeeping, samples
@@ -348,7 +349,8 @@ def _generate(
 
     def read(*rows: Tensor) -> dict[str, Site]:
         values = dict(zip(latents, rows[split:], strict=True))
-        sites, _ = simulator.draw(rows[:split], values)
+        with blames_data(rows[0]) if simulator.reads is None else nullcontext():
+            sites, _ = simulator.draw(rows[:split], values)
         free = {n: s for n, s in sites.items() if not s["is_observed"]}
         observed = {n: s for n, s in free.items() if s["infer"].get("was_observed")}
         hidden = free.keys() - observed.keys()

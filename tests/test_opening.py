@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TRAIN, run
+from commands import run, train_watched
 
 import pyrovae
 
 SHORT = {"samples": 4, "no_diagnostics": True}
-EVIL = "__import__('pathlib').Path('executed').touch()\n"
 
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -18,15 +17,7 @@ pytestmark = pytest.mark.usefixtures("workspace")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, repository):
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-        source = (repository / "models" / "bernoulli.py").read_text()
-        Path("own.py").write_text(source + EVIL)
-        assert run(*TRAIN, "--model", "own.py", "--out", "run") == 0
-    Path(folder, "executed").unlink()
-    return folder
+    return train_watched(tmp_path_factory.mktemp("trained"), repository)
 
 
 def test_an_open_run_is_ready_to_use():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 # What runs in one piece, by the name under which a compiled step calls it.
 _WHOLE: dict[str, tuple[Callable[..., Tensor], ref[nn.Module]]] = {}
-_ASIDE: ThreadPoolExecutor | None = None
 
 
 def whole(run: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -56,13 +55,8 @@ def _with_weights(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
 def _pulled_back(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
     with torch.enable_grad():
         given = [tensor.detach().requires_grad_() for tensor in tensors]
-        found = torch.autograd.grad(
-            _with_weights(given, key, inputs),
-            given,
-            grad,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        values = _with_weights(given, key, inputs)
+        found = torch.autograd.grad(values, given, grad, materialize_grads=True)
     return [each.clone() for each in found]
 
 
@@ -74,10 +68,10 @@ def _whole(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
 @torch.library.custom_op("pyrovae::whole_backward", mutates_args=())
 def _whole_backward(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
     # Inside of an operator autograd is off for its thread, and functorch's does not run inside of
-    # a recording (torch 2.14); another thread has its own.
-    global _ASIDE
-    _ASIDE = _ASIDE or ThreadPoolExecutor(1, "pyrovae-whole")
-    return _ASIDE.submit(_pulled_back, grad, tensors, key, inputs).result()
+    # a recording (torch 2.14); another thread has its own. It is made anew each time: one that is
+    # kept would not live on in a forked process.
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(_pulled_back, grad, tensors, key, inputs).result()
 
 
 @_whole.register_fake

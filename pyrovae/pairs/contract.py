@@ -51,7 +51,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
             outside that plate, event dimensions disagree, or x is outside a site's support.
     """
     check_arguments(pair, x, *context)
-    with torch.no_grad(), _blames_data(x):
+    with torch.no_grad(), blames_data(x):
         guide_trace = pair.trace_guide(x, *context)
         model_trace = _try_replay(pair, guide_trace, x, *context)
     sites, guide_sites = samples(model_trace), samples(guide_trace)
@@ -171,7 +171,7 @@ def check_factors(layout: Layout) -> None:
 
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
     """Check a whole data set against the supports of the sites that observe it."""
-    with torch.no_grad(), _blames_data(x), pyro.validation_enabled(False):
+    with torch.no_grad(), blames_data(x), pyro.validation_enabled(False):
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
             _check_observed(scored(pair.trace(*rows)[0]))
 
@@ -279,7 +279,7 @@ def check_tensor(x: Any) -> None:
 
 
 @contextmanager
-def _blames_data(x: Tensor) -> Iterator[None]:
+def blames_data(x: Tensor) -> Iterator[None]:
     """Where a program fails at first sight, say of the data or of the program what is wrong."""
     check_tensor(x)
     try:

@@ -25,7 +25,7 @@ from pyrovae.pairs.contract import plate_scale
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
-from pyrovae.training.optimizer import Schedules, SchedulesOnLoss
+from pyrovae.training.optimizer import Schedules, SchedulesOnLoss, check_groups
 from pyrovae.training.svi import SVI
 
 # Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
@@ -143,6 +143,7 @@ class Fit(Shown):
             self.svi.pair.load_state_dict(state.get("average") or state["weights"])
             average.show(False)
         self.svi.pair.load_state_dict(state["weights"])
+        check_groups(self.svi.optimizer, state["optimizer"])
         self.svi.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -233,6 +233,27 @@ def _schedules(optim: PyroLRScheduler) -> Schedules:
     return SchedulesOnLoss(optim) if on_loss else Schedules(optim)
 
 
+def check_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse a state whose settings are none of this optimizer's, which torch loads as they are."""
+    for group, given in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        for name in group.keys() - {"params"}:
+            own, found = group[name], given.get(name)
+            # None lets torch choose; a rate may be a number here and a tensor there.
+            if own is not None and found is not None and _kind(own) != _kind(found):
+                raise InputError(
+                    f"Expected the optimizer's {name} to be like {own!r}, got {found!r}: the state "
+                    f"is of another optimizer, or was altered."
+                )
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [*map(_kind, value)]
+    if isinstance(value, bool):
+        return bool
+    return "number" if isinstance(value, int | float | Tensor) else type(value)
+
+
 class Trained:
     """The parameters of a pair that are trained, and the torch optimizer that steps them.
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pyrovae._tools import trust
 from pyrovae._tools.files import checksum, sealed, unpack_tensors
 from pyrovae.cli import main
@@ -13,6 +15,7 @@ SIZES = ["--set", "hidden=8", "--set", "latent=2", "--batch-size", "64", "--lr",
 PAIR = ["--model", "bernoulli", "--guide", "mean_field"]
 DIGITS = ["--data", "digits", "--binarize", "dynamic"]
 TRAIN = ["train", *PAIR, *DIGITS, *SIZES, "--epochs", "2"]
+EVIL = "__import__('pathlib').Path('executed').touch()\n"
 
 
 def run(*arguments: object) -> int:
@@ -60,3 +63,16 @@ def rewrite(folder: Path, content: dict) -> None:
     content = sealed(content)
     content["signature"] = trust.sign(content["sha256"])
     (folder / "config.json").write_text(json.dumps(content))
+
+
+def train_watched(folder, repository, *further):
+    """Train a program that leaves a file ``executed`` where it runs, and run more commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        source = (repository / "models" / "bernoulli.py").read_text()
+        Path("own.py").write_text(source + EVIL)
+        for command in ([*TRAIN, "--model", "own.py", "--out", "run"], *further):
+            assert run(*command) == 0
+    Path(folder, "executed").unlink()
+    return folder

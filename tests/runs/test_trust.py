@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import TRAIN, config, refusal, rewrite, run, snapshot
+from commands import EVIL, TRAIN, config, refusal, rewrite, run, snapshot, train_watched
 
 from pyrovae._tools import trust
 from pyrovae._tools.files import sealed
@@ -16,7 +16,6 @@ COMMANDS = {
     "sample": ("sample", "run", "-n", "4"),
     "resume": ("train", "--out", "run", "--resume", "--epochs", "3"),
 }
-EVIL = "__import__('pathlib').Path('executed').touch()\n"
 
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -24,16 +23,9 @@ pytestmark = pytest.mark.usefixtures("workspace")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, repository):
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-        source = (repository / "models" / "bernoulli.py").read_text()
-        Path("own.py").write_text(source + EVIL)
-        assert run(*TRAIN, "--model", "own.py", "--out", "run") == 0
-        assert run("evaluate", "run", *SHORT) == 0
-    Path(folder, "executed").unlink()
-    return folder
+    return train_watched(
+        tmp_path_factory.mktemp("trained"), repository, ["evaluate", "run", *SHORT]
+    )
 
 
 @pytest.fixture
