@@ -14,7 +14,7 @@ from pyrovae.runs import Run
 from pyrovae.training.distributed import World
 
 FILE = """
-import os, signal
+import os, signal, time
 from pyrovae.models.bernoulli import Bernoulli
 
 calls = []
@@ -23,7 +23,11 @@ class Model(Bernoulli):
     def forward(self, x):
         super().forward(x)
         calls.append(len(x) == 64 and "GROUP_RANK" in os.environ)
-        if sum(calls) == 4 and os.environ.get("RANK") == "1" and not os.path.exists("killed"):
+        if sum(calls) == 4 and os.environ["RANK"] == "0":
+            open("evaluating", "w").close()
+        if sum(calls) == 4 and os.environ["RANK"] == "1" and not os.path.exists("killed"):
+            while not os.path.exists("evaluating"):
+                time.sleep(0.01)
             open("killed", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
 """
