@@ -7,7 +7,7 @@ import pytest
 from tree import LIBRARY, PACKAGE, inner
 
 # A feature raises these bounds, by what it needs; nothing else does.
-FILES, FOLDERS, LINES = 98, 12, 23_350
+FILES, FOLDERS, LINES = 112, 12, 27_000
 CORE = (
     "pairs.pair",
     "pairs.traces",
