@@ -45,6 +45,8 @@ class Sequence(PyroModule):
 
     def __init__(self, shape: Sizes[int], latent: int = 32, hidden: int = 200) -> None:
         super().__init__()
+        if len(shape) != 2:
+            raise ValueError(f"Expected sequences [T, D], got data of shape {[*shape]}.")
         self.encoder = BackwardGRU(shape[-1], hidden)
         self.combiner = _Combiner(latent, hidden)
         self.start = nn.Parameter(torch.zeros(latent))

@@ -57,6 +57,11 @@ class Sequence(PyroModule):
         transition: int = 100,
     ) -> None:
         super().__init__()
+        if len(shape) != 2:
+            raise ValueError(
+                f"Expected sequences [T, D], got data of shape {[*shape]}: say --shape T,D, or "
+                f"shape=(T, D) to load_data, where they were read as images."
+            )
         self.decoder = MLP(latent, shape[-1:], hidden)
         self.transition = _Transition(latent, transition)
         self.start = nn.Parameter(torch.zeros(latent))

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, physical_memory
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import Told, html
-from pyrovae.data.disk import MEMORY, Disk, is_on_disk, mapped, open_array
-from pyrovae.data.files import MISSING, Arrays
+from pyrovae.data.disk import MEMORY, Disk, is_on_disk, mapped
+from pyrovae.data.files import MISSING, Arrays, as_events
 from pyrovae.data.given import as_tensors, frame_schema, package_of
+from pyrovae.data.large import open_large
 from pyrovae.data.sources import (
     DATASETS,
     SPLIT_SEED,
@@ -252,6 +252,7 @@ def load_data(
     missing: str = "refuse",
     columns: Mapping[str, str] | None = None,
     memory: float | None = None,
+    shape: str | Sequence[int] | None = None,
 ) -> Dataset:
     """Load a shipped data set or a file, split it, and binarize it as told.
 
@@ -267,12 +268,12 @@ def load_data(
     Args:
         name: One of :data:`DATASETS`; a pandas or polars frame, an AnnData, an array, a SciPy
             sparse matrix, or a torch data set or loader, of x or of x and a label; or a ``.npy``,
-            ``.npz``, ``.csv``, ``.arff`` or ``.h5ad`` file as
+            ``.npz``, ``.zarr``, ``.csv``, ``.arff``, ``.parquet`` or ``.h5ad`` file as
             :func:`pyrovae.data.files.read_arrays` has it. In a file, uint8 are
             intensities over 255 (or binary, where none is above 1), all else is taken as it is;
             ``[N, H, W]`` become ``[N, 1, H, W]`` and ``[N, H, W, C]`` with one or three channels
-            ``[N, C, H, W]``. Or a folder of images, flat or with a folder for each class, as
-            :func:`pyrovae.data.images.read_folder` has it.
+            ``[N, C, H, W]``, unless ``shape`` says otherwise. Or a folder of images, flat or with a
+            folder for each class, as :func:`pyrovae.data.images.read_folder` has it.
         binarize: One of :data:`BINARIZE`.
         root: The folder of the torchvision sets; by default ``PYROVAE_DATA``, or else
             ``pyrovae/data`` in the user's cache. What is missing there is downloaded into it.
@@ -294,10 +295,15 @@ def load_data(
         columns: The kind of some columns of a table, by name: real, positive, count, binary,
             categorical or ordinal; others are told by their dtype, as
             :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.
-        memory: A ``.npy`` file of float32 that is larger than so many GiB, by default half of the
-            machine's memory, stays on disk, and no more than that of it is in memory while
-            :func:`pyrovae.fit` trains. Its last rows are for validation and test, a tenth and a
-            fifth of them, 10,000 and 20,000 at most: shuffle a file that is sorted first.
+        memory: A ``.npy`` file of float32, or a ``.parquet`` or ``.zarr`` file of numbers, whose
+            rows take more than so many GiB as float32, by default half of the machine's memory,
+            stays on disk (the last two unpacked, as :func:`pyrovae.data.large.open_large` says),
+            and no more than that of it is in memory while :func:`pyrovae.fit` trains. Its last rows
+            are for validation and test, a tenth and a fifth of them, 10,000 and 20,000 at most:
+            shuffle a file that is sorted first.
+        shape: The event shape, where it is not the one that a file's is read as: ``"129,88"`` or
+            ``[129, 88]`` for sequences of 129 steps, which would be images, ``"28,28"`` for rows
+            of 784 columns.
 
     Raises:
         ValueError: If an argument or the data cannot be used; the message names the mend.
@@ -314,18 +320,23 @@ def load_data(
         raise InputError(f"Expected context='labels' for labelled={labelled}, got {context!r}.")
     if missing not in MISSING:
         raise InputError(unknown("missing", str(missing), MISSING))
+    events, named = _shape(shape), tuple(each for each in shown if each not in LABELLED)
     if isinstance(name, str | Path) and name not in DATASETS:
         path = Path(name).expanduser()
-        array = open_array(path, memory, physical_memory() // 2)
-        if array is not None:
-            if shown or binarize != "none" or missing != "refuse" or columns:
+        large = open_large(path, memory, physical_memory() // 2, named)
+        if large is not None:
+            alone = shown if path.suffix.lower() == ".npy" else ()
+            if alone or binarize != "none" or missing != "refuse" or columns:
+                which = f"binarize, {'context, ' if alone else ''}missing and columns"
                 raise InputError(
-                    f"Expected no binarize, context, missing and columns for {path}, which stays "
-                    f"on disk: give a larger memory, or (numpy.load(file, 'r'), *context) to fit."
+                    f"Expected no {which} for {path}, which stays on disk: give a larger memory, "
+                    f"or (numpy.load(file, 'r'), *context) to fit."
                 )
-            return _on_disk(path, array, memory, root).to(device)
-    named = tuple(each for each in shown if each not in LABELLED)
-    source = find_source(name, root, missing, columns, named)
+            data, index = _on_disk(path, *large, memory, root, events)
+            if shown:
+                data = _with_context(data, shown, large[0].context or {}, index, labelled)
+            return data.to(device)
+    source = find_source(name, root, missing, columns, named, events)
     x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
         _check_intensities(x, source.scale, binarize)
@@ -370,11 +381,18 @@ def load_data(
 
 
 def _on_disk(
-    path: Path, array: np.memmap, memory: float | None, root: str | Path | None
-) -> Dataset:
-    """The data set of an array that stays on disk."""
-    disk, n = Disk(array, memory or MEMORY), len(array)
-    index, rule = split_end(n, str(path))
+    path: Path,
+    arrays: Arrays,
+    scaling: str,
+    memory: float | None,
+    root: str | Path | None,
+    shape: Sequence[int] | None,
+) -> tuple[Dataset, Splits[Any]]:
+    """The data set of arrays that stay on disk, and the rows of its splits."""
+    array = as_events(arrays.x, shape, str(path))
+    disk, n = Disk(array, memory or MEMORY), len(array)  # type: ignore[arg-type]
+    sizes, rule = split_end(n, str(path))
+    index = Splits(slice(sizes[0]), slice(sizes[0], -sizes[2]), slice(n - sizes[2], n))
     digest = hashlib.sha256()
     for start, block in enumerate(disk.blocks(0, n)):
         if not bool(block.isfinite().all()):
@@ -383,24 +401,38 @@ def _on_disk(
                 f"{start} of it: drop or fill these rows."
             )
         digest.update(block.numpy().data)
-    rows = mapped(array).split(index)
+    train, valid, test = mapped(disk.array).split(sizes)
+    labels, classes = _labels(arrays, index)
     provenance = {
         "name": path.stem,
         "source": path.name,
         "sha256": digest.hexdigest(),
         "shape": list(array.shape[1:]),
-        "sizes": dict(zip(Splits._fields, index, strict=True)),
+        "sizes": dict(zip(Splits._fields, sizes, strict=True)),
         **rule,
-        "scaling": "none",
+        "scaling": scaling,
         "binarize": "none",
         "memory": memory,
+        **classes,
     }
-    train, valid, test = rows
     loaded = str(path), None if root is None else str(root)
-    return Dataset(
-        path.stem, train.shape[1:], train, valid.clone(), test.clone(),
+    data = Dataset(
+        path.stem, train.shape[1:], train, valid.clone(), test.clone(), labels,
         provenance=provenance, loaded=loaded, disk=disk,
     )  # fmt: skip
+    return data, index
+
+
+def _shape(shape: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """A shape as it is written, ``"129,88"`` or a sequence."""
+    try:
+        parts = shape.split(",") if isinstance(shape, str) else shape
+        return None if parts is None else tuple(int(each) for each in parts)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"Expected a shape like '129,88', whole numbers with commas between them, got "
+            f"{shape!r}."
+        ) from None
 
 
 def draw_binary(
@@ -467,7 +499,7 @@ def _with_context(
     data: Dataset,
     names: tuple[str, ...],
     columns: Context,
-    index: Splits[Tensor],
+    index: Splits[Any],
     labelled: int | None,
 ) -> Dataset:
     """The same data with labels and columns of these names as the programs' context."""
@@ -530,7 +562,7 @@ def _check_intensities(x: Tensor, scale: float, how: str) -> None:
         )
 
 
-def _labels(arrays: Arrays, index: Splits[Tensor]) -> tuple[Splits[Tensor] | None, dict[str, Any]]:
+def _labels(arrays: Arrays, index: Splits[Any]) -> tuple[Splits[Tensor] | None, dict[str, Any]]:
     if arrays.y is None:
         return None, {}
     y = torch.from_numpy(arrays.y)

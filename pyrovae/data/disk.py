@@ -64,7 +64,8 @@ class Disk:
         """Copies of the rows of a range, a part at a time, on the device."""
         count = max(1, self.memory // 4 // self.row)
         for start in range(first, last, count):
-            block = torch.from_numpy(np.array(self.array[start : min(start + count, last)]))
+            rows = self.array[start : min(start + count, last)]
+            block = torch.from_numpy(np.array(rows, order="C"))
             self._release()
             yield block.to(self.device)
 
@@ -127,10 +128,9 @@ def is_on_disk(value: object) -> bool:
     )
 
 
-def open_array(path: Path, memory: float | None, limit: int) -> np.memmap | None:
-    """A ``.npy`` file that stays on disk: one of more than ``memory`` GiB, or a limit in bytes."""
-    most = limit if memory is None else int(memory * 2**30)
-    if path.suffix.lower() != ".npy" or not path.is_file() or path.stat().st_size <= most:
+def open_array(path: Path, most: int) -> np.memmap | None:
+    """A ``.npy`` file of more than so many bytes, which stays on disk."""
+    if not path.is_file() or path.stat().st_size <= most:
         return None
     try:
         array = np.lib.format.open_memmap(path, mode="r")

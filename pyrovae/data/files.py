@@ -1,11 +1,11 @@
-"""Read arrays from .npy, .npz, .csv, .arff and .h5ad files or a frame, and check them."""
+"""Read arrays from files or a frame, and check them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZipFile, is_zipfile
 
 import numpy as np
@@ -19,8 +19,10 @@ from pyrovae.data.tables import (
     Schema,
     Table,
     labels_of,
+    lacking,
     read_arff,
     read_csv,
+    read_parquet,
     read_table,
     take_context,
 )
@@ -28,8 +30,14 @@ from pyrovae.data.tables import (
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": read_csv, ".arff": read_arff}
-SUFFIXES = (".npy", ".npz", ".h5ad", *TABLES)
+TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": read_csv,
+    ".arff": read_arff,
+    ".parquet": read_parquet,
+}
+SUFFIXES = (".npy", ".npz", ".zarr", ".h5ad", *TABLES)
+# What may be a folder of files that are one.
+FOLDERS = (".zarr", ".parquet")
 MISSING = ("refuse", "mask")
 
 
@@ -40,7 +48,8 @@ class Arrays(NamedTuple):
     counts the leading rows that are train, valid and test, with 0 for a valid left to the reader;
     ``classes`` are the names behind the integers where the labels were words. ``mask`` is True
     where x is observed, ``[N, ...]``, and x is 0 elsewhere; None where gaps are refused.
-    ``columns`` are those of a table, ``context`` what was asked for beside x, by name.
+    ``columns`` are those of a table, ``context`` what was asked for beside x, by name. Of
+    ``sequences``, x is ``[N, T, D]``, and no image.
     """
 
     x: np.ndarray
@@ -50,6 +59,7 @@ class Arrays(NamedTuple):
     mask: np.ndarray | None = None
     columns: Schema | None = None
     context: Context | None = None
+    sequences: bool = False
 
 
 def read_arrays(
@@ -63,8 +73,11 @@ def read_arrays(
     Args:
         path: ``.npy``: one array ``[N, ...]``. ``.npz``: ``x`` with ``y`` or ``labels`` if there
             are any, or ``x_train``, ``x_valid`` (may be missing), ``x_test`` with ``y_train``, …,
-            or one array of any name. ``.csv``: one datum a row, with or without a header; a
-            column called label, labels, y, target or class holds the labels. ``.arff``: the same.
+            or one array of any name. ``.zarr``: an array, or a group of arrays with these names.
+            With ``lengths`` ``[N]``, or ``lengths_train``, …, x are sequences ``[N, T, D]`` of
+            which what lies behind their ends is masked. ``.csv``: one datum a row, with or without
+            a header; a column called label, labels, y, target or class holds the labels.
+            ``.arff`` and ``.parquet``: the same.
             ``.h5ad``: the matrix X, or the layer of ``FILE.h5ad:LAYER``, with obs as the table
             that labels and context are columns of.
         missing: What NaN or an empty field is: ``"refuse"`` or ``"mask"``.
@@ -77,18 +90,18 @@ def read_arrays(
         ValueError: If the file is empty, damaged, or holds what is no finite number.
     """
     path, layer = split_layer(str(path))
-    if not path.is_file():
+    suffix = path.suffix.lower()
+    if not path.is_file() and not (suffix in FOLDERS and path.is_dir()):
         found = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"Expected a data file at {path}, found {found} there.")
     if path.stat().st_size == 0:
         raise InputError(f"Expected data in {path}, got an empty file.")
-    suffix = path.suffix.lower()
     if suffix in TABLES:
         try:
             frame, taken = take_context(TABLES[suffix](path), context, str(path))
         except InputError:
             raise
-        except (ValueError, OSError, Warning, NotImplementedError) as error:
+        except (ValueError, OSError, Warning, NotImplementedError, TypeError) as error:
             raise _unreadable(path, error) from error
         table = read_table(frame, str(path), kinds, words=suffix != ".csv")
         return table_arrays(table, path, missing)._replace(context=taken)
@@ -99,8 +112,8 @@ def read_arrays(
             return matrix_arrays(*read_h5ad(path, layer), path, missing, context)
         except (OSError, KeyError, TypeError) as error:
             raise _unreadable(path, error) from error
-    arrays = _read_numpy(path)
-    taken = _take_arrays(arrays, context, path)
+    arrays = _read_zarr(path) if suffix == ".zarr" else _read_numpy(path)
+    taken = take_arrays(arrays, context, path)
     return checked(arrays, path, missing)._replace(context=taken)
 
 
@@ -125,7 +138,9 @@ def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
     return found
 
 
-def _take_arrays(arrays: dict[str, np.ndarray], names: Sequence[str], path: Path) -> Context:
+def take_arrays(
+    arrays: dict[str, Any], names: Sequence[str], path: Path, read: Callable = np.asarray
+) -> Context:
     """Take what is context out of the arrays of a file, its splits joined."""
     found: Context = {}
     for name in names:
@@ -137,11 +152,11 @@ def _take_arrays(arrays: dict[str, np.ndarray], names: Sequence[str], path: Path
                 f"Expected an array {name!r} in {path} for context, got {have}"
                 f"{near}; name it in np.savez(file, x=..., {name}=...)."
             )
-        values = np.concatenate([arrays.pop(part) for part in parts])
+        values = np.concatenate([read(arrays.pop(part)) for part in parts])
         if values.dtype.kind in "biu":
             found[name] = values.astype(np.int64), ()
         elif values.dtype.kind == "f":
-            found[name] = _finite(values, _title(path, name)), ()
+            found[name] = _finite(values, title_of(path, name)), ()
         else:
             words, codes = np.unique(values.astype(str), return_inverse=True)
             found[name] = codes.astype(np.int64), tuple(words.tolist())
@@ -150,19 +165,113 @@ def _take_arrays(arrays: dict[str, np.ndarray], names: Sequence[str], path: Path
 
 def checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:
     """The rows and labels of named arrays, if they are finite numbers; the path names them."""
-    names = _roles(arrays, path)
-    xs = [_rows(arrays[x], _title(path, x), missing) for x, _ in names]
+    names, sequences = roles(arrays, path), _lengths(arrays, path)
+    inside = [_inside(arrays, x, path) if sequences else None for x, _ in names]
+    raw = [
+        arrays[x] if seen is None else np.where(seen, arrays[x], arrays[x].dtype.type(0))
+        for (x, _), seen in zip(names, inside, strict=True)
+    ]
+    xs = [_rows(x, title_of(path, n), missing) for x, (n, _) in zip(raw, names, strict=True)]
     pairs = zip(names, xs, strict=True)
-    ys = [_labels(arrays[y], len(x), _title(path, y)) for (_, y), x in pairs if y]
-    x, (y, classes), mask = _join(xs, path), _encode(ys, path), None
+    ys = [checked_labels(arrays[y], len(x), title_of(path, y)) for (_, y), x in pairs if y]
+    x, (y, classes) = _join(xs, path), encoded(ys, path)
+    mask = np.concatenate([each for each in inside if each is not None]) if sequences else None
     if missing == "mask":
-        mask = ~np.isnan(x)
-        x = x if mask.all() else np.where(mask, x, np.float32(0))
+        there = ~np.isnan(x)
+        x = x if there.all() else np.where(there, x, np.float32(0))
+        mask = there if mask is None else there & mask
     sizes = None
     if len(names) > 1:
         train, *valid, test = map(len, xs)
         sizes = train, sum(valid), test
-    return Arrays(x, y, sizes, classes, mask)
+    return Arrays(x, y, sizes, classes, mask, sequences=sequences)
+
+
+def _lengths(arrays: Mapping[str, np.ndarray], path: Path) -> bool:
+    """Whether x are sequences: each x, or none, has lengths beside it."""
+    wanted = {_lengths_of(x) for x, _ in roles(arrays, path)}
+    found = {name for name in arrays if name.partition("_")[0] == "lengths"}
+    if found and found != wanted:
+        raise InputError(
+            f"Expected the lengths of all sequences in {path}, {sorted(wanted)}, or none, got "
+            f"{sorted(found)}."
+        )
+    return bool(found)
+
+
+def _lengths_of(x: str) -> str:
+    return "lengths" + x.removeprefix("x")
+
+
+def _inside(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    """Where sequences have not ended, ``[N, T, D]``."""
+    x, lengths = arrays[name], arrays[_lengths_of(name)]
+    title = title_of(path, _lengths_of(name))
+    if x.ndim != 3 or lengths.shape != x.shape[:1] or lengths.dtype.kind not in "iu":
+        raise InputError(
+            f"Expected a whole number for each sequence of x [N, T, D] in {title}, got "
+            f"{lengths.dtype} {list(lengths.shape)} for x {list(x.shape)}."
+        )
+    if not ((lengths >= 1) & (lengths <= x.shape[1])).all():
+        raise InputError(
+            f"Expected lengths from 1 to the {x.shape[1]} steps of x in {title}, got "
+            f"{lengths.min()} to {lengths.max()}."
+        )
+    seen: np.ndarray = np.arange(x.shape[1]) < lengths[:, None].astype(int)
+    return np.broadcast_to(seen[..., None], x.shape)
+
+
+def as_events(x: np.ndarray, shape: Sequence[int] | None, title: str) -> np.ndarray:
+    """Rows ``[N, ...]`` as events of a shape, or else as images where they may be some.
+
+    Of that shape they stay as they are, and with their channels first if they have it then; others
+    are read row by row.
+    """
+    images = channels_first(x)
+    if shape is None or images.shape[1:] == tuple(shape) != x.shape[1:]:
+        return images
+    if any(n < 1 for n in shape) or math.prod(shape) != math.prod(x.shape[1:]):
+        raise InputError(
+            f"Expected a shape of {math.prod(x.shape[1:])} numbers for the data {list(x.shape)} of "
+            f"{title}, got {','.join(map(str, shape))}."
+        )
+    return x.reshape(len(x), *shape)
+
+
+def channels_first(x: np.ndarray) -> np.ndarray:
+    """``[N, H, W]`` as ``[N, 1, H, W]``, and ``[N, H, W, C]`` as ``[N, C, H, W]``."""
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3):
+        return np.moveaxis(x, -1, 1)
+    return x
+
+
+def open_zarr(path: Path) -> dict[str, Any]:
+    """The arrays of a Zarr group by name, or the only one as ``""``; nothing of them is read."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise lacking("zarr", "zarr") from error
+    root = zarr.open(path, mode="r")
+    return dict(root.arrays()) if isinstance(root, zarr.Group) else {"": root}
+
+
+def plain(array: Any) -> np.ndarray:
+    """A Zarr array in memory, words as NumPy has them."""
+    found = np.asarray(array[...])
+    return found.astype(str) if found.dtype.kind in "OT" else found
+
+
+def _read_zarr(path: Path) -> dict[str, np.ndarray]:
+    try:
+        arrays = open_zarr(path)
+        check_memory(sum(array.nbytes for array in arrays.values()), path)
+        return {name: plain(array) for name, array in arrays.items()}
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
@@ -209,7 +318,7 @@ def check_memory(size: int, path: Path) -> None:
         )
 
 
-def _roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]]:
+def roles(arrays: Mapping[str, np.ndarray], path: Path) -> list[tuple[str, str]]:
     """The names of data and labels, split by split; ``""`` where there are no labels."""
     if "x_train" in arrays and "x_test" in arrays:
         splits = [s for s in ("train", "valid", "test") if f"x_{s}" in arrays]
@@ -245,7 +354,7 @@ def _rows(x: np.ndarray, title: str, missing: str) -> np.ndarray:
     return x if x.dtype == np.uint8 else _finite(x, title, missing)
 
 
-def _labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
+def checked_labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
     """Labels ``[N]`` as int64, finite float32 or strings."""
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -284,7 +393,7 @@ def _join(parts: list[np.ndarray], path: Path) -> np.ndarray:
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _encode(parts: list[np.ndarray], path: Path) -> tuple[np.ndarray | None, list[str] | None]:
+def encoded(parts: list[np.ndarray], path: Path) -> tuple[np.ndarray | None, list[str] | None]:
     """The labels of all splits as one array, words as their place in the sorted list of words."""
     if not parts:
         return None, None
@@ -299,7 +408,8 @@ def _encode(parts: list[np.ndarray], path: Path) -> tuple[np.ndarray | None, lis
     return codes.astype(np.int64), classes.tolist()
 
 
-def _title(path: Path, name: str) -> str:
+def title_of(path: Path, name: str) -> str:
+    """What to call an array of a file."""
     return f"{name!r} of {path}" if name else str(path)
 
 

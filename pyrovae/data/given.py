@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -29,11 +29,12 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
     """The arguments ``(x, *context)`` of both programs as tensors ``[N, ...]``.
 
     Args:
-        x: A tensor; a NumPy array; a pandas or polars frame of numbers and categories, whose codes
-            count from 0; a SciPy sparse matrix; an AnnData, whose ``X`` is taken; a torch
-            ``Dataset`` with a length, any other object with a length whose items are data, or a
-            ``DataLoader`` of one. Items that are tuples or dicts give x first, or the one that is
-            called x, and context after it. Every datum is read once, in the order of its number.
+        x: A tensor; a NumPy array, or one of Zarr, h5py or xarray; a pandas or polars frame, or an
+            Arrow table, of numbers and categories, whose codes count from 0; a SciPy sparse matrix;
+            an AnnData, whose ``X`` is taken; a torch ``Dataset`` with a length, any other object
+            with a length whose items are data, or a ``DataLoader`` of one. Items that are tuples or
+            dicts give x first, or the one that is called x, and context after it. Every datum is
+            read once, in the order of its number.
         context: Further arguments, likewise; numbers with a fraction become float32, others int64.
 
     Returns:
@@ -70,7 +71,7 @@ def takes_data(function: Callable[P, T]) -> Callable[P, T]:
 
 def package_of(value: Any) -> str:
     """The package that a value's type is of or stands on, of those that are known here."""
-    known = ("pandas", "polars", "scipy", "anndata", "numpy", "datasets")
+    known = ("pandas", "polars", "scipy", "anndata", "numpy", "datasets", "pyarrow")
     packages = (base.__module__.partition(".")[0] for base in type(value).__mro__)
     return next((name for name in packages if name in known), "")
 
@@ -102,12 +103,21 @@ def _numbers(value: Any, first: bool) -> Any:
     package = package_of(value)
     if package == "anndata":
         value, package = value.X, package_of(value.X)
+    if package == "pyarrow" and hasattr(value, "to_pandas"):
+        value, package = value.to_pandas(), "pandas"
     if package in ("pandas", "polars"):
         if hasattr(value, "columns"):
             return _array(frame_schema(value)[0], first)
         return _array(_column(value), first)
     if package == "scipy" and hasattr(value, "toarray"):
         return _array(dense(value), first)
+    if hasattr(value, "__array__") and not isinstance(value, np.ndarray) and value.shape:
+        # Of zarr, h5py, xarray, …: it may be on disk.
+        like = torch.empty(value.shape[1:], device="meta")
+        require_memory(
+            f"The {type(value).__name__} of shape {[*value.shape]}", like, value.shape[0]
+        )
+        value = np.asarray(value)
     return _array(value, first) if isinstance(value, np.ndarray) else value
 
 
@@ -157,7 +167,12 @@ def _is_torch_data(value: Any) -> bool:
     """Whether it is a torch data set or loader, or a data set that follows their protocol."""
     from torch.utils.data import DataLoader, Dataset
 
-    return isinstance(value, DataLoader | Dataset) or package_of(value) == "datasets"
+    if isinstance(value, DataLoader | Dataset) or package_of(value) == "datasets":
+        return True
+    # All that torch's loader asks for; what else has these is no data set.
+    follows = all(hasattr(type(value), name) for name in ("__len__", "__getitem__"))
+    known = isinstance(value, str | bytes | Sequence | Mapping) or hasattr(value, "__array__")
+    return follows and not known and not callable(value) and not package_of(value)
 
 
 def as_loader(data: Any) -> DataLoader:
@@ -191,6 +206,8 @@ def _items(data: Any) -> tuple[Tensor, ...]:
 
     if isinstance(data, TensorDataset):
         return data.tensors
+    if package_of(data) == "datasets" and hasattr(data, "with_format"):
+        data = data.with_format("torch")  # or else numbers come as lists
     loader = as_loader(data)
     parts: list[tuple[Tensor, ...]] = []
     for batch in loader:

@@ -60,4 +60,4 @@ def read_chorales(root: str | Path | None) -> Arrays:
             f"Expected chorales in {path}, lists of notes from {NOTES[0]} to {NOTES[1]} under "
             f"{', '.join(PARTS)}, got another file ({error})."
         ) from error
-    return Arrays(x, None, (sizes[0], sizes[1], sizes[2]), mask=mask)
+    return Arrays(x, None, (sizes[0], sizes[1], sizes[2]), mask=mask, sequences=True)

@@ -21,6 +21,7 @@ from pyrovae.data.annotated import split_layer
 from pyrovae.data.files import (
     SUFFIXES,
     Arrays,
+    as_events,
     checked,
     matrix_arrays,
     one_line,
@@ -73,11 +74,10 @@ def find_source(
     missing: str = "refuse",
     kinds: Mapping[str, str] | None = None,
     context: Sequence[str] = (),
+    shape: Sequence[int] | None = None,
 ) -> Source:
-    """Read what a name stands for, as events of shape ``[D]`` or ``[C, H, W]``."""
+    """Read what a name stands for, as events of a shape, or else ``[D]`` or ``[C, H, W]``."""
     source = _read(name, root, missing, kinds, context)
-    if source.name == "jsb":
-        return source
     for each, (values, _) in (source.arrays.context or {}).items():
         if len(values) != len(source.arrays.x):
             raise InputError(
@@ -87,8 +87,20 @@ def find_source(
     x, mask = source.arrays.x, source.arrays.mask
     if missing == "mask" and mask is None:
         mask = np.ones(x.shape, bool)
-    mask = None if mask is None else _channels_first(mask)
-    return source._replace(arrays=source.arrays._replace(x=_channels_first(x), mask=mask))
+    columns = source.arrays.columns
+    if shape is not None and columns and tuple(shape) != x.shape[1:]:
+        if kinds:
+            raise InputError(
+                f"Expected a table for columns={dict(kinds)}, got shape={tuple(shape)}: leave one "
+                f"of them out."
+            )
+        columns = None
+    if shape is None and source.arrays.sequences:
+        shape = x.shape[1:]
+    x = np.ascontiguousarray(as_events(x, shape, source.name))
+    if mask is not None:
+        mask = np.ascontiguousarray(as_events(mask, shape, source.name))
+    return source._replace(arrays=source.arrays._replace(x=x, mask=mask, columns=columns))
 
 
 def _read(
@@ -102,7 +114,9 @@ def _read(
         return _in_memory(name, missing, kinds, context)
     if kinds and str(name) in DATASETS:
         raise InputError(f"Expected a table for columns={dict(kinds)}, got {name}.")
-    if context and (str(name) in DATASETS or Path(name).expanduser().is_dir()):
+    path = Path(name).expanduser()
+    suffix = split_layer(str(path))[0].suffix.lower()
+    if context and (str(name) in DATASETS or (path.is_dir() and suffix not in SUFFIXES)):
         raise _no_columns(context, str(name))
     if str(name) == "digits":
         from sklearn.datasets import load_digits
@@ -119,8 +133,6 @@ def _read(
     if str(name) in DATASETS:
         origin = {"source": f"torchvision {version('torchvision')}"}
         return Source(str(name), _images(str(name), root), 255.0, "uint8 / 255", origin)
-    path = Path(name).expanduser()
-    suffix = split_layer(str(path))[0].suffix.lower()
     if path.is_dir() and suffix not in SUFFIXES:
         return _folder(path, kinds)
     if suffix not in SUFFIXES:
@@ -129,9 +141,18 @@ def _read(
             unknown("the data set", str(name), [*DATASETS, "a folder of images", files])
         )
     arrays = read_arrays(path, missing, kinds, context)
-    with split_layer(str(path))[0].open("rb") as file:
-        origin = {"source": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    origin = {"source": path.name, "sha256": _file_digest(split_layer(str(path))[0])}
     return _scaled(path.stem, arrays, origin)
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and digests of the files of a folder."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    parts = sorted(each for each in path.rglob("*") if each.is_file())
+    names = [f"{each.relative_to(path).as_posix()} {_file_digest(each)}" for each in parts]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _in_memory(
@@ -181,8 +202,8 @@ def _scaled(name: str, arrays: Arrays, origin: dict[str, str]) -> Source:
 
 def _no_columns(context: Sequence[str], name: str) -> InputError:
     return InputError(
-        f"Expected a table, a .npz or a .h5ad file for context={','.join(context)!r}, which names "
-        f"columns, got {name}."
+        f"Expected a table, a .npz, .zarr or .h5ad file for context={','.join(context)!r}, which "
+        f"names columns, got {name}."
     )
 
 
@@ -230,14 +251,6 @@ def _part(kind: str, folder: Path, part: str, download: bool) -> tuple[np.ndarra
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images and {len(y)} labels")
     return x, y
-
-
-def _channels_first(x: np.ndarray) -> np.ndarray:
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3):
-        x = np.moveaxis(x, -1, 1)
-    return np.ascontiguousarray(x)
 
 
 def split_rows(

@@ -26,6 +26,8 @@ UNITS: dict[str, Callable[[Tensor], Tensor]] = {
     "positive": torch.log,
     "count": torch.log1p,
 }
+# Bytes of a compressed column of Parquet that are read at once.
+BUFFER = 2**18
 # Rows by which a header is told from a datum.
 TOP_ROWS = 100
 
@@ -94,6 +96,34 @@ def read_arff(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def read_parquet(path: Path) -> pd.DataFrame:
+    """The frame of a ``.parquet`` file, or of a folder of some."""
+    import pandas as pd
+
+    frames = [each.read().to_pandas() for each in parquet_files(path)]
+    return pd.concat(frames, ignore_index=True)
+
+
+def parquet_files(path: Path) -> list[Any]:
+    """A Parquet file, or those of a folder in the order of their names; no rows are read yet."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise lacking("pyarrow", "parquet") from error
+    # Read on demand: a whole column of a row group may be more than memory has.
+    parts = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    files = [parquet.ParquetFile(part, buffer_size=BUFFER, pre_buffer=False) for part in parts]
+    if not files or any(each.schema_arrow.names != files[0].schema_arrow.names for each in files):
+        what = "files of the same columns" if files else "a file that ends in .parquet"
+        raise InputError(f"Expected {what} in {path}, got {'others' if files else 'none'}.")
+    return files
+
+
+def lacking(package: str, name: str) -> InputError:
+    """What to say where a package is missing that one of the extras brings."""
+    return InputError(f"Expected {package}, which reads .{name}: pip install 'pyrovae[{name}]'.")
+
+
 def to_pandas(frame: Any) -> pd.DataFrame:
     """A frame of pandas as it is, and one of polars column by column, its categories kept."""
     import pandas as pd
@@ -125,13 +155,8 @@ def take_context(
 
     frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
     found: Context = {}
+    named_columns(names, list(frame.columns), title)
     for name in names:
-        if name not in frame:
-            known = [str(each) for each in frame.columns]
-            raise InputError(
-                f"Expected a column of {title} for context, got {name!r}"
-                f"{did_you_mean(name, [*known, *LABELLED])}; it has {', '.join(known)}."
-            )
         column = frame[name]
         if column.isna().any():
             row = int(column.isna().to_numpy().argmax())
@@ -148,6 +173,16 @@ def take_context(
             words = tuple(str(each) for each in category.categories)
             found[name] = category.codes.to_numpy(np.int64), words
     return frame.drop(columns=list(names)), found
+
+
+def named_columns(names: Sequence[str], known: Sequence[str], title: str) -> None:
+    """Refuse names of context that are no columns."""
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"Expected a column of {title} for context, got {name!r}"
+                f"{did_you_mean(name, [*known, *LABELLED])}; it has {', '.join(known)}."
+            )
 
 
 def read_table(
@@ -245,6 +280,11 @@ def _column(
     from pandas.api import types
 
     name, plain = str(values.name), types.is_numeric_dtype(values)
+    if values.dtype.kind in "mM":
+        raise InputError(
+            f"Expected numbers or categories in column {name!r} of {title}, got times: make it a "
+            f"number, such as the days since some date, or drop it."
+        )
     if types.is_bool_dtype(values):
         kind = kind or "binary"
     if not plain and not isinstance(values.dtype, pd.CategoricalDtype) and kind is None:

@@ -56,6 +56,8 @@ CAPTIONS = {
     "interpolations": "From one datum to another along a line between their latents.",
     "responses": "How the columns of a table respond to each latent dimension, from two standard "
     "deviations of the posterior means below their mean to two above, the others at their mean.",
+    "sequences": "Test sequences, each encoded and decoded again below it, E[x | z], and sequences "
+    "that the model generates, of the same lengths.",
     "manifold": "What the model decodes across the latent plane.",
 }
 
@@ -94,6 +96,9 @@ def sample_picture(
 ) -> Figure:
     """Draw n data of the shape of ``like`` ``[N, ...]`` for the first rows of the context."""
     rows = [tensor[torch.arange(n) % len(tensor)] for tensor in context]
+    if len(like.shape) == 3:
+        drawn = _generated(model, like, rows, n, seed).split(2)
+        return plots.sequences({f"{2 * i + 1}, {2 * i + 2}": x for i, x in enumerate(drawn)})
     images = whole_events(
         sample(model, *rows, like=like, n=n, mean=True, seed=seed), 1, like.shape[1:]
     )
@@ -239,6 +244,8 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
     """Samples, reconstructions, latent space and what lies between data."""
     model, guide, data = experiment.model, experiment.guide, experiment.data
     every, *others = data.split("test")
+    if len(data.shape) == 2:
+        return {"sequences": _sequences(model, guide, every[:2], [t[:2] for t in others], seed)}
     x, *context = every[:10], *(tensor[:10] for tensor in others)
     found = {"samples": sample_picture(model, every, *others, n=64, seed=seed)}
     xhat = whole_events(reconstruct(model, guide, x, *context, seed=seed), 1, data.shape)
@@ -263,6 +270,31 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
     if len(codes) == 1 and not others and next(iter(codes.values())).shape[1:] == (2,):
         found["manifold"] = _manifold(model, next(iter(codes)), every)
     return found
+
+
+def _sequences(
+    model: Callable, guide: Callable, x: Tensor, context: Sequence[Tensor], seed: int
+) -> Figure:
+    """Some sequences, what they are decoded to again, and as many new ones."""
+    xhat = whole_events(reconstruct(model, guide, x, *context, seed=seed), 1, x.shape[1:])
+    seen = _seen(x, context)
+    rows = {"data": x.where(seen, torch.nan), "reconstruction": xhat.where(seen, torch.nan)}
+    return plots.sequences({**rows, "generated": _generated(model, x, context, len(x), seed)})
+
+
+def _generated(
+    model: Callable, like: Tensor, context: Sequence[Tensor], n: int, seed: int | None
+) -> Tensor:
+    """New sequences ``[n, T, D]`` as long as the first ones, NaN behind their ends."""
+    rows = [tensor[:n] for tensor in context]
+    drawn = whole_events(sample(model, *rows, like=like, n=n, seed=seed), 1, like.shape[1:])
+    return drawn.where(_seen(drawn, rows), torch.nan)
+
+
+def _seen(x: Tensor, context: Sequence[Tensor]) -> Tensor:
+    """Where the mask is true, which comes last if there is one."""
+    masks = [each for each in context[-1:] if each.dtype == torch.bool and each.shape == x.shape]
+    return masks[0] if masks else torch.ones_like(x, dtype=torch.bool)
 
 
 def _manifold(model: Callable, site: str, like: Tensor, side: int = 15) -> Figure:

@@ -1,14 +1,15 @@
 """Figures of a run: each function takes tensors and returns a matplotlib ``Figure``.
 
 Events ``[1, H, W]`` and ``[3, H, W]`` are drawn as pictures, a pixel being a whole number of dots;
-``[1]`` as one pixel, ``[2]`` as points in the plane, and all others as line profiles. Every figure
-has the same style, whatever matplotlib's own settings are.
+``[1]`` as one pixel, ``[2]`` as points in the plane, sequences ``[T, D]`` as a piano roll or lines,
+and all others as line profiles. Every figure has the same style, whatever matplotlib's own settings
+are.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from math import ceil
 from textwrap import fill
@@ -217,6 +218,53 @@ def responses(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right upper")
     figure.supylabel("standard deviations of the column", fontsize=9)
+    return figure
+
+
+@styled
+def sequences(rows: Mapping[str, Tensor]) -> Figure:
+    """Draw sequences ``[n, T, D]`` side by side, a row of panels for each name; NaN is no value.
+
+    Steps go to the right. Binary sequences, as those under the first name tell, are drawn as a
+    piano roll, the darker the likelier a one; others as lines, of which the six dimensions that
+    vary most have a colour.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    shown = {name: _events(x, 1) for name, x in rows.items()}
+    if any(x.ndim != 3 for x in shown.values()):
+        raise InputError(f"Expected sequences [n, T, D], got {[x.shape for x in shown.values()]}.")
+    first = next(iter(shown.values()))
+    width, size = max(map(len, shown.values())), first.shape[2]
+    lasts = [np.flatnonzero(~np.isnan(x).all((0, 2))).max(initial=0) for x in shown.values()]
+    steps = max(lasts) + 1
+    shown = {name: x[:, :steps] for name, x in shown.items()}
+    binary = bool(np.isin(first[~np.isnan(first)], (0, 1)).all())
+    figure = blank(5.4, (1.5 if len(shown) < 4 else 1.0) * len(shown) + 0.6)
+    panels = figure.subplots(len(shown), width, squeeze=False, sharex=True, sharey=True)
+    most = np.argsort(-np.nanstd(first.reshape(-1, size), 0), kind="stable")
+    played = np.flatnonzero(np.nanmax(np.concatenate([*shown.values()]), (0, 1)) > 0.1)
+    for line, (name, found) in zip(panels, shown.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        for axes in line[len(found) :]:
+            axes.remove()
+        for axes, x in zip(line, found, strict=False):
+            there = ~np.isnan(x).all(1)
+            axes.axvspan(np.flatnonzero(there).max(initial=-1) + 1, steps, color="#eeeeee", lw=0)
+            if binary:
+                box = (0, steps, -0.5, size - 0.5)
+                how = {"extent": box, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+                axes.imshow(x.T, "Greys", origin="lower", aspect="auto", **how)
+                axes.set_ylim(played.min(initial=size) - 1.5, played.max(initial=0) + 1.5)
+            else:
+                for place, j in [*enumerate(most)][::-1]:
+                    colour = PALETTE[place] if place < len(PALETTE) else GREY
+                    axes.plot(np.arange(steps) + 0.5, x[:, j], color=colour, lw=1)
+                axes.grid(True)
+            axes.set_xlim(0, steps)
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=binary))
+    figure.supxlabel("step; grey is behind a sequence's end", fontsize=9)
+    figure.supylabel("dimension of x" if binary else "x", fontsize=9)
     return figure
 
 

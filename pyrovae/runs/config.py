@@ -28,7 +28,7 @@ from pyrovae.training.schedules import SCHEDULES
 SPLITS = ("test", "valid", "train")
 COMPILE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 # How the programs see the data: options that are arguments of load_data().
-SHOWN = ("binarize", "context", "labelled", "missing", "columns", "memory")
+SHOWN = ("binarize", "context", "labelled", "missing", "columns", "memory", "shape")
 FIT = inspect.signature(fit).parameters
 
 
@@ -124,7 +124,8 @@ class PairConfig(Options):
     model: str = option("p(z)p(x|z): a shipped name, FILE.py or FILE.py:CLASS", "", metavar="M")
     guide: str = option("q(z|x), likewise", "", metavar="G")
     data: str = option(
-        "a shipped name, a .npy, .npz, .csv, .arff or .h5ad file, or a folder of images",
+        "a shipped name, a .npy, .npz, .zarr, .csv, .arff, .parquet or .h5ad file, or a folder of "
+        "images",
         "",
         metavar="D",
     )
@@ -140,10 +141,17 @@ class PairConfig(Options):
         "the kind of a column: age=positive", dict, metavar="NAME=KIND", said="by its numbers"
     )
     memory: float | None = option(
-        "keep a .npy of more than so many GiB on disk, and so many of it in memory at most",
+        "keep a .npy, .parquet or .zarr of more than so many GiB on disk, and so many of it in "
+        "memory at most",
         None,
         metavar="GIB",
         said="half of the machine's",
+    )
+    shape: str | None = option(
+        "the shape of a datum: T,D of sequences, which are read as images else",
+        None,
+        metavar="T,D",
+        said="as it is read",
     )
     data_root: str | None = option("where the torchvision data are", None, said="$PYROVAE_DATA")
     settings: Mapping[str, dict[str, Any]] = option(

@@ -195,7 +195,10 @@ def test_to_moves_everything():
     [
         ("mnst", "digits, mnist, .*'mnst' .did you mean 'mnist'"),
         ("Fashion-MNIST", "did you mean 'fashion_mnist'"),
-        ("zzz", "or a file that ends in .npy, .npz, .h5ad, .csv or .arff, got 'zzz'[.]$"),
+        (
+            "zzz",
+            "ends in .npy, .npz, .zarr, .h5ad, .csv, .arff or .parquet, got 'zzz'[.]$",
+        ),
         ("pictures.zip", "got 'pictures.zip'"),
     ],
 )

@@ -303,3 +303,30 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_wrong_input_is_refused(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_binary_sequences_are_a_piano_roll():
+    x = (torch.rand(2, 7, 4, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    x[1, 5:] = torch.nan
+    drawn = plots.sequences({"data": x, "generated": 1 - x})
+    for axes, shown in zip(drawn.axes, [*x, *(1 - x)], strict=True):
+        (image,) = axes.findobj(AxesImage)
+        # Time to the right, and the last dimension at the top.
+        assert image.origin == "lower"
+        np.testing.assert_array_equal(np.ma.filled(image.get_array(), np.nan), shown.numpy().T)
+    assert [a.get_ylabel() for a in drawn.axes] == ["data", "", "generated", ""]
+    grey = [np.asarray(a.patches[0].get_extents().transformed(a.transData.inverted()))
+            for a in drawn.axes[:2]]  # fmt: skip
+    np.testing.assert_allclose([box[:, 0] for box in grey], [[7, 7], [5, 7]])
+
+
+def test_real_sequences_are_lines_of_which_those_that_move_have_a_colour():
+    x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(0))
+    x[..., 3] *= 9
+    x[..., 5] *= 0.01
+    (axes,) = plots.sequences({"data": x}).axes
+    lines = {line.get_color(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_allclose(lines[plots.BLUE], x[0, :, 3])
+    greys = [line.get_ydata() for line in axes.lines if line.get_color() == plots.GREY]
+    assert any(np.allclose(each, x[0, :, 5]) for each in greys)
+    assert len(axes.lines) == 8

@@ -1,0 +1,217 @@
+"""Parquet and Zarr give the rows that arrays and frames give, in memory and larger than it."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from commands import refusal, run
+from test_disk import SMALL, same, trained
+
+import pyrovae
+from pyrovae.data import load_data
+from pyrovae.data.given import as_tensors
+
+pyarrow = pytest.importorskip("pyarrow")
+zarr = pytest.importorskip("zarr")
+N, D = 400, 6
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
+
+
+def parquet(folder, x, **more):
+    columns = {f"c{j}": x[:, j] for j in range(x.shape[1])} | more
+    path = folder / "x.parquet"
+    pd.DataFrame(columns).to_parquet(path, row_group_size=70)
+    return path
+
+
+def parts(folder, x, **more):
+    """A folder of files, as Spark writes it."""
+    path = folder / "parts.parquet"
+    path.mkdir()
+    for i in range(4):
+        rows = slice(i * N // 4, (i + 1) * N // 4)
+        columns = {f"c{j}": x[rows, j] for j in range(x.shape[1])}
+        frame = pd.DataFrame(columns | {name: values[rows] for name, values in more.items()})
+        frame.to_parquet(path / f"part-{i}.parquet")
+    return path
+
+
+def zarred(folder, x, **more):
+    path = folder / "x.zarr"
+    root = zarr.open_group(path, mode="w")
+    for name, values in ({"x": x} | more).items():
+        root.create_array(name, data=np.asarray(values), chunks=(30, *np.shape(values)[1:]))
+    return path
+
+
+WRITERS = [parquet, parts, zarred]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_same_rows_and_weights_as_of_a_npy_on_disk(write, x, tmp_path):
+    path = write(tmp_path, x, y=np.arange(N) % 3, site=np.arange(N))
+    np.save(tmp_path / "x.npy", x)
+    data = load_data(path, memory=SMALL, context="labels,site", labelled=9)
+    reference = load_data(tmp_path / "x.npy", memory=SMALL)
+    assert data.disk is not None
+    for split in ("train", "valid", "test"):
+        assert torch.equal(data.split(split)[0], reference.split(split)[0]), split
+    assert data.provenance["sha256"] == reference.provenance["sha256"]
+    assert torch.equal(torch.cat(data.labels), torch.arange(N) % 3)
+    assert torch.equal(torch.cat([each[1] for each in data.context]), torch.arange(N))
+    assert int((data.context.train[0] >= 0).sum()) == 9
+
+
+def test_a_run_goes_on_to_the_last_bit_when_the_file_is_unpacked_again(x, tmp_path):
+    path = parquet(tmp_path, x)
+    data, again = load_data(path, memory=SMALL), load_data(path, memory=SMALL)
+    held = pyrovae.Dataset("x", data.shape, data.train.clone(), data.valid)
+    first, _ = trained(data, epochs=1)
+    _, resumed = trained(again, epochs=2, state=first.state_dict())
+    assert same(resumed, trained(held, epochs=2)[1])
+
+
+def test_parquet_in_memory_is_the_table_that_its_frame_is(tmp_path, x):
+    frame = pd.DataFrame(x[:60, :2], columns=["a", "b"])
+    frame["word"] = pd.Categorical(np.array(["u", "v", "w"])[np.arange(60) % 3])
+    frame["grade"] = pd.Categorical(
+        np.array(["low", "high"])[np.arange(60) % 2], ["low", "mid", "high"], ordered=True
+    )
+    frame["label"] = np.array(["no", "yes"])[np.arange(60) % 2]
+    frame.loc[5, ["a", "word"]] = None
+    frame.to_parquet(tmp_path / "a.parquet")
+    found = load_data(tmp_path / "a.parquet", missing="mask", columns={"b": "real"})
+    expected = load_data(frame, missing="mask", columns={"b": "real"})
+    assert found.columns == expected.columns
+    assert [each.kind for each in found.columns] == ["real", "real", "categorical", "ordinal"]
+    for one, two in zip(found.split("train"), expected.split("train"), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(found.labels.test, expected.labels.test)
+    assert found.provenance["class_names"] == ["no", "yes"]
+
+
+def test_zarr_in_memory_is_the_array_that_it_is(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 5, 4, 3)).astype(np.uint8)
+    path = zarred(tmp_path, x, y=np.arange(40) % 2)
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 2)
+    found, expected = load_data(path), load_data(tmp_path / "x.npz")
+    assert found.shape == (3, 5, 4)
+    assert torch.equal(found.train, expected.train)
+    assert torch.equal(found.labels.train, expected.labels.train)
+    assert found.provenance["scaling"] == "uint8 / 255"
+    larger = load_data(path, memory=SMALL)
+    assert torch.equal(larger.train, torch.from_numpy(x[:28]).movedim(-1, 1) / 255)
+    assert larger.provenance["scaling"] == "uint8 / 255"
+    zarr.save_array(tmp_path / "only.zarr", x.astype(np.float32))
+    assert load_data(tmp_path / "only.zarr", shape=(5, 4, 3)).shape == (5, 4, 3)
+
+
+def test_arrays_of_other_packages_and_arrow_tables(tmp_path, x):
+    h5py = pytest.importorskip("h5py")
+    array = zarr.open(zarred(tmp_path, x), mode="r")["x"]
+    table = pyarrow.Table.from_pandas(pd.DataFrame(x))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = x
+        for given in (array, table, file["x"]):
+            (found,) = as_tensors(given)
+            assert torch.equal(found, torch.from_numpy(x))
+
+    class Rows:
+        """What torch's loader asks of a data set, and nothing else."""
+
+        def __len__(self):
+            return N
+
+        def __getitem__(self, i):
+            return torch.from_numpy(x)[i], i
+
+    found, numbers = as_tensors(Rows())
+    assert torch.equal(found, torch.from_numpy(x))
+    assert numbers.tolist() == list(range(N))
+
+
+def test_what_is_on_disk_is_gone_with_its_arrays(tmp_path, x, monkeypatch):
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr("pyrovae.data.large._folder", lambda: str(folder))
+    data = load_data(parquet(tmp_path, x), memory=SMALL)
+    assert not [*folder.iterdir()]
+    assert torch.equal(data.train[:3], torch.from_numpy(x[:3]))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 9}))
+    with pytest.raises(pyrovae.InputError, match=r"Expected room for .* in TMPDIR"):
+        load_data(tmp_path / "x.parquet", memory=SMALL)
+
+
+def test_commands_take_them(tmp_path, x, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    parquet(tmp_path, x[:250]), zarred(tmp_path, x)
+    pair = ("--model", "gaussian", "--guide", "mean_field", "--set", "latent=2", "--epochs", "1")
+    asked = ("--data", "x.parquet", "--memory", str(SMALL), "--out", "run")
+    assert run("train", *pair, *asked) == 0
+    assert run("evaluate", "run", "--samples", "10", "--no-diagnostics") == 0
+    capsys.readouterr()
+    said = refusal(capsys, "train", *pair, "--data", "x.zarr", "--memory", "1e-7", "--out", "c")
+    assert "chunks" in said
+    assert "larger memory" in said
+
+
+def words(path, x):
+    return parquet(path, x, word=np.array(["u", "v"])[np.arange(N) % 2])
+
+
+def times(path, x):
+    return parquet(path, x, day=pd.date_range("2020", periods=N))
+
+
+def damaged(path, x):
+    (path / "x.parquet").write_bytes(b"PAR1 and no more")
+    return path / "x.parquet"
+
+
+def two(path, x):
+    root = zarr.open_group(path / "x.zarr", mode="w")
+    for name in ("x_train", "x_test"):
+        root.create_array(name, data=x)
+    return path / "x.zarr"
+
+
+def strange(path, x):
+    (path / "x.zarr").mkdir()
+    return path / "x.zarr"
+
+
+@pytest.mark.parametrize(
+    ("write", "memory", "sentence"),
+    [
+        (words, SMALL, "Expected numbers in column 'word' .* got .*string: .* larger memory"),
+        (times, SMALL, "Expected numbers in column 'day' .* got timestamp"),
+        (times, None, "column 'day' .* got times"),
+        (damaged, None, "readable .parquet file"),
+        (damaged, SMALL, "readable .parquet file"),
+        (two, SMALL, "one array x .* got x_train, x_test"),
+        (strange, None, "readable .zarr file"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_a_sentence(write, memory, sentence, x, tmp_path):
+    with pytest.raises(pyrovae.InputError, match=sentence):
+        load_data(write(tmp_path, x), memory=memory)
+
+
+def test_context_that_a_file_lacks_is_refused(x, tmp_path):
+    for write in (parquet, zarred):
+        with pytest.raises(pyrovae.InputError, match=r"agee.*did you mean 'age'"):
+            load_data(write(tmp_path, x, age=np.arange(N)), memory=SMALL, context="agee")
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, x, tmp_path):
+    path = parquet(tmp_path, x)
+    monkeypatch.delattr("pyarrow.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(pyrovae.InputError, match=r"pip install 'pyrovae\[parquet\]'"):
+        load_data(path)
