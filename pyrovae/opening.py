@@ -164,8 +164,8 @@ def evaluate(run: OpenRun | str | Path, **options: Any) -> Results:
     Args:
         run: A run of :func:`load`, or its directory.
         options: Those of the command, with underscores: ``split="test"``, ``samples=1000``,
-            ``images``, ``refine``, ``defensive``, ``annealed``, ``temperatures``,
-            ``no_diagnostics``, ``fresh``.
+            ``images``, ``refine``, ``defensive``, ``precision``, ``annealed``,
+            ``temperatures``, ``no_diagnostics``, ``fresh``.
 
     Returns:
         What is found on the split, in nats per datum: ``.log_likelihood``, ``.elbo``, ``.verdict``.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, progress_bar, require_same
 from pyrovae._tools.files import pack_tensors, reading, unpack_tensors, write_atomic
+from pyrovae._tools.precision import matmul_precision, require_effect
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.evidence import PROBE_STREAM
 from pyrovae.evidence.result import Curve, LogLikelihood
@@ -48,7 +49,8 @@ class Evaluation:
 
     ``rows`` are the data with further arguments of both programs on the pair's ``device``,
     ``first`` the first tile of them, ``data`` their digest and ``home`` the device that they came
-    from. All draws derive from ``seed``. At once ``tile`` particles of each datum are drawn and
+    from. All draws derive from ``seed``; matrices are multiplied at a ``precision``, by default as
+    torch is set to. At once ``tile`` particles of each datum are drawn and
     ``chunk`` scored, powers of two, and ``max_rows`` (particle, datum) pairs at most. ``bar``
     shows the time left, from :meth:`tiles` on.
     """
@@ -64,6 +66,7 @@ class Evaluation:
         max_rows: int | None = None,
         checkpoint: str | Path | None = None,
         processes: bool = False,
+        precision: str | None = None,
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
@@ -73,11 +76,15 @@ class Evaluation:
         self.part = _part(processes)
         self.file = None if checkpoint is None else _file(checkpoint, self.part)
         self.pair, self.home = Pair(model, guide), rows[0].device
-        device = self.pair.device
+        device, self.precision = self.pair.device, precision
+        if precision not in (None, "float32"):
+            require_effect(precision, device, self.pair.leaves())
         self.max_rows = max_rows or (SCORED if device.type == "cpu" else ON_DEVICE)
         self.set_rows(tuple(tensor.to(device) for tensor in rows))
         self.seed = self._agreed_seed(seed)
         self.about: dict[str, Any] = {"max_rows": max_rows}
+        if precision not in (None, "float32"):
+            self.about["precision"] = precision
         self._tiles: list[tuple] = []
         self._found: list[Found] = []
         self._saved, self._saved_at = 0, time.monotonic()
@@ -85,7 +92,8 @@ class Evaluation:
     @contextmanager
     def opened(self) -> Iterator[Evaluation]:
         """Run a block in eval mode, without gradients and validation, with the sites inspected."""
-        with torch.no_grad(), self.pair.mode(training=False):
+        multiplied = matmul_precision(self.precision) if self.precision else nullcontext()
+        with torch.no_grad(), self.pair.mode(training=False), multiplied:
             with seeded(self.seed, self.device):
                 inspect_evidence(self.pair, *self.first)
                 if len(self.rows[0]) > DATA_TILE:

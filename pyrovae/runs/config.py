@@ -18,11 +18,11 @@ from typing import Any, Self, get_args, get_type_hints
 from msgspec import Struct, convert
 
 from pyrovae._tools import InputError
+from pyrovae._tools.precision import PRECISIONS
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.data.files import MISSING as GAPS
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import BATCH_SIZE, fit
-from pyrovae.training.optimizer import PRECISIONS
 from pyrovae.training.schedules import SCHEDULES
 
 SPLITS = ("test", "valid", "train")
@@ -368,6 +368,9 @@ class EvaluationConfig(Options):
         "refine the guide for each datum first, by so many steps", 0, metavar="STEPS", least=0
     )
     defensive: float = option("the share of the prior in the proposal", 0.0, metavar="ALPHA")
+    precision: str = option(
+        "precision of the products for log p(x)", "float32", choices=tuple(PRECISIONS)
+    )
     annealed: int = option(
         "also anneal so many chains, on 100 data or those of --images",
         0,

@@ -103,7 +103,8 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
             num_samples=options.samples,
             refine_steps=options.refine,
             defensive=options.defensive,
-            checkpoint=files.of("samples", "refine", "defensive"),
+            precision=options.precision,
+            checkpoint=files.of("samples", "refine", "defensive", "precision"),
             **common,
         )
         if not world.first:

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools import InputError, progress_bar
+from pyrovae._tools.precision import check_precision, matmul_precision
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
 from pyrovae.training.monitor import Fit, Monitor, recorder
-from pyrovae.training.optimizer import check_precision, make_optim, matmul_precision
+from pyrovae.training.optimizer import make_optim
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI
 
@@ -87,7 +88,7 @@ def fit(
             samples, ``valid_bound`` in the history; else it is the ELBO.
         compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
         precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
-            :func:`pyrovae.training.optimizer.matmul_precision`.
+            :func:`pyrovae._tools.precision.matmul_precision`.
         device: Where to train; None: where the pair is. Of several processes each has a GPU.
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.

@@ -1,4 +1,4 @@
-"""One torch optimizer over a pair's parameters, their average, and the precision of products."""
+"""One torch optimizer over a pair's parameters, and their average."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyrovae._tools import InputError, InputTypeError
-from pyrovae.data.sources import unknown
 from pyrovae.pairs.pair import Pair
 
 # What is added to a norm before it divides, as in the code of arXiv 1705.07120.
 TINY = 1e-7
-PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
 
 class Average:
@@ -458,28 +456,3 @@ def _enlarge(optimizer: Optimizer, fresh: dict[str, Tensor], replaced: dict[str,
         group["params"] = [p for p in group["params"] if p is not old] + [leaf]
         if old is not None:
             optimizer.state.pop(old, None)
-
-
-def check_precision(precision: str) -> None:
-    """Refuse the name of a precision that is none of :data:`PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise InputError(unknown("precision", str(precision), PRECISIONS))
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices at some precision for a while; all else stays float32.
-
-    ``"float32"`` is exact; ``"tf32"`` rounds factors to 10 bits of mantissa where the device has
-    such units, ``"bf16"`` to 7 bits; their products are added in float32 (see
-    ``torch.set_float32_matmul_precision``).
-    """
-    check_precision(precision)
-    before, convolves = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(PRECISIONS[precision])
-    torch.backends.cudnn.allow_tf32 = precision != "float32"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolves

@@ -426,7 +426,8 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path, estimate, options, cal
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path):
+def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrovae._tools.precision.rounds", lambda *args: True)
     (model, guide), file = shipped_bernoulli(), tmp_path / "evaluation"
     options = {"num_samples": 30, "seed": 4, "checkpoint": file}
     log_likelihood(model, guide, X, **options)
@@ -436,6 +437,7 @@ def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path):
         (X, {"seed": 5}, "made with a log-weight|made with seed = 4"),
         (1 - X, {}, "made with a log-weight|made with data = "),
         (X, {"defensive": 0.1}, r"made with defensive = 0\.0"),
+        (X, {"precision": "bf16"}, "made with a log-weight|this evaluation has bf16"),
     ):
         with pytest.raises(ValueError, match=message):
             log_likelihood(model, guide, x, **options | changed)

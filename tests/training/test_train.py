@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 import pyrovae
 from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli, shipped_gaussian
+from pyrovae._tools.precision import matmul_precision
 from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.training.monitor import NonFiniteLoss
-from pyrovae.training.optimizer import matmul_precision
 
 X = binary(40)
 
