@@ -7,7 +7,7 @@
 # make browser         look at the report in Chromium, which has to be installed
 # make options         write docs/options.md from the options of the commands
 # make lines           bring the line numbers of links in the documents up to date
-# make docs            build the documentation into site/, with every link checked
+# make docs            run the tutorials and build the documentation into site/, links checked
 
 PYTHON ?= python3
 DATA ?= digits

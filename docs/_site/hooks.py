@@ -1,9 +1,11 @@
-"""What the site adds to docs/: the README, a reference read off the tree, and equations."""
+"""What the site adds to docs/: README, tutorials as they ran, reference, and equations."""
 
 from __future__ import annotations
 
 import html
+import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 HOME = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HOME / "docs" / "_site"))
+from tutorials import pages  # noqa: E402
+
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 ROOT_PAGES |= {"CHANGELOG.md": "changelog.md"}
 REFERENCE = "reference"
 CORE = "core.md"
-OUTSIDE = re.compile(r"\]\(\.\./([^)]*)\)")
+TUTORIALS = "tutorials"
+LINK = re.compile(r"\]\(([^()\s:]+)\)")
 DEFINITION = re.compile(r"^(class|def|async def) [^_]", re.MULTILINE)  # what a page can document
 EQUATION = re.compile(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', re.DOTALL)
 
@@ -41,12 +47,27 @@ def on_files(files: Files, config: Any) -> Files:
         text = folder_page(title, modules)
         files.append(File.generated(config, f"{REFERENCE}/{title}.md", content=text))
     files.append(File.generated(config, f"{REFERENCE}/index.md", content=face_page()))
+    for name, content in pages(sorted((HOME / "docs" / TUTORIALS).glob("*.py"))).items():
+        files.append(File.generated(config, f"{TUTORIALS}/{name}", content=content))
     return files
 
 
-def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
-    """Lead links to files that have no page, such as lines of code, to the repository."""
-    return OUTSIDE.sub(rf"]({config.repo_url}/blob/main/\1)", markdown)
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
+    """Lead links to files that have no page, such as lines of code, to the repository.
+
+    A link to a tutorial's program leads to the page with its outputs.
+    """
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def lead(found: re.Match[str]) -> str:
+        place = posixpath.normpath(posixpath.join(folder, found[1]))
+        if place.startswith("../"):
+            return f"]({config.repo_url}/blob/main/{place[3:]})"
+        if place.startswith(f"{TUTORIALS}/") and place.endswith(".py"):
+            return f"]({found[1].removesuffix('.py')}.md)"
+        return found[0]
+
+    return LINK.sub(lead, markdown)
 
 
 def on_page_content(rendered: str, **_: Any) -> str:

@@ -84,6 +84,7 @@ def impute(
     num_samples: int = 1000,
     num_draws: int = 10,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    site: str | None = None,
     max_rows: int | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -97,11 +98,14 @@ def impute(
     The draws are x_m ~ p(x_m | z_k) with k ~ Categorical(w̃), the same k for all entries of a
     datum. Both programs get ``(x, *context, mask)``, with possible values where x is missing and
     the mask true where it is observed, and the model has to score the observed entries alone, as
-    ``dist.Normal(loc, scale).mask(mask).to_event(1)`` does. A datum's random numbers depend on its
-    place and not on N, and are those of :func:`pyrovae.log_likelihood` for the same seed.
+    ``dist.Normal(loc, scale).mask(mask).to_event(1)`` does. Where being missing depends on x, and
+    the model observes that, x_m is a latent of both programs, ``site``, and the draws are its own.
+    A datum's random numbers depend on its place and not on N, and are those of
+    :func:`pyrovae.log_likelihood` for the same seed.
 
     Args:
-        model: The model program; it observes all of x, at one site or at one site after another.
+        model: The model program; it observes all of x, at one site or at one site after another,
+            unless ``site`` is given.
         guide: The guide program.
         x: Data ``[N, *shape]`` with NaN where they are missing. Or data without NaN, and as the
             last argument of ``context`` a mask of their shape, as ``data.split("test")`` has it.
@@ -109,6 +113,7 @@ def impute(
         num_samples: The number of samples K of each datum.
         num_draws: The number M of completed data sets to return.
         quantiles: Which quantiles to return, from 0 to 1.
+        site: A latent of the shape of x that stands for it where it is missing.
         max_rows: The largest number of (particle, datum) pairs that the model scores at once.
         seed: Seeds the draws; None draws a seed from torch's global stream.
         progress: Show a bar with an estimate of the time left.
@@ -120,7 +125,7 @@ def impute(
     Raises:
         ValueError: If the pair breaks the contract, NaN stands where the mask says that x is
             observed, the model's score depends on what stands at missing entries, its sites do not
-            observe x entry by entry, or a log-weight is NaN.
+            observe x entry by entry, ``site`` is no such latent, or a log-weight is NaN.
 
     References:
         Mattei and Frellsen, MIWAE: Deep Generative Modelling and Imputation of Incomplete Data
@@ -142,11 +147,11 @@ def impute(
     with task.opened():
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             uncovered = uncovered_share(task.pair, task.first)
-            _check(task.pair, task.first)
+            _check(task.pair, task.first, site)
         sampler = Sampler(task.pair, task.tile, task.chunk)
         for index, tile in task.tiles(num_samples, progress):
             stream, sums = subseed(task.seed, index), Sums(num_samples, points, tile[0])
-            entries = _Entries(task.pair, tile)
+            entries = _Entries(task.pair, tile, site)
             for number, start in enumerate(range(0, num_samples, task.tile)):
                 particles = min(task.tile, num_samples - start)
                 with seeded(stream, task.device, number):
@@ -183,7 +188,7 @@ def _masked(x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.where(missing, filler, x), *context
 
 
-def _check(pair: Pair, rows: tuple) -> None:
+def _check(pair: Pair, rows: tuple, latent: str | None) -> None:
     """Refuse a model that scores missing entries, or whose sites are not x entry by entry."""
     x, *rest, mask = rows
     values, _ = pair.draw(rows, 1)
@@ -196,7 +201,15 @@ def _check(pair: Pair, rows: tuple) -> None:
                 f"Site {changed[0]!r} depends on what stands where x is missing: score the "
                 f"observed entries alone, as in dist.Normal(loc, scale).mask(mask).to_event(1)."
             )
-    sites = _observed(_trace(pair, rows, 1, values))
+    sites = _holding(_trace(pair, rows, 1, values), latent)
+    if latent is not None:
+        sizes = [site["value"].numel() for site in sites.values() if not site["is_observed"]]
+        if sizes != [x.numel()]:
+            raise InputError(
+                f"Expected site={latent!r} to name a latent of the shape {list(x.shape)} of x, "
+                f"which the model draws where x is missing: it does not."
+            )
+        return
     seen = torch.cat([site["value"].reshape(len(x), -1) for site in sites.values()], -1)
     flat, known = x.flatten(1), mask.flatten(1)
     if seen.shape != flat.shape or not torch.equal(seen[known].to(flat.dtype), flat[known]):
@@ -213,7 +226,10 @@ def _trace(pair: Pair, rows: tuple, particles: int, values: Values) -> Trace:
     return pair.trace_given(pair.run_model, rows, particles, Given(values))
 
 
-def _observed(trace: Trace) -> dict[str, Site]:
+def _holding(trace: Trace, latent: str | None) -> dict[str, Site]:
+    """The sites whose values are the entries of x: a latent, or all that are observed."""
+    if latent is not None:
+        return {name: site for name, site in scored(trace) if name == latent}
     return {name: site for name, site in scored(trace) if site["is_observed"]}
 
 
@@ -224,8 +240,8 @@ class _Entries:
     were added.
     """
 
-    def __init__(self, pair: Pair, rows: tuple) -> None:
-        self.pair, self.rows = pair, rows
+    def __init__(self, pair: Pair, rows: tuple, latent: str | None = None) -> None:
+        self.pair, self.rows, self.latent = pair, rows, latent
         self.row, self.entry = (~rows[-1].flatten(1)).nonzero().unbind(1)
         self.scores: Values = {}
         self.log_weight: list[Tensor] = []
@@ -238,10 +254,13 @@ class _Entries:
         """Draw what is missing at K latents of each datum; ln p(x_observed, z), ``[K, N]``."""
         trace = _trace(self.pair, self.rows, particles, values)
         n, draws, means, width = len(self.rows[0]), [], [], 0
-        for name, site in _observed(trace).items():
-            fn = site["fn"]
-            draws.append(fn.sample().reshape(particles, n, -1).to(self.rows[0].dtype))
-            mean = _mean(fn)
+        for name, site in _holding(trace, self.latent).items():
+            fn, drawn = site["fn"], site["value"]
+            if site["is_observed"]:
+                drawn, mean = fn.sample(), _mean(fn)
+            else:
+                mean = drawn  # the weights are of this draw, and not of all that z may bring
+            draws.append(drawn.reshape(particles, n, -1).to(self.rows[0].dtype))
             if mean is None:
                 self._add_shares(name, base_of(fn), width)
             else:

@@ -209,3 +209,46 @@ def test_columns_of_one_latent_class_have_exact_probabilities():
         assert abs(found.mean[1, 1] - truth) < 4 * found.standard_error[1, 1]
         assert found.filled[0, 0] == first.argmax()
         assert found.mean[0, 0].isnan()
+
+
+class Censored(PyroModule):
+    """x ~ N(0, 1) through z, missing with probability Φ(a x), so that p(x | missing) is skew."""
+
+    a, rho = 2.0, 0.8
+
+    def draw(self, x, z):
+        return dist.Normal(self.rho * z, (1 - self.rho**2) ** 0.5)
+
+    def model(self, x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            p = self.draw(x, z)
+            pyro.sample("x", p.mask(mask).to_event(1), obs=x)
+            hidden = pyro.sample("hidden", p.mask(~mask).to_event(1))
+            missing = dist.Normal(0.0, 1.0).cdf(self.a * torch.where(mask, x, hidden))
+            pyro.sample("seen", dist.Bernoulli(1 - missing).to_event(1), obs=mask.to(x))
+
+    def guide(self, x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("hidden", self.draw(x, z).mask(~mask).to_event(1))
+
+
+def test_what_is_missing_because_of_its_value_has_the_moments_of_the_skew_normal():
+    pair, x = Censored(), torch.full((50, 1), torch.nan)
+    found = pyrovae.impute(pair.model, pair.guide, x, site="hidden", num_samples=K, seed=0)
+    shape = pair.a / (1 + pair.a**2) ** 0.5
+    mean = shape * (2 / math.pi) ** 0.5
+    z = (found.mean - mean) / found.standard_error
+    assert z.abs().max() < 4
+    assert 0.4 < z.square().mean() < 1.8
+    spread = (1 - mean**2) ** 0.5
+    drawn = found.draws.double()
+    assert drawn.mean() == pytest.approx(mean, abs=4 * spread / 500**0.5)
+    level = (found.log_likelihood.log_prob - math.log(0.5)) / found.log_likelihood.standard_error
+    assert level.abs().max() < 4
+    for name in ("seen", "nothing"):
+        with pytest.raises(ValueError, match=f"Expected site='{name}' to name a latent"):
+            pyrovae.impute(pair.model, pair.guide, x, site=name, num_samples=10)
+    with pytest.raises(ValueError, match="one after another"):
+        pyrovae.impute(pair.model, pair.guide, x, num_samples=10)
