@@ -89,7 +89,8 @@ class Disk:
         """Read the rows of some batches into :meth:`held`, and yield their numbers in there."""
         size = len(batches[0])
         count = self.batches_at_once(size)
-        groups = [torch.cat([*batches[i : i + count]]) for i in range(0, len(batches), count)]
+        # One after the other: all together are as large as the order of all rows.
+        groups = (torch.cat([*batches[i : i + count]]) for i in range(0, len(batches), count))
         held = self.held(count * size, context)
 
         def read(index: Tensor) -> tuple[Tensor, ...]:

@@ -92,3 +92,18 @@ def test_a_failed_read_ends_the_reading():
     with pytest.raises(OSError, match="gone"):
         next(found)
     assert len(seen) < 100
+
+
+def test_numbers_of_rows_are_joined_a_part_at_a_time(file):
+    """All at once they would be as large as the order of an epoch, beside which memory= stands."""
+    taken = []
+
+    class Batches(list):
+        def __getitem__(self, i):
+            taken.extend([i] if isinstance(i, slice) else [])
+            return super().__getitem__(i)
+
+    parts = Disk(np.load(file, mmap_mode="r"), SMALL).parts(Batches(torch.arange(400).split(5)), ())
+    next(parts)
+    assert len(taken) <= 3
+    assert len([*parts]) > 3
