@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae
 from pairs import (
@@ -24,9 +25,11 @@ from pairs import (
     shipped_bernoulli,
     two_latents,
 )
+from pyrovae.compiling.graph import record, without_log1p
 from pyrovae.compiling.update import UpdateError
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
+from pyrovae.pairs.pair import Pair
 
 X = binary()
 
@@ -529,3 +532,42 @@ def test_an_optimizer_of_the_guide_alone_leaves_the_gradients_captured():
         assert all(map(torch.equal, model.parameters(), before))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert [capture.update for capture in svi.compiled.captures.values()] == [None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bernoullis_loss_is_the_same_without_log1p(dtype):
+    logits = torch.tensor([[-200.0, -20.0, -3.0, -1e-4], [0.0, 1e-4, 17.0, 200.0]], dtype=dtype)
+    values = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]], dtype=dtype)
+
+    def losses(logits, values):
+        fn = dist.Bernoulli(logits=logits)
+        (slope,) = torch.autograd.grad(fn.log_prob(values).sum(), logits)
+        weighted = binary_cross_entropy_with_logits(logits, values, weight=values, reduction="none")
+        mean = binary_cross_entropy_with_logits(logits, values)
+        return [fn.log_prob(values), slope, weighted, mean]
+
+    logits.requires_grad_()
+    found = record(losses, (logits, values), Pair(*shipped_bernoulli()))
+    expected = losses(logits, values)
+    spelled = without_log1p(found)
+    kept = spelled.graph.find_nodes(op="call_function", target=LOSS)
+    assert len(kept) == 2
+    for one, other in zip(spelled(logits, values), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_no_compiled_step_has_a_bernoullis_log1p(monkeypatch):
+    compiled = []
+
+    def kept(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", kept)
+    expected, _ = _losses(shipped_bernoulli, Trace_ELBO(), False, steps=4)
+    found, _ = _losses(shipped_bernoulli, Trace_ELBO(), True, steps=4)
+    assert [len(g.graph.find_nodes(op="call_function", target=LOSS)) for g in compiled] == [0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+LOSS = torch.ops.aten.binary_cross_entropy_with_logits.default
