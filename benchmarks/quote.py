@@ -19,6 +19,7 @@ import evaluation_tables
 import gallery_tables
 import imputation_tables
 import literature_tables
+import scaling_tables
 import sequences_tables
 import speed_tables
 from tables import markdown
@@ -170,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | imputation_tables.TABLES
     | literature_tables.TABLES
     | sequences_tables.TABLES
+    | scaling_tables.TABLES
 )
 
 

@@ -23,7 +23,10 @@ from pathlib import Path
 import torch
 from speed_contenders import BEST, FLOOR, OURS, variants
 from speed_figure import draw
+from speed_fit import fits
+from speed_fit import sizes as trained
 from speed_likelihood import likelihood
+from speed_likelihood_race import precisions, race
 from speed_problem import Problem, make_images
 from speed_pyro import audit
 from speed_race import compare, floor_of, ratio
@@ -56,7 +59,7 @@ def main() -> None:
         started = time.perf_counter()
         section = run()
         found[name] = {"about": about, "took, s": time.perf_counter() - started} | section
-        found = results[options.device] = {n: found[n] for n in planned if n in found}
+        found = results[options.device] = {n: found[n] for n in (*planned, *found) if n in found}
         write(options.out, results)
     draw(found, options.figure)
 
@@ -107,6 +110,12 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
     }
     return {
         **{name: lambda p=p: steps(p, images, rounds, known) for name, p in sizes.items()},
+        **{
+            f"fit/{options.threads}/{p.networks}/{p.batch}/{'drawn' if p.binarize else 'as is'}": (
+                lambda p=p: fits(p, images, rounds)
+            )
+            for p in trained(device)
+        },
         **{f"sweep/{n}": lambda n=n: swept(n, images, device, fewer, known) for n in SWEEPS},
         **{
             f"likelihood/{p.networks}": lambda p=p: likelihood(
@@ -114,6 +123,11 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
             )
             for p in (base, Problem("784-200-200-50", 100, device=device))
         },
+        **{
+            f"rivals/{p.networks}": lambda p=p: race(p, images[:128], max(2, rounds // 4))
+            for p in (base, Problem("784-200-200-50", 100, device=device))
+        },
+        "precision/784-400-20": lambda: precisions(base),
         "start": lambda: {"rows": measure(STARTED + BOUNDED, device)},
         "import": lambda: {"seconds to import": imports(("pyro", "pyrovae"), fewer)},
     }

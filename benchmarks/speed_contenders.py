@@ -8,13 +8,14 @@ from speed_floor import floor
 from speed_hand import compiled_loss, compiled_step, eager, graphed
 from speed_numpyro import by_numpyro
 from speed_problem import Problem, Race
-from speed_pyro import by_pyro, by_pyro_jit, ours, ours_compiled
+from speed_pyro import by_pyro, by_pyro_jit, graph_alone, ours, ours_compiled
 from speed_pythae import by_pythae
 from torch import Tensor
 
-__all__ = ["BEST", "CONTENDERS", "FLOOR", "OURS", "enter", "variants"]
+__all__ = ["ALONE", "BEST", "CONTENDERS", "FLOOR", "OURS", "enter", "variants"]
 
 BEST, FLOOR, OURS = "hand-written, compiled", "matrix products alone", "pyrovae, compiled"
+ALONE = "pyrovae, the graph alone"
 
 CONTENDERS: dict[str, Callable[[Problem, Tensor], Race]] = {
     "hand-written": eager,
@@ -27,13 +28,15 @@ CONTENDERS: dict[str, Callable[[Problem, Tensor], Race]] = {
     "Pythae": by_pythae,
     "pyrovae, eager": ours,
     OURS: ours_compiled,
+    ALONE: graph_alone,
     FLOOR: floor,
 }
 
 
 def variants(device: str) -> list[str]:
     """The contenders on a device; of the compiled ones by hand, the fastest will count."""
-    return [name for name in CONTENDERS if device == "cuda" or "CUDA" not in name]
+    names = [name for name in CONTENDERS if name != ALONE]
+    return [name for name in names if device == "cuda" or "CUDA" not in name]
 
 
 def enter(

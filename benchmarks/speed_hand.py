@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-__all__ = ["VAE", "binarized", "compiled_loss", "compiled_step", "cuda_graph", "eager", "graphed"]
+__all__ = [
+    "VAE",
+    "binarized",
+    "compiled_loss",
+    "compiled_step",
+    "cuda_graph",
+    "eager",
+    "graphed",
+    "pixels",
+]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 WARM_UP = 3
@@ -45,17 +54,22 @@ def binarized(images: Tensor, rows: Tensor) -> Tensor:
     return (torch.rand_like(p) < p).float()
 
 
+def pixels(problem: Problem, images: Tensor, rows: Tensor) -> Tensor:
+    """A minibatch as the problem has it."""
+    return binarized(images, rows) if problem.binarize else images[rows]
+
+
 def eager(problem: Problem, images: Tensor) -> Race:
     """As a good engineer writes it."""
     vae = VAE(problem)
-    return _each(_descend(lambda rows: vae(binarized(images, rows)), vae))
+    return _each(_descend(lambda rows: vae(pixels(problem, images, rows)), vae))
 
 
 def compiled_loss(problem: Problem, images: Tensor) -> Race:
     """Images to loss under ``torch.compile``, then the fused Adam."""
     vae = VAE(problem)
     loss_of = torch.compile(
-        lambda rows: vae(binarized(images, rows)), **_options(problem, "reduce-overhead")
+        lambda rows: vae(pixels(problem, images, rows)), **_options(problem, "reduce-overhead")
     )
     step = _descend(loss_of, vae)
     return _each(lambda rows: step(rows).clone())
@@ -74,9 +88,10 @@ def compiled_step(problem: Problem, images: Tensor) -> Race:
     taken, rate, spread = (torch.zeros((), device=problem.device) for _ in range(3))
     draws = torch.empty(problem.batch * images[0].numel() // 4, dtype=torch.int64)
     on_cpu = problem.device == "cpu"
+    by_bits = on_cpu and problem.binarize
 
     def update(rows: Tensor) -> Tensor:
-        x = _from_bits(images, rows, draws) if on_cpu else binarized(images, rows)
+        x = _from_bits(images, rows, draws) if by_bits else pixels(problem, images, rows)
         gradients, loss = grad_and_value(lambda w: functional_call(vae, w, (x,)))(weights)
         for name, weight in weights.items():
             gradient, m, v = gradients[name], first[name], second[name]
@@ -92,7 +107,7 @@ def compiled_step(problem: Problem, images: Tensor) -> Race:
         taken.add_(1)
         rate.copy_(LR / (1 - BETAS[0] ** taken))
         spread.copy_((1 - BETAS[1] ** taken).rsqrt())
-        if on_cpu:
+        if by_bits:
             draws.random_(-(2**63), None)
         return fast(rows)
 
@@ -102,7 +117,7 @@ def compiled_step(problem: Problem, images: Tensor) -> Race:
 def graphed(problem: Problem, images: Tensor) -> Race:
     """Images to updated weights, eagerly written, replayed as one CUDA graph."""
     vae = VAE(problem)
-    step = _descend(lambda rows: vae(binarized(images, rows)), vae, capturable=True)
+    step = _descend(lambda rows: vae(pixels(problem, images, rows)), vae, capturable=True)
     return _each(_recorded(step, problem))
 
 

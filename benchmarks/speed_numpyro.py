@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae.nn import MLP, ConvDecoder, ConvEncoder
 
-__all__ = ["by_numpyro"]
+__all__ = ["by_numpyro", "programs"]
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 EVENT = len(SHAPE)
@@ -30,40 +30,23 @@ def by_numpyro(problem: Problem, images: Tensor) -> Race:
     """
     import jax
     import jax.numpy as jnp
-    import numpyro
+    import numpyro.optim
     from numpyro.infer import SVI, TraceMeanField_ELBO
 
     platform = {"cpu": "cpu", "cuda": "gpu"}[problem.device]
     if platform not in {device.platform for device in jax.devices()}:
         raise ImportError(f"JAX has no {platform} here")
-    (encode, encoder), (decode, decoder) = (
-        _translated(network) for network in _networks(problem.pair())
-    )
-    pixels, latent = jnp.asarray(images.cpu().numpy()), problem.latent
-
-    def model(x: Any) -> None:
-        weights = numpyro.param("decoder", decoder)
-        with numpyro.plate("data", len(x)):
-            prior = numpyro.distributions.Normal(jnp.zeros(latent), 1.0).to_event(1)
-            z = numpyro.sample("z", prior)
-            likelihood = numpyro.distributions.Bernoulli(logits=decode(weights, z))
-            numpyro.sample("x", likelihood.to_event(EVENT), obs=x)
-
-    def guide(x: Any) -> None:
-        weights = numpyro.param("encoder", encoder)
-        with numpyro.plate("data", len(x)):
-            moments = encode(weights, x)
-            posterior = numpyro.distributions.Normal(moments[:, 0], jnp.exp(moments[:, 1]))
-            numpyro.sample("z", posterior.to_event(1))
-
+    pixels, (model, guide, _) = jnp.asarray(images.cpu().numpy()), programs(problem)
     loss = TraceMeanField_ELBO(num_particles=problem.particles)
     svi = SVI(model, guide, numpyro.optim.Adam(LR), loss)
 
     def step(carried: tuple, pixels: Any, rows: Any) -> tuple:
         state, key = carried
-        key, draw = jax.random.split(key)
-        p = pixels[rows].astype(jnp.float32) / 255
-        x = (jax.random.uniform(draw, p.shape) < p).astype(jnp.float32)
+        x = pixels[rows]
+        if problem.binarize:
+            key, draw = jax.random.split(key)
+            p = x.astype(jnp.float32) / 255
+            x = (jax.random.uniform(draw, p.shape) < p).astype(jnp.float32)
         state, loss = svi.update(state, x)
         return (state, key), loss
 
@@ -88,6 +71,32 @@ def by_numpyro(problem: Problem, images: Tensor) -> Race:
         return torch.from_numpy(jax.device_get(losses).copy())
 
     return run
+
+
+def programs(problem: Problem) -> tuple[Callable, Callable, dict]:
+    """The pair of a problem in NumPyro, and its weights by the names of their parameters."""
+    import jax.numpy as jnp
+    import numpyro
+
+    (encode, encoder), (decode, decoder) = map(_translated, _networks(problem.pair()))
+    latent = problem.latent
+
+    def model(x: Any) -> None:
+        weights = numpyro.param("decoder", decoder)
+        with numpyro.plate("data", len(x)):
+            prior = numpyro.distributions.Normal(jnp.zeros(latent), 1.0).to_event(1)
+            z = numpyro.sample("z", prior)
+            likelihood = numpyro.distributions.Bernoulli(logits=decode(weights, z))
+            numpyro.sample("x", likelihood.to_event(EVENT), obs=x)
+
+    def guide(x: Any) -> None:
+        weights = numpyro.param("encoder", encoder)
+        with numpyro.plate("data", len(x)):
+            moments = encode(weights, x)
+            posterior = numpyro.distributions.Normal(moments[:, 0], jnp.exp(moments[:, 1]))
+            numpyro.sample("z", posterior.to_event(1))
+
+    return model, guide, {"encoder": encoder, "decoder": decoder}
 
 
 def _networks(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:

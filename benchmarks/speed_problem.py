@@ -38,6 +38,7 @@ class Problem:
         particles: The samples L per datum.
         sites: How many latent sites of equal size share the latent dimensions.
         device: Where everything is.
+        binarize: Whether pixels are drawn anew from uint8 intensities; else images are float32.
     """
 
     networks: str
@@ -45,6 +46,7 @@ class Problem:
     particles: int = 1
     sites: int = 1
     device: str = "cpu"
+    binarize: bool = True
 
     @property
     def latent(self) -> int:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import JitTraceMeanField_ELBO, TraceMeanField_ELBO
-from speed_hand import binarized
+from speed_hand import pixels
 from speed_problem import LR, Problem, Race
 from torch import Tensor
 
 import pyrovae
 from pyrovae.data import Dataset
 
-__all__ = ["audit", "by_pyro", "by_pyro_jit", "ours", "ours_compiled"]
+__all__ = ["audit", "by_pyro", "by_pyro_jit", "graph_alone", "ours", "ours_compiled"]
 
 
 def by_pyro(problem: Problem, images: Tensor) -> Race:
@@ -49,7 +50,7 @@ def _own_store(problem: Problem, images: Tensor, loss: object) -> Race:
     def run(index: Tensor) -> list[float]:
         store.clear()
         store.set_state(state)
-        losses = [svi.step(binarized(images, rows)) for rows in index]
+        losses = [svi.step(pixels(problem, images, rows)) for rows in index]
         state.update(store.get_state())
         store.clear()
         return losses
@@ -59,18 +60,31 @@ def _own_store(problem: Problem, images: Tensor, loss: object) -> Race:
 
 def ours(problem: Problem, images: Tensor, compile: bool = False) -> Race:
     """``pyrovae.SVI`` with every step through the handlers."""
-    data = Dataset(
-        "images", images.shape[1:], images, None, None,
-        binarize="dynamic", intensities=images, scale=255.0,
-    )  # fmt: skip
-    loss = TraceMeanField_ELBO(**_particles(problem))
-    svi = pyrovae.SVI(*problem.pair(), _adam, loss, compile=compile)
-    return lambda index: torch.stack([svi.update(rows, load=data.rows).loss for rows in index])
+    svi, load = _svi(problem, images, compile)
+    return lambda index: torch.stack([svi.update(rows, load=load).loss for rows in index])
 
 
 def ours_compiled(problem: Problem, images: Tensor) -> Race:
     """``pyrovae.SVI`` with its step captured and compiled, images to updated weights."""
     return ours(problem, images, compile=True)
+
+
+def graph_alone(problem: Problem, images: Tensor) -> Race:
+    """Once there is one, the graph of :func:`ours_compiled` and nothing of what is around it."""
+    svi, load = _svi(problem, images, compile=True)
+
+    def run(index: Tensor) -> Tensor:
+        assert svi.compiled is not None
+        capture = next((each for each in svi.compiled.captures.values() if each), None)
+        if capture is None:
+            return torch.stack([svi.update(rows, load=load).loss for rows in index])
+        capture.update.refresh()
+        counts = capture.update.counts
+        call = capture.graph.bound(counts)
+        with torch.no_grad():
+            return torch.stack([call(counts, (rows,))[0][0] for rows in index])
+
+    return run
 
 
 def audit(problem: Problem, images: Tensor) -> float:
@@ -84,6 +98,14 @@ def audit(problem: Problem, images: Tensor) -> float:
         run(rows).tolist()
         times.append(time.perf_counter() - started)
     return 1e3 * (times[-1] - median(times[-15:-1]))
+
+
+def _svi(problem: Problem, images: Tensor, compile: bool) -> tuple[pyrovae.SVI, Callable]:
+    drawn = {"binarize": "dynamic", "intensities": images, "scale": 255.0}
+    given = drawn if problem.binarize else {}
+    data = Dataset("images", images.shape[1:], images, None, None, **given)
+    loss = TraceMeanField_ELBO(**_particles(problem))
+    return pyrovae.SVI(*problem.pair(), _adam, loss, compile=compile), data.rows
 
 
 def _adam(pair: list[Tensor]) -> torch.optim.Adam:

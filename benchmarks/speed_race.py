@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrovae._tools.seeding import seeded
 
-__all__ = ["compare", "floor_of", "ratio", "synchronize"]
+__all__ = ["check", "compare", "floor_of", "ratio", "synchronize"]
 
 TRAINING = {"cpu": 60, "cuda": 400}
 HEAVY = 8
@@ -38,7 +38,7 @@ def compare(
     found: dict[str, dict] = {name: {} for name in races}
     for name, run in races.items():
         found[name] |= _train(name, run, problem)
-    _check({name: row["loss"] for name, row in found.items() if name != FLOOR})
+    check({name: row["loss"] for name, row in found.items() if name != FLOOR})
     turns: dict[str, list[float]] = {name: [] for name in races}
     for number in range(rounds):
         for name, run in races.items():
@@ -120,7 +120,8 @@ def _timed(run: Race, index: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _check(losses: dict[str, float]) -> None:
+def check(losses: dict[str, float]) -> None:
+    """End where contenders have not come to the same loss."""
     low, high = min(losses.values()), max(losses.values())
     if not high - low <= TOLERANCE * abs(low):
         raise SystemExit(f"Not the same training, nats per datum: {losses}")

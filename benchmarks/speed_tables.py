@@ -31,6 +31,19 @@ RATIOS = {
     "pyrovae, eager / hand-written": ("eager / by hand", "1.15"),
     f"{OURS} / {FLOOR}": ("compiled / products alone", "–"),
 }
+FITTED = {
+    "fit": "`fit`",
+    "NumPyro, jit": "NumPyro, whole epochs",
+    f"{BEST}: step": "by hand, compiled",
+    "Pyro SVI": "Pyro SVI",
+    "fit, eager": "`fit`, eager",
+    OURS: "`SVI.update`",
+    "pyrovae, the graph alone": "its graph alone",
+}
+AIMS = {
+    "NumPyro, jit": "≤ 0.95", f"{BEST}: step": "≤ 0.95",
+    "pyrovae, the graph alone": "≤ 1.05",
+}  # fmt: skip
 SWEPT = ("hand-written", BEST, "Pyro SVI", "pyrovae, eager", OURS)
 
 
@@ -63,6 +76,50 @@ def speed_ratios() -> str:
         return head, [aims, *body]
 
     return _blocks("steps/", block)
+
+
+def speed_fit() -> str:
+    """CPU milliseconds a step of an epoch of ``fit`` beside whatever else trains the same."""
+
+    def row(part: dict) -> list[str]:
+        pixels = "drawn anew" if part["binarize"] else "as they are"
+        found = (part["contenders"].get(name) for name in FITTED)
+        each = ("–" if row is None else f"{row['cpu, ms']:#.3g}" for row in found)
+        return [_size(part), pixels, *each]
+
+    head = ["networks, batch", "pixels", *FITTED.values()]
+    return _by_threads(lambda found: (head, [row(part) for part in found]))
+
+
+def speed_fit_ratios() -> str:
+    """The CPU time of an epoch of ``fit`` over that of each other, and wall-clock times."""
+
+    def row(part: dict) -> list[str]:
+        pixels = "drawn anew" if part["binarize"] else "as they are"
+        wall, cpu = part["ratios"], part["ratios of CPU time"]
+        each = []
+        for name in (f"fit / {other}" for other in others):
+            if name not in cpu:
+                each.append("–")
+                continue
+            middle, low, high = cpu[name]
+            each.append(f"{middle:.2f} ({low:.2f} to {high:.2f}), {wall[name][0]:.2f}")
+        return [_size(part), pixels, *each]
+
+    others = [name for name in FITTED if name != "fit"]
+    head = ["networks, batch", "pixels", *(f"`fit` / {FITTED[name]}" for name in others)]
+    aims = ["aim", "", *(AIMS.get(name, "–") for name in others)]
+    return _by_threads(lambda found: (head, [aims, *(row(part) for part in found)]))
+
+
+def _by_threads(block: Callable[[list[dict]], tuple[list[str], list[list[str]]]]) -> str:
+    """A block for each number of threads with which epochs are timed."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    threads = {n.split("/")[1] for f in results.values() for n in f if n.startswith("fit/")}
+    return "\n\n".join(
+        _blocks(start, lambda f, s=start: block([p for n, p in f.items() if n.startswith(s)]))
+        for start in (f"fit/{each}/" for each in sorted(threads, key=int, reverse=True))
+    )
 
 
 def speed_sweeps() -> str:
@@ -106,6 +163,52 @@ def speed_likelihood() -> str:
     return _blocks("likelihood", block)
 
 
+def speed_rivals() -> str:
+    """Milliseconds of an image's log p(x), by contender, and the ratios to each."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        parts = [p for n, p in found.items() if n.startswith("rivals/")]
+        names = list(parts[0]["contenders"])
+        networks = [n.partition("/")[2] for n in found if n.startswith("rivals/")]
+        head = ["log p(x), K = 5000", *(f"{n}: ms an image (CPU ms)" for n in networks)]
+        head += [f"{n}: time of ours over it (CPU time)" for n in networks]
+        ours = names[0]
+        body = []
+        for name in names:
+            each = [part["contenders"][name] for part in parts]
+            ratios = [part["ratios"].get(f"{ours} / {name}") for part in parts]
+            body.append(
+                [
+                    name,
+                    *(f"{row['ms']:.1f} ({row['cpu, ms']:.1f})" for row in each),
+                    *("–" if r is None else f"{r['wall']:.2f} ({r['cpu']:.2f})" for r in ratios),
+                ]
+            )
+        return head, body
+
+    return _blocks("rivals", block)
+
+
+def speed_precision() -> str:
+    """How far log p(x) moves with the rounding of its products."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        (part,) = (p for n, p in found.items() if n.startswith("precision/"))
+        head = ["factors in", "mean difference", "sd over images", "largest", "on this machine"]
+        body = [
+            [
+                name,
+                f"{row['mean']:+.4f}",
+                *(f"{row[what]:.4f}" for what in ("sd", "largest")),
+                "rounds so" if row["here"] else "refused: no such units",
+            ]
+            for name, row in part["rows"].items()
+        ]
+        return head, body
+
+    return _blocks("precision", block)
+
+
 def speed_start() -> str:
     """Seconds and memory before and during the first steps, and of imports."""
 
@@ -142,7 +245,18 @@ def speed_import() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (speed, speed_ratios, speed_sweeps, speed_likelihood, speed_start, speed_import)
+    for table in (
+        speed,
+        speed_ratios,
+        speed_fit,
+        speed_fit_ratios,
+        speed_sweeps,
+        speed_likelihood,
+        speed_rivals,
+        speed_precision,
+        speed_start,
+        speed_import,
+    )
 }
 
 
