@@ -28,6 +28,7 @@ from pyrovae.training.svi import SVI
 
 if TYPE_CHECKING:
     from pyrovae.estimator import VAE
+    from pyrovae.exporting import export
     from pyrovae.opening import OpenRun, evaluate, load
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "elbo",
     "encode",
     "evaluate",
+    "export",
     "fit",
     "impute",
     "interpolate",
@@ -77,6 +79,7 @@ __all__ = [
 # What stands on packages that not every user needs is imported when it is first asked for.
 _LATER = {
     "VAE": "pyrovae.estimator",
+    "export": "pyrovae.exporting",
     **dict.fromkeys(("OpenRun", "evaluate", "load"), "pyrovae.opening"),
 }
 

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +24,10 @@ from pyrovae._tools.shown import counted, number
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import check
 from pyrovae.data import DATASETS
+from pyrovae.exporting import WHAT, export
+from pyrovae.exporting.formats import FORMATS
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.opening import programs_of, stranger, write_report
+from pyrovae.opening import OpenRun, programs_of, stranger, write_report
 from pyrovae.report.figures import png
 from pyrovae.report.text import summarize
 from pyrovae.runs import Run, experiment
@@ -41,8 +43,9 @@ from pyrovae.runs.config import (
 )
 from pyrovae.runs.evaluate import evaluate
 from pyrovae.runs.programs import KINDS, is_refusal, shipped
+from pyrovae.tracking import trackers
 from pyrovae.training.distributed import Diverged, ProcessLost, World, join
-from pyrovae.training.monitor import Fit, NonFiniteLoss
+from pyrovae.training.monitor import Fit, NonFiniteLoss, OnEpoch
 
 TRUST = "execute the programs of a run that you did not make on this machine"
 # How arguments that are named in advice are spelled here.
@@ -169,7 +172,13 @@ class _Train(RunConfig):
 
     out: str = option("the run directory", "", metavar="DIR", said="required")
     resume: bool = option("go on with the run in DIR", False)
-    tensorboard: bool = option("also write DIR/tensorboard", False)
+    track: str = option(
+        "record every epoch in tensorboard, csv, mlflow or wandb, or several: tensorboard,wandb",
+        "",
+        metavar="NAMES",
+        said="csv",
+    )
+    tensorboard: bool = option("the same as --track tensorboard", False)
     trust: bool = option(TRUST, False)
 
     @classmethod
@@ -193,7 +202,10 @@ def _train(options: _Train, line: str) -> None:
     try:
         with world.in_turn():
             made = experiment.resolve(options, line, run if resumed else None)
-        result = experiment.train(run, made, resume=options.resume, on_epoch=_log(run, options))
+        names = f"{options.track},tensorboard" if options.tensorboard else options.track
+        calls: list[OnEpoch] = [partial(_tell, options.epochs)]
+        calls += trackers(names, run, made.config)
+        result = experiment.train(run, made, resume=options.resume, on_epoch=calls)
     except (KeyboardInterrupt, ProcessLost) as error:
         epochs = len(run.history())
         again = shlex.join([*world.command, "train", "--out", str(run.path), "--resume"])
@@ -215,34 +227,15 @@ def _train(options: _Train, line: str) -> None:
     print(f"The run is in {run.path}; now: {shlex.join(['pyrovae', 'evaluate', str(run.path)])}")
 
 
-def _log(run: Run, options: _Train) -> Callable[[Fit], None]:
-    """Tell of each epoch: a line where output is no terminal, and TensorBoard if asked."""
-    writer: Callable[[], Any] | None = None
-    if options.tensorboard:
-        # Found now, so that a missing package stops the command before it trains, and opened with
-        # the first epoch, when the run's folder is there.
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("--tensorboard needs: pip install tensorboard") from error
-        folder = run.file("tensorboard/x").parent
-        writer = cache(partial(SummaryWriter, folder))
-
-    def tell(result: Fit) -> None:
-        row = result.history[-1]
-        if not sys.stderr.isatty():
-            print(
-                f"epoch {row['epoch']}/{options.epochs}  ELBO {number(row['train_elbo'])} (train)  "
-                f"{number(row['valid_elbo'])} (validation)  {row['seconds']:.1f} s",
-                flush=True,
-            )
-        if writer is not None:
-            for name, value in row.items():
-                if value is not None and name != "epoch":
-                    writer().add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-            writer().flush()
-
-    return tell
+def _tell(epochs: int, result: Fit) -> None:
+    """A line for each epoch where output is no terminal, on which a bar says it."""
+    row = result.history[-1]
+    if not sys.stderr.isatty():
+        print(
+            f"epoch {row['epoch']}/{epochs}  ELBO {number(row['train_elbo'])} (train)  "
+            f"{number(row['valid_elbo'])} (validation)  {row['seconds']:.1f} s",
+            flush=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +349,29 @@ def _sample(options: _Sample, line: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Export(_OnRun):
+    """Write a program of the run's pair that runs without it, checked against the pair."""
+
+    what: str = option("encoder, decoder or log_likelihood", "", choices=WHAT, said="required")
+    format: str = option("pt2 (torch.export), or ONNX", "pt2", choices=tuple(FORMATS))
+    out: str = option("the file", "", metavar="FILE", said="in DIR/exports")
+    samples: int = option("draws of the estimate of log p(x)", 64, metavar="K", least=1)
+
+
+def _export(options: _Export, line: str) -> None:
+    run = options.open()
+    opened = OpenRun(run, options.device, options.data_root, trust=True)
+    path = export(
+        opened,
+        what=options.what,
+        format=options.format,
+        out=options.out or None,
+        samples=options.samples,
+    )
+    print(f"The {options.what} is {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Report(Options):
     """Write DIR/report.html and the figures of its numbers; nothing of the run is executed."""
 
@@ -387,6 +403,7 @@ COMMANDS: dict[str, tuple[type[Options], Callable[[Any, str], int | None]]] = {
     "evaluate": (_Evaluate, _evaluate),
     "compare": (_Compare, _compare),
     "sample": (_Sample, _sample),
+    "export": (_Export, _export),
     "report": (_Report, _report),
     "list": (_List, _list),
 }

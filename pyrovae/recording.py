@@ -31,7 +31,7 @@ from pyrovae.runs.experiment import (
 from pyrovae.runs.programs import KINDS, Program
 from pyrovae.runs.recovered import recover
 from pyrovae.training.distributed import join
-from pyrovae.training.monitor import Fit
+from pyrovae.training.monitor import Fit, callbacks
 
 __all__ = ["record", "save"]
 
@@ -45,7 +45,7 @@ def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
     Raises:
         InputError: If the directory is in use, or holds another training than ``state`` is of.
     """
-    run, known = Run(asked["out"]), asked["on_epoch"]
+    run = Run(asked["out"])
     if run.exists() and asked["state"] is None:
         raise InputError(
             f"{run.path} holds a run: choose another out, or go on with it by "
@@ -59,11 +59,10 @@ def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
         if not made:
             made.append(_experiment(result, run))
         _write(run, made[0], result)
-        if known is not None:
-            known(result)
 
     with run.training() if join().first else nullcontext():
-        result = fit(**asked | {"out": None, "on_epoch": after_epoch})
+        calls = [after_epoch, *callbacks(asked["on_epoch"])]
+        result = fit(**asked | {"out": None, "on_epoch": calls})
         if made:
             _finish(run, made[0], result)
     return result

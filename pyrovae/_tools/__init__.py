@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,24 @@ def require_memory(what: str, like: Tensor, count: int) -> None:
             f"{what} would take {size / 2**30:,.0f} GiB of memory at least, and there are "
             f"{have / 2**30:,.0f}: ask for fewer."
         )
+
+
+def require_package(module: str, what: str, extra: str) -> Any:
+    """A module of a package that not every user has.
+
+    Args:
+        module: Its name.
+        what: What needs it, as the beginning of a sentence.
+        extra: The extra of this package that brings it.
+
+    Raises:
+        InputError: If it is missing.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        raise InputError(f"{what} needs {package}: pip install 'pyrovae[{extra}]'.") from error
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

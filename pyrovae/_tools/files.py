@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,6 +137,15 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"{path} is damaged and was not loaded: {reason}.") from error
+
+
+def table_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows of the same names as a CSV file."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
 
 
 def plain_json(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import ref
 
@@ -12,6 +14,17 @@ from torch import Tensor, nn
 
 # What runs in one piece, by the name under which a compiled step calls it.
 _WHOLE: dict[str, tuple[Callable[..., Tensor], ref[nn.Module]]] = {}
+_UNROLLED = ContextVar("unrolled", default=False)
+
+
+@contextmanager
+def unrolled() -> Iterator[None]:
+    """Run what is called in one piece operator by operator, for a record that leaves Python."""
+    token = _UNROLLED.set(True)
+    try:
+        yield
+    finally:
+        _UNROLLED.reset(token)
 
 
 def whole(run: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -25,6 +38,8 @@ def whole(run: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Ten
         module: The network whose parameters it uses.
         inputs: Floating-point tensors.
     """
+    if _UNROLLED.get():
+        return run(module, *inputs)
     key = f"{run.__module__}.{run.__qualname__} {id(module)}"
     _WHOLE[key] = run, ref(module)
     return _whole([*inputs, *module.parameters()], key, len(inputs))

@@ -61,7 +61,7 @@ class Graph:
         changed: tuple[Tensor, ...] = (),
         copied: int | None = None,
     ) -> None:
-        graph, self.constants = _lift(record(function, args, pair, changed))
+        graph, self.constants = lift(record(function, args, pair, changed))
         self._views: list[Tensor] = []
         self._places: list[int] = []
         self._fixed = False
@@ -116,8 +116,9 @@ def record(
     args: tuple,
     pair: Pair,
     changed: tuple[Tensor, ...] = (),
+    calls: int = 2,
 ) -> GraphModule:
-    """What a function asks of the device; arguments as for :class:`Graph`."""
+    """What a function asks of the device, the same in so many calls; arguments as for Graph."""
     # make_fx sees ATen operations below Pyro and autograd, so that handlers may do what they like
     # in Python. It takes for constants whatever is no tensor: recording twice finds what changes
     # from call to call.
@@ -129,14 +130,14 @@ def record(
             return function(*args)
 
     graphs = []
-    for _ in range(2):
+    for _ in range(calls):
         # Pyro's validation asks whether values are in a support, which reads them back.
         with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
                 graphs.append(make_fx(inside)(*args))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise CaptureError(_reason(error)) from error
-    if graphs[0].code != graphs[1].code:
+    if graphs[0].code != graphs[-1].code:
         raise CaptureError("its trace changes from call to call: sample the same sites each time")
     return graphs[0]
 
@@ -191,7 +192,7 @@ class _Spelled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """Make every tensor that the record refers to an input, each once, before its arguments.
 
     make_fx keeps them as attributes, and Inductor would fold those into its code as constants: a

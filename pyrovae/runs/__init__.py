@@ -10,6 +10,7 @@
 ``evaluation/``           what they found of each datum, by split, and what stopped ones finished
 ``inference_<split>.nc``  posterior draws and predictions of 100 data, for ArviZ
 ``figures/``              PNG pictures
+``exports/``              programs of the pair for other tools
 ``explorer.safetensors``  what the report's latent explorer shows
 ``report.html``           the one-page report
 ========================= =====================================================================
@@ -49,6 +50,7 @@ from pyrovae._tools.files import (
     remove_temporary,
     require_file,
     sealed,
+    table_bytes,
     typed,
     unpack_tensors,
     write_atomic,
@@ -270,11 +272,7 @@ class Run:
 
     def save_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write one row an epoch."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        self.write("metrics.csv", table.getvalue().encode())
+        self.write("metrics.csv", table_bytes(history))
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.csv`` as numbers; empty fields are None."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from pyrovae.runs.config import (
 from pyrovae.runs.programs import KINDS, Program, find_program, shipped, split_spec
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import fit
-from pyrovae.training.monitor import Fit
+from pyrovae.training.monitor import Fit, OnEpoch, callbacks
 
 PROGRAM_STREAM = 1_000_001
 IN_MEMORY = "data in memory"
@@ -161,7 +161,7 @@ def train(
     experiment: Experiment[Config],
     *,
     resume: bool,
-    on_epoch: Callable[[Fit], None],
+    on_epoch: OnEpoch | Sequence[OnEpoch],
 ) -> Fit:
     """Train an experiment into a run directory, with a checkpoint after each epoch.
 
@@ -169,7 +169,7 @@ def train(
         run: Where to; it is created when the first epoch is done.
         experiment: What.
         resume: Go on from the run's checkpoint.
-        on_epoch: Called with the :class:`Fit` after each epoch, when the checkpoint is safe.
+        on_epoch: As for :func:`pyrovae.fit`, called when the epoch's checkpoint is safe.
 
     Raises:
         InputError: If the run is another one, or is being trained by another process.
@@ -179,7 +179,10 @@ def train(
 
 
 def _train(
-    run: Run, experiment: Experiment[Config], resume: bool, on_epoch: Callable[[Fit], None]
+    run: Run,
+    experiment: Experiment[Config],
+    resume: bool,
+    on_epoch: OnEpoch | Sequence[OnEpoch],
 ) -> Fit:
     config, state = experiment.config, None
     if resume and run.exists():
@@ -203,7 +206,6 @@ def _train(
             run.create(config, experiment.files)
         run.save_checkpoint(result.state_dict())
         run.save_metrics(result.history)
-        on_epoch(result)
 
     result = fit(
         experiment.model,
@@ -214,7 +216,7 @@ def _train(
         device=config.device,
         seed=config.seed,
         state=state,
-        on_epoch=after_epoch,
+        on_epoch=[after_epoch, *callbacks(on_epoch)],
     )
     if result.world.first:
         run.save_metrics(result.history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pyrovae.data import Dataset
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
-from pyrovae.training.monitor import Fit, Monitor, recorder
+from pyrovae.training.monitor import Fit, Monitor, OnEpoch, callbacks, entered, recorder
 from pyrovae.training.optimizer import make_optim
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI
@@ -54,7 +54,7 @@ def fit(
     seed: int | None = None,
     state: dict[str, Any] | None = None,
     out: str | Path | None = None,
-    on_epoch: Callable[[Fit], None] | None = None,
+    on_epoch: OnEpoch | Sequence[OnEpoch] | None = None,
     progress: bool = True,
 ) -> Fit:
     r"""Train a pair by stochastic variational inference, in place.
@@ -93,7 +93,9 @@ def fit(
         seed: Seeds every draw; None draws one from torch's global stream.
         state: A :meth:`Fit.state_dict` to go on from.
         out: A run directory to write meanwhile, as ``pyrovae train`` does; see :meth:`Fit.save`.
-        on_epoch: Called with the :class:`Fit` after each epoch, by rank 0 alone.
+        on_epoch: Called with the :class:`Fit` after each epoch, by rank 0 alone; or several of
+            such. One that is a context manager is entered before and left with what ends the
+            training, as those of :mod:`pyrovae.tracking` are.
         progress: Show a bar if standard error is a terminal, on rank 0.
 
     Returns:
@@ -144,7 +146,8 @@ def fit(
     bar = progress_bar(range(first, epochs + 1), enabled=shown, desc="training", unit="epoch")
     if svi.compiled is not None:
         svi.compiled.announce = bar.set_postfix_str
-    with matmul_precision(precision):
+    calls = callbacks(on_epoch) if world.first else []
+    with matmul_precision(precision), entered(calls):
         for epoch in bar:
             if result.exhausted(patience):
                 break
@@ -159,8 +162,8 @@ def fit(
             row["seconds"] = time.perf_counter() - started
             result.record(world.share(row), keep_best=patience is not None)
             bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
-            if on_epoch is not None and world.first:
-                on_epoch(result)
+            for call in calls:
+                call(result)
     svi.trained.show_average()
     if result.best_state is not None:
         svi.pair.load_state_dict(result.best_state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +40,7 @@ UNDIVIDED = (
 # Steps that are taken at once where they are compiled: what callbacks and other threads change is
 # seen after so many at the latest. What is looked at before them takes as long as a small step.
 AT_ONCE = 100
+OnEpoch = Callable[["Fit"], Any]
 
 
 @dataclass(repr=False)
@@ -189,6 +191,23 @@ class Fit(Shown):
         if patience is None or self.best_epoch is None:
             return False
         return len(self.history) - self.best_epoch >= patience
+
+
+def callbacks(on_epoch: OnEpoch | Iterable[OnEpoch] | None) -> list[OnEpoch]:
+    """What is to be called after each epoch, one by one."""
+    if on_epoch is None:
+        return []
+    return [on_epoch] if callable(on_epoch) else [*on_epoch]
+
+
+@contextmanager
+def entered(calls: list[OnEpoch]) -> Iterator[list[OnEpoch]]:
+    """Enter callbacks that are context managers; they are left with what ends the training."""
+    with ExitStack() as stack:
+        for call in calls:
+            if isinstance(call, AbstractContextManager):
+                stack.enter_context(call)
+        yield calls
 
 
 def recorder() -> Any:

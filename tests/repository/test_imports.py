@@ -11,8 +11,8 @@ from graphlib import TopologicalSorter
 from tree import FILES, LIBRARY, PROGRAMS, imported, inner, parsed
 
 HEAVY = {
-    "arviz", "jinja2", "markupsafe", "matplotlib", "pandas", "sklearn", "tensorboard",
-    "torchvision", "tqdm",
+    "arviz", "jinja2", "markupsafe", "matplotlib", "mlflow", "onnx", "onnxruntime", "onnxscript",
+    "pandas", "sklearn", "tensorboard", "torchvision", "tqdm", "wandb",
 }  # fmt: skip
 # What is itself imported where it is used, and the package that it stands on.
 LATER = {("estimator", "sklearn")}
@@ -30,7 +30,8 @@ FLOORS = [
     {"diagnostics", "inference_data"},
     {"runs"},
     {"report", "estimator"},
-    {"opening", "recording"},
+    {"opening", "recording", "tracking"},
+    {"exporting"},
     {"__init__", "cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

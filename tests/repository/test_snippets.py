@@ -22,6 +22,7 @@ ELSEWHERE = {
     "README.md": "test_readme.py",
     "arviz.md": "test_inference_data.py",
     "diagnostics.md": "test_diagnostics_docs.py",
+    "export.md": "test_exporting.py",
     "objectives.md": "test_objectives_docs.py",
     "python.md": "test_python_page.py",
     "sequences.md": "test_sequence.py",

@@ -14,6 +14,7 @@ SHORT = ("--samples", "2", "--no-diagnostics")
 COMMANDS = {
     "evaluate": ("evaluate", "run", *SHORT),
     "sample": ("sample", "run", "-n", "4"),
+    "export": ("export", "run", "--what", "decoder"),
     "resume": ("train", "--out", "run", "--resume", "--epochs", "3"),
 }
 

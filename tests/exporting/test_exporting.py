@@ -1,0 +1,206 @@
+"""Exported programs run without this package and give what the pair gives, or are refused."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from commands import TRAIN, run
+from pyro.nn import PyroModule
+from structures import MAKE
+from torch import nn
+
+import one_layer
+import pyrovae
+from pyrovae._tools import InputError
+from pyrovae.exporting import formats
+from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
+from pyrovae.models.linear_gaussian import LinearGaussian
+
+ENTRY = "pyrovae.json"
+
+
+def opened(path):
+    """A file's program and its metadata, read with torch alone."""
+    extra = {ENTRY: ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    return program, json.loads(extra[ENTRY])
+
+
+@pytest.fixture
+def linear():
+    """A pair whose posterior and log p(x) are known, and data of another size than was traced."""
+    model, guide = LinearGaussian((4,), 2), ExactGuide((4,), 2)
+    return model, guide, torch.randn(7, 4)
+
+
+def test_an_encoder_and_a_decoder_give_the_moments_of_the_pair(linear, tmp_path):
+    model, guide, x = linear
+    encoder, told = opened(pyrovae.export(*linear, what="encoder", out=tmp_path / "e.pt2"))
+    z = pyrovae.encode(guide, x)["z"]
+    found = encoder(x)
+    torch.testing.assert_close(found["z_mean"], z)
+    assert found["z_sd"].shape == z.shape
+    assert [each["name"] for each in told["inputs"]] == ["x"]
+    assert told["event_shape"] == [4]
+    assert told["latents"] == {"z": [2]}
+    decoder, told = opened(pyrovae.export(*linear, what="decoder", out=tmp_path / "d.pt2"))
+    torch.testing.assert_close(decoder(z)["x_mean"], pyrovae.decode(model, {"z": z}, like=x))
+    assert [each["shape"] for each in told["outputs"]] == [["batch", 4], ["batch", 4]]
+    assert told["programs"] == {"model": "LinearGaussian", "guide": "LinearGaussian"}
+    assert torch.__version__.startswith(told["versions"]["torch"])
+
+
+def test_log_p_in_onnxruntime_agrees_within_its_error_with_the_exact_value(tmp_path):
+    import onnxruntime
+
+    model, guide = LinearGaussian((4,), 2), one_layer.build("guides", "mean_field", (4,), latent=2)
+    x, n, k = torch.randn(7, 4), 100, 50
+    path = pyrovae.export(
+        model, guide, x, what="log_likelihood", format="onnx", samples=k, out=tmp_path / "l.onnx"
+    )
+    session = onnxruntime.InferenceSession(path.read_bytes())
+    told = json.loads(session.get_modelmeta().custom_metadata_map[ENTRY])
+    assert [each.name for each in session.get_inputs()] == ["x", "noise"]
+    assert [each["shape"] for each in told["inputs"]] == [["batch", 4], ["batch", k, 2]]
+    assert "nats per datum" in told["outputs"][0]["meaning"]
+    given = {"x": x.repeat(n, 1).numpy(), "noise": torch.randn(7 * n, k, 2).numpy()}
+    logs, stated = (torch.from_numpy(each).reshape(n, 7) for each in session.run(None, given))
+    # The mean weight of many batches is that of as many more draws.
+    weights = (logs - logs.amax(0)).exp()
+    error = weights.std(0) / weights.mean(0) / n**0.5
+    found = logs.amax(0) + weights.mean(0).log()
+    assert bool(((found - model.log_prob(x)).abs() < 4 * error).all())
+    # The stated errors are those by which the batches differ.
+    ratio = stated.square().mean(0).sqrt() / weights.std(0) * weights.mean(0)
+    assert bool(((ratio > 0.5) & (ratio < 2)).all())
+
+
+def test_a_latent_below_others_is_conditioned_on_draws_from_the_noise(tmp_path):
+    model, guide, (x,) = MAKE["two_layer"]()
+    program, told = opened(pyrovae.export(model, guide, x, what="encoder", out=tmp_path / "e.pt2"))
+    assert [each["name"] for each in told["inputs"]] == ["x", "noise"]
+    found = program(x, torch.zeros(len(x), *told["inputs"][1]["shape"][1:]))
+    loc, log_scale = guide.encoder_top(found["z1_mean"]).unbind(-2)
+    torch.testing.assert_close(found["z2_mean"], loc)
+    torch.testing.assert_close(found["z2_sd"], log_scale.exp())
+
+
+def test_what_onnx_lacks_is_spelled_out_exactly():
+    aten = torch.ops.aten
+    x = torch.cat([torch.logspace(-4, 4, 500), torch.arange(1, 40.0)])
+    exact = torch.lgamma(x.double())
+    off = (formats.SPELLED[aten.lgamma.default](x) - exact).abs() / exact.abs().clamp(min=1)
+    assert off.max() < 5e-6  # float32, against a tolerance of 1e-4
+    a, b = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    whole = a @ a.mT + torch.eye(4)
+    for upper in (False, True):
+        factor = torch.linalg.cholesky(whole, upper=upper)
+        found, _ = formats.SPELLED[aten.linalg_cholesky_ex.default](whole, upper=upper)
+        torch.testing.assert_close(found, factor)
+        for how in ({}, {"left": False}, {"unitriangular": True}):
+            expected = torch.linalg.solve_triangular(factor, b, upper=upper, **how)
+            solve = formats.SPELLED[aten.linalg_solve_triangular.default]
+            torch.testing.assert_close(solve(factor, b, upper=upper, **how), expected)
+
+
+class Lonely(PyroModule):
+    """A guide that encodes a single datum otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc = self.net(x) if len(x) > 1 else 2 * self.net(x)
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+class Positive(PyroModule):
+    """A guide that draws from gamma distributions."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Gamma(self.net(x).exp(), 1.0).to_event(1))
+
+
+def gamma_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Gamma(torch.ones(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), torch.ones(4)).to_event(1), obs=x)
+
+
+def reading(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        before = torch.nn.functional.pad(x, (1, -1))
+        pyro.sample("x", dist.Normal(before + z[..., :1], 1.0).to_event(1), obs=x)
+
+
+def looking(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = 1.0 + z.abs().sum().item()
+        pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), scale * torch.ones(4)).to_event(1),
+                    obs=x)  # fmt: skip
+
+
+def guide_of(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x[..., :2], 1.0).to_event(1))
+
+
+REFUSED = {
+    "other": (LinearGaussian, Lonely, "encoder", "'z_mean' differs from the pair's own for 1 data"),
+    "gamma": (gamma_model, Positive, "log_likelihood", "_standard_gamma, which is no function"),
+    "reads": (reading, guide_of, "decoder", "its likelihood reads the x that it observes"),
+    "item": (looking, guide_of, "decoder", "reads a value back"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exported_is_refused_with_the_reason(name, tmp_path):
+    model, guide, what, reason = REFUSED[name]
+    model = model((4,), 2) if isinstance(model, type) else model
+    guide = guide() if isinstance(guide, type) else guide
+    with pytest.raises(
+        InputError, match=f"^The {what} of this pair cannot be exported: .*{reason}"
+    ):
+        pyrovae.export(model, guide, torch.randn(6, 4), what=what, out=tmp_path / "x.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_the_extra(linear, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"needs onnxruntime: pip install 'pyrovae\[export\]'"):
+        pyrovae.export(*linear, what="encoder", format="onnx", out=tmp_path / "x.onnx")
+
+
+def test_a_run_is_exported_as_its_page_says(repository, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    page = (repository / "docs" / "export.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"```sh\n(.*?)\n```", page)
+    assert run(*TRAIN, "--out", "runs/digits") == 0
+    assert run(*shlex.split(command)[1:]) == 0
+    assert "The encoder is runs/digits/exports/encoder.pt2" in capsys.readouterr().out
+    program, told = opened(Path("runs/digits/exports/encoder.pt2"))
+    opened_run = pyrovae.load("runs/digits")
+    x = opened_run.data.test[:9]
+    torch.testing.assert_close(program(x)["z_mean"], pyrovae.encode(opened_run.guide, x)["z"])
+    assert told["preprocessing"] == {"scaling": "/ 16", "binarize": "dynamic"}
+    assert told["run"]["identity"] == opened_run.config.identity
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["x"].shape == (8, 1, 8, 8)
