@@ -107,3 +107,19 @@ def test_numbers_of_rows_are_joined_a_part_at_a_time(file):
     next(parts)
     assert len(taken) <= 3
     assert len([*parts]) > 3
+
+
+def test_rows_are_read_from_a_range_of_the_file_at_a_time(file, monkeypatch):
+    """However much the system maps around each row, it is no more than that range."""
+    x, spans = torch.from_numpy(np.load(file)), []
+
+    class Source:
+        def index_select(self, dim, part):
+            spans.append(int(part.max() - part.min() + 1) * 24)
+            return x.index_select(dim, part)
+
+    monkeypatch.setattr("pyrovae.data.disk.mapped", lambda array: Source())
+    disk, index = Disk(np.load(file, mmap_mode="r"), SMALL), torch.randint(400, (300,))
+    assert torch.equal(disk.read(index), x[index])
+    assert max(spans) <= disk.memory // 4
+    assert len(spans) == 5
