@@ -3,13 +3,15 @@
     python benchmarks/imputation.py [--parts exact cancer flchain] [--seeds 5] [--epochs 200]
 
 Parts that are done are kept in benchmarks/results/imputation.json; a part that is run again is
-replaced. The table of mixed columns, flchain.arff, is looked for in --tables.
+replaced. The table of mixed columns, flchain.arff, is looked for in --tables, by default the folder
+tables/ of PYROVAE_DATA.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -38,11 +40,11 @@ RIVALS = {
     "KNNImputer": lambda seed: KNNImputer(),
     "mean": lambda seed: SimpleImputer(),
 }
+HIDDEN = 0.15
 KINDS = {
     "kappa": "positive",
     "lambda": "positive",
     "creatinine": "positive",
-    "futime": "count",
     "sample.yr": "ordinal",
     "flc.grp": "ordinal",
 }
@@ -52,8 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", nargs="+", default=["exact", "cancer", "flchain"])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", default=["file", "stated"], help="of flchain")
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--tables", type=Path, default=Path("../shared/data/tables"))
+    folder = Path(os.environ.get("PYROVAE_DATA", ".")) / "tables"
+    parser.add_argument("--tables", type=Path, default=folder)
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for part in options.parts:
@@ -112,34 +116,100 @@ def error(filled, x, mask) -> float:
 def flchain(options):
     """11 mixed columns, 7,874 rows with gaps: log p(x) of what is observed, and hidden cells.
 
-    A tenth of the observed cells of the test rows are hidden; rivals see codes as numbers, and
-    round what they find.
+    Of the observed cells of the test rows 15% are hidden, a seed being that of the cells, the
+    weights and the noise; all learn from the training rows as they are. The kinds of the columns
+    are those of the file's types, or as many as KINDS says. The epoch is chosen on the validation
+    rows. Rivals get numbers that are standardized by the training rows. KNNImputer gets a number
+    for each category; so does IterativeImputer for categories without an order, and codes for
+    others, as it would learn that the numbers of one column add up to 1, and change none.
     """
-    data = pyrovae.load_data(options.tables / "flchain.arff", missing="mask", columns=KINDS)
-    pyro.set_rng_seed(0)
-    pair = Table(data.shape, data.columns), TableGuide(data.shape, data.columns)
-    epochs = max(1, options.epochs // 5)
-    start = time.process_time()
-    pyrovae.fit(*pair, data, epochs=epochs, batch_size=256, lr=3e-3, seed=0, compile=False)
-    seconds = time.process_time() - start
-    x, mask = data.split("test")
-    ll = pyrovae.log_likelihood(*pair, x, mask, num_samples=500, seed=0)
-    hidden = mask & (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.1)
-    holes = torch.where(mask & ~hidden, x, torch.nan)
-    ways = {"pyrovae": pyrovae.impute(*pair, holes, num_samples=500, seed=0).filled}
-    train = torch.where(data.context.train[0], data.train, torch.nan).double().numpy()
-    for name, make in RIVALS.items():
-        ways[name] = torch.tensor(make(0).fit(train).transform(holes.double().numpy()))
-    scores = {name: _cells(filled, x, hidden, data.columns) for name, filled in ways.items()}
-    yield {
-        "epochs": epochs,
-        "seconds": seconds,
-        "log p(x observed)": ll.mean,
-        "±": ll.mean_standard_error,
-        "± over data": ll.data_standard_error,
-        "k-hat > 0.7": (ll.khat > 0.7).double().mean().item(),
-        "cells": scores,
+    rows, told = [], {}
+    for kinds in [{"file": {}, "stated": KINDS}[name] for name in options.kinds]:
+        data = pyrovae.load_data(options.tables / "flchain.arff", missing="mask", columns=kinds)
+        x, mask = data.split("test")
+        kind_of = {column.name: column.kind for column in data.columns}
+        told["kinds_stated" if kinds else "kinds_of_file"] = kind_of
+        for seed in range(options.seeds):
+            hidden = mask & (torch.rand(x.shape, generator=_stream(seed)) < HIDDEN)
+            holes = torch.where(mask & ~hidden, x, torch.nan)
+            pyro.set_rng_seed(seed)
+            pair = Table(data.shape, data.columns), TableGuide(data.shape, data.columns)
+            start = time.process_time()
+            fit = pyrovae.fit(
+                *pair, data, objective="iwae", particles=10, epochs=options.epochs, batch_size=128,
+                lr=2e-3, schedule="cosine", lr_warm_up=1, patience=options.epochs,
+                valid_samples=10, seed=seed, compile=False,
+            )  # fmt: skip
+            row = {"kinds": "stated" if kinds else "from the file", "seed": seed}
+            row |= {"epochs": len(fit.history), "seconds": time.process_time() - start}
+            ll = pyrovae.log_likelihood(*pair, x, mask, num_samples=1000, seed=seed)
+            row |= {"log p": ll.mean, "±": ll.mean_standard_error}
+            row |= {"± over data": ll.data_standard_error}
+            row["k-hat > 0.7"] = (ll.khat > 0.7).double().mean().item()
+            found = pyrovae.impute(*pair, holes, num_samples=1000, seed=seed)
+            ways = {"pyrovae": found.filled} | ({} if kinds else _rivals(data, holes, seed))
+            row["cells"] = {
+                name: _cells(filled, x, hidden, data.columns) for name, filled in ways.items()
+            }
+            rows.append(row)
+            sizes = {"train": len(data.train), "test": len(x), "hidden": HIDDEN}
+            yield {**sizes, **told, "rows": rows}
+
+
+def _rivals(data, holes, seed) -> dict[str, torch.Tensor]:
+    """What others find in the holes ``[N, D]`` of test rows."""
+    ordered = {name for name, kind in KINDS.items() if kind == "ordinal"}
+    coded = {c.name for c in data.columns if c.kind == "binary" or c.name in ordered}
+    found = {
+        "IterativeImputer": _filled(RIVALS["IterativeImputer"](seed), data, holes, coded),
+        "KNNImputer": _filled(RIVALS["KNNImputer"](seed), data, holes, set()),
     }
+    return found | {"mean": _middles(data, holes)}
+
+
+def _stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _units(x, data, coded) -> np.ndarray:
+    """Numbers standardized, and one for each category of a column that is not coded; NaN stays."""
+    parts = []
+    for j, column in enumerate(data.columns):
+        value = x[:, j, None].double().numpy()
+        if column.categories and column.name not in coded:
+            codes = np.arange(len(column.categories))
+            parts.append(np.where(np.isnan(value), np.nan, value == codes))
+        else:
+            parts.append((value - column.loc) / column.scale)
+    return np.concatenate(parts, 1)
+
+
+def _filled(imputer, data, holes, coded) -> torch.Tensor:
+    """What an imputer finds, as numbers of the file and codes of the likeliest categories."""
+    train = torch.where(data.context.train[0], data.train, torch.nan)
+    found = imputer.fit(_units(train, data, coded)).transform(_units(holes, data, coded))
+    columns, start = [], 0
+    for column in data.columns:
+        width = 1 if column.name in coded else max(1, len(column.categories))
+        part = found[:, start : start + width]
+        start += width
+        if column.name in coded:
+            columns.append(part[:, 0].round().clip(0, len(column.categories) - 1))
+        elif column.categories:
+            columns.append(part.argmax(1))
+        else:
+            columns.append(part[:, 0] * column.scale + column.loc)
+    return torch.tensor(np.stack(columns, 1))
+
+
+def _middles(data, holes) -> torch.Tensor:
+    """The mean of each number, and the most frequent category."""
+    filled = holes.double().clone()
+    for j, column in enumerate(data.columns):
+        seen = data.train[data.context.train[0][:, j], j].double()
+        middle = seen.mode().values if column.categories else seen.mean()
+        filled[:, j] = torch.where(filled[:, j].isnan(), middle, filled[:, j])
+    return filled
 
 
 def _cells(filled, x, hidden, columns) -> dict[str, float]:
@@ -151,8 +221,9 @@ def _cells(filled, x, hidden, columns) -> dict[str, float]:
         if column.categories:
             found[column.name] = (one.round() != other).double().mean().item()
         else:
+            # Over that of the same cells, so that 1 is what their own mean would have.
             rms = (one - other).square().mean().sqrt()
-            found[column.name] = (rms / x[:, j].double().std()).item()
+            found[column.name] = (rms / other.std(correction=0)).item()
     return found
 
 
