@@ -33,6 +33,10 @@ class MLP(nn.Module):
         activation: The name of a :mod:`torch.nn` activation (``"ReLU"``), or a class; "GLU" gates
             every hidden layer, h · sigmoid(g) with h and g affine, of the widths as given.
         gated: The same as ``activation="GLU"``.
+        blocks: The number of residual blocks after each hidden layer, each
+            :math:`h + W_2 a(W_1 h + b_1) + b_2` of the layer's width (arXiv 1603.05027).
+        batch_norm: Normalize what each activation is given, over all leading dimensions together
+            in training, and by running statistics in evaluation (arXiv 1502.03167).
 
     Raises:
         ValueError: If a width is not positive, or there is no such activation.
@@ -49,6 +53,8 @@ class MLP(nn.Module):
         hidden: int | Sequence[int] = (400,),
         activation: str | type[nn.Module] = "ReLU",
         gated: bool = False,
+        blocks: int = 0,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_shape, self.out_shape = _shape(in_shape), _shape(out_shape)
@@ -58,9 +64,17 @@ class MLP(nn.Module):
         activation = _activation("GLU" if gated else activation)
         # torch.nn.GLU halves the last dimension.
         doubled = 2 if activation is nn.GLU else 1
+
+        def hidden_layer(fan_in: int, width: int) -> list[nn.Module]:
+            # Before a normalization a bias does nothing, and its gradient is rounding alone.
+            affine = nn.Linear(fan_in, doubled * width, bias=not batch_norm)
+            return [affine, *([_RowNorm(doubled * width)] if batch_norm else []), activation()]
+
         layers: list[nn.Module] = []
         for fan_in, width in pairwise(widths[:-1]):
-            layers += [nn.Linear(fan_in, doubled * width), activation()]
+            layers += hidden_layer(fan_in, width)
+            for _ in range(blocks):
+                layers.append(_Sum(*hidden_layer(width, width), nn.Linear(width, width)))
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
     @property
@@ -112,7 +126,7 @@ class ConvEncoder(nn.Module):
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
             layers.append(nn.Conv2d(before[0], after[0], 4, 2, 1))
-            layers += [_Residual(after[0], activation) for _ in range(blocks)]
+            layers += [_residual(after[0], activation) for _ in range(blocks)]
             layers.append(_activation(activation)())
         self.layers = nn.Sequential(*layers)
         self.head = MLP(last, out_shape, hidden, activation)
@@ -164,7 +178,7 @@ class ConvDecoder(nn.Module):
         for before, after in pairwise(sizes):
             odd = after[1] % 2, after[2] % 2
             conv = nn.ConvTranspose2d(before[0], after[0], 4, 2, 1, output_padding=odd)
-            layers += [_Residual(before[0], activation) for _ in range(blocks)]
+            layers += [_residual(before[0], activation) for _ in range(blocks)]
             layers += [_activation(activation)(), conv]
         self.layers = nn.Sequential(*layers)
 
@@ -226,17 +240,29 @@ def lasting(mask: Tensor) -> Tensor:
     return mask.any(-1).flip(-1).cumsum(-1).flip(-1) > 0
 
 
-class _Residual(nn.Module):
-    """h + W₂ a(W₁ a(h)): the sum itself is not bent, so that gradients pass through it whole."""
+class _RowNorm(nn.BatchNorm1d):
+    """Batch normalization of ``[..., D]``, particles and data alike."""
 
-    def __init__(self, width: int, activation: str | type[nn.Module]) -> None:
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.reshape(-1, h.shape[-1])).reshape(h.shape)
+
+
+class _Sum(nn.Module):
+    """h + f(h): the sum itself is not bent, so that gradients pass through it whole."""
+
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        bend = _activation(activation)
-        convolutions = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.layers = nn.Sequential(*(part for conv in convolutions for part in (bend(), conv)))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.layers(h)
+
+
+def _residual(width: int, activation: str | type[nn.Module]) -> _Sum:
+    """h + W₂ a(W₁ a(h)), of 3x3 convolutions."""
+    bend = _activation(activation)
+    convolutions = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+    return _Sum(*(part for conv in convolutions for part in (bend(), conv)))
 
 
 def _image_sizes(shape: torch.Size, channels: Sequence[int]) -> list[tuple[int, int, int]]:

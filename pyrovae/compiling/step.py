@@ -162,6 +162,8 @@ class CompiledSteps:
         self._seen: dict[Hashable, int] = {}
         self._said: set[str] = set()
         self._records_updates = self._takes_numbers = True
+        # Why the optimizer steps eagerly beside a compiled gradient.
+        self._unrecorded: str | None = None
 
     def __call__(
         self, args: tuple, kwargs: dict[str, Any], load: Callable | None, update: bool, number: int
@@ -177,10 +179,9 @@ class CompiledSteps:
             return None
         if not self.trained.named:
             return None
-        update = update and self._can_update()
-        if update and not any(self.trained.optimizer.state.values()):
-            # Optimizers make their state in their first step, which therefore is an eager one: a
-            # captured step writes to tensors that are there.
+        wanted, update = update, update and self._can_update()
+        if update and not Update.is_ready(self.trained.optimizer):
+            # The first step is an eager one: a captured step writes to tensors that are there.
             return None
         leaves = [p for p in self.trained.named.values() if p.requires_grad]
         key: _Key | None = None
@@ -196,6 +197,8 @@ class CompiledSteps:
                 return None
             captured = self.captures[key]
             step = None if captured is None else captured(call, number)
+            if wanted and not update and step is not None:
+                self._warn(self._unrecorded)
         except CaptureError as error:
             if key in self.captures:
                 self.captures[key] = None
@@ -233,10 +236,17 @@ class CompiledSteps:
 
     def _can_update(self) -> bool:
         """Whether a graph may have the update of the parameters."""
-        # A gradient that waits to be added to would be lost in a graph that has it.
-        if not (self._records_updates and Update.can_record(self.trained.optimizer)):
+        optimizer = self.trained.optimizer
+        if not (self._records_updates and Update.can_record(optimizer)):
+            if self._records_updates:
+                self._step_eagerly("it has hooks, or is not one of torch's that can be compiled")
             return False
+        # A gradient that waits to be added to would be lost in a graph that has it.
         return all(p.grad is None for p in self.trained.named.values())
+
+    def _step_eagerly(self, why: str) -> None:
+        name = type(self.trained.optimizer).__name__
+        self._unrecorded = f"{name} steps eagerly beside a compiled loss and gradient: {why}."
 
     def _moves_in_place(self) -> bool:
         """Whether what an objective does before a step is known to change tensors alone."""
@@ -291,6 +301,7 @@ class CompiledSteps:
             if isinstance(error.__cause__, UpdateError):
                 # Loss and gradients may be captured still, without the update.
                 self._records_updates = False
+                self._step_eagerly(str(error))
             elif not (call.has_numbers and self._takes_numbers):
                 raise
             else:
@@ -556,7 +567,9 @@ class Capture:
             self.update(found.gradients)
             for old, one, other in zip(before, after, self.update.changed, strict=False):
                 what = f"the update of a tensor of shape {list(old.shape)}"
-                compare(what, one - old, other.detach() - old, 1e-6 * old.abs().max())
+                expected, slack = other.detach() - old, self.update.slack(other)
+                slack = slack * expected.abs().max() + 1e-6 * old.abs().max()
+                compare(what, one - old, expected, slack)
 
     def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         pairs = zip(self.leaves, gradients, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,14 +12,19 @@ from torch.optim import Optimizer
 
 from pyrovae.compiling.graph import CaptureError
 from pyrovae.compiling.reads import VALUES, Same, Watch
+from pyrovae.optim import parts_of
 
 # Those that torch can step without reading a value back: they have the option ``capturable``, or
-# (Adagrad) need none. SGD has neither, nor a state to begin with.
+# (Adagrad) need none. RULES has others.
 RECORDABLE = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop")
 # The fused kernels are one opaque operator, which the compiler cannot fuse with the gradients.
 WHILE_RECORDED = {"capturable": True, "foreach": True, "fused": False, "differentiable": False}
-# What is an input of the update and may change from step to step, of Adam's own and of any.
-OF_ADAM, OF_ANY = ("lr", "betas", "eps", "weight_decay"), ("lr",)
+# What is an input of any update and may change from step to step.
+OF_ANY = ("lr",)
+# Options without which an update is another one.
+LEFT_OUT = {"weight_decay": "whether there is a decay", "momentum": "whether there is a momentum"}
+# By so much Muon's update may differ where clipping rounds a gradient otherwise.
+TURNED = 0.1
 # An option that had so many values is on the move.
 MOVES_AFTER = 3
 
@@ -41,8 +46,9 @@ class Update:
     """Clips gradients, steps a torch optimizer and averages, in a form that a tracer can record.
 
     The optimizer has stepped before. Its learning rate is an input, so that a schedule may change
-    it between calls, and so are all numbers of plain Adam, which is written out: a compiler would
-    raise β to the power of the step's count once for every weight, where a CPU has the count.
+    it between calls, and so are the numbers of those that are written out here: a compiler would
+    raise Adam's β to the power of the step's count once for every weight, where a CPU has the
+    count, and SGD, ASGD and Muon read values back.
     """
 
     def __init__(
@@ -60,27 +66,43 @@ class Update:
         self._step = getattr(step, "__wrapped__", step)
         held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         if any(id(leaf) not in held for leaf in leaves):
-            cause = UpdateError("the optimizer steps some of the parameters alone")
-            raise CaptureError(str(cause)) from cause
+            raise _refused("it steps some of the parameters alone")
         self._groups = [held[id(leaf)] for leaf in leaves]
-        self._own = is_plain_adam(optimizer) and all(
-            leaf in optimizer.state and optimizer.state[leaf]["step"].device == leaf.device
-            for leaf in leaves
+        # No schedule is to warn that it steps first (torch 2.14).
+        vars(optimizer)["_opt_called"] = True
+        self._rules = rules(optimizer)
+        self._adam = [i for i, g in enumerate(self._groups) if self._rules[g] is ADAM]
+        steps = [optimizer.state.get(leaves[i], {}).get("step") for i in self._adam]
+        self._own = None not in self._rules and all(
+            step is not None and step.device == leaves[i].device
+            for i, step in zip(self._adam, steps, strict=True)
         )
+        if not (self._own or _is_torchs(optimizer)):
+            raise _refused("it has no state of some parameters, or keeps it elsewhere")
         # One row a group: its numbers, as the record reads them; and what they were made from.
         self._numbers = torch.zeros(len(groups), len(_numbers_of(groups[0])), device=device)
         self._made_from: list = []
         # One row a leaf, where its count of steps can be read: as :func:`_debiased` has it.
-        counted = self._own and device.type == "cpu"
+        counted = self._own and self._adam and device.type == "cpu"
         self.counts = torch.zeros(len(leaves), 2) if counted else None
 
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
         """Whether an optimizer's step is a function of tensors alone."""
         # A hook would run once, while recording. torch has no public way to ask for them.
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        ours = type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
-        return ours and type(optimizer).__name__ in RECORDABLE and not hooks
+        for each in (optimizer, *parts_of(optimizer)):
+            if each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks:
+                return False
+        return _is_torchs(optimizer) or None not in rules(optimizer)
+
+    @staticmethod
+    def is_ready(optimizer: Optimizer) -> bool:
+        """Whether an optimizer has made its state, which it does in its first step, or has none."""
+        bare = all(
+            type(part) is torch.optim.SGD and not any(g["momentum"] for g in part.param_groups)
+            for part in parts_of(optimizer)
+        )
+        return bare or any(optimizer.state.values())
 
     @property
     def changed(self) -> tuple[Tensor, ...]:
@@ -89,10 +111,18 @@ class Update:
         averages = [] if self.average is None else self.average.of.values()
         return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)), *averages)
 
+    def slack(self, leaf: Tensor) -> float:
+        """The share of its largest entry by which a leaf's update may be off beside rounding."""
+        turned = {id(own) for own, g in self._grouped() if self._rules[g] is MUON}
+        return TURNED if id(leaf) in turned else 0.0
+
+    def _grouped(self) -> Iterator[tuple[Tensor, int]]:
+        return zip(self.leaves, self._groups, strict=True)
+
     def refresh(self) -> None:
         """Bring what the record reads up to the optimizer's numbers and counts of steps."""
         groups = self.optimizer.param_groups
-        now = [[group.get(name) for name in OF_ADAM] for group in groups]
+        now = [[group.get(name) for name in NUMBERS] for group in groups]
         if now != self._made_from or any(isinstance(group["lr"], Tensor) for group in groups):
             self._numbers.copy_(torch.tensor([_numbers_of(group) for group in groups]))
             self._made_from = now
@@ -101,13 +131,14 @@ class Update:
 
     def ahead(self, steps: int) -> list[Tensor]:
         """What ``counts`` have to be in each of the next steps."""
-        counts = torch.stack([self.optimizer.state[leaf]["step"] for leaf in self.leaves]).tolist()
-        keys = list(zip(self._groups, counts, strict=True))
-        groups, rows = self.optimizer.param_groups, []
-        for taken in range(1, steps + 1):
-            found = {key: _debiased(groups[key[0]], key[1] + taken) for key in set(keys)}
-            rows.append([found[key] for key in keys])
-        return [*torch.tensor(rows, dtype=self._numbers.dtype).unbind()]
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        counts = torch.stack([state[self.leaves[i]]["step"] for i in self._adam]).tolist()
+        keys = [(self._groups[i], n) for i, n in zip(self._adam, counts, strict=True)]
+        rows = torch.zeros(steps, len(self.leaves), 2, dtype=self._numbers.dtype)
+        for taken in range(steps):
+            found = {key: _debiased(groups[key[0]], key[1] + taken + 1) for key in set(keys)}
+            rows[taken, self._adam] = torch.tensor([found[key] for key in keys], dtype=rows.dtype)
+        return [*rows.unbind()]
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Step on some gradients, which may be clipped in place."""
@@ -116,7 +147,10 @@ class Update:
     def record(self, gradients: Sequence[Tensor | None]) -> None:
         """Step by functions of tensors, which a tracer can record, or raise UpdateError."""
         if self._own:
-            return self._apply(gradients, self._adam)
+            try:
+                return self._apply(gradients, self._written)
+            except ImportError as error:
+                raise UpdateError(str(error)) from error
         groups = self.optimizer.param_groups
         before = [dict(group) for group in groups]
         # While torch.compiler.is_compiling(), optimizers leave their counts and rates as tensors
@@ -150,43 +184,164 @@ class Update:
             for leaf in self.leaves:
                 leaf.grad = None
 
-    def _adam(self) -> None:
-        """Adam's update from numbers that are tensors."""
-        rows = zip(self.leaves, self._groups, strict=True)
-        for index, (leaf, group) in enumerate(rows):
-            if leaf.grad is None:
+    def _written(self) -> None:
+        """The updates of RULES, from numbers that are tensors."""
+        for index, (leaf, group) in enumerate(self._grouped()):
+            rule, gradient = self._rules[group], leaf.grad
+            if gradient is None or rule is None:
                 continue
-            options, state = self.optimizer.param_groups[group], self.optimizer.state[leaf]
-            rate, left, first, fresh, second, freshest, eps, decay = self._numbers[group].unbind()
-            state["step"].add_(1)
-            if self.counts is None:
-                rate = rate / (1 - first ** state["step"])
-                spread = (1 - second ** state["step"]).rsqrt()
-            else:
-                rate, spread = self.counts[index].unbind()
-            gradient = leaf.grad
-            if options.get("decoupled_weight_decay", False):
-                leaf.mul_(left)
-            elif options["weight_decay"]:
-                gradient = gradient + decay * leaf
-            mean, square = state["exp_avg"], state["exp_avg_sq"]
-            mean.add_((gradient - mean) * fresh)
-            square.mul_(second).add_(freshest * gradient * gradient)
-            leaf.sub_(rate * mean / (square.sqrt() * spread + eps))
+            options, state = self.optimizer.param_groups[group], self.optimizer.state.get(leaf, {})
+            if rule.needs(options) and rule.needs(options) not in state:
+                raise UpdateError("it has no state of some parameters")
+            count = None if self.counts is None else self.counts[index]
+            rule.step(leaf, gradient, options, state, self._numbers[group], count)
 
 
-def is_plain_adam(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is torch's Adam without a variant, for real numbers."""
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and not any(
-        group["amsgrad"] or group["maximize"] or any(p.is_complex() for p in group["params"])
+class Rule(NamedTuple):
+    """How an optimizer steps a leaf, which of its options are inputs, and what state it needs."""
+
+    step: Callable[..., None]
+    inputs: tuple[str, ...]
+    needs: Callable[[dict[str, Any]], str]
+
+
+def _adam(
+    leaf: Tensor, gradient: Tensor, group: dict, state: dict, row: Tensor, count: Tensor | None
+) -> None:
+    rate, left, first, fresh, second, freshest, eps, decay = row.unbind()
+    state["step"].add_(1)
+    if count is None:
+        rate = rate / (1 - first ** state["step"])
+        spread = (1 - second ** state["step"]).rsqrt()
+    else:
+        rate, spread = count.unbind()
+    if group.get("decoupled_weight_decay", False):
+        leaf.mul_(left)
+    elif group["weight_decay"]:
+        gradient = gradient + decay * leaf
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.add_((gradient - mean) * fresh)
+    square.mul_(second).add_(freshest * gradient * gradient)
+    leaf.sub_(rate * mean / (square.sqrt() * spread + eps))
+
+
+def _sgd(
+    leaf: Tensor, gradient: Tensor, group: dict, state: dict, row: Tensor, count: Tensor | None
+) -> None:
+    rate, _, momentum, *_, decay = row.unbind()
+    if group["weight_decay"]:
+        gradient = gradient + decay * leaf
+    if group["momentum"]:
+        buffer = state["momentum_buffer"]
+        buffer.mul_(momentum).add_(gradient * (1 - group["dampening"]))
+        gradient = gradient + momentum * buffer if group["nesterov"] else buffer
+    leaf.sub_(rate * gradient)
+
+
+def _asgd(
+    leaf: Tensor, gradient: Tensor, group: dict, state: dict, row: Tensor, count: Tensor | None
+) -> None:
+    rate, *_, decay = row.unbind()
+    step, eta, mu, average = (state[name] for name in ("step", "eta", "mu", "ax"))
+    step.add_(1)
+    if group["weight_decay"]:
+        gradient = gradient + decay * leaf
+    leaf.mul_(1 - group["lambd"] * eta).sub_(eta * gradient)
+    average.add_((leaf - average) * mu)
+    eta.copy_(rate / (1 + group["lambd"] * rate * step) ** group["alpha"])
+    mu.copy_(1 / (step - group["t0"]).clamp(min=1))
+
+
+def _muon(
+    leaf: Tensor, gradient: Tensor, group: dict, state: dict, row: Tensor, count: Tensor | None
+) -> None:
+    # Private in torch 2.11 to 2.14; imported here, so that all else does without them.
+    from torch.optim._muon import _adjust_lr
+
+    rate, left, momentum, fresh, *_ = row.unbind()
+    numbers = [float(each) for each in group["ns_coefficients"]]
+    how = group["nesterov"], numbers, group["ns_steps"], group["eps"]
+    buffer, turned = turn(state["momentum_buffer"], gradient, momentum, fresh, *how)
+    state["momentum_buffer"].copy_(buffer)
+    leaf.mul_(left).sub_(_adjust_lr(1.0, group["adjust_lr_fn"], leaf.shape) * rate * turned)
+
+
+@torch.library.custom_op("pyrovae::turn", mutates_args=())
+def turn(
+    buffer: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    fresh: Tensor,
+    nesterov: bool,
+    coefficients: Sequence[float],
+    steps: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Muon's momentum and what its iteration makes of it, in one piece.
+
+    A compiler would round its bfloat16 otherwise than torch, of which small singular values make a
+    few hundred times as much.
+    """
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    a, b, c = coefficients
+    buffer = buffer.lerp(gradient, fresh.to(gradient))
+    moved = gradient.lerp(buffer, momentum.to(gradient)) if nesterov else buffer.clone()
+    return buffer, _zeropower_via_newtonschulz(moved, (a, b, c), steps, eps).contiguous()
+
+
+@turn.register_fake
+def _(buffer: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    turned = torch.empty(buffer.shape, dtype=torch.bfloat16, device=buffer.device)
+    return torch.empty_like(buffer), turned
+
+
+ADAM = Rule(_adam, ("lr", "betas", "eps", "weight_decay"), lambda group: "exp_avg")
+OF_SGD = ("lr", "momentum", "weight_decay")
+MUON = Rule(_muon, OF_SGD, lambda group: "momentum_buffer")
+# By an optimizer's own class: one of somebody else's may step otherwise.
+RULES: dict[type[Optimizer], Rule] = {
+    torch.optim.Adam: ADAM,
+    torch.optim.AdamW: ADAM,
+    torch.optim.ASGD: Rule(_asgd, ("lr", "weight_decay"), lambda group: "eta"),
+    torch.optim.Muon: MUON,
+    torch.optim.SGD: Rule(_sgd, OF_SGD, lambda group: "momentum_buffer" * bool(group["momentum"])),
+}
+NUMBERS = (*ADAM.inputs, "momentum")
+
+
+def rules(optimizer: Optimizer) -> list[Rule | None]:
+    """How each group of an optimizer is stepped; None where that is not written out here."""
+    return [_rule(part) for part in parts_of(optimizer) for _ in part.param_groups]
+
+
+def _rule(optimizer: Optimizer) -> Rule | None:
+    """The rule of one of torch's optimizers without a variant, for real numbers."""
+    variant = any(
+        group.get("amsgrad")
+        or group.get("maximize")
+        or any(p.is_complex() for p in group["params"])
         for group in optimizer.param_groups
     )
+    return None if variant else RULES.get(type(optimizer))
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    """Whether torch itself can step an optimizer without reading a value back."""
+    name = type(optimizer).__name__
+    return name in RECORDABLE and type(optimizer) is getattr(torch.optim, name, None)
+
+
+def _refused(why: str) -> CaptureError:
+    error = CaptureError(why)
+    error.__cause__ = UpdateError(why)
+    return error
 
 
 def _numbers_of(group: dict[str, Any]) -> tuple[float, ...]:
     """A group's numbers, each rounded once: 1 - β in float32 would have β's error."""
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-    first, second = map(float, group.get("betas", (0.0, 0.0)))
+    first, second = map(float, group.get("betas", (group.get("momentum", 0.0), 0.0)))
     eps = float(group.get("eps", 0.0))
     return rate, 1 - rate * decay, first, 1 - first, second, 1 - second, eps, decay
 
@@ -203,20 +358,23 @@ class OptionsWatch(Watch):
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__()
         self.optimizer = optimizer
-        self._inputs = OF_ADAM if is_plain_adam(optimizer) else OF_ANY
+        self._parts = [(p, r.inputs if (r := _rule(p)) else OF_ANY) for p in parts_of(optimizer)]
 
     @property
     def moves(self) -> bool:
         """Whether options that are no inputs change again and again."""
         return len(self._tokens) >= MOVES_AFTER
 
+    def _groups(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+        return ((group, inputs) for part, inputs in self._parts for group in part.param_groups)
+
     def look(self) -> list[Any]:
         """Parameters, options and state."""
         found: list[Any] = []
-        for group in self.optimizer.param_groups:
-            # Without a decay it is left out of the record.
-            found += (*group["params"], bool(group.get("weight_decay")))
-            found += [value for name, value in group.items() if name not in self._inputs]
+        for group, inputs in self._groups():
+            # Without a decay or a momentum these are left out of the record.
+            found += (*group["params"], *(bool(group.get(name)) for name in LEFT_OUT))
+            found += [value for name, value in group.items() if name not in inputs]
         for entry in self.optimizer.state.values():
             found += entry.values()
         return found
@@ -224,12 +382,12 @@ class OptionsWatch(Watch):
     def describe(self) -> tuple:
         """The same by name."""
         found: list[tuple[str, Any]] = []
-        for number, group in enumerate(self.optimizer.param_groups):
+        for number, (group, inputs) in enumerate(self._groups()):
             found += [
                 (f"parameter {n} of group {number}", p) for n, p in enumerate(group["params"])
             ]
-            found.append((f"whether group {number} decays", bool(group.get("weight_decay"))))
-            names = [n for n in group if n not in (*self._inputs, "params")]
+            found += [(f"{w} of group {number}", bool(group.get(n))) for n, w in LEFT_OUT.items()]
+            names = [n for n in group if n not in (*inputs, "params")]
             found += [(f"{name} of the optimizer's group {number}", group[name]) for name in names]
         for number, entry in enumerate(self.optimizer.state.values()):
             found += [(f"the optimizer's {n} of parameter {number}", v) for n, v in entry.items()]

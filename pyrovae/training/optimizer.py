@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
@@ -15,10 +15,11 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyrovae._tools import InputError, InputTypeError
+from pyrovae.optim import parts_of
 from pyrovae.pairs.pair import Pair
 
 # What is added to a norm before it divides, as in the code of arXiv 1705.07120.
@@ -284,6 +285,10 @@ class Trained:
         self.scheduler = _schedules(optim) if isinstance(optim, PyroLRScheduler) else None
         self.clips = self.joint is not None or normalize_gradients or clip_norm is not None
         self._optimizer: Optimizer | None = None
+        # Whether the weights that a step moves are others than those that are evaluated.
+        self.alternates = average is not None
+        self._parts: Sequence[Optimizer] = ()
+        self._with_modes: list[Any] = []
         self._modules: list[nn.Module] = []
         self._seen: list[Any] | None = None
 
@@ -349,6 +354,22 @@ class Trained:
             self._optimizer = _make_optimizer(self.optim, [*fresh.values()])
         else:
             _enlarge(self._optimizer, fresh, replaced)
+        self._parts = parts_of(self.optimizer)
+        self._with_modes = [each for each in self._parts if _has_modes(each)]
+        self.alternates = self.average is not None or bool(self._with_modes)
+        if self._with_modes and (self.joint is not None or self.average is not None):
+            raise InputError(
+                f"{type(self._with_modes[0]).__name__} keeps averaged weights of its own, which "
+                f"goes with no average=... and in no Pyro optimizer: give it alone, as "
+                f"optimizer=functools.partial({type(self._with_modes[0]).__name__}, ...)."
+            )
+
+    def begin(self, step: int) -> None:
+        """Put the weights that a step moves into the pair; steps are counted from 0."""
+        if self.average is not None:
+            self.average.at_step(step)
+        for optimizer in self._with_modes:
+            optimizer.train()
 
     def step(self) -> None:
         """Clip the gradients, step on them, average the weights and clear the gradients."""
@@ -363,7 +384,9 @@ class Trained:
             self.clip()
         # Asked for once: a Pyro optimizer's is brought up to date each time.
         optimizer = self.optimizer
-        with _fused(optimizer):
+        for each in self._with_modes:
+            each.train()
+        with _fused(self._parts):
             optimizer.step()
         if self.joint is not None:
             self.joint.share()
@@ -374,9 +397,11 @@ class Trained:
             parameter.grad = None
 
     def show_average(self) -> None:
-        """Put the average into the pair, if there is one, until the next step."""
+        """Put the average into the pair, ours or the optimizer's, until the next step."""
         if self.average is not None:
             self.average.show(True)
+        for optimizer in self._with_modes:
+            optimizer.eval()
 
     def clip(self) -> None:
         """Get gradients ready in place: each as a Pyro optimizer says, then each or all by norm."""
@@ -419,19 +444,33 @@ def make_optim(optimizer: Any, lr: float) -> Any:
 def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimizer:
     if isinstance(optim, Optimizer):
         return optim
+    if getattr(optim, "func", optim) is Muon and any(leaf.dim() != 2 for leaf in leaves):
+        raise InputError(
+            "torch's Muon steps matrices alone, and the pair has other parameters: give "
+            "optimizer=pyrovae.optim.muon, which steps those by Adam."
+        )
     made = optim(leaves)
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
 
 
+def _has_modes(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has to be told when weights are trained and when they are evaluated.
+
+    Those of the package schedulefree have other weights for the one than for the other.
+    """
+    return hasattr(optimizer, "train") and hasattr(optimizer, "eval")
+
+
 @contextmanager
-def _fused(optimizer: Optimizer) -> Iterator[None]:
+def _fused(parts: Sequence[Optimizer]) -> Iterator[None]:
     """Let torch's Adam on a CPU step all weights by one kernel, unless its options say otherwise.
 
     It takes half the time of one operator after another, and rounds otherwise than they do.
     """
-    groups = optimizer.param_groups if type(optimizer) in (Adam, AdamW) else []
+    plain = [each for each in parts if type(each) in (Adam, AdamW)]
+    groups = [group for each in plain for group in each.param_groups]
     tensors = [tensor for group in groups for tensor in group["params"]]
     told = [g for g in groups if g["fused"] is not None or g["foreach"] is not None]
     if told or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors):

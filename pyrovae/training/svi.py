@@ -189,8 +189,8 @@ class SVI(infer.SVI):
         """Set what changes from step to step."""
         if isinstance(self.objective, Objective):
             self.objective.at_step(self.steps_taken)
-        if self.trained.average is not None:
-            self.trained.average.at_step(self.steps_taken)
+        if self.trained.alternates:
+            self.trained.begin(self.steps_taken)
         self.steps_taken += 1
 
     def _ready(self) -> CompiledSteps | None:

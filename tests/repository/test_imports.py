@@ -20,7 +20,7 @@ LEAVES = {"nn", "distributions"}
 # Each row may import the rows above it, and its own folder; so may a file of the last rows.
 FLOORS = [
     {"_tools", "_start"},
-    LEAVES,
+    LEAVES | {"optim"},
     {"pairs", "data"},
     {"objectives"},
     {"compiling"},

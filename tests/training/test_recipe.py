@@ -2,11 +2,13 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pyro
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree as ScheduleFree
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -16,6 +18,7 @@ from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.nn import MLP
 from pyrovae.objectives import make_objective
+from pyrovae.optim import Combined, muon
 from pyrovae.training.schedules import make_schedule
 
 
@@ -72,6 +75,14 @@ OPTIONS = {
     "everything": EVERYTHING | {"objective": "warm_up_elbo", "make": _gated},
     "functions": {"average": 0.9, "make": functions},
 }
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=1e-3),
+    "momentum": partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "asgd": partial(torch.optim.ASGD, lr=1e-3, lambd=0.1, t0=2),
+    "muon": partial(muon, lr=0.01),
+    "schedule-free": partial(ScheduleFree, lr=0.01),
+    "parts": lambda p: Combined(ScheduleFree(p[:2], lr=0.01), torch.optim.Adam(p[2:])),
+}
 
 
 def _options(name):
@@ -116,6 +127,71 @@ def test_a_compiled_run_with_everything_resumes_bit_identical():
     assert [c.calls for c in resumed.svi.compiled.captures.values()] == [6]
     assert _same(_weights(whole), _weights(resumed))
     assert _same(whole.state_dict()["weights"], resumed.state_dict()["weights"])
+
+
+@pytest.mark.parametrize(
+    ("name", "compile"),
+    [*((name, False) for name in OPTIMIZERS), ("sgd", True), ("muon", True), ("parts", True)],
+)
+def test_each_optimizer_resumes_bit_identical(name, compile, monkeypatch):
+    _recorded(monkeypatch)
+    options = {"optimizer": OPTIMIZERS[name], "epochs": 3, "compile": compile, "schedule": "cosine"}
+    free, states = compile and name == "parts", []
+    with pytest.warns(match="steps eagerly") if free else nullcontext():
+        whole = _fit(on_epoch=lambda r: states.append(copy.deepcopy(r.state_dict())), **options)
+        resumed = _fit(state=states[0], **options)
+    assert _same(_weights(whole), _weights(resumed))
+    assert _history(whole) == _history(resumed)
+    if compile:
+        (capture,) = whole.svi.compiled.captures.values()
+        assert (capture.update is None) == free
+
+
+def test_a_schedule_free_optimizer_is_told_when_its_weights_are_evaluated():
+    seen = []
+
+    def look(result):
+        group = result.svi.optimizer.param_groups[0]
+        seen.append((group["train_mode"], result.elbo, result.validate((_data().valid,))))
+
+    result = _fit(epochs=3, optimizer=partial(ScheduleFree, lr=0.01), on_epoch=look)
+    assert [(mode, found["valid_elbo"]) for mode, _, found in seen] == [
+        (False, elbo) for _, elbo, _ in seen
+    ]
+    svi, averaged = result.svi, _weights(result)
+    svi.step(binary(16))
+    assert svi.optimizer.param_groups[0]["train_mode"]
+    moved = _weights(result)
+    svi.trained.show_average()
+    # y = (1 - β) z + β x, of which the step moves y and z.
+    for name, leaf in svi.trained.named.items():
+        y, x, z = moved[name], _weights(result)[name], svi.optimizer.state[leaf]["z"]
+        torch.testing.assert_close(y, 0.1 * z + 0.9 * x, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(x, averaged[name])
+    for options in (
+        {"average": 0.9, "optimizer": ScheduleFree},
+        {"optimizer": pyro.optim.PyroOptim(ScheduleFree, {"lr": 0.01})},
+    ):
+        with pytest.raises(pyrovae.InputError, match="AdamWScheduleFree keeps averaged weights"):
+            _fit(epochs=1, **options)
+
+
+def test_muon_steps_matrices_alone_and_says_so():
+    with pytest.raises(pyrovae.InputError, match=r"optimizer=pyrovae\.optim\.muon"):
+        _fit(epochs=1, optimizer=torch.optim.Muon)
+    before = _weights(_fit(epochs=1, lr=1e-12))
+    result = _fit(epochs=1, data=binary(16), optimizer=partial(muon, lr=0.01))
+    matrices, rest = result.svi.optimizer.parts
+    assert {leaf.dim() for leaf in matrices.param_groups[0]["params"]} == {2}
+    assert {leaf.dim() for leaf in rest.param_groups[0]["params"]} == {1}
+    # Adam's first step moves an entry by the rate, Muon's by a fifth of it, whatever the gradient.
+    for name, value in _weights(result).items():
+        moved = (value - before[name]).square().mean().sqrt().item()
+        assert moved == pytest.approx(0.01 if value.dim() < 2 else 0.002, rel=0.5)
+    with pytest.raises(pyrovae.InputError, match="a matrix for Muon"):
+        muon([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(pyrovae.InputError, match="got none"):
+        Combined()
 
 
 def test_the_average_is_that_of_the_weights_after_each_step():
@@ -226,3 +302,71 @@ def test_a_gated_layer_is_h_times_the_sigmoid_of_g():
     assert h.shape[-1] == 6
     torch.testing.assert_close(net(x), net.last(h))
     assert MLP(5, 3, (), gated=True).last.weight.shape == (3, 5)
+
+
+def test_a_residual_block_adds_what_two_layers_make():
+    pyro.set_rng_seed(0)
+    net = MLP(5, 3, (4, 6), "Tanh", blocks=2)
+    x = h = torch.randn(2, 7, 5)
+    layers = iter(net.layers[:-1])
+    for width in (4, 6):
+        h = next(layers)(h)
+        h = next(layers)(h)
+        assert h.shape[-1] == width
+        for _ in range(2):
+            first, bend, second = next(layers).layers
+            assert isinstance(bend, nn.Tanh)
+            h = h + second(first(h).tanh())
+    torch.testing.assert_close(net(x), net.last(h))
+    assert MLP(5, 3, (4,), gated=True, blocks=1)(x).shape == (2, 7, 3)
+
+
+class _Normed(Bernoulli):
+    def __init__(self):
+        super().__init__(SHAPE, latent=LATENT)
+        self.decoder = MLP(LATENT, SHAPE, (8,), "Tanh", blocks=1, batch_norm=True)
+
+
+class _NormedGuide(MeanField):
+    def __init__(self):
+        super().__init__(SHAPE, latent=LATENT)
+        self.encoder = MLP(SHAPE, (2, LATENT), (8,), "Tanh", batch_norm=True)
+
+
+def _normed():
+    return _Normed(), _NormedGuide()
+
+
+def test_batch_normalization_is_of_all_particles_in_training_and_of_none_in_evaluation():
+    pyro.set_rng_seed(0)
+    net, x = MLP(5, 3, (4,), "Tanh", batch_norm=True), torch.randn(6, 7, 5)
+    linear, norm, _, last = net.layers
+    assert linear.bias is None
+    h = linear(x)
+    mean, var = h.mean((0, 1)), h.var((0, 1), unbiased=False)
+    torch.testing.assert_close(net(x), last(((h - mean) / (var + norm.eps).sqrt()).tanh()))
+    torch.testing.assert_close(norm.running_mean, 0.1 * mean)
+    net.eval()
+    torch.testing.assert_close(net(x)[2, 3:4], net(x[2, 3:4]))
+    # Through fit and the estimates: a datum's numbers do not depend on the others.
+    result = _fit(_normed, epochs=3, particles=3, lr=0.01)
+    pair, x = (result.model, result.guide), binary(16, 2)
+    every, half = (pyrovae.encode(result.guide, x[:n])["z"] for n in (16, 8))
+    torch.testing.assert_close(every[:8], half)
+    norms = [m for m in result.svi.pair.modules if isinstance(m, nn.BatchNorm1d)]
+    assert len(norms) == 3
+    before = [m.running_mean.clone() for m in norms]
+    beside = torch.cat([x[:8], 1 - x[8:]])
+    ll = [pyrovae.log_likelihood(*pair, y, num_samples=9, seed=0).log_prob for y in (x, beside)]
+    torch.testing.assert_close(ll[0][:8], ll[1][:8])
+    assert all(map(torch.equal, before, [m.running_mean for m in norms]))
+    assert {int(m.num_batches_tracked) for m in norms} == {9}
+
+
+def test_a_compiled_step_with_batch_normalization_is_the_eager_one(monkeypatch):
+    _recorded(monkeypatch)
+    eager, captured = (_fit(_normed, epochs=2, particles=2, compile=c) for c in (False, True))
+    (capture,) = captured.svi.compiled.captures.values()
+    assert capture.update is not None
+    for name, value in _weights(eager).items():
+        torch.testing.assert_close(_weights(captured)[name], value, rtol=1e-3, atol=1e-4)
