@@ -567,9 +567,9 @@ class Capture:
             self.update(found.gradients)
             for old, one, other in zip(before, after, self.update.changed, strict=False):
                 what = f"the update of a tensor of shape {list(old.shape)}"
-                expected, slack = other.detach() - old, self.update.slack(other)
-                slack = slack * expected.abs().max() + 1e-6 * old.abs().max()
-                compare(what, one - old, expected, slack)
+                moved = other.detach() - old
+                slack = self.update.slack(other) * moved.abs().max() + 1e-6 * old.abs().max()
+                compare(what, one - old, moved, slack)
 
     def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         pairs = zip(self.leaves, gradients, strict=True)

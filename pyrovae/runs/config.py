@@ -21,6 +21,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.precision import PRECISIONS
 from pyrovae.data import BINARIZE, CONTEXTS
 from pyrovae.data.files import MISSING as GAPS
+from pyrovae.diagnostics.simulation import LEAST as FEWEST
 from pyrovae.runs.programs import KINDS, plain
 from pyrovae.training.loop import BATCH_SIZE, fit
 from pyrovae.training.schedules import SCHEDULES
@@ -388,6 +389,14 @@ class EvaluationConfig(Options):
         "leave out what the posterior does, and the draws for ArviZ", False
     )
     fresh: bool = option("do not go on with an evaluation that was stopped", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.calibrate < FEWEST:
+            raise InputError(
+                f"Expected --calibrate >= {FEWEST}, got {self.calibrate}: fewer simulated data "
+                f"can tell nothing of the guide."
+            )
 
 
 def _settings(

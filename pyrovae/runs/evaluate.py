@@ -242,7 +242,7 @@ def _calibration(subject: _Subject, options: EvaluationConfig) -> GuideCalibrati
     try:
         found = calibrate(*subject.args, n=options.calibrate, seed=SEED)
     except InputError as error:
-        return GuideCalibration(verdict=f"The guide is not calibrated: {error}")
+        return GuideCalibration(verdict=f"Whether the guide is calibrated was not tested: {error}")
     return GuideCalibration(**found.summary())
 
 

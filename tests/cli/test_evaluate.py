@@ -111,8 +111,10 @@ def test_a_guide_is_calibrated_where_that_is_asked_for(capsys):
     assert " ".join(found["verdict"].split()[:6]) in " ".join(said.split())
     figure = guide_calibration({"": load_finding(Run("linear"))})
     assert [a.get_title("left") for a in figure.axes] == ["guide", "resampled by weights"]
-    assert run("evaluate", "linear", *SHORT, "--images", "40", "--calibrate", "20") == 0
-    assert "n >= 50, got 20" in results("linear")["calibration"]["verdict"]
+    before = results("linear")
+    assert run("evaluate", "linear", *SHORT, "--images", "40", "--calibrate", "20") == 2
+    assert "Expected --calibrate >= 50, got 20" in capsys.readouterr().err
+    assert results("linear") == before
 
 
 def test_proposals_are_handed_on():
