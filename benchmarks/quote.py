@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import ablation_tables
 import annealing_tables
 import evaluation_tables
 import gallery_tables
@@ -167,6 +168,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | speed_tables.TABLES
     | gallery_tables.TABLES
     | evaluation_tables.TABLES
+    | ablation_tables.TABLES
     | annealing_tables.TABLES
     | imputation_tables.TABLES
     | literature_tables.TABLES
