@@ -30,6 +30,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
             worth.errorbar(value, place, xerr=2 * row["±"], fmt="o", capsize=2,
                            color=BETTER if value < 0 else WORSE)  # fmt: skip
         worth.set_yticks(range(len(order)), [row["title"] for row in order])
+        # Linear within a nat: one variant may be twenty off, and others a few tenths.
+        worth.set_xscale("symlog", linthresh=1)
+        ticks = [-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30]
+        low, high = worth.get_xlim()
+        shown = [tick for tick in ticks if low <= tick <= high]
+        worth.set_xticks(shown, [f"{tick:g}" for tick in shown])
         worth.set(xlabel="validation NLL less the recipe's, nats (± 2 standard errors, paired)")
         budget = f"{found['epochs']} epochs at {found['learning rate']:g}"
         worth.set_title(f"After {budget}: to the left is better")
@@ -40,7 +46,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
             curves.plot(range(1, len(curve) + 1), curve, color="black" if base else None,
                         linewidth=2 if base else 1, label=key.partition("/")[0])  # fmt: skip
         levels = [value for row in rows.values() for value in row["curve"]]
-        curves.set(xlabel="epoch", ylabel="validation ELBO, nats", ylim=(max(levels) - 15, None))
-        curves.legend(ncols=2, loc="lower right")
+        curves.set(
+            xlabel="epoch", ylabel="validation ELBO, nats", ylim=(max(levels) - 15, max(levels) + 5)
+        )
+        curves.legend(ncols=3, loc="upper left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

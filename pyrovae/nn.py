@@ -36,7 +36,8 @@ class MLP(nn.Module):
         blocks: The number of residual blocks after each hidden layer, each
             :math:`h + W_2 a(W_1 h + b_1) + b_2` of the layer's width (arXiv 1603.05027).
         batch_norm: Normalize what each activation is given, over all leading dimensions together
-            in training, and by running statistics in evaluation (arXiv 1502.03167).
+            in training, and by running statistics in evaluation (arXiv 1502.03167). With averaged
+            weights these are those of the last steps' weights: seen, 0.005 to 0.1 nats off.
 
     Raises:
         ValueError: If a width is not positive, or there is no such activation.

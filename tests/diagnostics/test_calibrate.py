@@ -91,6 +91,40 @@ def test_an_exact_guide_is_doubted_at_the_stated_rate():
     assert sum(shape != "fine" for shape in shapes) <= 6
 
 
+def counting(x):
+    """Three rates of Poisson counts, whose posterior is Gamma(4 + x, 2)."""
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(torch.full((3,), 4.0), 1.0).to_event(1))
+        pyro.sample("x", dist.Poisson(rate).to_event(1), obs=x)
+
+
+def skewed(width=1.0, shift=0.0):
+    """That posterior at another width, or moved by so many of its standard deviations."""
+
+    def program(x):
+        mean, variance = (4 + x) / 2, (4 + x) / 4
+        mean, variance = mean + shift * variance.sqrt(), variance * width**2
+        with pyro.plate("data", len(x)):
+            law = dist.Gamma(mean.square() / variance, mean / variance)
+            pyro.sample("rate", law.to_event(1))
+
+    return program
+
+
+def test_skewed_posteriors_of_counts_are_called_what_they_are_at_the_stated_rate():
+    like = torch.zeros(1, 3)
+
+    def shapes(make, seeds):
+        options = {"n": 100, "num_samples": 19, "corrected": False}
+        return [pyrovae.calibrate(counting, make, like, seed=s, **options).shape for s in seeds]
+
+    # As above: Binomial(40, 0.05) is above 6 once in 300 times.
+    assert sum(shape != "fine" for shape in shapes(skewed(), range(40))) <= 6
+    assert set(shapes(skewed(width=0.5), range(5))) == {"too narrow"}
+    assert set(shapes(skewed(width=2.0), range(5))) == {"too wide"}
+    assert set(shapes(skewed(shift=0.6), range(5))) == {"biased"}
+
+
 @pytest.mark.parametrize(("width", "shape"), [(0.6, "too narrow"), (1.6, "too wide")])
 def test_few_data_name_the_shape_that_all_coordinates_have(width, shape):
     """Functions see it before any coordinate does; they say that it is off, and not how."""
