@@ -30,7 +30,7 @@ from speed_likelihood_race import precisions, race
 from speed_problem import Problem, make_images
 from speed_pyro import audit
 from speed_race import compare, floor_of, ratio
-from speed_start import imports, measure
+from speed_start import imports, measure, phases
 from speed_sweeps import SIZES, SWEEPS, sweep
 from tables import machine, show, write
 
@@ -129,6 +129,7 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
         },
         "precision/784-400-20": lambda: precisions(base),
         "start": lambda: {"rows": measure(STARTED + BOUNDED, device)},
+        "phases": lambda: {"rows": phases(max(1, rounds // 4), device)},
         "import": lambda: {"seconds to import": imports(("pyro", "pyrovae"), fewer)},
     }
 

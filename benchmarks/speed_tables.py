@@ -231,6 +231,18 @@ def speed_start() -> str:
     return _blocks("start", block)
 
 
+def speed_phases() -> str:
+    """Where the start of a compiled step goes."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        rows = found["phases"]["rows"]
+        names = list(dict.fromkeys(name for row in rows for name in row if name != "start"))
+        head = ["processor time, s, + compilers (by the clock)", *(row["start"] for row in rows)]
+        return head, [[name, *(_spent(row.get(name)) for row in rows)] for name in names]
+
+    return _blocks("phases", block)
+
+
 def speed_import() -> str:
     """Seconds to import, in fresh processes."""
 
@@ -255,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
         speed_rivals,
         speed_precision,
         speed_start,
+        speed_phases,
         speed_import,
     )
 }
@@ -275,12 +288,21 @@ def _conditions(found: dict, section: str) -> str:
     versions = about["versions"]
     others = [f"{n} {v}" for n, v in versions.items() if n in ("torch", "jax", "pythae")]
     threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    rounds = f"{about['rounds']} round{'s' * (about['rounds'] > 1)}"
     where = about.get("gpu", f"{about['processor']}, {threads}")
-    return f"{where}, {about['dtype']}, {about['rounds']} rounds, {', '.join(others)}"
+    return f"{where}, {about['dtype']}, {rounds}, {', '.join(others)}"
 
 
 def _sizes(found: dict) -> list[dict]:
     return [section for name, section in found.items() if name.startswith("steps/")]
+
+
+def _spent(seconds: list[float] | None) -> str:
+    if seconds is None:
+        return "–"
+    clock, here, elsewhere = seconds
+    compilers = f" + {elsewhere:.1f}" if elsewhere > 0.05 else ""
+    return f"{here:.1f}{compilers} ({clock:.0f})"
 
 
 def _checks(size: dict) -> str:

@@ -2,13 +2,19 @@
 
 import os
 import shutil
+from getpass import getuser
 from pathlib import Path
+from tempfile import gettempdir
 
 import pyro
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What one run of the tests has compiled, the next one loads; nothing is written to the home.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"pyrovae-tests-{getuser()}")
+)
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,6 @@ ask of the device; Inductor compiles the record, and on CUDA a CUDA graph replay
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae._tools import warn
 from pyrovae._tools.seeding import seeded, undone
+from pyrovae.compiling.inductor import compiled
 from pyrovae.pairs.pair import Pair
 
 # torch's kernels for packed sequences read lengths where no tracer sees it.
@@ -71,9 +71,9 @@ class Graph:
             # The first run tunes kernels and allocates; what it writes is undone with the rest.
             self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
-                compiled = self.run
-                self.run = _replayed(compiled, self._held(), args, copied)
-                self._fixed = self.run is not compiled
+                launched = self.run
+                self.run = _replayed(launched, self._held(), args, copied)
+                self._fixed = self.run is not launched
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> list[Tensor]:
@@ -261,23 +261,10 @@ def without_log1p(graph: GraphModule) -> GraphModule:
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
-    with warnings.catch_warnings():
-        # Of Inductor's warnings (too few cores for autotuning, unsupported complex kernels, and of
-        # torch.jit at its first import in torch 2.11) none says anything that a person who trains
-        # could act on.
-        warnings.simplefilter("ignore")
-        # torch.compile would trace the programs again with Dynamo, which breaks the graph at Pyro's
-        # handlers, whereas compile_fx takes a record. It has no public name.
-        from torch._inductor.compile_fx import compile_fx
-
-        try:
-            # torch's own random numbers instead of Inductor's: the streams of a seed are those of
-            # an eager run, and on a CPU its generator is three times as fast. What it would assert
-            # of shapes and strides at every call is looked at here, where a tensor has moved.
-            options = {"fallback_random": True, "size_asserts": False}
-            return compile_fx(graph, inputs, config_patches=options)
-        except Exception as error:
-            raise CaptureError(f"the compiler failed: {_reason(error)}") from error
+    try:
+        return compiled(graph, inputs)
+    except Exception as error:
+        raise CaptureError(f"the compiler failed: {_reason(error)}") from error
 
 
 def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None) -> Callable:

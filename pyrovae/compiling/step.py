@@ -35,8 +35,9 @@ from pyrovae.compiling.update import Average, OptionsWatch, Update, UpdateError
 from pyrovae.objectives import Estimate, Objective, estimate
 from pyrovae.pairs.pair import Pair
 
-# Inductor takes some 20 s with an empty cache, and a compiled step saves 2 to 10 ms.
-PAYS_AFTER = 3_000
+# A start takes some 9 s with an empty cache and 3 s with what was compiled before; a compiled step
+# saves 3 ms or more. So this loses 3 s the first time and wins 3 s later (docs/benchmarks.md).
+PAYS_AFTER = 2_000
 # Another shape of batch than the first, or another state, is compiled once it came so often.
 AGAIN_AFTER = 500
 # Batches whose shape changes each time must not fill the memory with counts.
@@ -140,7 +141,7 @@ class CompiledSteps:
     """The compiled steps of an objective and its pair, made where that pays.
 
     There is one for each form of the arguments and each state of what the programs read. The first
-    is made at once, or after 3,000 eager steps if ``compile`` is ``"auto"`` and ``steps`` are not
+    is made at once, or after 2,000 eager steps if ``compile`` is ``"auto"`` and ``steps`` are not
     that many; others when they have come 500 times. What cannot be captured runs eagerly from then
     on, with one warning that says why, and is None in ``captures``.
     """

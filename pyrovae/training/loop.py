@@ -86,7 +86,7 @@ def fit(
             best weights. None trains to the end and keeps the last weights.
         valid_samples: With more than one, the validation bound is that of so many importance
             samples, ``valid_bound`` in the history; else it is the ELBO.
-        compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 3,000 steps or more.
+        compile: As for :class:`pyrovae.SVI`; ``"auto"`` compiles runs of 2,000 steps or more.
         precision: Of matrix products: ``"float32"``, ``"tf32"`` or ``"bf16"``; see
             :func:`pyrovae._tools.precision.matmul_precision`.
         device: Where to train; None: where the pair is. Of several processes each has a GPU.

@@ -46,7 +46,7 @@ class SVI(infer.SVI):
         normalize_gradients: Divide the gradient of each parameter by its norm before the update.
         average: The decay of an exponential moving average of the weights; None keeps none.
         compile: Run the step as one graph, compiled for a shape of a batch: True from the second
-            step on, False never, ``"auto"`` after 3,000 steps, or at once if ``steps`` are that
+            step on, False never, ``"auto"`` after 2,000 steps, or at once if ``steps`` are that
             many. Another shape, or another state of what the programs read, is compiled when it has
             come 500 times. What cannot be captured runs eagerly, with one warning that says why.
         steps: How many steps are going to be taken, where that is known.

@@ -513,7 +513,7 @@ def test_a_smaller_last_batch_is_not_worth_a_capture():
 def test_auto_compiles_long_runs_alone():
     _, short = _losses(published_example, Trace_ELBO(), "auto", steps=3)
     assert not short.compiled.captures
-    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=3_000)
+    svi = pyrovae.SVI(*published_example(), torch.optim.Adam, Trace_ELBO(), steps=2_000)
     svi.step(X)
     svi.step(X)
     assert len(svi.compiled.captures) == 1
