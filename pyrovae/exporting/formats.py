@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,15 @@ def trace(program: Program) -> ExportedProgram:
 def pt2(exported: ExportedProgram, program: Program, about: dict[str, Any]) -> bytes:
     """A ``.pt2`` file, which :func:`torch.export.load` reads."""
     buffer = io.BytesIO()
-    torch.export.save(exported, buffer, extra_files={ENTRY: json.dumps(about)})
+    with warnings.catch_warnings(action="ignore"):
+        torch.export.save(exported, buffer, extra_files={ENTRY: json.dumps(about)})
     return buffer.getvalue()
 
 
 def run_pt2(content: bytes, program: Program) -> Run:
     """What a ``.pt2`` file computes."""
-    return torch.export.load(io.BytesIO(content)).module()
+    with warnings.catch_warnings(action="ignore"):
+        return torch.export.load(io.BytesIO(content)).module()
 
 
 def onnx(exported: ExportedProgram, program: Program, about: dict[str, Any]) -> bytes:
@@ -137,8 +139,14 @@ def _cholesky(a: Tensor, *, upper: bool = False, check_errors: bool = False) -> 
     return [found, torch.zeros(a.shape[:-2], dtype=torch.int32, device=a.device)]
 
 
+def _empty(size: Sequence[int], order: Any = None, *, dtype: Any = None, **rest: Any) -> Tensor:
+    """Zeros in place of a tensor that is all written before it is read."""
+    return torch.zeros(size, dtype=dtype)
+
+
 # Operators that ONNX lacks, and what they are of those that it has.
 SPELLED = {
+    torch.ops.aten.empty_permuted.default: _empty,
     torch.ops.aten.lgamma.default: _lgamma,
     torch.ops.aten.linalg_solve_triangular.default: _solve,
     torch.ops.aten.linalg_cholesky_ex.default: _cholesky,

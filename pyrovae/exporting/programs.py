@@ -44,7 +44,10 @@ class Task:
 
     def __init__(self, pair: Pair, rows: tuple[Tensor, ...], draws: int | None = None) -> None:
         self.pair, self.rows, self.draws = pair, rows, draws
+        # Where a latent may be observed as well, an argument may be called as the latent is.
+        taken = pair.layout.latents if self.takes_latents else ()
         names = argument_names(pair.model, len(rows))
+        names = [f"{name}_argument" if name in taken else name for name in names]
         self.inputs = dict(zip(names, rows, strict=True))
         with seeded(0):
             drawn = samples(pair.trace_guide(*rows))
@@ -189,7 +192,9 @@ class Program(nn.Module):
             if wanted:
                 # A view of a parameter lies where the parameter does.
                 name = leaves.pop(tensor.data_ptr(), f"constant_{number}").replace(".", "__")
-                self.register_buffer(name, tensor.detach().clone())
+                # Of its own storage, as torch.export's files keep whole storages.
+                own = tensor.detach().clone(memory_format=torch.contiguous_format)
+                self.register_buffer(name, own)
                 self.names.append(name)
         inputs = zip(task.inputs.items(), used[len(held) :], strict=True)
         self.inputs = {name: value for (name, value), wanted in inputs if wanted}
@@ -220,6 +225,8 @@ def _recorded(task: Task, size: int) -> tuple[GraphModule, list[Tensor]]:
 
 def _require_alike(held: list[Tensor], others: list[Tensor]) -> None:
     """Refuse constants that depend on the batch or change from call to call."""
+    if len(held) != len(others):
+        raise CaptureError("it uses other constants for another size of the batch")
     for one, two in zip(held, others, strict=True):
         if one.shape != two.shape or not torch.equal(one, two):
             raise CaptureError(

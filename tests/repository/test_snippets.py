@@ -29,8 +29,9 @@ ELSEWHERE = {
     "theory.md": "test_theory.py",
     "write-your-own.md": "test_write_your_own.py",
 }
-HERE = {"check.md", "evaluation.md", "imputation.md", "models.md"}
+HERE = {"check.md", "evaluation.md", "imputation.md", "models.md", "tuning.md"}
 FEWER = {"epochs=20": "epochs=2", "epochs=100": "epochs=2", "10_000": "200", "=1000)": "=50)"}
+FEWER |= {"n_trials=12": "n_trials=5"}
 QUICK = {
     "train": ["--epochs", "1", "--batch-size", "50"],
     "check": ["--particles", "4"],
@@ -107,6 +108,22 @@ def test_the_gaps_of_a_page(repository, folder):
     x, mask = torch.zeros(2, 3), torch.tensor([[True, False, True]] * 2)
     with pyro.plate("data", 2):
         execute(line, {"pyro": pyro, "dist": dist, "loc": x, "scale": 1.0, "mask": mask, "x": x})
+
+
+def test_the_tuning_of_a_page_chooses_on_validation_data(repository):
+    from optuna.logging import WARNING, set_verbosity
+
+    set_verbosity(WARNING)
+    names = {}
+    for block in blocks(repository / "docs" / "tuning.md", "python"):
+        execute(block, names)
+    study, found, data = names["study"], names["found"], names["data"]
+    pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert len(pruned) + len(found) == len(study.trials)
+    assert study.best_value == max(ll.mean for ll in found.values())
+    valid = pyrovae.log_likelihood(*names["pairs"][names["chosen"]], data.valid, num_samples=2)
+    assert {ll.data for ll in found.values()} == {valid.data} != {names["final"].data}
 
 
 def test_the_priors_of_a_page(repository):
