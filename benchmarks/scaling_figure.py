@@ -8,6 +8,7 @@ from elbo_figure import GREY, STYLE
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 __all__ = ["draw"]
 
@@ -57,6 +58,10 @@ def _sweep(axes: Axes, name: str, found: dict) -> None:
     lines = [*axes.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     axes.legend(lines, [line.get_label() for line in lines], loc="upper left")
     axes.set_ylim(top=axes.get_ylim()[1] * 8)
+    low, high = other.get_ylim()
+    other.set_ylim(min(low, high / 10), high * 2)
+    for axis in (axes.xaxis, axes.yaxis, other.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{name}: {found['unit'].replace('`', '')}")
 
 
@@ -64,9 +69,9 @@ def _processes(axes: Axes, rows: list[dict]) -> None:
     for place, row in enumerate(rows):
         axes.barh(place, row["ms"], color=TIME if row["step"] == "compiled" else GREY)
         axes.text(row["ms"], place, f" {row['efficiency']:.0%}", va="center", fontsize=8)
-    labels = [f"{r['step']}, {r['ranks']} × 1 thread, M = {r['batch']}" for r in rows]
+    labels = [f"{r['ranks']}, M = {r['batch']}" for r in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlim(right=1.2 * max(row["ms"] for row in rows))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_title("processes: ms a step, and efficiency")
+    axes.set_title("processes: ms a step, efficiency (eager: grey)")

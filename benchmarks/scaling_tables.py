@@ -25,13 +25,15 @@ def scaling() -> str:
         body.append([
             f"{name}, {found['unit']}",
             " to ".join(f"{row['value']:,}" for row in ends),
-            " to ".join(f"{row['ms']:.3g}" for row in ends),
+            " to ".join(_short(row["ms"]) for row in ends),
             *(f"{exponents[0][part]:.2f}" for part in ("all", "larger half")),
             " to ".join(f"{row['MiB']:.3g}" for row in ends),
             *(f"{exponents[1][part]:.2f}" for part in ("all", "larger half")),
         ])  # fmt: skip
     head = ["varied, and what is timed", "from, to", "CPU ms", "exponent", "of the larger half"]
-    return markdown([*head, "peak MiB", "exponent", "of the larger half"], body)
+    about = found["about"]
+    told = f"{about['processor']}, 1 thread, torch {about['versions']['torch']}:\n\n"
+    return told + markdown([*head, "peak MiB", "exponent", "of the larger half"], body)
 
 
 def scaling_sites() -> str:
@@ -74,6 +76,10 @@ def scaling_processes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table for table in (scaling, scaling_sites, scaling_processes)
 }
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _results() -> dict:
