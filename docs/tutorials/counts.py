@@ -166,3 +166,7 @@ gap = truth - ll.log_prob
 print(f"the truth    {truth.mean():.2f} nats per cell")
 print(f"the model    {ll.mean:.2f}")
 print(f"the gap      {gap.mean():.2f} ± {gap.std() / len(gap) ** 0.5:.2f}")
+
+# %% [markdown]
+# scvi-tools on the same cells, by its own estimate: [beside the truth and this
+# model](../benchmarks.md#counts-beside-scvi-tools).
