@@ -15,7 +15,7 @@ from pyrovae.cli import main
 from pyrovae.guides.mean_field import MeanField
 
 EVERYWHERE = {"--help", "--device", "--data-root", "--traceback", "--trust"}
-COMMANDS = ("train", "check", "evaluate", "compare", "sample", "report", "list")
+COMMANDS = ("train", "check", "evaluate", "compare", "sample", "report", "export", "list")
 
 
 def _blocks(repository, language="python"):
