@@ -233,15 +233,26 @@ def _schedules(optim: PyroLRScheduler) -> Schedules:
 
 
 def check_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Refuse a state whose settings are none of this optimizer's, which torch loads as they are."""
-    for group, given in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        for name in group.keys() - {"params"}:
-            own, found = group[name], given.get(name)
-            # None lets torch choose; a rate may be a number here and a tensor there.
-            if own is not None and found is not None and _kind(own) != _kind(found):
+    """Refuse a state that is none of this optimizer's, which torch loads as it is."""
+    altered = "the state is of another optimizer, or was altered."
+    own, given = optimizer.state_dict()["param_groups"], state["param_groups"]
+    if (stepped := [g.get("params") for g in given]) != [g["params"] for g in own]:
+        raise InputError(
+            f"Expected an optimizer of parameters {[g['params'] for g in own]}, got {stepped}: "
+            f"{altered}"
+        )
+    for group, found in zip(own, given, strict=True):
+        for name, value in group.items():
+            # None lets torch choose, and what a later torch has added is off in an earlier state.
+            if value is None or (value is False and name not in found):
+                continue
+            if name not in found:
+                raise InputError(f"Expected the optimizer's {name}, got none: {altered}")
+            # A rate may be a number here and a tensor there.
+            if found[name] is not None and _kind(value) != _kind(found[name]):
                 raise InputError(
-                    f"Expected the optimizer's {name} to be like {own!r}, got {found!r}: the state "
-                    f"is of another optimizer, or was altered."
+                    f"Expected the optimizer's {name} to be like {value!r}, got {found[name]!r}: "
+                    f"{altered}"
                 )
 
 

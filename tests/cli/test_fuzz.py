@@ -20,7 +20,8 @@ from pyrovae.evidence.tiles import Evaluation
 
 INPUTS = int(os.environ.get("PYROVAE_INPUTS", "30"))
 FIRST = int(os.environ.get("PYROVAE_FIRST", "0"))  # for many inputs in several parts
-FOUND = (24, 306, 754, 1328, 3663, 4410, 4431, 4462)  # inputs that once ended in a traceback
+# Inputs that once ended in a traceback.
+FOUND = (24, 306, 754, 1328, 1877, 3663, 4410, 4431, 4462, 5323, 7862)
 SECONDS = 60
 PAIR = ["--model", "bernoulli", "--guide", "mean_field", "--set", "hidden=4", "--set", "latent=2"]
 FAST = ["--batch-size", "20", "--epochs", "2", "--binarize", "threshold"]
