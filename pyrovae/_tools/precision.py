@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, did_you_mean
+from pyrovae._tools import InputError, did_you_mean, warn
 
 PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
 
@@ -39,6 +39,12 @@ def require_effect(precision: str, device: torch.device, weights: Iterable[Tenso
             f"Expected a device with {precision} units for precision={precision!r}, as the "
             f"products on {device} are those of float32: leave it out."
         )
+
+
+def warn_without_effect(precision: str, device: torch.device) -> None:
+    """Say that a precision changes nothing on a device, where that is so."""
+    if precision != "float32" and not rounds(precision, device):
+        warn(f"precision={precision!r} changes nothing: products on {device} stay in float32.")
 
 
 def rounds(precision: str, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools import InputError, progress_bar
-from pyrovae._tools.precision import check_precision, matmul_precision
+from pyrovae._tools.precision import check_precision, matmul_precision, warn_without_effect
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset
 from pyrovae.objectives import Objective, make_objective
@@ -130,6 +130,7 @@ def fit(
     )  # fmt: skip
     world = join()
     svi.pair.to(world.place(svi.pair.device if device is None else device))
+    warn_without_effect(precision, svi.pair.device)
     data = data.to(svi.pair.device)
     seed = world.share(draw_seed(seed)) if state is None else state["seed"]
     result = Fit(model, guide, svi, seed, valid_samples=valid_samples, world=world, asked=asked)

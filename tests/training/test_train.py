@@ -1,6 +1,7 @@
 """fit(): what it minimizes, what it records, and when it stops."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pyro
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 import pyrovae
 from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli, shipped_gaussian
+from pyrovae._tools import precision
 from pyrovae._tools.precision import matmul_precision
 from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
@@ -448,6 +450,13 @@ def test_a_fit_begins_without_gradients_that_somebody_left():
         pyrovae.fit(*pair, X, epochs=1, batch_size=len(X), seed=0)
         found.append([p.detach().clone() for p in pair[0].parameters()])
     assert all(map(torch.equal, *found))
+
+
+def test_a_precision_that_changes_nothing_is_told(monkeypatch):
+    for told, rounds in ((True, False), (False, True)):
+        monkeypatch.setattr(precision, "rounds", lambda *_, rounds=rounds: rounds)
+        with pytest.warns(UserWarning, match="bf16' changes nothing") if told else nullcontext():
+            pyrovae.fit(*shipped_bernoulli(), X, epochs=1, precision="bf16", seed=0)
 
 
 def test_precision_is_given_back_and_named():
