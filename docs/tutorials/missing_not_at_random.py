@@ -168,5 +168,4 @@ print(f"whoever knows the truth  {least:.3f}")
 
 # %% [markdown]
 # Nearly all that ignoring the mask costs is won back. It rests on what was said of the mask: data
-# alone cannot tell whether high values or low ones went missing. The paper's experiments with UCI
-# data point the same way.
+# alone cannot tell whether high values or low ones went missing.
