@@ -27,8 +27,9 @@ class Combined(Optimizer):
         ValueError: If there is none, or two of them step one parameter.
 
     Example:
+        >>> a, b = (torch.zeros(2, requires_grad=True) for _ in range(2))
         >>> parts = torch.optim.SGD([a], lr=0.1), torch.optim.Adam([b], lr=1e-3)
-        >>> len(Combined(*parts).param_groups)
+        >>> len(pyrovae.optim.Combined(*parts).param_groups)
         2
     """
 
@@ -103,8 +104,11 @@ def muon(
 
     Example:
         >>> outer = [guide.encoder.layers[0].weight, model.decoder.last.weight]
-        >>> optimizer = functools.partial(pyrovae.optim.muon, lr=1e-3, others=outer)
+        >>> from functools import partial
+        >>> optimizer = partial(pyrovae.optim.muon, lr=1e-3, others=outer)
         >>> result = pyrovae.fit(model, guide, data, epochs=2, optimizer=optimizer, seed=0)
+        >>> len(result.history)
+        2
     """
     every, outer = list(parameters), set(map(id, others))
     hidden = [p for p in every if p.dim() == 2 and id(p) not in outer]

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import os
 import struct
 import sys
 from pathlib import Path
@@ -105,11 +104,8 @@ TRACKERS = {
 
 # The service of Weights & Biases is a process of its own, which writes when it gets to it: this is
 # run by hand, on a machine that is idle.
-BY_HAND = pytest.mark.skipif("PYROVAE_WANDB" not in os.environ, reason="PYROVAE_WANDB=1 runs it")
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=BY_HAND if n == "wandb" else ()) for n in TRACKERS]
+    "name", [pytest.param(n, marks=pytest.mark.wandb if n == "wandb" else ()) for n in TRACKERS]
 )
 def test_every_epoch_is_recorded_once_where_a_training_goes_on(name):
     make, read = TRACKERS[name]

@@ -1,8 +1,10 @@
 """Sequences: chains in one piece, padding that does not count, and a filter's exact log p(x)."""
 
 import json
+import math
 import re
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -251,7 +253,14 @@ def test_the_programs_of_its_page(repository, tmp_path, monkeypatch):
     exec(first, names)
     assert names["per_step"] < 0
     assert names["music"].shape == (2, 3, 88)
-    x, lengths = torch.rand(3, 4, 2).round(), torch.tensor([4, 1, 2])
-    rows = {"torch": torch, "x": x, "T": 4, "lengths": lengths}
-    exec(second, rows)
-    assert rows["data"].context.train[0].sum((1, 2)).tolist() == [8, 2, 4]
+    monkeypatch.chdir(tmp_path)
+    x, lengths = torch.rand(20, 4, 2).round(), torch.arange(20) % 4 + 1
+    there = (torch.arange(4) < lengths[:, None])[..., None]
+    np.save("padded.npy", x.masked_fill(~there, math.nan).numpy())
+    rows = {"pyrovae": pyrovae, "x": x.numpy(), "T": 4, "D": 2, "lengths": lengths.numpy()}
+    for line in second.splitlines():
+        exec(line, rows)
+        if line.startswith("data"):
+            masks = [split[0] for split in rows["data"].context]
+            assert sum(int(mask.sum()) for mask in masks) == 2 * lengths.sum()
+            assert rows["data"].shape == (4, 2)
