@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 PYROVAE_DATA=folder python benchmarks/annealing.py [--pairs VAE]
 
 The pairs of evaluation.py, 784-200-200-50 on MNIST, trained for 20 epochs. The first test images
-by 8 chains of 200 temperatures, with the time of compiling, and the bidirectional gap on images
-that the model made. The products are those of the decoder, forward and backward, for as many
+by 8 chains of so many temperatures, with the time of compiling, and the bidirectional gap on
+images that the model made. The products are those of the decoder, forward and backward, for as many
 gradients as were taken, by BLAS in batches of the size that was used. Writes
 results/annealing.json; trained weights are kept beside it.
 """
@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="test images to evaluate")
     parser.add_argument("--simulated", type=int, default=100, help="images for the sandwich")
     parser.add_argument("--chains", type=int, default=8)
-    parser.add_argument("--temperatures", type=int, default=200)
+    parser.add_argument("--temperatures", nargs="+", type=int, default=[200, 400])
     parser.add_argument("--limit", type=int, help="so many training images, for a trial")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -48,11 +48,12 @@ def main() -> None:
     images = data.train[: options.limit], data.intensities[: options.limit]
     data = replace(data, train=images[0], intensities=images[1], valid=None)
     x, rows = data.test[: options.images], []
-    for name in options.pairs:
-        rows.append(row(name, data, x, options))
+    protocol = {"chains": options.chains, "steps": Settings().num_steps, "pair": "784-200-200-50"}
+    for name, number in product(options.pairs, options.temperatures):
+        rows.append(
+            row(name, data, x, argparse.Namespace(**vars(options) | {"temperatures": number}))
+        )
         print(json.dumps(rows[-1]), flush=True)
-        protocol = {"chains": options.chains, "temperatures": options.temperatures}
-        protocol |= {"steps": Settings().num_steps, "pair": "784-200-200-50"}
         write(options.out, {"about": protocol | machine(), "rows": rows})
 
 
@@ -68,6 +69,7 @@ def row(name: str, data: pyrovae.Dataset, x: torch.Tensor, options: argparse.Nam
     both = sandwich(pair, x, options)
     return {
         "pair": f"{name}, {options.epochs} epochs",
+        "temperatures": options.temperatures,
         "images": len(x),
         "log p(x)": found["log p(x)"],
         "±": found["±"],

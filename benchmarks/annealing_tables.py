@@ -15,10 +15,20 @@ RESULTS = Path(__file__).resolve().parent / "results" / "annealing.json"
 
 def costs() -> str:
     """A row for each pair: the estimate, how tight it is, and its time against its products."""
-    head = ["pair", "log p(x)", "median ESS", "bidirectional gap", "CPU s", "products", "ratio"]
+    head = [
+        "pair",
+        "T",
+        "log p(x)",
+        "median ESS",
+        "bidirectional gap",
+        "CPU s",
+        "products",
+        "ratio",
+    ]
     body = [
         [
             row["pair"],
+            f"{row['temperatures']}",
             f"{row['log p(x)']:.2f} ± {row['±']:.3f}",
             f"{row['median ESS']:.1f}",
             f"{row['gap']:.2f} ± {row['± of it']:.2f}",
