@@ -26,8 +26,8 @@ from torch import Tensor
 import pyrovae
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives import make_objective
-from pyrovae.report import sample_picture
-from pyrovae.report.figures import png
+from pyrovae.reporting import sample_picture
+from pyrovae.reporting.figures import png
 from pyrovae.runs.programs import find_program
 
 HOME = Path(__file__).resolve().parent

@@ -29,7 +29,7 @@ from pyrovae.training.svi import SVI
 if TYPE_CHECKING:
     from pyrovae.estimator import VAE
     from pyrovae.exporting import export
-    from pyrovae.opening import OpenRun, evaluate, load
+    from pyrovae.opening import OpenRun, evaluate, load, report
 
 __version__ = "0.1.0"
 
@@ -71,6 +71,7 @@ __all__ = [
     "log_likelihood",
     "make_objective",
     "reconstruct",
+    "report",
     "sample",
     "to_inference_data",
     "traverse",
@@ -80,7 +81,7 @@ __all__ = [
 _LATER = {
     "VAE": "pyrovae.estimator",
     "export": "pyrovae.exporting",
-    **dict.fromkeys(("OpenRun", "evaluate", "load"), "pyrovae.opening"),
+    **dict.fromkeys(("OpenRun", "evaluate", "load", "report"), "pyrovae.opening"),
 }
 
 if not TYPE_CHECKING:  # or else a type checker takes every name for one that is there

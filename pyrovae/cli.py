@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from pyrovae import _start, report
+from pyrovae import _start, reporting
 from pyrovae._tools import InputError
 from pyrovae._tools.files import plain_json, require_file, write_atomic
 from pyrovae._tools.shown import counted, number
@@ -27,9 +27,9 @@ from pyrovae.data import DATASETS
 from pyrovae.exporting import WHAT, export
 from pyrovae.exporting.formats import FORMATS
 from pyrovae.objectives import OBJECTIVES
-from pyrovae.opening import OpenRun, programs_of, stranger, write_report
-from pyrovae.report.figures import png
-from pyrovae.report.text import summarize
+from pyrovae.opening import OpenRun, programs_of, report, stranger
+from pyrovae.reporting.figures import png
+from pyrovae.reporting.text import summarize
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.compare import compare_runs
 from pyrovae.runs.config import (
@@ -217,7 +217,7 @@ def _train(options: _Train, line: str) -> None:
         raise NonFiniteLoss(f"{error}{kept}") from error
     if not world.first:
         return
-    report.draw_run(run, made)
+    reporting.draw_run(run, made)
     last = result.history[-1]
     print(
         f"{counted(len(result.history), 'epoch')}: ELBO {number(last['train_elbo'])} (train), "
@@ -305,7 +305,7 @@ def _evaluate(options: _Evaluate, line: str) -> None:
         raise kind(f"stopped; what is finished is kept; go on with: {line}") from None
     if found is not None:
         if not run.file("figures/samples.png").exists():
-            report.draw_run(run, made)
+            reporting.draw_run(run, made)
         text = json.dumps(plain_json(found), indent=2) if options.json else None
         print(text or _as_options(summarize(found, options.split)))
 
@@ -328,7 +328,7 @@ def _compare(options: _Compare, line: str) -> None:
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:
-        write_atomic(out, report.render_comparison(found).encode())
+        write_atomic(out, reporting.render_comparison(found).encode())
         print(f"The comparison is {options.out}")
 
 
@@ -344,7 +344,7 @@ def _sample(options: _Sample, line: str) -> None:
     run = options.open()
     made = options.load(run)
     rows = made.data.split("test")
-    figure = report.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
+    figure = reporting.sample_picture(made.model, *rows, n=options.n, seed=options.seed)
     print(f"{counted(options.n, 'sample')}: {run.write('figures/samples.png', png(figure))}")
 
 
@@ -379,7 +379,7 @@ class _Report(Options):
 
 
 def _report(options: _Report, line: str) -> None:
-    print(f"The report is {write_report(Run.open(options.run))}")
+    print(f"The report is {report(options.run)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrovae import report
+from pyrovae import reporting
 from pyrovae._tools import InputError, InputTypeError, did_you_mean
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.shown import counted
@@ -24,7 +24,7 @@ from pyrovae.runs.experiment import Experiment, load_experiment
 from pyrovae.runs.programs import KINDS
 from pyrovae.runs.results import Results, load_finding, load_results
 
-__all__ = ["OpenRun", "evaluate", "load", "programs_of", "stranger", "write_report"]
+__all__ = ["OpenRun", "evaluate", "load", "programs_of", "report", "stranger"]
 
 
 class OpenRun:
@@ -121,8 +121,8 @@ class OpenRun:
         return load_experiment(self.run, self.device, self.data_root, self.given)
 
     def report(self) -> Path:
-        """Write ``report.html`` and the figures of its numbers, as :func:`write_report` does."""
-        return write_report(self.run)
+        """Write ``report.html`` and the figures of its numbers, as :func:`pyrovae.report` does."""
+        return report(self)
 
 
 def load(
@@ -184,31 +184,38 @@ def evaluate(run: OpenRun | str | Path, **options: Any) -> Results:
     if found is None:
         raise InputError("One process of several has the results: use pyrovae evaluate for that.")
     if not opened.run.file("figures/samples.png").exists():
-        report.draw_run(opened.run, opened.experiment)
+        reporting.draw_run(opened.run, opened.experiment)
     return found
 
 
-def write_report(run: Run) -> Path:
+def report(run: OpenRun | str | Path) -> Path:
     """Write ``report.html`` and the figures of its numbers; nothing of the run is executed.
 
+    Args:
+        run: A run of :func:`load`, or its directory.
+
+    Returns:
+        Where the page is.
+
     Raises:
-        InputError: If the run has not been evaluated.
+        InputError: If there is no run, or it has not been evaluated.
     """
-    if not (results := load_results(run)):
-        again = shlex.join(["pyrovae", "evaluate", str(run.path)])
+    folder = (run if isinstance(run, OpenRun) else load(run)).run
+    if not (results := load_results(folder)):
+        again = shlex.join(["pyrovae", "evaluate", str(folder.path)])
         raise InputError(f"Nothing to report yet; first: {again}")
-    report.draw_found(run)
-    config, weights = plain_json(run.config), run.weights_checksum()
-    finding = load_finding(run, "test") if "test" in results else None
-    page = report.render_report(
+    reporting.draw_found(folder)
+    config, weights = plain_json(folder.config), folder.weights_checksum()
+    finding = load_finding(folder, "test") if "test" in results else None
+    page = reporting.render_report(
         config,
         results,
-        run.history(),
-        run.figures(),
+        folder.history(),
+        folder.figures(),
         weights=weights,
-        explored=report.explorer.summary(run, config, finding),
+        explored=reporting.explorer.summary(folder, config, finding),
     )
-    return run.write("report.html", page.encode())
+    return folder.write("report.html", page.encode())
 
 
 def programs_of(run: Run) -> list[str]:

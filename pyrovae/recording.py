@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyrovae import report
+from pyrovae import reporting
 from pyrovae._tools import InputError, require_same
 from pyrovae._tools.files import plain_json
 from pyrovae.data import Dataset
@@ -95,7 +95,7 @@ def _write(run: Run, made: Experiment[Config], result: Fit) -> None:
 def _finish(run: Run, made: Experiment[Config], result: Fit) -> None:
     run.save_metrics(result.history)
     run.save_weights(result.svi.pair.state_dict())
-    report.draw_run(run, made)
+    reporting.draw_run(run, made)
 
 
 def _experiment(result: Fit, run: Run) -> Experiment[Config]:

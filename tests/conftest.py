@@ -48,5 +48,5 @@ def workspace(trained, tmp_path, monkeypatch):
     """A folder to work in, with a copy of what the module's ``trained`` fixture has made."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return tmp_path

@@ -45,7 +45,7 @@ def test_an_evaluation_from_python_is_that_of_the_command(capsys):
     assert opened.results["test"] == found
     assert f"log p(x): test {found.headline}" in repr(opened)
     assert len(repr(opened).splitlines()) <= 10
-    assert opened.report() == Path("run", "report.html")
+    assert opened.report() == pyrovae.report("run") == Path("run", "report.html")
     assert f"{found.log_likelihood.mean:.3f}" in Path("run", "report.html").read_text()
 
 
@@ -67,7 +67,7 @@ def test_a_run_from_elsewhere_is_executed_with_trust_alone(tmp_path_factory, mon
 
 def test_what_is_no_run_or_no_option_is_refused():
     with pytest.raises(pyrovae.InputError, match="Nothing to report yet"):
-        pyrovae.load("run").report()
+        pyrovae.report("run")
     with pytest.raises(pyrovae.InputError, match="holds no run"):
         pyrovae.load("nowhere")
     with pytest.raises(TypeError, match=r"no option 'sample' \(did you mean 'samples'\?\)"):

@@ -64,7 +64,7 @@ def lost(x):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
 
 
 @pytest.fixture(scope="module")

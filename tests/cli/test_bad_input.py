@@ -17,7 +17,7 @@ MODULE = "import pyro.nn\nclass {}(pyro.nn.PyroModule):\n    pass\n"
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         assert run(*TRAIN, "--out", folder / "run") == 0
         assert run("evaluate", folder / "run", "--samples", "2", "--no-diagnostics") == 0
     return folder / "run"
@@ -28,7 +28,7 @@ def workspace(trained, tmp_path, monkeypatch):
     """A working folder with one finished run in it; no command draws pictures."""
     shutil.copytree(trained, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return tmp_path
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
 from pyrovae.objectives.elbo import ESTIMATORS
-from pyrovae.report.posterior_figures import FINDING_PICTURES
+from pyrovae.reporting.posterior_figures import FINDING_PICTURES
 from pyrovae.runs import experiment
 
 PRIOR = "dist.Normal(self.zero, 1.0).to_event(1)"
@@ -34,7 +34,7 @@ SWAPS = {
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from commands import DIGITS, TRAIN, refusal, run, snapshot
 import pyrovae
 from pyrovae import inference_data
 from pyrovae.evidence.tiles import Evaluation
-from pyrovae.report.posterior_figures import guide_calibration
+from pyrovae.reporting.posterior_figures import guide_calibration
 from pyrovae.runs import Run, experiment
 from pyrovae.runs.config import EvaluationConfig
 from pyrovae.runs.evaluate import SEED, _Unfinished, evaluate
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("workspace")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         assert run(*LINEAR, "--out", folder / "linear") == 0
         assert run(*TRAIN, "--out", folder / "run") == 0
     return folder

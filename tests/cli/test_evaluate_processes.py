@@ -35,7 +35,7 @@ class Model(Bernoulli):
 
 def test_two_processes_find_what_one_does_and_a_lost_one_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     (tmp_path / "own.py").write_text(FILE)
     assert run(*TRAIN, "--model", "own.py", "--out", "one") == 0
     shutil.copytree("one", "two")

@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
     x = np.random.default_rng(0).integers(0, 2, (200, 6))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         np.save("x.npy", x)
         shutil.copy("x.npy", "whole.npy")
         np.savez("x.npz", x=x, y=np.arange(200) % 3)
@@ -117,10 +117,12 @@ def spoilt(rng):
 
 @pytest.mark.filterwarnings("default")
 def test_spoilt_files_end_in_a_sentence(whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
-    monkeypatch.setattr("pyrovae.report.draw_findings", lambda *arguments, **options: {})
-    monkeypatch.setattr("pyrovae.report.plots.learning_curves", lambda history: None)
-    monkeypatch.setattr("pyrovae.report.plots.png", lambda figure: b"\x89PNG\r\n\x1a\n" + bytes(20))
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_findings", lambda *arguments, **options: {})
+    monkeypatch.setattr("pyrovae.reporting.plots.learning_curves", lambda history: None)
+    monkeypatch.setattr(
+        "pyrovae.reporting.plots.png", lambda figure: b"\x89PNG\r\n\x1a\n" + bytes(20)
+    )
     before = signal.signal(signal.SIGALRM, ring)
     failures, counts = [], collections.Counter()
     for number in (*range(FIRST, FIRST + INPUTS), *FOUND):

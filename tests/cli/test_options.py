@@ -15,7 +15,7 @@ from pyrovae.runs.config import PairConfig, RunConfig
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
 
 
 def test_the_docs_list_every_option(repository):

@@ -188,7 +188,7 @@ def test_a_missing_package_is_named_with_the_extra(linear, tmp_path, monkeypatch
 
 def test_a_run_is_exported_as_its_page_says(repository, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     page = (repository / "docs" / "export.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"```sh\n(.*?)\n```", page)
     assert run(*TRAIN, "--out", "runs/digits") == 0

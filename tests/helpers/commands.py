@@ -69,7 +69,7 @@ def train_watched(folder, repository, *further):
     """Train a program that leaves a file ``executed`` where it runs, and run more commands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         source = (repository / "models" / "bernoulli.py").read_text()
         Path("own.py").write_text(source + EVIL)
         for command in ([*TRAIN, "--model", "own.py", "--out", "run"], *further):

@@ -7,8 +7,8 @@ import tomllib
 from markupsafe import escape
 
 import pyrovae
-from pyrovae.report import render_report
-from pyrovae.report.glossary import GLOSSARY
+from pyrovae.reporting import render_report
+from pyrovae.reporting.glossary import GLOSSARY
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"training"},
     {"diagnostics", "inference_data"},
     {"runs"},
-    {"report", "estimator"},
+    {"reporting", "estimator"},
     {"opening", "recording", "tracking"},
     {"exporting"},
     {"__init__", "cli", "__main__"},

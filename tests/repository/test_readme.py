@@ -63,7 +63,7 @@ def own(repository, tmp_path, monkeypatch):
     (tmp_path / "my_guide.py").write_text(guide, encoding="utf-8")
     np.save(tmp_path / "my_data.npy", np.random.default_rng(0).normal(size=(200, 6)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return tmp_path
 
 

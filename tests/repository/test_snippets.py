@@ -73,7 +73,7 @@ def folder(repository, tmp_path, monkeypatch):
     frame.to_csv(tmp_path / "patients.csv", index=False)
     (tmp_path / "my_model.py").write_text(blocks(repository / "docs" / "check.md", "python")[1])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return frame
 
 

@@ -61,7 +61,7 @@ def test_contents(wheel, repository):
     info = metadata.partition("/")[0]
     assert {name for name in names if not name.startswith(info)} == expected | {"pyrovae/py.typed"}
     assert "pyrovae/models/bernoulli.py" in expected
-    assert "pyrovae/report/templates/report.html.j2" in expected
+    assert "pyrovae/reporting/templates/report.html.j2" in expected
     assert f"{info}/licenses/LICENSE" in names
     assert wheel.name.endswith("-py3-none-any.whl")
     assert described["Requires-Python"] == ">=3.11"

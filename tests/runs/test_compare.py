@@ -7,7 +7,7 @@ import pytest
 from commands import TRAIN, refusal, run, snapshot
 
 from pyrovae._tools.files import sealed
-from pyrovae.report import render_comparison
+from pyrovae.reporting import render_comparison
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, compare_runs
 from pyrovae.runs.results import from_tensors, load_results
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     for name, command in TRAINED.items():
         with pytest.MonkeyPatch.context() as patch:
             if name == "grey":
-                patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+                patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
             assert run(*command, "--out", folder / name) == 0
         assert run("evaluate", folder / name, *SHORT) == 0
     return folder

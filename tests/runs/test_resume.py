@@ -32,7 +32,7 @@ EPOCHS = 20
 def cosine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cosine")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         assert run(*TRAIN, *VARIANTS["cosine"], "--out", folder / "r") == 0
     np.save(folder / "x.npy", np.ones((200, 1, 8, 8), np.float32))
     return folder
@@ -41,7 +41,7 @@ def cosine(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return tmp_path
 
 

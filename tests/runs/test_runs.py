@@ -26,7 +26,7 @@ class Malice:
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         assert run(*TRAIN, "--patience", "5", "--out", folder / "run") == 0
         assert run(*TRAIN, "--set", "hidden=9", "--out", folder / "other") == 0
         assert run(*TRAIN, "--model", "gaussian", "--out", folder / "gaussian") == 0
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 def workspace(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     return tmp_path
 
 

@@ -38,7 +38,7 @@ def trained(tmp_path_factory, repository):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
         shutil.copy(repository / "models" / "bernoulli.py", "own.py")
         assert run(*TRAIN, *OWN, "--out", "run") == 0
         assert run("evaluate", "run", *SHORT) == 0

@@ -96,7 +96,7 @@ def test_what_rank_0_shares_is_what_both_have(ranks):
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pyrovae.report.draw_run", lambda *arguments: {})
+    monkeypatch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
     (tmp_path / "killed.py").write_text(KILLED)
     (tmp_path / "failed.py").write_text(FAILED)
     return tmp_path

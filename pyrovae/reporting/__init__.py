@@ -14,12 +14,12 @@ from pyrovae._tools import InputError, flat
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import number
-from pyrovae.report import explorer
-from pyrovae.report import figures as plots
-from pyrovae.report.explorer import whole_events
-from pyrovae.report.glossary import GLOSSARY
-from pyrovae.report.posterior_figures import FINDING_PICTURES, draw_findings
-from pyrovae.report.text import statements
+from pyrovae.reporting import explorer
+from pyrovae.reporting import figures as plots
+from pyrovae.reporting.explorer import whole_events
+from pyrovae.reporting.glossary import GLOSSARY
+from pyrovae.reporting.posterior_figures import FINDING_PICTURES, draw_findings
+from pyrovae.reporting.text import statements
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.config import PairRecord
@@ -118,7 +118,7 @@ def render_report(
 
     The page refers to nothing outside itself, and runs no script but that of the latent explorer,
     whose hash its policy names. ``weights`` is the digest of the run's weights, by which results of
-    others are told, and ``explored`` what :func:`pyrovae.report.explorer.view` gives.
+    others are told, and ``explored`` what :func:`pyrovae.reporting.explorer.view` gives.
     """
     model, guide, data = (_name_of(config.get(part)) for part in ("model", "guide", "data"))
     splits: list[dict[str, Any]] = []
@@ -166,7 +166,7 @@ def _render(template: str, **view: Any) -> str:
     from jinja2 import ChainableUndefined, Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader("pyrovae.report"),
+        loader=PackageLoader("pyrovae.reporting"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

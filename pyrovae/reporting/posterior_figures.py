@@ -11,7 +11,7 @@ import numpy as np
 from pyrovae.diagnostics.result import ACTIVE
 from pyrovae.diagnostics.simulation import draw_curves
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.report.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
+from pyrovae.reporting.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
 from pyrovae.runs.results import Finding, Site
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import AxesImage
 
-from pyrovae.report import figures as plots
+from pyrovae.reporting import figures as plots
 
 
 def picture(figure):
@@ -280,7 +280,7 @@ def test_the_picture_and_the_settings_of_matplotlib_are_independent():
 def test_nothing_of_matplotlib_is_loaded_before_a_picture_and_no_pyplot_after():
     code = """
 import io, sys, torch
-from pyrovae.report import figures as plots
+from pyrovae.reporting import figures as plots
 assert "matplotlib" not in sys.modules
 plots.image_grid(torch.rand(4, 1, 3, 3), title="").savefig(io.BytesIO())
 plots.latent_space(torch.rand(9, 3), None).savefig(io.BytesIO())

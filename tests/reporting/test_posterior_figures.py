@@ -11,8 +11,8 @@ from matplotlib.contour import ContourSet
 from test_figures import dots, text
 
 from pyrovae.evidence.result import Curve, LogLikelihood
-from pyrovae.report.figures import BLUE, GREY
-from pyrovae.report.posterior_figures import (
+from pyrovae.reporting.figures import BLUE, GREY
+from pyrovae.reporting.posterior_figures import (
     FINDING_PICTURES,
     bound_curves,
     calibration_curves,

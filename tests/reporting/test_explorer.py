@@ -18,9 +18,9 @@ import pyrovae
 from pyrovae.data import Dataset, Splits
 from pyrovae.data.tables import Column
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.report import explorer, render_report
-from pyrovae.report.explorer import PARTS, SIDE, Explorer, explore, view
-from pyrovae.report.figures import responses
+from pyrovae.reporting import explorer, render_report
+from pyrovae.reporting.explorer import PARTS, SIDE, Explorer, explore, view
+from pyrovae.reporting.figures import responses
 from pyrovae.runs import Run
 
 N = 12

@@ -293,7 +293,7 @@ def script() -> dict[str, Any]:
     """The script of the page as it stands there, and the hash by which the policy lets it run."""
     from markupsafe import Markup
 
-    text = files("pyrovae.report").joinpath("templates/explorer.js").read_text(encoding="utf-8")
+    text = files("pyrovae.reporting").joinpath("templates/explorer.js").read_text(encoding="utf-8")
     digest = b64encode(sha256(text.encode()).digest()).decode()
     return {"script": Markup(text), "script_hash": Markup(f"sha256-{digest}")}
 

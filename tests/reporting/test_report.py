@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import torch
 
-from pyrovae import report
+from pyrovae import reporting
 from pyrovae.evidence.result import LogLikelihood, compare_log_likelihood
-from pyrovae.report import CAPTIONS, render_comparison, render_report
-from pyrovae.report.figures import image_grid, png
-from pyrovae.report.text import summarize
+from pyrovae.reporting import CAPTIONS, render_comparison, render_report
+from pyrovae.reporting.figures import image_grid, png
+from pyrovae.reporting.text import summarize
 from pyrovae.runs.compare import Compared, RunComparison
 from pyrovae.runs.config import Config
 from pyrovae.runs.results import Finding, Results
@@ -383,7 +383,7 @@ def test_hostile_text_stays_text_in_a_comparison(picture):
 
 
 def test_no_template_switches_escaping_off():
-    templates = sorted((Path(report.__file__).parent / "templates").iterdir())
+    templates = sorted((Path(reporting.__file__).parent / "templates").iterdir())
     assert [path.suffix for path in templates] == [".j2", ".j2", ".js", ".j2", ".j2", ".j2"]
     for path in templates:
         assert not re.search(r"\|\s*safe|autoescape", path.read_text(encoding="utf-8"))
