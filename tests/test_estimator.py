@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -169,14 +167,6 @@ def test_a_wrong_shape_is_told_in_one_sentence(normal):
     x, _ = normal
     with pytest.raises(pyrovae.InputError, match="shape to hold the 4 features"):
         pyrovae.VAE("gaussian", shape=(3,)).fit(x)
-
-
-def test_import_pyrovae_imports_no_sklearn_until_the_estimator_is_asked_for():
-    code = (
-        "import sys, pyrovae; assert 'sklearn' not in sys.modules; dir(pyrovae); "
-        "assert 'sklearn' not in sys.modules; pyrovae.VAE; assert 'sklearn' in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_dir_shows_the_public_names_alone():

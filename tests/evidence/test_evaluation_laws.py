@@ -2,13 +2,12 @@
 
 import math
 import pickle
-import subprocess
-import sys
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from forks import Fork
 from oracles import ORACLES, Normals, curved, linear_gaussian
 
 import pyrovae
@@ -466,30 +465,21 @@ def test_an_edited_prior_with_the_same_weights_is_another_evaluation(tmp_path):
         log_likelihood(edited, guide, x, **options)
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from pairs import binary, shipped_bernoulli
-from pyrovae.evidence.importance import log_likelihood
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.manual_seed(0)
-torch.set_num_threads(1)
-pair = shipped_bernoulli()
-store = f"file://{{folder}}/store"
-torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-torch.manual_seed(rank)
-how = dict(num_samples=40, processes=True, checkpoint=f"{{folder}}/file")
-found = log_likelihood(*pair, binary(200), **how)
-torch.save([found.seed, found.log_prob], f"{{folder}}/{{rank}}.pt")
-torch.distributed.destroy_process_group()
-"""
+def _shared(rank, folder):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    pair, store = shipped_bernoulli(), f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    how = {"num_samples": 40, "processes": True, "checkpoint": folder / "file"}
+    found = log_likelihood(*pair, binary(200), **how)
+    torch.save([found.seed, found.log_prob], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def test_several_processes_find_what_one_does(tmp_path, repository):
-    script = SCRIPT.format(tests=str(repository / "tests" / "helpers"))
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    running = [subprocess.Popen([*command, str(r), str(tmp_path)]) for r in (0, 1)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+def test_several_processes_find_what_one_does(tmp_path):
+    running = [Fork(_shared, rank, tmp_path) for rank in (0, 1)]
+    assert [fork.end()[0] for fork in running] == [0, 0]
     (seed, found), (same, other) = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
     assert seed == same
     assert torch.equal(found, other)

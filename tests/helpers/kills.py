@@ -23,7 +23,7 @@ import torch
 import torch._dynamo
 from safetensors.torch import save  # noqa: F401
 
-from pyrovae import cli, report
+from pyrovae import cli, reporting
 from pyrovae._tools.files import checksum, unpack_tensors
 
 PAIR = ["--model", "own.py", "--guide", "mean_field", "--set", "hidden=8", "--set", "latent=2"]
@@ -146,8 +146,12 @@ def trials(count, seed, kinds=()):
     return {"kills": count, "seed": seed, "kinds": counts, "failures": failures}
 
 
-if __name__ == "__main__":
-    os.chdir(sys.argv[1])
+def main(folder, count, seed, *kinds):
+    os.chdir(folder)
     torch.set_num_threads(1)
-    report.draw_run = lambda *arguments: {}
-    print(json.dumps(trials(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))
+    reporting.draw_run = lambda *arguments: {}
+    print(json.dumps(trials(int(count), int(seed), kinds)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,8 +5,6 @@
 """
 
 import io
-import os
-import subprocess
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -16,11 +14,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from commands import TRAIN
+from forks import Fork
 from torch import nn
 
 import pyrovae
 from pairs import LATENT, SHAPE, discrete, functions, shipped_bernoulli, two_latents
-from pyrovae import report, runs
+from pyrovae import reporting, runs
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.cli import main
 from pyrovae.data import Dataset
@@ -146,22 +145,25 @@ def train(name, epochs=2, seed=7):
 def trained():
     """The loss of the last of some epochs, nats per datum, for pairs and seeds ``[P, S]``."""
     losses = [
-        [train(name, 6, seed)["history"][-1]["train_loss"] for seed in range(5)]
+        [train(name, 3, seed)["history"][-1]["train_loss"] for seed in range(5)]
         for name in ("dynamic", "subsampled")
     ]
     return torch.tensor(losses)
 
 
 def torchrun(*arguments):
-    """Start two processes of this file, and wait for their end."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
-        + [str(argument) for argument in arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """Start two processes of this file; the exit code and what was printed.
+
+    torchrun is a fork, and its processes are forks of it: none imports torch again.
+    """
+    return Fork(_torchrun, [str(argument) for argument in arguments]).end()
+
+
+def _torchrun(arguments):
+    from torch.distributed.run import main
+
+    how = ["--nproc-per-node", "2", "--start-method", "fork", "--run-path"]
+    main([*how, __file__, *arguments])
 
 
 def _normalize(found):
@@ -226,7 +228,7 @@ def checks(folder):
 if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    report.draw_run = lambda *arguments: {}
+    reporting.draw_run = lambda *arguments: {}
     if len(sys.argv) > 2:
         sys.exit(commands(sys.argv[1:]))
     checks(Path(sys.argv[1]))

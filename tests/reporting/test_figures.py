@@ -1,9 +1,5 @@
 """Pictures show the numbers that they were given, where they should, under their names."""
 
-import os
-import subprocess
-import sys
-
 import matplotlib
 import numpy as np
 import pytest
@@ -275,18 +271,6 @@ def test_the_picture_and_the_settings_of_matplotlib_are_independent():
         assert dict(matplotlib.rcParams) == before
     for one, other in zip(usual, foreign, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_nothing_of_matplotlib_is_loaded_before_a_picture_and_no_pyplot_after():
-    code = """
-import io, sys, torch
-from pyrovae.reporting import figures as plots
-assert "matplotlib" not in sys.modules
-plots.image_grid(torch.rand(4, 1, 3, 3), title="").savefig(io.BytesIO())
-plots.latent_space(torch.rand(9, 3), None).savefig(io.BytesIO())
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 @pytest.mark.parametrize(

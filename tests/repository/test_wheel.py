@@ -74,14 +74,15 @@ def test_contents(wheel, repository):
 def test_the_wheel_works_outside_the_checkout(installed, repository, tmp_path):
     outside = {"PYTHONPATH": str(installed), "cwd": tmp_path}
     code = "import pyrovae, pyrovae.cli, pyrovae.models.bernoulli as model; "
-    code += "print(pyrovae.__file__, model.__file__, sep='\\n'); pyrovae.cli.main(['list'])"
+    code += "print(pyrovae.__file__, model.__file__, sep='\\n'); pyrovae.cli.main(['list']); "
+    train = ["train", "--model", "bernoulli", "--guide", "mean_field", "--data", "digits"]
+    train += ["--binarize", "threshold", "--set", "hidden=8", "--epochs", "1", "--out", "run"]
+    code += f"pyrovae.cli.main({train})"
     package, model, *listed = python("-c", code, **outside).splitlines()
     assert package == str(installed / "pyrovae" / "__init__.py")
     assert model == str(installed / "pyrovae" / "models" / "bernoulli.py")
     names = {line.split()[0] for line in listed}
     for kind in ("models", "guides"):
         assert {path.stem for path in (repository / kind).glob("[a-z]*.py")} <= names
-    train = ["train", "--model", "bernoulli", "--guide", "mean_field", "--data", "digits"]
-    train += ["--binarize", "threshold", "--set", "hidden=8", "--epochs", "1", "--out", "run"]
-    assert python("-m", "pyrovae", *train, **outside).startswith("epoch 1/1")
+    assert [line for line in listed if line.startswith("epoch 1/1")]
     assert (tmp_path / "run" / "weights.safetensors").stat().st_size > 0

@@ -5,20 +5,17 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import kills
+from forks import Fork
 
 KILLS = int(os.environ.get("PYROVAE_KILLS", "8"))
 
 
 def test_a_kill_at_any_moment_loses_nothing(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, kills.__file__, str(tmp_path), str(KILLS), "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, printed, errors = Fork(kills.main, tmp_path, KILLS, 0).end(timeout=None)
+    assert code == 0, errors
+    found = json.loads(printed)
     print(found)
     assert sum(found["kinds"].values()) >= found["kills"] == KILLS
     assert not found["failures"]

@@ -4,13 +4,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from commands import TRAIN, config, history, outcome, refusal, rewrite, run, snapshot
+from forks import Fork, run_command
 
 import pyrovae
 from pyrovae.runs import Run, experiment
@@ -36,6 +35,20 @@ def cosine(tmp_path_factory):
         assert run(*TRAIN, *VARIANTS["cosine"], "--out", folder / "r") == 0
     np.save(folder / "x.npy", np.ones((200, 1, 8, 8), np.float32))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The command of a run of some epochs, and what it comes to where nothing interrupts it."""
+    command, out = (
+        [*TRAIN, "--epochs", EPOCHS, "--schedule", "cosine"],
+        tmp_path_factory.mktemp("w"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyrovae.reporting.draw_run", lambda *arguments: {})
+        assert run(*command, "--out", out / "r") == 0
+    assert len(history(out / "r")) == EPOCHS
+    return command, outcome(out / "r")
 
 
 @pytest.fixture(autouse=True)
@@ -64,34 +77,19 @@ def stop_in(monkeypatch):
     return run_until
 
 
-def launch(*arguments, **options):
-    command = [sys.executable, "-m", "pyrovae", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, **options)
-
-
 def alike(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def interrupted(signum, epoch, *arguments):
     """Start a process, send it a signal when it tells of an epoch, and wait for its end."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with launch(*arguments, **pipes) as process:
-        for line in process.stdout:
-            if line.startswith(f"epoch {epoch}/"):
-                process.send_signal(signum)
-                break
-        _, error = process.communicate(timeout=60)
-    return process.returncode, error
-
-
-@pytest.fixture
-def ctrl_c():
-    """A process inherits the neglect of SIGINT from a shell that runs the tests in background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    fork = Fork(run_command, arguments)
+    for line in fork.stdout:
+        if line.startswith(f"epoch {epoch}/"):
+            os.kill(fork.pid, signum)
+            break
+    code, _, error = fork.end()
+    return code, error
 
 
 def test_a_command_gives_the_same_run_twice(workspace):
@@ -123,19 +121,17 @@ def test_stopping_after_any_epoch_changes_nothing(workspace, stop_in, variant):
         assert config(out)["command"].endswith(f"--out {out}")
 
 
-def test_kill_and_resume(workspace, capsys):
-    command = [*TRAIN, "--epochs", EPOCHS]
+def test_kill_and_resume(whole, workspace):
+    command, expected = whole
     code, _ = interrupted(signal.SIGKILL, 3, *command, "--out", "killed")
     assert code == -signal.SIGKILL
     assert 3 <= len(history(workspace / "killed")) < EPOCHS
     assert run("train", "--out", "killed", "--resume") == 0
-    assert run(*command, "--out", "whole") == 0
-    assert len(history(workspace / "whole")) == EPOCHS
-    assert outcome(workspace / "killed") == outcome(workspace / "whole")
+    assert outcome(workspace / "killed") == expected
 
 
-def test_ctrl_c_tells_how_to_resume(workspace, ctrl_c):
-    command = [*TRAIN, "--epochs", EPOCHS, "--schedule", "cosine"]
+def test_ctrl_c_tells_how_to_resume(whole, workspace):
+    command, expected = whole
     code, error = interrupted(signal.SIGINT, 3, *command, "--out", "a run")
     assert code == 130
     done = len(history(workspace / "a run"))
@@ -143,8 +139,7 @@ def test_ctrl_c_tells_how_to_resume(workspace, ctrl_c):
     again = "go on with: pyrovae train --out 'a run' --resume"
     assert error == f"pyrovae: stopped after epoch {done}; {again}\n"
     assert run("train", "--out", "a run", "--resume") == 0
-    assert run(*command, "--out", "whole") == 0
-    assert outcome(workspace / "a run") == outcome(workspace / "whole")
+    assert outcome(workspace / "a run") == expected
 
 
 def test_ctrl_c_in_the_first_epoch_leaves_nothing(workspace, monkeypatch, capsys):

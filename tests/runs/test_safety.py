@@ -3,15 +3,16 @@
 import os
 import shlex
 import shutil
+import signal
 import stat
-import subprocess
-import sys
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
 from commands import TRAIN, config, outcome, refusal, rewrite, run, snapshot
+from forks import Fork
 
 from pyrovae._tools.files import (
     locked,
@@ -56,16 +57,28 @@ def trained(tmp_path_factory, repository):
     return folder
 
 
+@contextmanager
 def held(path):
-    """A process that holds a lock file until its input ends."""
-    code = (
-        "import sys; from pathlib import Path; from pyrovae._tools.files import locked\n"
-        f"with locked(Path({str(path)!r}), 'held'): print('held', flush=True); sys.stdin.read()"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
-    assert process.stdout.readline() == "held\n"
-    return process
+    """Another process holds a lock file inside, and is then killed."""
+    fork = Fork(_hold, path)
+    assert fork.stdout.readline() == "held\n"
+    yield
+    fork.end(signal.SIGKILL)
+
+
+def _hold(path):
+    with locked(path, "held"):
+        print("held", flush=True)
+        signal.pause()
+
+
+def _write_half(path):
+    def wait(handle):
+        print("here", flush=True)
+        signal.pause()
+
+    os.fsync = wait
+    write_atomic(path, b"theirs")
 
 
 @pytest.mark.parametrize("write", range(4))
@@ -91,18 +104,16 @@ def test_a_kill_while_results_are_written_mixes_no_evaluations(workspace, monkey
 
 
 def test_two_trainings_into_one_directory(workspace, capsys):
-    with held(workspace / "run" / TRAINING) as other:
+    with held(workspace / "run" / TRAINING):
         before = outcome(workspace / "run")
         capsys.readouterr()
         assert run(*RESUME) == 2
         assert "run is being trained by another process" in capsys.readouterr().err
         assert outcome(workspace / "run") == before
         (workspace / "new").mkdir()
-        with held(workspace / "new" / TRAINING) as third:
+        with held(workspace / "new" / TRAINING):
             assert run(*TRAIN, "--out", "new") == 2
             assert "new is being trained by another process" in capsys.readouterr().err
-            third.kill()
-        other.kill()
     assert run(*RESUME) == 0
     assert run(*TRAIN, "--out", "new") == 0
     assert not [path for path in workspace.rglob("*") if path.suffix in (".lock", ".tmp")]
@@ -110,11 +121,10 @@ def test_two_trainings_into_one_directory(workspace, capsys):
 
 def test_two_evaluations_of_one_split_and_of_two(workspace, capsys):
     (workspace / "run" / "evaluation").mkdir(exist_ok=True)
-    with held(workspace / "run" / "evaluation" / ".test.lock") as other:
+    with held(workspace / "run" / "evaluation" / ".test.lock"):
         assert run("evaluate", "run", *SHORT) == 2
         assert "test data of run are being evaluated by another" in capsys.readouterr().err
         assert run("evaluate", "run", *SHORT, "--split", "valid") == 0
-        other.kill()
     assert run("evaluate", "run", *SHORT) == 0
     assert load_results(Run("run")).keys() == {"test", "valid"}
 
@@ -153,18 +163,12 @@ def test_what_a_kill_leaves_at_the_start_is_taken(workspace, capsys):
 
 def test_temporary_files_of_killed_writers_are_removed_and_those_of_others_kept(workspace):
     path = workspace / "a.json"
-    code = (
-        "import os, sys; from pathlib import Path; from pyrovae._tools.files import write_atomic\n"
-        "os.fsync = lambda handle: (print('here', flush=True), sys.stdin.read())\n"
-        f"write_atomic(Path({str(path)!r}), b'theirs')"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
-        other.stdout.readline()
-        (left,) = workspace.glob(".a.json.*.tmp")
-        write_atomic(path, b"mine")
-        assert left.exists()
-        other.kill()
+    other = Fork(_write_half, path)
+    assert other.stdout.readline() == "here\n"
+    (left,) = workspace.glob(".a.json.*.tmp")
+    write_atomic(path, b"mine")
+    assert left.exists()
+    other.end(signal.SIGKILL)
     remove_temporary(workspace, "b.json")
     assert left.exists()
     write_atomic(path, b"mine")
@@ -179,10 +183,8 @@ def test_temporary_files_of_killed_writers_are_removed_and_those_of_others_kept(
 
 def test_the_lock_of_a_process_that_is_gone_is_free(workspace):
     path = workspace / "a.lock"
-    with held(path) as other:
-        with pytest.raises(ValueError, match="taken"), locked(path, "taken"):
-            pass
-        other.kill()
+    with held(path), pytest.raises(ValueError, match="taken"), locked(path, "taken"):
+        pass
     with locked(path, "taken"):
         pass
     assert not path.exists()
