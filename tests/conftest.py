@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(gettempdir()) / f"pyrovae-tests-{getuser()}")
 )
+# Where it is imported, Inductor starts a process that imports torch too, for kernels of a GPU.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
 def pytest_addoption(parser):

@@ -376,8 +376,8 @@ def test_knots_rise_from_end_to_end_and_are_dense_there():
     assert Settings(num_temperatures=0).knots == []
 
 
-def test_compiled_chains_are_those_of_the_handlers(monkeypatch):
-    monkeypatch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+@pytest.mark.inductor
+def test_compiled_chains_are_those_of_the_handlers():
     pair = shipped_bernoulli()
     how = {"num_chains": 4, "num_temperatures": 2, "num_steps": 2, "seed": 3}
     expected = annealed_log_likelihood(*pair, X, compile=False, **how)

@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_nothing_of_a_new_run(workspace, repository, monkeypa
 def test_a_full_disk_at_any_moment_loses_no_run(trained, workspace, monkeypatch, capsys):
     assert run(*RESUME) == 0
     expected = outcome(workspace / "run")
-    before, spare = snapshot(trained / "run"), 0
+    before, spare, evaluated = snapshot(trained / "run"), 0, set()
     while True:
         shutil.rmtree("run")
         shutil.copytree(trained / "run", "run")
@@ -236,7 +236,9 @@ def test_a_full_disk_at_any_moment_loses_no_run(trained, workspace, monkeypatch,
         assert before.keys() - after.keys() <= {"weights.safetensors"}
         Run("run").load_checkpoint()
         Run("run").load_weights()
-        assert run(*EVALUATE) == 0
+        if (files := frozenset(after)) not in evaluated:
+            assert run(*EVALUATE) == 0
+            evaluated.add(files)
         assert run(*RESUME) == 0
         assert outcome(workspace / "run") == expected
         spare += 1
