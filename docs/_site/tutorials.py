@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -75,20 +77,29 @@ def pages(paths: list[Path]) -> dict[str, bytes]:
     Raises:
         RuntimeError: If a cell fails, with its traceback.
     """
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(lambda path: _run(path, folder), paths))
+    server = multiprocessing.get_context("forkserver")
+    # Imports take longer than most tutorials, so the processes are forks of one that has done them.
+    server.set_forkserver_preload(["pyrovae.cli", "torch._dynamo", "matplotlib.pyplot", "sklearn"])
+    options = {"mp_context": server, "max_tasks_per_child": 1}
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count(), **options) as pool:
+        done = list(pool.map(_run, paths, repeat(Path(folder))))
         if failed := [said for said in done if said]:
             raise RuntimeError("\n".join(failed))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def _run(path: Path, folder: str) -> str:
+def _run(path: Path, folder: Path) -> str:
     """What went wrong with a tutorial, nothing if it ran."""
-    command = [sys.executable, __file__, str(path.resolve()), folder]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with TemporaryDirectory() as empty:
-        ran = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
-    return f"{path.name} failed:\n{ran.stderr}" if ran.returncode else ""
+    import torch
+
+    torch.set_num_threads(1)
+    path, said = path.resolve(), io.StringIO()
+    with TemporaryDirectory() as empty, contextlib.chdir(empty), contextlib.redirect_stderr(said):
+        try:
+            page(path, folder)
+        except Exception:
+            return f"{path.name} failed:\n{said.getvalue()}{traceback.format_exc()}"
+    return ""
 
 
 def _title(figure, otherwise: str) -> str:
