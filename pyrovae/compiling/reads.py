@@ -43,7 +43,8 @@ from torch import Tensor, nn
 from pyrovae.compiling.graph import CaptureError
 
 # Their globals and classes are taken for fixed; objects of these classes are looked into.
-LIBRARIES = ("torch", "pyro", "pyrovae", "numpy", "opt_einsum")
+# torch 2.11 imports modules of its own as late as in a step, which state types (Python 3.12).
+LIBRARIES = ("torch", "pyro", "pyrovae", "numpy", "opt_einsum", "typing_extensions")
 # Described by type and value; whatever has the same description does the same.
 VALUES: tuple[type, ...] = (
     *(bool, int, str, bytes, type(None), type(Ellipsis), range),
