@@ -31,10 +31,11 @@ def pareto_smooth(tail: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
 
     ``tail`` holds the :func:`tail_length` + 1 largest of K log-weights in ascending order,
     ``[N, M + 1]``; the first is the threshold w₀, and weights that equal it are no part of the
-    tail, as in ArviZ. Returns the shape k̂ with its weak prior at 0.5, ``[N]``: NaN where the tail
-    has fewer than five weights (K < 21) and cannot be fitted, 0 where the weights are equal up to
-    rounding, infinite where most are zero, or where all but a few are equal. And the M smoothed
-    log-weights ``[N, M]``, none above the largest raw one; the raw ones where no distribution fits.
+    tail, as in ArviZ 0.23. Returns the shape k̂ with its weak prior at 0.5, ``[N]``: NaN where the
+    tail has fewer than five weights (K < 21) and cannot be fitted, 0 where the weights are equal
+    up to rounding, infinite where most are zero, or where all but a few are equal. And the M
+    smoothed log-weights ``[N, M]``, none above the largest raw one; the raw ones where no
+    distribution fits.
 
     References:
         Zhang and Stephens (2009), A new and efficient estimation method for the generalized

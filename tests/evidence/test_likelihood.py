@@ -177,7 +177,9 @@ def test_weights_equal_up_to_rounding_have_no_tail(samples):
 
 
 def test_weights_that_tie_with_the_threshold_are_no_part_of_the_tail():
-    """As in ArviZ: a discrete latent gives few distinct weights, and no heavy tail by that."""
+    """As in ArviZ 0.23: a discrete latent gives few distinct weights, and no heavy tail by that."""
+    import arviz  # here, as it takes a second
+
     generator = torch.Generator().manual_seed(2)
     levels = 0.2 * torch.arange(12, dtype=torch.float64)
     chosen = torch.randint(12, (4, 400), generator=generator)
@@ -185,8 +187,9 @@ def test_weights_that_tie_with_the_threshold_are_no_part_of_the_tail():
     tail = log_weight.sort(dim=1).values[:, -(tail_length(400) + 1) :]
     assert bool((tail[:, 0] == tail[:, 20]).all())
     found = pareto_smooth(tail, 400)[0]
-    expected = torch.tensor(_arviz_khat(log_weight.numpy()))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    if hasattr(arviz, "psislw"):  # ArviZ 1 has them in the tail
+        expected = torch.tensor(_arviz_khat(log_weight.numpy()))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     two = torch.where(torch.arange(400) < 370, 0.0, torch.ones(1, 400, dtype=torch.float64))
     assert pareto_smooth(two[:, -61:], 400)[0] < 0.5
     few = torch.where(torch.arange(400) < 397, 0.0, torch.ones(1, 400, dtype=torch.float64))
