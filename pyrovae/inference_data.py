@@ -127,8 +127,7 @@ def to_inference_data(
     else:
         start = _place(log_likelihood, digest(x, *context), len(x), first)
     with Evaluation(model, guide, (x, *context), seed).opened() as task:
-        with seeded(seed, task.device):
-            require_density(task.pair, task.first)
+        require_density(task.pair.known)
         for index, rows in task.tiles():
             task.keep(index, _draws(task, index, rows, num_samples, num_prior, resample))
         found = task.found()

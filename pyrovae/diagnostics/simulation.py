@@ -253,7 +253,7 @@ def calibrate(
         with seeded(task.seed, task.device, 0, SIMULATION_STREAM):
             truth = simulate(task, model, guide)
         if corrected:
-            require_density(task.pair, task.first)
+            require_density(task.pair.known)
         points = torch.cat(
             [*_coordinates(task.pair.known, truth, _sites(task.pair, task.first)).values()], -1
         )[0]

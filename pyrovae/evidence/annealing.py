@@ -166,7 +166,7 @@ class Annealer:
         self.task, self.settings, self.compiled = task, settings, compiled
         self.coordinates = Coordinates(task.pair, task.first)
         if settings.initial == "guide":
-            require_density(task.pair, task.first)
+            require_density(task.pair.known)
             require_scorable(task.pair, task.first, "use initial='prior'")
         self.path = GeometricPath(self.coordinates, settings.initial, task.max_rows)
         self.moves = Moves(self.path, settings.num_steps)

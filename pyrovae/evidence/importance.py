@@ -141,7 +141,7 @@ def _proposal(
     pair, rows = task.pair, task.first
     if not (defensive or refine_steps):
         return None, uncovered_share(pair, rows)
-    require_density(pair, rows)
+    require_density(pair.known)
     if refine_steps:
         return Refined(pair, rows, refine_steps, task.chunk), 0.0
     require_scorable(pair, rows, "leave out defensive")

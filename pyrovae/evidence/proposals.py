@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, biject_to
 
@@ -16,7 +15,7 @@ from pyrovae._tools import InputError, warn
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.support import counted, support_of
-from pyrovae.pairs.traces import Values, reduce_to, scored
+from pyrovae.pairs.traces import Layout, Values, reduce_to
 
 # (Particle, datum) pairs from the prior that the guide is asked to score: enough to notice that a
 # hundredth of the prior is out of its reach.
@@ -273,14 +272,14 @@ class Sampler:
             return []
 
 
-def require_density(pair: Pair, rows: tuple) -> bool:
+def require_density(layout: Layout) -> bool:
     """Refuse a guide with auxiliary latents of its own or with point masses, unless it has both.
 
     Both together are how Pyro's AutoContinuous guides are written (1.9.2): auxiliary draws, and
     points that are functions of them and carry the Jacobian as their log-density. Returns whether
     it has neither.
     """
-    auxiliary, points = _odd_sites(pair, rows)
+    auxiliary, points = list(layout.auxiliary), list(layout.points)
     if auxiliary and not points:
         raise InputError(
             f"The guide's auxiliary sites {auxiliary} are no latents of the model, so that p(x, z) "
@@ -297,7 +296,7 @@ def require_density(pair: Pair, rows: tuple) -> bool:
 
 def require_scorable(pair: Pair, rows: tuple, mend: str) -> None:
     """Refuse a guide that cannot score latents that it did not draw; ``mend`` says what to do."""
-    if odd := sorted({*chain(*_odd_sites(pair, rows))}):
+    if odd := sorted({*pair.layout.auxiliary, *pair.layout.points}):
         raise InputError(
             f"The guide cannot score latents that it did not draw, because of its sites {odd}: "
             f"{mend}."
@@ -315,7 +314,7 @@ def uncovered_share(pair: Pair, rows: tuple) -> float:
 
     NaN where the guide can score nothing but its own draws; one without a density is refused.
     """
-    if not require_density(pair, rows):
+    if not require_density(pair.layout):
         return math.nan
     try:
         found = _at_prior_draws(pair, rows)
@@ -327,19 +326,6 @@ def uncovered_share(pair: Pair, rows: tuple) -> float:
 def _at_prior_draws(pair: Pair, rows: tuple) -> Tensor:
     particles = max(1, PRIOR_ROWS // len(rows[0]))
     return guide_density(pair, rows, particles, pair.draw_prior(rows, particles))
-
-
-def _odd_sites(pair: Pair, rows: tuple) -> tuple[list[str], list[str]]:
-    """The guide's auxiliary sites, and its latents that are points without a density."""
-    sites = dict(scored(pair.trace_guide(*rows, particles=1)))
-    points = [name for name, site in sites.items() if _is_delta(site["fn"])]
-    return [name for name in sites if name not in pair.layout.latents], points
-
-
-def _is_delta(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
 
 
 def refuse_nan(guide: Values, model: Values, first_row: int) -> None:

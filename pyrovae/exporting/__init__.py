@@ -184,7 +184,7 @@ def _task(pair: Pair, rows: tuple, what: str, samples: int) -> Task:
         inspect_evidence(pair, *rows)
         if pair.layout.partial:
             raise CaptureError(f"plates {list(pair.layout.partial)} subsample within a datum")
-        require_density(pair, rows)
+        require_density(pair.known)
         return Evidence(pair, rows, samples)
     inspect_pair(pair, *rows)
     if what == "encoder":

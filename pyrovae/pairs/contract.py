@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from pyro.distributions import Distribution as PyroDistribution
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine import Trace
@@ -80,8 +81,10 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
             bool((torch.as_tensor(s["scale"]) != subsampling(frame)).any()) for _, s in dense
         ),
         enumerated=enumerated,
-        adrift=tuple(sorted(n for n, s in every if is_factor(s) and not _has_data(s, frame.dim))),
+        adrift=tuple(sorted(n for n, s in every if not _has_data(s, frame.dim) and is_factor(s))),
         partial=tuple(sorted({f.name for f in inner if subsampling(f) != 1})),
+        auxiliary=tuple(n for n, s in dense if s is guide_sites.get(n) and n not in latents),
+        points=tuple(n for n, s in dense if s is guide_sites.get(n) and _is_delta(s["fn"])),
     )
     unusual = {n: (sites[n], guide_sites[n]) for n in latents}
     unusual = {n: both for n, both in unusual.items() if not all(map(_is_normal, both))}
@@ -544,8 +547,10 @@ def _is_normal(site: Site) -> bool:
     return site["mask"] is None and isinstance(base, Normal)
 
 
-def _is_scaled(site: Site, by_plate: float) -> bool:
-    return bool((torch.as_tensor(site["scale"]) != by_plate).any())
+def _is_delta(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def _has_data(site: Site, dim: int) -> bool:

@@ -31,6 +31,8 @@ class Layout(NamedTuple):
     those that both programs sample, ``enumerated`` those that the model alone has and sums over.
     ``adrift`` are factors outside of the plate, which no datum has, ``partial`` the plates that
     subsample within a datum; ``masked`` are latents with a mask, ``bounded`` those with a support.
+    ``auxiliary`` are sites of the guide that are no latents, ``points`` those of it that are put on
+    a point, without a density.
     """
 
     plate: str
@@ -45,6 +47,8 @@ class Layout(NamedTuple):
     partial: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
     bounded: tuple[str, ...] = ()
+    auxiliary: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
 
 
 def without_factors(trace: Trace) -> Trace:

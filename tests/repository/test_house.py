@@ -21,7 +21,7 @@ CORE = (
 CORE_LINES = 1_500
 BEYOND_THE_CORE = ("compiling", "checking", "runs")
 # Of an evaluation's, 4 are the check whether what the trial of particles found still holds.
-STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 72
+STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 66
 
 
 def lines(names):
