@@ -74,6 +74,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     observed = tuple(name for name in sites if name not in hidden)
     layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
     every = [item for found in (sites, guide_sites) for item in found.items()]
+    own = [item for item in dense if item[1] is guide_sites.get(item[0])]  # the guide's
     inner = [f for _, s in dense for name, f in plates(s).items() if name != frame.name]
     pair.layout = layout._replace(
         plate_scale=subsampling(frame),
@@ -83,8 +84,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
         enumerated=enumerated,
         adrift=tuple(sorted(n for n, s in every if not _has_data(s, frame.dim) and is_factor(s))),
         partial=tuple(sorted({f.name for f in inner if subsampling(f) != 1})),
-        auxiliary=tuple(n for n, s in dense if s is guide_sites.get(n) and n not in latents),
-        points=tuple(n for n, s in dense if s is guide_sites.get(n) and _is_delta(s["fn"])),
+        auxiliary=tuple(n for n, _ in own if n not in latents),
+        points=tuple(n for n, s in own if _is_delta(s["fn"])),
     )
     unusual = {n: (sites[n], guide_sites[n]) for n in latents}
     unusual = {n: both for n, both in unusual.items() if not all(map(_is_normal, both))}
