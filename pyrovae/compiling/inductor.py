@@ -31,8 +31,8 @@ TOGETHER = 24
 # and on a CPU its generator is three times as fast. What it would assert of shapes and strides at
 # every call is looked at in :class:`~pyrovae.compiling.graph.Graph`, where a tensor has moved.
 ALWAYS = {"fallback_random": True, "size_asserts": False}
-# Inductor would compile three programs, for 8 s, to see whether the compiler knows the processor's
-# vector instructions. The kernels themselves show it.
+# Inductor would compile programs, for 8 s, to see whether the compiler knows the processor's vector
+# instructions. The kernels themselves show it; see also :func:`_no_trials`.
 AT_FIRST = {"cpp.vec_isa_ok": True}
 
 # What a kernel's file is made of: includes, and one function.
@@ -108,7 +108,7 @@ def compiled(record: GraphModule, inputs: list[Tensor]) -> Callable[..., list[Te
         # could act on.
         warnings.simplefilter("ignore")
         try:
-            with _folder(_own_cache()), _kernels_together():
+            with _folder(_own_cache()), _kernels_together(), _no_trials():
                 # compile_fx changes the record.
                 return _by_inductor(copy.deepcopy(record), inputs, ALWAYS | AT_FIRST)
         except Exception:
@@ -209,6 +209,28 @@ def _kernels_together() -> Iterator[None]:
         yield
     finally:
         patched.cpp_pybinding = before
+
+
+@contextmanager
+def _no_trials() -> Iterator[None]:
+    """Compile for AVX-512 without its extensions: bf16, VNNI, AMX.
+
+    Each would be tried by a program of its own, 1.5 s in all, and no kernel of float32 has them.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    sets: Any = cpu_vec_isa.VecISA
+    found = [cpu_vec_isa.valid_vec_isa_list]
+    found += [type(each).__bool__ for each in cpu_vec_isa.supported_vec_isa_list]
+    before = sets.check_build
+    sets.check_build = lambda self, code: False
+    try:
+        yield
+    finally:
+        sets.check_build = before
+        # Whatever else this process compiles may have them.
+        for each in found:
+            getattr(each, "cache_clear", int)()
 
 
 class _Kernels:
