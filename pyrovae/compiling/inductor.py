@@ -220,7 +220,7 @@ def _no_trials() -> Iterator[None]:
     from torch._inductor import cpu_vec_isa
 
     sets: Any = cpu_vec_isa.VecISA
-    found = [cpu_vec_isa.valid_vec_isa_list]
+    found: list[Any] = [cpu_vec_isa.valid_vec_isa_list]
     found += [type(each).__bool__ for each in cpu_vec_isa.supported_vec_isa_list]
     before = sets.check_build
     sets.check_build = lambda self, code: False
