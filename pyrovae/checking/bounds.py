@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.objectives.elbo import terms_by_datum
-from pyrovae.pairs.contract import check_scales
+from pyrovae.objectives.elbo import divergence, terms_by_datum
+from pyrovae.pairs.contract import check_scales, kind_of
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import samples
 
@@ -34,7 +33,7 @@ def reparameterized(case: Case) -> Row:
     if not sites:
         return skipped("the guide samples nothing")
     scored = [name for name, site in sites.items() if not site["fn"].has_rsample]
-    kinds = ", ".join(f"{name} ({type(sites[name]['fn']).__name__})" for name in scored)
+    kinds = ", ".join(f"{name} ({kind_of(sites[name]['fn'])})" for name in scored)
     if any(not enumerates(sites[name]) for name in scored):
         return warned(
             f"{kinds} has no rsample: trace_elbo uses the score-function gradient, of larger "
@@ -62,7 +61,7 @@ def analytic_kl(case: Case) -> Row:
     closed = []
     for name, (model_site, guide_site) in latents.items():
         with suppress(NotImplementedError):
-            kl_divergence(guide_site["fn"], model_site["fn"])
+            divergence(guide_site["fn"], model_site["fn"])
             closed.append(name)
     sampled = ", ".join(name for name in model if name not in closed)
     if not closed:
@@ -177,7 +176,7 @@ def capture_is_possible(case: Case) -> Row:
             record(lambda *rows: _step(case, rows), case.rows, case.pair)
     except CaptureError as error:
         site = failed_message(error.__cause__) if error.__cause__ else None
-        source = f", for {type(site['fn']).__name__} at site {site['name']!r}" if site else ""
+        source = f", for {kind_of(site['fn'])} at site {site['name']!r}" if site else ""
         found = warned if site else failed
         return found(f"A step runs eagerly, not compiled{source}: {error}.", error_place(error))
     return passed("a step is one graph")

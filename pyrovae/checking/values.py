@@ -16,7 +16,7 @@ from torch.distributions.constraints import is_dependent
 
 from pyrovae._tools import InputError
 from pyrovae.checking.case import Case, Row, failed, passed, take, warned
-from pyrovae.pairs.contract import base_of, check_support, into
+from pyrovae.pairs.contract import base_of, check_support, into, kind_of
 from pyrovae.pairs.traces import Site, samples
 
 DRAWS = 16
@@ -229,9 +229,9 @@ def _numbers(name: str, site: Site, kind: str) -> Iterator[tuple[str, Tensor, Te
 
 def _support(fn: Any) -> str:
     try:
-        return f"{_spell(fn.support)} ({type(base_of(fn)).__name__})"
+        return f"{_spell(fn.support)} ({kind_of(fn)})"
     except NotImplementedError:
-        return type(base_of(fn)).__name__
+        return kind_of(fn)
 
 
 def _spell(constraint: Any) -> str:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, OneHotCategorical
-from torch.distributions import kl_divergence as divergence
 
 from pyrovae._tools import InputError
-from pyrovae.objectives.elbo import in_one_order, terms_by_datum
+from pyrovae.objectives.elbo import divergence, in_one_order, terms_by_datum
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, samples
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
@@ -23,7 +23,7 @@ from pyrovae._tools import InputError, shown, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.data.given import takes_data
 from pyrovae.objectives.base import Estimate
-from pyrovae.pairs.contract import inspect_evidence
+from pyrovae.pairs.contract import inspect_evidence, kind_of
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import reduce_to, samples, unscaled, without_factors
 
@@ -72,6 +72,14 @@ def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
     return [name for name in model if name in guide] == [name for name in guide if name in model]
 
 
+def divergence(q: Any, p: Any) -> Tensor:
+    """KL(q ‖ p) in closed form, NotImplementedError where torch knows none."""
+    # A plate of particles widens the guide's distribution alone, and torch (2.15) marks where a
+    # divergence is infinite (Bernoulli, Uniform, Pareto, …) by a mask of p's own shape.
+    batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    return kl_divergence(*(fn if fn.batch_shape == batch else fn.expand(batch) for fn in (q, p)))
+
+
 def _divergences(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
     """KL(q ‖ p) of the latents that have a closed form, if it is exact."""
     model, guide = samples(model_trace), samples(guide_trace)
@@ -81,7 +89,7 @@ def _divergences(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
             q = guide[name]
             with suppress(NotImplementedError):
                 # Where a whole distribution is masked, it is Python's number 0.
-                kl = torch.as_tensor(kl_divergence(q["fn"], model[name]["fn"]))
+                kl = torch.as_tensor(divergence(q["fn"], model[name]["fn"]))
                 kl = scale_and_mask(kl.to(q["value"].device), scale=q["scale"], mask=q["mask"])
                 found[name] = kl.expand(q["fn"].batch_shape)
     return found
@@ -137,7 +145,7 @@ def elbo_estimate(
             if analytic and not site["fn"].has_rsample and not site["is_observed"]:
                 raise InputError(
                     f"TraceMeanField_ELBO takes reparameterized latents alone, and the guide draws "
-                    f"{name!r} from a {type(site['fn']).__name__}: train with trace_elbo, or "
+                    f"{name!r} from a {kind_of(site['fn'])}: train with trace_elbo, or "
                     f"enumerate the site and train with trace_enum_elbo."
                 )
         terms = site_terms(model_trace, guide_trace, analytic)

@@ -21,6 +21,7 @@ from pyrovae.objectives.log_weights import (
     is_hierarchical,
     weigh,
 )
+from pyrovae.pairs.contract import kind_of
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, drawn, samples
 
@@ -91,7 +92,7 @@ class ImportanceWeighted(Objective):
         for name in scored:
             raise InputError(
                 f"gradient={self.gradient!r} takes reparameterized latents alone, and the guide "
-                f"draws {name!r} from a {type(latents[name]['fn']).__name__}: train with iwae, "
+                f"draws {name!r} from a {kind_of(latents[name]['fn'])}: train with iwae, "
                 f"which has a score-function term for it, or with reweighted_wake_sleep, or "
                 f"enumerate it with trace_enum_elbo."
             )

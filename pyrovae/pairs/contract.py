@@ -561,7 +561,7 @@ def _has_data(site: Site, dim: int) -> bool:
 
 def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
     base = base_of(fn)
-    kind = type(base).__name__
+    kind = kind_of(fn)
     inside = base.support.check(value)
     bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
     shown = f"{bad.reshape(-1)[0].item():.6g}"
@@ -573,6 +573,11 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
             "Bernoulli, Gaussian)"
         )
     return f"Site {name!r} observes {shown}, outside the support of {kind}: {mend}."
+
+
+def kind_of(fn: Any) -> str:
+    """What a distribution is called, whatever declares its events or masks it."""
+    return type(base_of(fn)).__name__
 
 
 def base_of(fn: Any) -> Any:

@@ -125,6 +125,33 @@ def test_divergences_by_coordinate_are_those_of_normals():
     assert site.factorized
 
 
+@pytest.mark.parametrize(
+    ("prior", "posterior"),
+    [
+        (dist.Bernoulli(0.3), lambda p: dist.Bernoulli(p)),
+        (dist.Uniform(0.0, 1.0), lambda p: dist.Beta(1 + p, 2.0)),
+    ],
+    ids=["bernoulli", "uniform"],
+)
+def test_divergences_that_may_be_infinite_take_particles(prior, posterior):
+    """Torch marks where these are infinite, in the prior's shape alone."""
+    x = torch.tensor([[0.1, 0.5], [0.9, 0.2], [0.6, 0.7]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior.expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", posterior(x).to_event(1))
+
+    expected = torch.distributions.kl_divergence(posterior(x), prior.expand([3, 2])).sum(-1)
+    found = pyrovae.elbo(model, guide, x, objective="trace_mean_field_elbo", particles=5)
+    torch.testing.assert_close(found.kl, expected)
+    torch.testing.assert_close(pyrovae.diagnose(model, guide, x, seed=0).rate, expected)
+
+
 def test_a_guide_that_ignores_the_data_has_collapsed():
     for spread, what in ((1.0, "is the prior"), (0.3, "hardly differs between data")):
         found = diagnose(prior_only, Normals(2, 0.0, spread), torch.randn(50, 3), seed=0)
