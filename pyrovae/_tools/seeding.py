@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Torch's stream, Pyro's stack of handlers (1.9.2) and a module's mode are one for all threads, so
+# that threads which run programs take turns.
+ALONE = RLock()
+
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> Iterator[None]:
-    """Run a block under a seed and give torch's global streams back as they were.
+    """Run a block under a seed, one thread at a time; torch's streams are then as they were.
 
     Args:
         seed: The seed; None leaves the global stream to run on.
@@ -20,12 +25,13 @@ def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> 
         path: The part of a computation, as :func:`subseed` has it, if it is one.
     """
     if seed is None:
-        yield
+        with ALONE:
+            yield
         return
     seed = subseed(seed, *path) if path else seed
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+    with ALONE, torch.random.fork_rng(devices=devices, device_type="cuda"):
         torch.default_generator.manual_seed(seed)
         for each in devices:
             with torch.cuda.device(each):

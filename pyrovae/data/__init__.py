@@ -121,7 +121,7 @@ class Dataset:
                 f"Expected a tensor or an array with a row for each of {len(x)} data points as "
                 f"further argument of both programs, got another number of rows, or none."
             )
-        data = x
+        data = x.detach()  # or else a training would leave a gradient at it
         if data.is_complex() or data.dtype == torch.bool:
             raise InputTypeError(f"Expected real data, got {data.dtype}: use .float().")
         more = Splits(tuple(context), (), ()) if context else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrovae._tools import InputError
+from pyrovae._tools.seeding import ALONE
 
 # What these define is no part of a program: a module that it holds belongs to somebody else.
 LIBRARIES = sys.stdlib_module_names | {"torch", "pyro", "pyrovae", "numpy"}
@@ -141,16 +142,17 @@ class Parameters:
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
         """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""
-        before = {module: module.training for module in self.modules}
-        self._modes.append((training, before))
-        try:
-            for root in self.roots.values():
-                root.train(training)
-            yield
-        finally:
-            self._modes.pop()
-            for module, flag in before.items():
-                module.training = flag
+        with ALONE:
+            before = {module: module.training for module in self.modules}
+            self._modes.append((training, before))
+            try:
+                for root in self.roots.values():
+                    root.train(training)
+                yield
+            finally:
+                self._modes.pop()
+                for module, flag in before.items():
+                    module.training = flag
 
 
 def owners(program: Any) -> list[nn.Module]:

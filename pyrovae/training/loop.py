@@ -25,7 +25,7 @@ from pyrovae.training.distributed import join
 from pyrovae.training.monitor import Fit, Monitor, OnEpoch, callbacks, entered, recorder
 from pyrovae.training.optimizer import make_optim
 from pyrovae.training.schedules import make_schedule
-from pyrovae.training.svi import SVI
+from pyrovae.training.svi import SVI, with_gradients
 
 BATCH_SIZE = 128
 
@@ -171,6 +171,7 @@ def fit(
     return result
 
 
+@with_gradients()
 def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str, float | None]:
     """Take the steps of an epoch, in minibatches of rows in a new order."""
     svi, world = result.svi, result.world
@@ -183,6 +184,7 @@ def _train(result: Fit, data: Dataset, batch_size: int, epoch: int) -> dict[str,
     return monitor.means(len(data.train))
 
 
+@with_gradients()
 def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) -> None:
     """Check the pair and all data, and make the optimizer."""
     from pyrovae.checking import quick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrovae._tools import InputTypeError, should_compile, warn
-from pyrovae._tools.seeding import undone
+from pyrovae._tools.seeding import ALONE, undone
 from pyrovae.objectives import Estimate, Objective, estimate, is_differentiable, summed
 from pyrovae.pairs.contract import check_step
 from pyrovae.pairs.pair import Pair
@@ -21,6 +22,13 @@ from pyrovae.training.optimizer import Trained
 
 if TYPE_CHECKING:
     from pyrovae.compiling.step import CompiledSteps, Steps
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """What a step needs, whatever it is called in: under no_grad() Pyro's moves nothing, unsaid."""
+    with ALONE, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 class SVI(infer.SVI):
@@ -119,6 +127,7 @@ class SVI(infer.SVI):
         result = self.update(*args, **kwargs)
         return tuple(p.item() for p in result.parts) if result.parts else result.loss.item()
 
+    @with_gradients()
     def update(
         self,
         *args: Any,
@@ -146,6 +155,7 @@ class SVI(infer.SVI):
             self.apply_gradients()
         return result
 
+    @with_gradients()
     def update_many(self, batches: Sequence[Tensor], load: Callable) -> Steps | None:
         """Take the compiled steps of the first ``batches`` in one go, if they are ready for it.
 
@@ -155,6 +165,7 @@ class SVI(infer.SVI):
         compiled = self._ready() if self.reduce is None else None
         return None if compiled is None else compiled.many(batches, load, self._begin)
 
+    @with_gradients()
     def gradients(self, *args: Any, load: Callable | None = None, **kwargs: Any) -> Estimate:
         """Evaluate the objective on a batch and add its gradient to every parameter's."""
         return self._assess(args, kwargs, load, update=False)[0]
@@ -165,7 +176,7 @@ class SVI(infer.SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float | tuple[float, ...]:
         """Evaluate the loss as :meth:`step` does, in nats summed over the batch, without a step."""
-        with torch.no_grad():
+        with ALONE, torch.no_grad():
             if isinstance(self.objective, ELBO):
                 # Pyro 1.9.2 declares loss() in each ELBO, but not in their base class.
                 objective: Any = self.objective
@@ -173,6 +184,7 @@ class SVI(infer.SVI):
                 return tuple(map(float, loss)) if isinstance(loss, tuple) else float(loss)
             return estimate(self.objective, self.pair, *args, **kwargs).loss.item()
 
+    @with_gradients()
     def build(self, *args: Any) -> None:
         """Try the objective on a batch and make the optimizer, for a state to be loaded into."""
         if self._differentiable:

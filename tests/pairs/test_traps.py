@@ -1,6 +1,9 @@
 """What goes wrong silently in Pyro 1.9: here it works, or an error names the mend."""
 
+import copy
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pyro
 import pyro.distributions as dist
@@ -124,6 +127,25 @@ def test_modules_made_before_module_local_params_was_set_work():
     pair = same_names()
     with pyro.settings.context(module_local_params=True):
         assert _gain(pair) > 0.5
+
+
+def test_threads_take_turns():
+    """Handlers of Pyro's that several threads enter at once see each other's sites."""
+    pairs = [shipped_bernoulli(), same_names()]
+
+    def bounds(pair):
+        pyrovae.fit(*pair, X, epochs=1, seed=0)
+        return pyrovae.elbo(*pair, X, particles=8, seed=0).elbo
+
+    expected = [bounds(copy.deepcopy(pair)) for pair in pairs]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(bounds, pairs))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_renyi_refuses_scales_and_subsampling():

@@ -112,6 +112,17 @@ def shipped_bernoulli_seeded():
     return shipped_bernoulli()
 
 
+def test_what_a_training_is_called_in_does_not_stop_it():
+    """Under no_grad(), a step of Pyro's computes a loss and moves nothing."""
+    results, x = [], X.clone().requires_grad_()
+    for around in (nullcontext(), torch.no_grad(), torch.inference_mode()):
+        pair = shipped_bernoulli_seeded()
+        with around:
+            results.append(_weights(pyrovae.fit(*pair, x, epochs=1, batch_size=20, seed=0)))
+    assert all(_same(results[0], other) for other in results[1:])
+    assert x.grad is None
+
+
 def test_equal_seeds_train_equally_and_leave_the_global_stream_alone():
     results = []
     for seed in (0, 0, 1):
