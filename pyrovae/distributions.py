@@ -24,6 +24,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     constraints,
+    kl_divergence,
 )
 from torch.distributions.kl import register_kl
 from torch.distributions.utils import broadcast_all
@@ -32,7 +33,14 @@ from torch.nn.functional import logsigmoid
 from pyrovae._tools import InputError
 from pyrovae._tools.whole import whole
 
-__all__ = ["DiscretizedLogistic", "Grid", "GridCategorical", "MarkovNormal", "kl_standard_normal"]
+__all__ = [
+    "DiscretizedLogistic",
+    "Grid",
+    "GridCategorical",
+    "MarkovNormal",
+    "divergence",
+    "kl_standard_normal",
+]
 
 
 class Grid(constraints.Constraint):
@@ -293,6 +301,14 @@ def _unrolled(network: nn.Module, noise: Tensor, start: Tensor, *given: Tensor) 
         previous = loc + scale * each
         steps.append(previous)
     return torch.stack(steps, -2)
+
+
+def divergence(q: Any, p: Any) -> Tensor:
+    """KL(q ‖ p) in closed form, NotImplementedError where torch knows none."""
+    # A plate of particles widens the guide's distribution alone, and torch (2.15) marks where a
+    # divergence is infinite (Bernoulli, Uniform, Pareto, …) by a mask of p's own shape.
+    batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+    return kl_divergence(*(fn if fn.batch_shape == batch else fn.expand(batch) for fn in (q, p)))
 
 
 def kl_standard_normal(loc: Tensor, scale: Tensor) -> Tensor:

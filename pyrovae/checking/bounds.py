@@ -13,8 +13,9 @@ from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
+from pyrovae.distributions import divergence
 from pyrovae.evidence.importance import log_likelihood
-from pyrovae.objectives.elbo import divergence, terms_by_datum
+from pyrovae.objectives.elbo import terms_by_datum
 from pyrovae.pairs.contract import check_scales, kind_of
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.traces import samples

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, OneHotCategorical
 
 from pyrovae._tools import InputError
-from pyrovae.objectives.elbo import divergence, in_one_order, terms_by_datum
+from pyrovae.distributions import divergence
+from pyrovae.objectives.elbo import in_one_order, terms_by_datum
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, samples
 

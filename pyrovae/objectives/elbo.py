@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
@@ -17,11 +17,11 @@ from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, 
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyrovae._tools import InputError, shown, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.data.given import takes_data
+from pyrovae.distributions import divergence
 from pyrovae.objectives.base import Estimate
 from pyrovae.pairs.contract import inspect_evidence, kind_of
 from pyrovae.pairs.pair import Pair
@@ -70,14 +70,6 @@ def in_one_order(model_trace: Trace, guide_trace: Trace) -> bool:
     # below a latent that the guide draws from it.
     model, guide = samples(model_trace), samples(guide_trace)
     return [name for name in model if name in guide] == [name for name in guide if name in model]
-
-
-def divergence(q: Any, p: Any) -> Tensor:
-    """KL(q ‖ p) in closed form, NotImplementedError where torch knows none."""
-    # A plate of particles widens the guide's distribution alone, and torch (2.15) marks where a
-    # divergence is infinite (Bernoulli, Uniform, Pareto, …) by a mask of p's own shape.
-    batch = torch.broadcast_shapes(q.batch_shape, p.batch_shape)
-    return kl_divergence(*(fn if fn.batch_shape == batch else fn.expand(batch) for fn in (q, p)))
 
 
 def _divergences(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
