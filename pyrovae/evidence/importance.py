@@ -50,11 +50,11 @@ def log_likelihood(
     .. math:: \ln \hat p(x) = \ln \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)},
               \qquad z_k \sim q(z \mid x)
 
-    The weights are never kept: sums are streamed in float64 over tiles of 64 data and some
-    thousand draws, each with a random stream of its own, so that memory depends on neither N nor
-    K. Draws do not depend on ``max_rows``, those for fewer samples are the first of those for
-    more, and with more than 64 data a datum's draws depend on its place and not on N. Scales
-    (:func:`pyro.poutine.scale`) are ignored.
+    Sums are streamed in float64 over tiles of 64 data and some thousand draws, each with a random
+    stream of its own, so that the memory of a tile depends on neither N nor K. Of all weights the
+    3√K largest of each datum are kept, for k-hat. Draws do not depend on ``max_rows``, those for
+    fewer samples are the first of those for more, and with more than 64 data a datum's draws depend
+    on its place and not on N. Scales (:func:`pyro.poutine.scale`) are ignored.
 
     Args:
         model: The model program.
