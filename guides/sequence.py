@@ -56,6 +56,7 @@ class Sequence(PyroModule):
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         steps = lasting(mask)
         with pyro.plate("data", len(x)):
-            h = self.encoder(x.masked_fill(~mask, 0.0), steps.sum(-1))
-            chain = MarkovNormal(self.combiner, self.start, x.shape[:2], h)
+            lengths = steps.sum(-1)
+            h = self.encoder(x.masked_fill(~mask, 0.0), lengths)
+            chain = MarkovNormal(self.combiner, self.start, x.shape[:2], h, lengths)
             pyro.sample("z", chain.mask(steps).to_event(1))

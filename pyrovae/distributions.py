@@ -28,10 +28,10 @@ from torch.distributions import (
 )
 from torch.distributions.kl import register_kl
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from pyrovae._tools import InputError
-from pyrovae._tools.whole import whole
+from pyrovae._tools.whole import longest, whole
 
 __all__ = [
     "DiscretizedLogistic",
@@ -233,6 +233,8 @@ class MarkovNormal(TorchDistribution):
         start: z_0 ``[L]``.
         batch_shape: ``[..., T]``.
         given: h ``[..., T, H]``.
+        lengths: How many steps of each chain count ``[...]``: on a CPU no more are drawn than the
+            longest has, and all behind are 0.
 
     References:
         Krishnan, Shalit and Sontag, Structured Inference Networks for Nonlinear State Space Models
@@ -257,17 +259,20 @@ class MarkovNormal(TorchDistribution):
         start: Tensor,
         batch_shape: Sequence[int],
         given: Tensor | None = None,
+        lengths: Tensor | None = None,
         *,
         validate_args: bool | None = None,
     ) -> None:
         self.network, self.start = network, start
         self.given = () if given is None else (given,)
+        self.lengths = start.new_tensor(math.inf) if lengths is None else lengths.to(start.dtype)
         super().__init__(torch.Size(batch_shape), start.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         """The same chains, more of them."""
         new = self._get_checked_instance(type(self), _instance)
-        new.network, new.start, new.given = self.network, self.start, self.given
+        new.network, new.start = self.network, self.start
+        new.given, new.lengths = self.given, self.lengths
         super(MarkovNormal, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -289,18 +294,22 @@ class MarkovNormal(TorchDistribution):
             dtype=self.start.dtype,
             device=self.start.device,
         )
-        return whole(_unrolled, self.network, noise, self.start, *self.given)
+        return whole(_unrolled, self.network, noise, self.start, self.lengths, *self.given)
 
 
-def _unrolled(network: nn.Module, noise: Tensor, start: Tensor, *given: Tensor) -> Tensor:
+def _unrolled(
+    network: nn.Module, noise: Tensor, start: Tensor, lengths: Tensor, *given: Tensor
+) -> Tensor:
     """The values of a chain, one step after the other."""
     previous, steps = start.expand(*noise.shape[:-2], -1), []
+    count = longest(lengths, noise.shape[-2])
+    parts = (part[..., :count, :].unbind(-2) for part in (noise, *given))
     # Taken apart once: the gradient of a slice is as long as the whole.
-    for each, *h in zip(*(part.unbind(-2) for part in (noise, *given)), strict=True):
+    for each, *h in zip(*parts, strict=True):
         loc, scale = network(previous, *h)
         previous = loc + scale * each
         steps.append(previous)
-    return torch.stack(steps, -2)
+    return pad(torch.stack(steps, -2), (0, 0, 0, noise.shape[-2] - count))
 
 
 def divergence(q: Any, p: Any) -> Tensor:

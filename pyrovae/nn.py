@@ -9,9 +9,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pyrovae._tools import InputError
-from pyrovae._tools.whole import whole
+from pyrovae._tools.whole import longest, whole
 
 __all__ = ["BackwardGRU", "ConvDecoder", "ConvEncoder", "MLP", "lasting", "whole"]
 
@@ -214,7 +215,7 @@ class BackwardGRU(nn.Module):
         """Map ``[N, T, D]`` of lengths ``[N]`` to h ``[N, T, H]``."""
         steps, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
         turned = torch.where(steps < lengths, lengths - 1 - steps, steps)[..., None]
-        seen = whole(_read, self.gru, x.gather(1, turned.expand_as(x)))
+        seen = whole(_read, self.gru, x.gather(1, turned.expand_as(x)), lengths.to(x.dtype))
         return seen.gather(1, turned.expand_as(seen))
 
 
@@ -232,8 +233,10 @@ class _GRU(nn.Module):
         return torch.gru(x, first, [*self.parameters()], True, 1, 0.0, False, False, True)[0]
 
 
-def _read(gru: _GRU, x: Tensor) -> Tensor:
-    return gru(x)
+def _read(gru: _GRU, x: Tensor, lengths: Tensor) -> Tensor:
+    """h ``[N, T, H]``, as 0 behind the longest sequence."""
+    count = longest(lengths, x.shape[1])
+    return pad(gru(x[:, :count]), (0, 0, 0, x.shape[1] - count))
 
 
 def lasting(mask: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 # What runs in one piece, by the name under which a compiled step calls it.
 _WHOLE: dict[str, tuple[Callable[..., Tensor], ref[nn.Module]]] = {}
@@ -43,6 +44,17 @@ def whole(run: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Ten
     key = f"{run.__module__}.{run.__qualname__} {id(module)}"
     _WHOLE[key] = run, ref(module)
     return _whole([*inputs, *module.parameters()], key, len(inputs))
+
+
+def longest(lengths: Tensor, steps: int) -> int:
+    """How many of the steps the longest sequence of a batch has, within a piece that is run whole.
+
+    All of them where the lengths cannot be read: on a GPU the CPU would wait for them, and a record
+    has none.
+    """
+    fake = isinstance(lengths, FakeTensor) or _UNROLLED.get()
+    known = lengths.device.type == "cpu" and not fake
+    return int(lengths.max().clamp(1, steps)) if known else steps
 
 
 class _Piece(nn.Module):

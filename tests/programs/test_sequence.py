@@ -165,17 +165,21 @@ class Bent(nn.Module):
 def test_one_piece_has_the_gradient_of_its_steps():
     network, start = Bent().double(), torch.zeros(2).double().requires_grad_()
     noise, h = torch.randn(2, 3, T, 2).double(), torch.randn(3, T, 2).double().requires_grad_()
-    wanted = [start, h, *network.parameters()]
-    weight = torch.randn(2, 3, T, 2).double()
+    wanted, lengths = [start, h, *network.parameters()], torch.tensor([T - 2.0, 1.0, 3.0])
+    weight = torch.randn(2, 3, T - 2, 2).double()
     found = [
         torch.autograd.grad((weight * values).sum(), wanted)
         for values in (
-            _unrolled(network, noise, start, h),
-            whole(_unrolled, network, noise, start, h),
+            _unrolled(network, noise, start, lengths * 9, h)[..., : T - 2, :],
+            whole(_unrolled, network, noise, start, lengths, h)[..., : T - 2, :],
         )
     ]
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+    drawn = _unrolled(network, noise, start, lengths, h)
+    assert drawn.shape == noise.shape
+    assert drawn[..., T - 3, :].all()
+    assert not drawn[..., T - 2 :, :].any()
 
 
 def test_a_captured_step_does_not_unroll_time(monkeypatch):
