@@ -271,6 +271,8 @@ class Walk:
         return found
 
     def _visit(self, path: str, thing: Any, place: Entry | None) -> None:
+        if isinstance(thing, weakref.ref) and thing() is None:
+            thing = None  # what it led to is gone, as the inverse of a transform is in torch 2.11
         kind = type(thing)
         if isinstance(thing, FIXED) or thing is MISSING:
             self._note(path, Same(thing))

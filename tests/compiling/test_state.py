@@ -10,6 +10,7 @@ import re
 import time
 import types
 import warnings
+import weakref
 
 import numpy as np
 import pyro
@@ -357,6 +358,7 @@ class Planar(nn.Module):
         self.flow = dist.transforms.Planar(LATENT)
 
     def forward(self, x):
+        self.gone = weakref.ref(nn.Identity())  # as the inverse of a transform is in torch 2.11
         with pyro.plate("data", len(x)):
             loc, log_scale = self.net(x).unbind(-2)
             base = dist.Normal(loc, log_scale.exp()).to_event(1)
