@@ -566,6 +566,9 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
     bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
     shown = f"{bad.reshape(-1)[0].item():.6g}"
     mend = "choose a likelihood whose support holds the data"
+    if kind == "Multinomial":
+        shown = f"counts that sum to {bad.sum().item():.6g}"
+        mend = f"give it a total_count of the largest sum, not {base.total_count}"
     if kind in ("Bernoulli", "RelaxedBernoulli"):
         mend = (
             "a Bernoulli scores only 0 and 1, so binarize the data (binarize='threshold', "

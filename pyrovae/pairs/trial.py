@@ -62,6 +62,7 @@ def _try(pair: Pair, rows: tuple) -> bool:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
+        known = False
         for some in (tuple(few), rows):
             try:
                 with seeded(0, rows[0].device):
@@ -71,8 +72,8 @@ def _try(pair: Pair, rows: tuple) -> bool:
             try:
                 return _scores_alike(pair, some, alone)
             except Exception:
-                return False
-    return True  # nothing is known of a pair that runs with particles alone
+                known = True  # unless it is only that a guide's sites have the size of all rows
+    return not known  # nothing is known of a pair that runs with particles alone
 
 
 def _scores_alike(pair: Pair, rows: tuple, alone: tuple[Trace, Trace]) -> bool:

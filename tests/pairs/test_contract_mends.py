@@ -52,6 +52,20 @@ def test_parameters_out_of_range():
         inspect_pair(Pair(programs.model, programs.guide), torch.full((5, 3), 1e38))
 
 
+def test_counts_of_a_multinomial_are_told_by_their_sum():
+    programs = _Programs()
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            logits = z.sum(-1, True).expand(-1, 3)
+            pyro.sample("x", dist.Multinomial(1, logits=logits, validate_args=False), obs=x)
+
+    found = "counts that sum to 6, outside the support of Multinomial: .* total_count .*, not 1"
+    with pytest.raises(ValueError, match=found):
+        inspect_pair(Pair(model, programs.guide), torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]]))
+
+
 def test_other_errors_keep_their_text():
     """Data of another dtype are not blamed for an error that lies elsewhere."""
     programs = _Programs()

@@ -109,6 +109,17 @@ def test_rows_of_another_shape_and_another_guide_are_tried(programs, tries):
     assert len(tries) == 3
 
 
+def test_a_guide_of_the_size_of_all_rows_is_tried_on_all_of_them():
+    """Pyro's AutoNormal has a posterior for each datum, and can be run on no fewer."""
+    model = Model()
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    pyro.set_rng_seed(0)
+    found = pyrovae.elbo(model, guide, X, particles=2000, seed=1).mean
+    pyro.set_rng_seed(1)
+    loss = pyro.infer.Trace_ELBO(2000, vectorize_particles=True, max_plate_nesting=1)
+    assert found == pytest.approx(-loss.loss(model, guide, X) / len(X), abs=0.05)
+
+
 def test_functions_are_tried_each_time(tries):
     """What a closure holds may change unseen."""
     pair = PAIRS["functions"]()
