@@ -109,7 +109,10 @@ def check_arguments(pair: Pair, *rows: Any) -> None:
         except TypeError as error:
             names = ", ".join(taken.parameters)
             mask = rows[-1].dtype == torch.bool if isinstance(rows[-1], Tensor) else False
-            mend = f"forward(self, {names}, mask=True)" if mask else "the arguments that it needs"
+            known = [name for name in taken.parameters if name != "mask"]
+            known += [f"y{i}" for i in range(1, len(rows) - len(known))]
+            mend = "the arguments that it needs"
+            mend = f"forward(self, {', '.join(known)}, mask=True)" if mask else mend
             given = f"{len(rows)} arguments, x and its context" if len(rows) > 1 else "x alone"
             raise InputError(
                 f"The {kind} takes ({names}), and it is given {given}: write {mend}"

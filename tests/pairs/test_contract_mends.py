@@ -1,5 +1,7 @@
 """What a pair that fails at first sight is told to change."""
 
+import re
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 
 from pyrovae.checking import quick
-from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.contract import check_arguments, inspect_pair
 from pyrovae.pairs.pair import Pair
 
 
@@ -64,6 +66,20 @@ def test_counts_of_a_multinomial_are_told_by_their_sum():
     found = "counts that sum to 6, outside the support of Multinomial: .* total_count .*, not 1"
     with pytest.raises(ValueError, match=found):
         inspect_pair(Pair(model, programs.guide), torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_signature_is_told_with_all_that_is_given(context):
+    def model(x: torch.Tensor, mask: bool = True) -> None:
+        pass
+
+    def short(x: torch.Tensor) -> None:
+        pass
+
+    rows = [torch.zeros(5, 3)] * (1 + context)
+    found = re.escape(f"forward(self, {'x, y1' if context else 'x'}, mask=True)")
+    with pytest.raises(ValueError, match=found):
+        check_arguments(Pair(model if context else short, short), *rows, torch.ones(5).bool())
 
 
 def test_other_errors_keep_their_text():
