@@ -215,7 +215,7 @@ def _kernels_together() -> Iterator[None]:
 def _no_trials() -> Iterator[None]:
     """Compile for AVX-512 without its extensions: bf16, VNNI, AMX.
 
-    Each would be tried by a program of its own, 1.5 s in all, and no kernel of float32 has them.
+    Each would be tried by a program of its own, 2 s in all, and no kernel of float32 has them.
     """
     from torch._inductor import cpu_vec_isa
 
