@@ -84,12 +84,13 @@ def _pulled_back(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int)
         given = [tensor.detach().requires_grad_() for tensor in tensors]
         values = _with_weights(given, key, inputs)
         found = torch.autograd.grad(values, given, grad, materialize_grads=True)
-    return [each.clone() for each in found]
+    return [torch.empty_like(x).copy_(each) for x, each in zip(tensors, found, strict=True)]
 
 
 @torch.library.custom_op("pyrovae::whole", mutates_args=())
 def _whole(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
-    return _with_weights(tensors, key, inputs).clone()
+    # A compiler takes the strides that the record below has, whatever is cut here.
+    return _with_weights(tensors, key, inputs).clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("pyrovae::whole_backward", mutates_args=())
@@ -103,7 +104,7 @@ def _whole_backward(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: i
 
 @_whole.register_fake
 def _(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
-    return _with_weights(tensors, key, inputs)
+    return _with_weights(tensors, key, inputs).contiguous()
 
 
 @_whole_backward.register_fake

@@ -15,7 +15,7 @@ import pyrovae
 from pyrovae.distributions import MarkovNormal, _unrolled
 from pyrovae.guides.sequence import Sequence as Guide
 from pyrovae.models.sequence import Sequence as Model
-from pyrovae.nn import BackwardGRU, lasting, whole
+from pyrovae.nn import BackwardGRU, _read, lasting, whole
 
 # A walk that forgets: z_t = A z_{t-1} + S ε, and x_t = C z_t + R ε.
 A, S, R = 0.8, 0.6, 0.5
@@ -137,6 +137,9 @@ def test_a_backward_network_reads_from_the_last_step_on():
         for n, length in enumerate(LENGTHS):
             alone = network.gru(x[n : n + 1, :length].flip(1)).flip(1)[0]
             torch.testing.assert_close(found[n, :length], alone)
+        # What a compiler is told of the memory holds for a cut batch as for a full one.
+        for steps in (T, 3):
+            assert whole(_read, network.gru, x, torch.tensor([float(steps)])).is_contiguous()
 
 
 def test_a_chain_scores_each_step_given_the_one_before():
