@@ -23,6 +23,7 @@ import imputation_tables
 import literature_tables
 import scaling_tables
 import sequences_tables
+import sources_tables
 import speed_tables
 from tables import markdown
 
@@ -193,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | literature_tables.TABLES
     | sequences_tables.TABLES
     | scaling_tables.TABLES
+    | sources_tables.TABLES
 )
 
 
