@@ -41,7 +41,9 @@ def test_two_processes_find_what_one_does_and_a_lost_one_is_told(tmp_path, monke
     shutil.copytree("one", "two")
     options = ["--samples", "200", "--images", "200", "--no-diagnostics"]
     _, _, killed = torchrun("evaluate", "two", *options)
-    executing, line = re.findall("pyrovae:.*", killed)
+    said = re.findall("pyrovae:.*", killed)
+    assert len(said) == 2, killed
+    executing, line = said
     assert "executing two/programs/model.py" in executing
     assert line == (
         "pyrovae: stopped; what is finished is kept; go on with: "
