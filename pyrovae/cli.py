@@ -284,7 +284,7 @@ def _admit(run: Run, trusted: bool) -> None:
         if input("Do you trust whoever made it? [y/N] ").strip().lower() not in ("y", "yes"):
             raise InputError("Nothing was executed.")
     for each in programs_of(run):
-        world.say(f"pyrovae: executing {each}")
+        print(f"pyrovae: executing {each}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
