@@ -78,6 +78,9 @@ def pages(paths: list[Path]) -> dict[str, bytes]:
         RuntimeError: If a cell fails, with its traceback.
     """
     server = multiprocessing.get_context("forkserver")
+    # MkDocs takes a hook's folder off the path again, and a process of the server looks there.
+    if (here := str(Path(__file__).parent)) not in sys.path:
+        sys.path.append(here)
     # Imports take longer than most tutorials, so the processes are forks of one that has done them.
     server.set_forkserver_preload(["pyrovae.cli", "torch._dynamo", "matplotlib.pyplot", "sklearn"])
     options = {"mp_context": server, "max_tasks_per_child": 1}
