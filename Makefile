@@ -18,6 +18,9 @@ PYTEST = $(BIN)/python -m pytest
 # One test a core, and a core that has run out of tests takes those of the slower one.
 PARALLEL = -n auto --dist worksteal
 
+# Importing torch takes twice as long where its bytecode may not be kept, and tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint format coverage soak browser options lines docs clean
 
 demo: .venv/.installed

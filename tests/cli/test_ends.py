@@ -33,9 +33,9 @@ def head(*arguments):
 
 
 def test_training_goes_on_when_its_reader_has_gone(workspace):
-    assert head(*TRAIN, "--epochs", "4", "--out", "r") == (0, "")
-    assert len(history(workspace / "r")) == 4
-    assert head("evaluate", "r", "--samples", "2", "--json") == (0, "")
+    assert head(*TRAIN, "--epochs", "3", "--out", "r") == (0, "")
+    assert len(history(workspace / "r")) == 3
+    assert head("evaluate", "r", "--samples", "2", "--no-diagnostics", "--json") == (0, "")
 
 
 class Gone:

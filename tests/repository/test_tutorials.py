@@ -62,9 +62,9 @@ def test_a_page_has_what_the_cells_print_and_draw(site, tmp_path):
         "plt.figure().suptitle('a line')\n\n# %%\nn = 2\nprint(f'{n} cells')\n",
         encoding="utf-8",
     )
-    written = site.pages([program])
-    assert written["small-1.png"].startswith(b"\x89PNG")
-    text = written["small.md"].decode()
+    site.page(program, tmp_path)
+    assert (tmp_path / "small-1.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "small.md").read_text(encoding="utf-8")
     assert text.startswith("# Small\n\ntext\n")
     assert "![a line](small-1.png)" in text
     assert "```python\nn = 2\nprint(f'{n} cells')\n```\n\n```text\n2 cells\n```\n" in text
