@@ -89,7 +89,7 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in row.options.items()},
         "objective": row.objective,
         "particles": row.particles,
-        "KL warm-up": row.warm_up,
+        "KL warm-up": _warm_up(row, epochs),
         "learning rate": row.lr,
         "data": f"{made.data.name}, {len(made.data.train)} to train on",
         "seed": options.seed,
@@ -126,7 +126,7 @@ def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experimen
     made = resolve(asked, " ".join(sys.argv), folder if resumed else None)
     data = _all(made.data) if options.all else made.data
     if row.warm_up:
-        steps = -(-len(data.train) // 100) * min(row.warm_up, epochs)
+        steps = -(-len(data.train) // 100) * _warm_up(row, epochs)
         config = replace(made.config, objective_settings={"warm_up": steps})
         made = made._replace(config=config)
     # The pixels start at their means: one visible line. A checkpoint takes its place on resuming.
@@ -256,6 +256,11 @@ def _all(data: pyrovae.Dataset) -> pyrovae.Dataset:
     both = torch.cat([grey.train, grey.valid]).to(data.train.device)
     levels = (both * data.scale).round().to(torch.uint8)
     return replace(data, train=torch.cat([data.train, data.valid]), valid=None, intensities=levels)
+
+
+def _warm_up(row: Row, epochs: int) -> int:
+    """Epochs in which the weight of the KL rises, at most a quarter of all."""
+    return min(row.warm_up, epochs // 4)
 
 
 def _cost(folder: Run) -> float:

@@ -49,7 +49,7 @@ def _importance(particles: int) -> dict[str, Any]:
 
 
 def _gated(name: str, title: str, **more: Any) -> Row:
-    return Row(name, title, **{"options": GATED, "lr": 5e-4, "warm_up": 100} | more)
+    return Row(name, title, **{"options": GATED, "warm_up": 100} | more)
 
 
 ROWS = (
