@@ -75,10 +75,10 @@ def test_the_logits_start_at_the_means_of_all_that_is_trained_on(rows, monkeypat
 
     monkeypatch.setattr(literature, "train_run", stop)
     with pytest.raises(KeyboardInterrupt):
-        rows("--only", "two-layer-vae", "--all")
+        rows("--only", "two-layer-vae", "--all", "--epochs", "4")
     (made,) = seen
     assert (len(made.data.train), len(made.data.intensities), made.data.valid) == (1438, 1438, None)
-    assert made.config.objective_settings == {"warm_up": 30}
+    assert made.config.objective_settings == {"warm_up": 15}
     mean = made.model.decoder.last.bias.sigmoid().view(8, 8)
     expected = made.data.train.mean((0, 1)).clamp(1e-3, 1 - 1e-3)
     assert (mean - expected).abs().max() < 1e-5
