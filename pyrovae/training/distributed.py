@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +72,10 @@ class World:
 
     def share(self, value: Any) -> Any:
         """What rank 0 has, on every process."""
-        values = [value]
-        if self.size > 1:
-            with _together():
-                torch.distributed.broadcast_object_list(values, 0)
+        if self.size == 1:
+            return value
+        with _together():
+            torch.distributed.broadcast_object_list(values := [value], 0)
         return values[0]
 
     @contextmanager
@@ -95,11 +95,16 @@ class World:
         """Run a command: rank 0 alone writes to the terminal; torchrun's SIGTERM is as Ctrl-C."""
         if self.size > 1:
             signal.signal(signal.SIGTERM, _terminate)
-        if self.first:
-            yield
-            return
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
+        try:
+            if self.first:
+                yield
+                return
+            with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+                yield
+        finally:
+            if self.size > 1:
+                # torchrun's SIGTERM may be on its way: it must not cut short what is said last.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def say(self, sentence: str) -> None:
         """Print a sentence on standard error, once for all processes that say the same."""
@@ -266,15 +271,14 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if signal.getsignal(signal.SIGTERM) is _terminate:
-            # torchrun's SIGTERM is on its way: it must not cut short what is being said.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise ProcessLost(f"Another process is gone or does not answer ({error}).") from error
 
 
-def _terminate(*_: object) -> NoReturn:
+def _terminate(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    # That another process is gone is told already, with how to go on.
+    if not isinstance(sys.exc_info()[1], RuntimeError | ConnectionError):
+        raise KeyboardInterrupt
 
 
 def _leave() -> None:

@@ -1,14 +1,16 @@
 """Two processes train as well as one; what one of them cannot survive ends both, and is resumed."""
 
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
 from commands import history, outcome, run
 from processes import COMMAND, SAME, torchrun, trained
 
-from pyrovae.training.distributed import World, join
+from pyrovae.training.distributed import ProcessLost, World, join
 
 FILE = """
 import os, signal
@@ -161,3 +163,26 @@ def test_the_command_to_go_on_with_names_the_machines(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     expected = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "pyrovae"]
     assert World(0, 8).command == expected
+
+
+def test_what_is_said_of_a_lost_process_is_not_cut_short():
+    """torchrun's SIGTERM may come while an exception is handled, or after a command has ended."""
+
+    def loses(error):
+        with World(0, 2).as_one():
+            try:
+                raise error
+            except error:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise ProcessLost("stopped") from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for error in (ConnectionError, RuntimeError):
+            with pytest.raises(ProcessLost):
+                loses(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt), World(0, 2).as_one():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
