@@ -107,16 +107,15 @@ def check_arguments(pair: Pair, *rows: Any) -> None:
         try:
             taken.bind(*rows)
         except TypeError as error:
-            names = ", ".join(taken.parameters)
-            mask = rows[-1].dtype == torch.bool if isinstance(rows[-1], Tensor) else False
-            known = [name for name in taken.parameters if name != "mask"]
-            known += [f"y{i}" for i in range(1, len(rows) - len(known))]
-            mend = "the arguments that it needs"
-            mend = f"forward(self, {', '.join(known)}, mask=True)" if mask else mend
+            names = list(taken.parameters)
+            mend = "the arguments that it needs, or give the context after x"
+            if getattr(rows[-1], "dtype", None) == torch.bool:
+                known = [name for name in names if name != "mask"]
+                known += [f"y{i}" for i in range(1, len(rows) - len(known))]
+                mend = f"forward(self, {', '.join(known)}, mask=True)"
             given = f"{len(rows)} arguments, x and its context" if len(rows) > 1 else "x alone"
             raise InputError(
-                f"The {kind} takes ({names}), and it is given {given}: write {mend}"
-                f"{'' if mask else ', or give the context after x'}."
+                f"The {kind} takes ({', '.join(names)}), and it is given {given}: write {mend}."
             ) from error
 
 

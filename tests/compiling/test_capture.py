@@ -375,11 +375,13 @@ def _rows(index):
 @pytest.mark.parametrize(
     ("optimizer", "inside"),
     [
+        (lambda p: torch.optim.Adam(p, lr=0.01), True),
         (lambda p: torch.optim.Adam(p, lr=0.01, fused=True, weight_decay=0.1), True),
         (lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True), True),
         (lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3, betas=(0.8, 0.9)), True),
         (lambda p: torch.optim.Adam(p, lr=0.01, eps=0.1, weight_decay=0.3), True),
         (lambda p: torch.optim.RMSprop(p, lr=0.01), True),
+        (lambda p: torch.optim.SGD(p, lr=0.001), True),
         (lambda p: torch.optim.SGD(p, 0.001, 0.9, weight_decay=0.1, nesterov=True), True),
         (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, dampening=0.5), True),
         (lambda p: torch.optim.ASGD(p, lr=0.001, lambd=0.1, t0=3, weight_decay=0.1), True),
@@ -395,8 +397,8 @@ def _rows(index):
         (pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.9}), False),
     ],
     ids=[
-        "fused-adam", "amsgrad", "adamw", "decay", "rmsprop", "nesterov", "dampened", "asgd",
-         "muon", "decayed-muon", "sgd-and-adamw", "pyro-sgd", "rprop", "rmsprop-and-adam",
+        "adam", "fused-adam", "amsgrad", "adamw", "decay", "rmsprop", "sgd", "nesterov", "dampened",
+        "asgd", "muon", "decayed-muon", "sgd-and-adamw", "pyro-sgd", "rprop", "rmsprop-and-adam",
         "clipped-adam",
     ],
 )  # fmt: skip
@@ -409,7 +411,7 @@ def test_the_whole_step_is_the_eager_step(optimizer, inside):
         svi = pyrovae.SVI(*published_example(), optim, Trace_ELBO(), clip_norm=5.0, compile=compile)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for step in range(12):
+            for step in range(20):
                 svi.update(torch.arange(step, step + 6) % len(X), load=_rows)
                 for group in svi.optimizer.param_groups if inside else ():
                     group["lr"] *= (step + 1) / (step + 2)

@@ -38,6 +38,12 @@ def _fit(make=shipped_bernoulli, data=None, **options):
     return pyrovae.fit(*make(), _data() if data is None else data, **options)
 
 
+def _with_states(**options):
+    """A training, and what a checkpoint after each of its epochs holds."""
+    states = []
+    return _fit(on_epoch=lambda r: states.append(copy.deepcopy(r.state_dict())), **options), states
+
+
 def _weights(result):
     return result.svi.pair.state_dict()
 
@@ -87,9 +93,7 @@ def _options(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_of_them_resumes_bit_identical(name):
-    states = []
-    keep = lambda r: states.append(copy.deepcopy(r.state_dict()))  # noqa: E731
-    whole = _fit(epochs=6, on_epoch=keep, **_options(name))
+    whole, states = _with_states(epochs=6, **_options(name))
     for state in (states[0], states[2]):
         resumed = _fit(epochs=6, state=state, **_options(name))
         assert _same(_weights(whole), _weights(resumed))
@@ -120,9 +124,7 @@ def test_a_compiled_step_is_the_eager_one(name, monkeypatch):
 def test_a_compiled_run_with_everything_resumes_bit_identical():
     options = {"compile": True, **EVERYTHING}
     warm = partial(make_objective, "warm_up_elbo", warm_up=7)
-    states = []
-    keep = lambda r: states.append(copy.deepcopy(r.state_dict()))  # noqa: E731
-    whole = _fit(epochs=4, objective=warm(), on_epoch=keep, **options)
+    whole, states = _with_states(epochs=4, objective=warm(), **options)
     resumed = _fit(epochs=4, objective=warm(), state=states[1], **options)
     assert [c.calls for c in whole.svi.compiled.captures.values()] == [11]
     assert [c.calls for c in resumed.svi.compiled.captures.values()] == [6]
