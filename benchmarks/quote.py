@@ -25,6 +25,7 @@ import scaling_tables
 import sequences_tables
 import sources_tables
 import speed_tables
+import subnormal
 from tables import markdown
 
 HOME = Path(__file__).resolve().parent
@@ -195,6 +196,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | sequences_tables.TABLES
     | scaling_tables.TABLES
     | sources_tables.TABLES
+    | subnormal.TABLES
 )
 
 
