@@ -6,7 +6,7 @@ import math
 from math import prod
 
 import torch
-from pyro.distributions import Normal, StudentT
+from pyro.distributions import Gamma, Normal, StudentT
 from torch import Tensor
 from torch.distributions import IndependentTransform, Transform, identity_transform
 from torch.optim import Adam
@@ -169,8 +169,9 @@ class Refined(Proposal):
         """K points u for each datum, and their log-densities ``[K, N]`` in float64."""
         u = Normal(self.loc, self.scale).rsample((particles,))
         if self.coordinates.bent is not None:
-            far = StudentT(DEGREES, self.loc, self.scale).rsample((particles,))
-            u = torch.where(self.coordinates.bent, far, u)
+            # The t is that normal draw over the root of a gamma.
+            root = Gamma(half := torch.full_like(u, DEGREES / 2), half).sample().sqrt()
+            u = torch.where(self.coordinates.bent, self.loc + (u - self.loc) / root, u)
         return self.coordinates.split(u), self._density(u)
 
     def log_prob(self, rows: tuple, particles: int, values: Values) -> Tensor:
@@ -210,9 +211,8 @@ class Refined(Proposal):
                 wide = stretch.exp() * torch.cat([noise, -noise])
                 points = self.coordinates.split(loc + scale * (shift + wide))
                 found = joint_density(self.pair, rows, 2 * PAIRS, points, unconstrained=True)
-                loss = -(
-                    (found.prior + found.likelihood).mean(0).sum() + (stretch * self.counted).sum()
-                )
+                entropy = (stretch * self.counted).sum()
+                loss = -((found.prior + found.likelihood).mean(0).sum() + entropy)
                 (moments.grad,) = torch.autograd.grad(loss, moments)
             optimizer.step()
             schedule.step()

@@ -222,7 +222,7 @@ def bounded():
 def bounded_rows():
     """The same where particles run as rows."""
     _, guide, args, log_prob = bounded()
-    return Bounded(False, nn.BatchNorm1d(1, eps=0.0)), guide, args, log_prob
+    return Bounded(False, nn.BatchNorm1d(1, eps=1e-12)), guide, args, log_prob
 
 
 def circle(angle):
