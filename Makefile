@@ -1,6 +1,7 @@
 # make demo            install, train on the digits, evaluate, write the report
 # make demo DATA=mnist the same on MNIST
 # make test            install, lint, check the format and the types, run the tests
+# make install         all that the targets need, which they install by themselves too
 # make lint            the first part of it; `make format` fixes what can be fixed by itself
 # make coverage        run the tests and say which lines and branches none of them reaches
 # make soak            kill a thousand commands, spoil ten thousand files (an hour)
@@ -14,6 +15,7 @@ DATA ?= digits
 OUT ?= runs/$(DATA)
 EPOCHS ?= $(if $(filter mnist,$(DATA)),20,200)
 BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST = $(BIN)/python -m pytest
 # One test a core, and a core that has run out of tests takes those of the slower one.
 PARALLEL = -n auto --dist worksteal
@@ -21,7 +23,7 @@ PARALLEL = -n auto --dist worksteal
 # Importing torch takes twice as long where its bytecode may not be kept, and tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint format coverage soak browser options lines docs clean
+.PHONY: install demo test lint format coverage soak browser options lines docs clean
 
 demo: .venv/.installed
 	$(BIN)/pyrovae train --model bernoulli --guide mean_field --data $(DATA) --binarize dynamic \
@@ -59,18 +61,21 @@ lines:
 docs: .venv/.installed-docs
 	$(BIN)/python -m mkdocs build --strict
 
-.venv/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable .
+# All that the targets need, in one call of pip: .ci/run begins with it.
+install: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[dev,docs]'
+	touch .venv/.installed .venv/.installed-dev .venv/.installed-docs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	$(PIP) --editable .
 	touch $@
 
-.venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[dev]'
-	touch $@
-
-.venv/.installed-docs: .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[docs]'
-	touch $@
+.venv/.installed-%: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[$*]'
+	touch .venv/.installed $@
 
 clean:
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage
