@@ -30,6 +30,7 @@ class FlowPrior(PyroModule):
         activation: The name of a :mod:`torch.nn` activation.
         steps: The number J of couplings.
         width: The width of the two hidden layers of each coupling.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     Raises:
         ValueError: If z has fewer than two dimensions.
@@ -47,11 +48,14 @@ class FlowPrior(PyroModule):
         activation: str = "ReLU",
         steps: int = 4,
         width: int = 64,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         if latent < 2:
             raise ValueError(f"Expected latent >= 2, for a flow to couple halves, got {latent}.")
         self.decoder = MLP(latent, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.keep, rest = latent // 2, latent - latent // 2
         self.couplings = nn.ModuleList(
             DenseNN(self.keep, [width, width], [rest, rest]) for _ in range(steps)

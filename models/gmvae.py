@@ -27,6 +27,7 @@ class GMVAE(PyroModule):
         components: The number of components C.
         hidden: The widths of the decoder's hidden layers.
         activation: The name of a :mod:`torch.nn` activation.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     References:
         Jiang et al., Variational Deep Embedding (arXiv 1611.05148), equations 1 to 5.
@@ -39,9 +40,12 @@ class GMVAE(PyroModule):
         components: int = 10,
         hidden: Sequence[int] = (400,),
         activation: str = "ReLU",
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
         # Pyro gives a PyroParam back as a tensor that satisfies its constraint.

@@ -28,6 +28,7 @@ class Ladder(PyroModule):
         latent: The dimensions of z1, next to the data, to zL.
         hidden: The width of the hidden layer below each of them.
         activation: The name of a :mod:`torch.nn` activation.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     References:
         Sønderby et al., Ladder Variational Autoencoders (arXiv 1602.02282), equations 1 to 3.
@@ -39,9 +40,12 @@ class Ladder(PyroModule):
         latent: Sequence[int] = (64, 32, 16),
         hidden: Sequence[int] = (512, 256, 128),
         activation: str = "LeakyReLU",
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent[0], shape, hidden[:1], activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         steps = zip(pairwise(latent), hidden[1:], strict=True)
         self.decoders = nn.ModuleList(
             MLP(above, (2, below), (width,), activation) for (below, above), width in steps

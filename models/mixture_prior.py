@@ -26,6 +26,7 @@ class MixturePrior(PyroModule):
         hidden: The widths of the decoder's hidden layers.
         activation: The name of a :mod:`torch.nn` activation.
         components: The number of Gaussians.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     References:
         Nalisnick, Hertel and Smyth, Approximate Inference for Deep Latent Gaussian Mixtures
@@ -40,9 +41,12 @@ class MixturePrior(PyroModule):
         hidden: Sequence[int] = (400,),
         activation: str = "ReLU",
         components: int = 50,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder = MLP(latent, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.logits = nn.Parameter(torch.zeros(components))
         self.loc = nn.Parameter(torch.randn(components, latent))
         # Pyro gives a PyroParam back as a tensor that satisfies its constraint.

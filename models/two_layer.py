@@ -27,6 +27,7 @@ class TwoLayer(PyroModule):
         hidden: The widths of the hidden layers between z1 and x.
         hidden_top: The widths of the hidden layers between z2 and z1.
         activation: The name of a :mod:`torch.nn` activation.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     References:
         Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519), section 5.
@@ -39,10 +40,13 @@ class TwoLayer(PyroModule):
         hidden: Sequence[int] = (200, 200),
         hidden_top: Sequence[int] = (100, 100),
         activation: str = "Tanh",
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         z1, z2 = latent
         self.decoder = MLP(z1, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.decoder_top = MLP(z2, (2, z1), hidden_top, activation)
         self.register_buffer("zero", torch.zeros(z2), persistent=False)
 

@@ -30,6 +30,7 @@ class VampPrior(PyroModule):
         activation: The name of a :mod:`torch.nn` activation.
         components: The number M of pseudo-inputs u, which are in [0, 1] as the data are.
         guide: The guide that the model is trained with, whose ``z`` is a normal or a mixture.
+        mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     Raises:
         ValueError: If there is no guide.
@@ -46,11 +47,14 @@ class VampPrior(PyroModule):
         activation: str = "ReLU",
         components: int = 50,
         guide: Callable | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         if guide is None:
             raise ValueError("Expected the guide that makes the prior: VampPrior(…, guide=guide).")
         self.decoder = MLP(latent, shape, hidden, activation)
+        if mean is not None:
+            self.decoder.last.bias.data = mean.flatten().logit(eps=1e-3)
         self.pseudo = PyroParam(
             torch.rand(components, *shape), constraint=constraints.unit_interval
         )

@@ -114,7 +114,9 @@ class Dataset:
         if not isinstance(x, Tensor):
             raise InputTypeError(
                 f"Expected a Dataset, or data [N, ...] as a tensor, an array, a frame or a torch "
-                f"data set, got {type(x).__name__}: load a file with pyrovae.load_data."
+                f"data set, got {type(x).__name__}"
+                f"{' with context of its own' if isinstance(x, cls) else ''}: load a file with "
+                f"pyrovae.load_data."
             )
         if any(not isinstance(each, Tensor) or len(each) != len(x) for each in context):
             raise InputTypeError(

@@ -34,7 +34,7 @@ def fit(
     model: Callable,
     guide: Callable,
     data: Dataset | Tensor,
-    *,
+    *context: Any,
     objective: str | ELBO | Objective | Callable = "trace_elbo",
     epochs: int = 50,
     batch_size: int | None = None,
@@ -65,6 +65,7 @@ def fit(
         model: The model program.
         guide: The guide program.
         data: A data set of :func:`pyrovae.load_data`, or training data ``[N, ...]`` alone.
+        context: Further arguments of both programs, ``[N, ...]``, if data are not a data set.
         objective: A name in :data:`pyrovae.objectives.OBJECTIVES`, an objective that
             :func:`pyrovae.objectives.make_objective` made, a Pyro ELBO, or a function.
         epochs: How many passes over the training data, those of ``state`` included.
@@ -113,11 +114,12 @@ def fit(
         >>> print(f"ELBO {result.elbo:.2f} nats per datum")
         ELBO -2... nats per datum
     """
-    asked = dict(locals())
+    asked = dict(locals()) | {"data": (data, *context) if context else data}
+    del asked["context"]
     if out is not None:
         return recorder().record(fit, asked)
     loss = make_objective(objective, particles)
-    data = Dataset.of(data)
+    data = Dataset.of(asked["data"])
     check_precision(precision)
     if batch_size is None:
         batch_size = asked["batch_size"] = min(BATCH_SIZE, len(data.train))

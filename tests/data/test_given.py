@@ -120,10 +120,15 @@ def test_a_datum_brings_its_context(x):
     ):
         found = pyrovae.elbo(pair.model, pair.guide, *given, seed=0).elbo
         torch.testing.assert_close(found, expected)
-    fit = pyrovae.fit(
-        pair.model, pair.guide, (x, ages, sites.numpy()), epochs=1, batch_size=8, seed=0
-    )
-    assert fit.history[0]["train_elbo"] < 0
+    once = {"epochs": 1, "batch_size": 8, "seed": 0}
+    losses = []
+    for given in ((x, ages, sites.numpy()), ((x, ages, sites.numpy()),)):
+        torch.manual_seed(0)
+        pair = Conditional()
+        losses.append(pyrovae.fit(pair.model, pair.guide, *given, **once).history[0]["train_loss"])
+    assert losses[0] == losses[1] > 0
+    with pytest.raises(pyrovae.InputError, match="Dataset with context of its own"):
+        pyrovae.fit(pair.model, pair.guide, pyrovae.load_data("digits"), ages, **once)
     assert as_tensors(Items(x, "pair"))[1].tolist() == list(range(40))
     named = as_tensors(Items(x, "dict"))
     assert torch.equal(named[0], x)

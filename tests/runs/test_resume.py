@@ -187,13 +187,15 @@ def test_a_recipe_is_recorded_as_the_options_that_it_stands_for(workspace):
 
 
 def test_the_pixels_start_at_the_mean_of_the_training_data(workspace, capsys):
-    options = RunConfig.of({"model": "bernoulli", "guide": "mean_field", "data": "digits",
-                            "binarize": "dynamic", "settings": ["model.mean=data"]})  # fmt: skip
-    made = experiment.build(options)
-    bias = made.model.decoder.last.bias
-    expected = made.data.train.mean(0).flatten().clamp(1e-3, 1 - 1e-3)
-    torch.testing.assert_close(bias.sigmoid(), expected)
-    assert made.config.model.settings["mean"] == "data"
+    guides = {"two_layer": "two_layer", "ladder": "ladder", "gmvae": "gmvae"}
+    for name in ("bernoulli", "vamp_prior", "flow_prior", "mixture_prior", *guides):
+        options = RunConfig.of({"model": name, "guide": guides.get(name, "mean_field"),
+                                "data": "digits", "binarize": "dynamic",
+                                "settings": ["model.mean=data"]})  # fmt: skip
+        made = experiment.build(options)
+        expected = made.data.train.mean(0).flatten().clamp(1e-3, 1 - 1e-3)
+        torch.testing.assert_close(made.model.decoder.last.bias.sigmoid(), expected)
+        assert made.config.model.settings["mean"] == "data"
     assert run(*TRAIN, "--set", "model.mean=data", "--out", "r") == 0
     assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
     assert run("evaluate", "r", "--samples", "1") == 0
