@@ -230,7 +230,9 @@ class _GRU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = x.new_zeros(1, len(x), self.hidden)
-        return torch.gru(x, first, [*self.parameters()], True, 1, 0.0, False, False, True)[0]
+        # What training asks for is kept where there is a backward pass to come: cuDNN asks for it.
+        kept = torch.is_grad_enabled()
+        return torch.gru(x, first, [*self.parameters()], True, 1, 0.0, kept, False, True)[0]
 
 
 def _read(gru: _GRU, x: Tensor, lengths: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.optim import Adam, Muon, Optimizer
 
 from pyrovae._tools import InputError
 
-__all__ = ["Combined", "muon", "parts_of"]
+__all__ = ["Combined", "muon", "parts_of", "place_counts"]
 
 
 class Combined(Optimizer):
@@ -68,6 +68,17 @@ class Combined(Optimizer):
 def parts_of(optimizer: Optimizer) -> Sequence[Optimizer]:
     """The optimizers that one is made of: those of a :class:`Combined`, or itself."""
     return optimizer.parts if isinstance(optimizer, Combined) else (optimizer,)
+
+
+def place_counts(optimizer: Optimizer) -> None:
+    """Bring an optimizer's counts of steps to its weights: a CUDA graph replays nothing on a CPU.
+
+    torch keeps them on the CPU unless an option says otherwise (2.11 to 2.14).
+    """
+    for leaf, state in optimizer.state.items():
+        for name, value in state.items() if leaf.device.type == "cuda" else ():
+            if isinstance(value, Tensor) and value.dim() == 0:
+                state[name] = value.to(leaf.device)
 
 
 def muon(

@@ -49,9 +49,9 @@ def warn_without_effect(precision: str, device: torch.device) -> None:
 
 def rounds(precision: str, device: torch.device) -> bool:
     """Whether factors are rounded on a device, told by a product that shows it."""
-    # Neither type has 2⁻¹² beside 1. On a CPU torch 2.14 takes bf16 for AMX alone: with the AVX-512
-    # instructions for bf16 products stay those of float32. Small products are never rounded.
-    factor = torch.full((64, 64), 1 + 2.0**-12, device=device)
+    # tf32 has no 2⁻¹² beside 1, bf16 no 2⁻⁹. On a CPU torch 2.14 takes bf16 for AMX alone: with the
+    # AVX-512 instructions for bf16 products stay those of float32. Small ones are never rounded.
+    factor = torch.full((64, 64), 1 + 2.0 ** (-9 if precision == "bf16" else -12), device=device)
     with matmul_precision(precision):
         return bool((factor @ torch.eye(64, device=device) == 1).all())
 

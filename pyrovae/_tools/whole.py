@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,6 +14,8 @@ from torch._subclasses import FakeTensor
 
 # What runs in one piece, by the name under which a compiled step calls it.
 _WHOLE: dict[str, tuple[Callable[..., Tensor], ref[nn.Module]]] = {}
+AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+AUTOGRAD = AUTOGRAD | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _UNROLLED = ContextVar("unrolled", default=False)
 
 
@@ -95,11 +96,12 @@ def _whole(tensors: Sequence[Tensor], key: str, inputs: int) -> Tensor:
 
 @torch.library.custom_op("pyrovae::whole_backward", mutates_args=())
 def _whole_backward(grad: Tensor, tensors: Sequence[Tensor], key: str, inputs: int) -> list[Tensor]:
-    # Inside of an operator autograd is off for its thread, and functorch's does not run inside of
-    # a recording (torch 2.14); another thread has its own. It is made anew each time: one that is
-    # kept would not live on in a forked process.
-    with ThreadPoolExecutor(1) as aside:
-        return aside.submit(_pulled_back, grad, tensors, key, inputs).result()
+    # Inside of an operator torch leaves autograd out (2.11 to 2.14), and functorch's does not run
+    # inside of a recording. No other thread helps: a GPU's nodes are run by the one that waits.
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude - AUTOGRAD):
+        return _pulled_back(grad, tensors, key, inputs)
 
 
 @_whole.register_fake

@@ -64,21 +64,20 @@ class Graph:
         graph, self.constants = lift(record(function, args, pair, changed))
         self._views: list[Tensor] = []
         self._places: list[int] = []
-        self._fixed = False
+        self._launched: Callable[..., list[Tensor]] | None = None
         self._strides = [arg.stride() for arg in args]
         with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(without_log1p(graph), [*self._held(), *args])
             # The first run tunes kernels and allocates; what it writes is undone with the rest.
             self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
-                launched = self.run
-                self.run = _replayed(launched, self._held(), args, copied)
-                self._fixed = self.run is not launched
+                self._launched = self.run
+                self.run = _replayed(self._launched, self._held(), args, copied)
 
     @torch.no_grad()
     def __call__(self, *args: Tensor) -> list[Tensor]:
-        laid = map(_laid, args, self._strides)
-        return self.run(*self._held(), *laid)
+        held = self._held()
+        return self.run(*held, *map(_laid, args, self._strides))
 
     def bound(self, changing: Tensor | None = None) -> Callable[..., list[Tensor]]:
         """The same function of arguments and of a held tensor, with what it holds bound for good.
@@ -101,12 +100,14 @@ class Graph:
     def _held(self) -> list[Tensor]:
         """What the function holds, without gradients; made anew where a tensor has moved."""
         # A person may set a weight's .data, or move a module: the record has the old tensor's
-        # strides, and a CUDA graph its address.
+        # strides, and a CUDA graph, which is then left, its address.
         places = [tensor.data_ptr() for tensor in self.constants]
         if places != self._places:
             views = [tensor.detach() for tensor in self.constants]
-            if self._views and (self._fixed or [*map(form, views)] != [*map(form, self._views)]):
+            if self._views and [*map(form, views)] != [*map(form, self._views)]:
                 raise CaptureError("a tensor that it uses lies elsewhere than when it was captured")
+            if self._views and self._launched is not None:
+                self.run = self._launched
             self._places, self._views = places, views
         return self._views
 
@@ -269,22 +270,30 @@ def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
 
 def _replayed(run: Callable, held: list[Tensor], args: tuple, copied: int | None) -> Callable:
     """The compiled function recorded as a CUDA graph: one launch a call, no work on the host."""
+    if any(tensor.device.type != "cuda" for tensor in (*held, *args)):
+        warn("The compiled step is launched kernel by kernel: it reads a tensor on the CPU.")
+        return run
     # Inputs lie still: a call's arguments are copied over those of the recording.
     still = [arg.clone() for arg in args]
-    try:
+    # Streams are those of the current device.
+    with torch.cuda.device(args[0].device):
         # Not on the default stream, from which nothing can be recorded.
-        side = torch.cuda.Stream(args[0].device)
-        side.wait_stream(torch.cuda.current_stream(args[0].device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                run(*held, *still)
-        torch.cuda.current_stream(args[0].device).wait_stream(side)
-        recording = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recording):
-            outputs = run(*held, *still)
-    except RuntimeError as error:
-        warn(f"The compiled step is launched kernel by kernel, not as a CUDA graph: {error}")
-        return run
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        try:
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    run(*held, *still)
+            here.wait_stream(side)
+            recording = torch.cuda.CUDAGraph()
+            # A thread that reads data ahead may ask for pinned memory meanwhile.
+            with torch.cuda.graph(recording, stream=side, capture_error_mode="thread_local"):
+                outputs = run(*held, *still)
+        except RuntimeError as error:
+            # A recording that fails leaves its stream the current one (torch 2.11 to 2.14).
+            torch.cuda.set_stream(here)
+            warn(f"The compiled step is launched kernel by kernel, not as a CUDA graph: {error}")
+            return run
 
     def replay(*inputs: Tensor) -> list[Tensor]:
         for there, arg in zip(still, inputs[len(held) :], strict=True):

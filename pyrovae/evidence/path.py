@@ -220,7 +220,8 @@ class Schedule(NamedTuple):
         """Step sizes ``[N, D]`` at the temperatures of this number."""
         if len(self.knots) == 1:
             return self.strides[0]
-        beta, each = self.betas[index], torch.arange(self.strides.shape[1])
+        beta = self.betas[index]
+        each = torch.arange(self.strides.shape[1], device=beta.device)
         after = torch.searchsorted(self.knots, beta).clamp(1, len(self.knots) - 1)
         low, high = self.knots[after - 1], self.knots[after]
         weight = ((beta - low) / (high - low)).clamp(0, 1)[:, None].to(self.strides.dtype)

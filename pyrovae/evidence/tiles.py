@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class Evaluation:
         max_rows: int | None = None,
         checkpoint: str | Path | None = None,
         processes: bool = False,
-        precision: str | None = None,
+        precision: str = "float32",
     ) -> None:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
@@ -77,13 +77,13 @@ class Evaluation:
         self.file = None if checkpoint is None else _file(checkpoint, self.part)
         self.pair, self.home = Pair(model, guide), rows[0].device
         device, self.precision = self.pair.device, precision
-        if precision not in (None, "float32"):
+        if precision != "float32":
             require_effect(precision, device, self.pair.leaves())
         self.max_rows = max_rows or (SCORED if device.type == "cpu" else ON_DEVICE)
         self.set_rows(tuple(tensor.to(device) for tensor in rows))
         self.seed = self._agreed_seed(seed)
         self.about: dict[str, Any] = {"max_rows": max_rows}
-        if precision not in (None, "float32"):
+        if precision != "float32":
             self.about["precision"] = precision
         self._tiles: list[tuple] = []
         self._found: list[Found] = []
@@ -92,7 +92,7 @@ class Evaluation:
     @contextmanager
     def opened(self) -> Iterator[Evaluation]:
         """Run a block in eval mode, without gradients and validation, with the sites inspected."""
-        multiplied = matmul_precision(self.precision) if self.precision else nullcontext()
+        multiplied = matmul_precision(self.precision)
         with torch.no_grad(), self.pair.mode(training=False), multiplied:
             with seeded(self.seed, self.device):
                 inspect_evidence(self.pair, *self.first)

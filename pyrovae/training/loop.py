@@ -64,8 +64,8 @@ def fit(
     Args:
         model: The model program.
         guide: The guide program.
-        data: A data set of :func:`pyrovae.load_data`, or training data ``[N, ...]`` alone.
-        context: Further arguments of both programs, ``[N, ...]``, if data are not a data set.
+        data: A data set of :func:`pyrovae.load_data`, or training data ``[N, ...]`` alone; after
+            these may stand ``context``, further arguments of both programs.
         objective: A name in :data:`pyrovae.objectives.OBJECTIVES`, an objective that
             :func:`pyrovae.objectives.make_objective` made, a Pyro ELBO, or a function.
         epochs: How many passes over the training data, those of ``state`` included.
@@ -159,8 +159,7 @@ def fit(
                 row = {"epoch": epoch} | _train(result, data, batch_size, epoch)
             world.settle(svi.pair)
             svi.trained.show_average()
-            if world.first:
-                row |= result.validate(data.split("valid"))
+            row |= result.validate(data.split("valid")) if world.first else {}
             row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
             row["seconds"] = time.perf_counter() - started
             result.record(world.share(row), keep_best=patience is not None)

@@ -22,6 +22,7 @@ from pyrovae._tools.shown import Shown, Told, counted
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
+from pyrovae.optim import place_counts
 from pyrovae.pairs.contract import plate_scale
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
@@ -147,6 +148,7 @@ class Fit(Shown):
         self.svi.pair.load_state_dict(state["weights"])
         check_groups(self.svi.optimizer, state["optimizer"])
         self.svi.optimizer.load_state_dict(state["optimizer"])
+        place_counts(self.svi.optimizer)
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history, self.seed = list(state["history"]), state["seed"]

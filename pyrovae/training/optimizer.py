@@ -19,11 +19,13 @@ from torch.optim import Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyrovae._tools import InputError, InputTypeError
-from pyrovae.optim import parts_of
+from pyrovae.optim import parts_of, place_counts
 from pyrovae.pairs.pair import Pair
 
 # What is added to a norm before it divides, as in the code of arXiv 1705.07120.
 TINY = 1e-7
+# Where torch has one kernel for all weights of an Adam.
+FUSED_ON = ("cpu", "cuda")
 
 
 class Average:
@@ -476,7 +478,7 @@ def _has_modes(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def _fused(parts: Sequence[Optimizer]) -> Iterator[None]:
-    """Let torch's Adam on a CPU step all weights by one kernel, unless its options say otherwise.
+    """Let torch's Adam step all weights by one kernel, unless its options say otherwise.
 
     It takes half the time of one operator after another, and rounds otherwise than they do.
     """
@@ -484,13 +486,16 @@ def _fused(parts: Sequence[Optimizer]) -> Iterator[None]:
     groups = [group for each in plain for group in each.param_groups]
     tensors = [tensor for group in groups for tensor in group["params"]]
     told = [g for g in groups if g["fused"] is not None or g["foreach"] is not None]
-    if told or not all(t.device.type == "cpu" and t.is_floating_point() for t in tensors):
+    if told or not all(t.device.type in FUSED_ON and t.is_floating_point() for t in tensors):
         groups = []
     groups = [group for group in groups if not group["differentiable"]]
     for group in groups:
         group["fused"] = True
     try:
         yield
+        for each in parts:
+            if each.param_groups[0]["params"][0].is_cuda:
+                place_counts(each)
     finally:
         for group in groups:
             group["fused"] = None

@@ -10,8 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zoo import ZOO
 
+from pyrovae.compiling.graph import _replayed
 from pyrovae.evidence.proposals import Sampler
 from pyrovae.objectives import estimate, make_objective
+from pyrovae.optim import place_counts
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
@@ -63,3 +65,17 @@ def test_importance_weights_stay_on_their_device_and_read_nothing(placed, name):
     with torch.no_grad(), pair.mode(training=False):
         parts = Sampler(pair, tile=8, chunk=4).weigh(rows, 8)
     assert {(part.device.type, part.dtype) for part in parts} == {("cuda", torch.float64)}
+
+
+def test_what_a_cuda_graph_would_not_replay_is_kept_out_of_it():
+    """Counts of steps move to their weights, and a tensor on the CPU that is read is told."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+        optimizer = torch.optim.RMSprop([weight])
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert optimizer.state[weight]["step"].device.type == "cpu"
+        place_counts(optimizer)
+        assert {v.device.type for v in optimizer.state[weight].values()} == {"cuda"}
+    with pytest.warns(UserWarning, match="kernel by kernel: it reads a tensor on the CPU"):
+        assert _replayed(print, [torch.ones(())], (torch.ones(2),), None) is print

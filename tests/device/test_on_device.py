@@ -12,7 +12,14 @@ from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 
 pytestmark = pytest.mark.gpu
-COMPILED = ("bernoulli-mean_field", "bernoulli-flow", "two_layer", "conditional", "masked")
+COMPILED = (
+    "bernoulli-mean_field",
+    "bernoulli-flow",
+    "two_layer",
+    "conditional",
+    "masked",
+    "sequence",
+)
 each = pytest.mark.parametrize("name", PLACED)
 each_compiled = pytest.mark.parametrize("name", COMPILED)
 
