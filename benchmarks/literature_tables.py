@@ -1,4 +1,4 @@
-"""The table of docs/literature.md."""
+"""The tables of docs/literature.md and of the README."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def literature() -> str:
     return markdown(head, body)
 
 
+def literature_trained() -> str:
+    """The rows that were trained, in few words: for the README."""
+    found: dict[str, dict] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    order = {row.name: number for number, row in enumerate(ROWS)}
+    body = []
+    for key in sorted(found, key=lambda key: order[key.partition("/")[0]]):
+        run = found[key]
+        hidden = run["NLL of these images"] - run["annealed NLL"]
+        body.append(
+            [
+                run["title"],
+                f"{run['published']:.2f}",
+                f"≤ {run['NLL']:.2f} ± {run['± over data']:.2f}",
+                f"{hidden:.2f}",
+                f"{run['steps']:,}",
+                f"{run['CPU hours']:.2f}",
+            ]
+        )
+    head = ["model", "published", "NLL, K = 5,000", "annealing: less by", "steps", "CPU hours"]
+    return markdown(head, body)
+
+
 def _reached(run: dict[str, Any] | None) -> list[str]:
     if run is None:
         return ["not trained", *["–"] * 6]
@@ -45,4 +67,4 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
     ]
 
 
-TABLES = {literature.__name__: literature}
+TABLES = {table.__name__: table for table in (literature, literature_trained)}
