@@ -24,10 +24,12 @@ from sequences_pyro import epoch_of_pyro
 from sequences_tables import PUBLISHED
 from tables import machine, show, write
 from torch import Tensor
+from torch.optim import Optimizer
 
 import pyrovae
 from pyrovae.guides.sequence import Sequence as Guide
 from pyrovae.models.sequence import Sequence as Model
+from pyrovae.optim import Combined
 
 HOME = Path(__file__).resolve().parent
 RESULTS = HOME / "results" / "sequences.json"
@@ -36,11 +38,11 @@ SEED, BATCH = 0, 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=600)
     parser.add_argument("--latent", type=int, default=48)
-    parser.add_argument("--hidden", type=int, default=200, help="the width of the guide's GRU")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.05, help="AdamW's weight decay")
+    parser.add_argument("--hidden", type=int, default=128, help="the width of the guide's networks")
+    parser.add_argument("--lr", type=float, default=1e-2, help="Muon's, of all matrices")
+    parser.add_argument("--decay", type=float, default=0.2, help="Muon's weight decay")
     parser.add_argument("--samples", type=int, default=1000, help="of log p(x)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of an epoch each")
     parser.add_argument("--sequences", type=int, help="so many of each split, a trial")
@@ -81,6 +83,17 @@ def pair(data: pyrovae.Dataset, options: argparse.Namespace) -> tuple[Model, Gui
     return model, Guide(data.shape, options.latent, options.hidden)
 
 
+def optimizer(last: Tensor, options: argparse.Namespace, parameters: list[Tensor]) -> Optimizer:
+    """Muon for matrices but the decoder's last, AdamW for all else."""
+    matrices = [p for p in parameters if p.dim() == 2 and p is not last]
+    rest = [p for p in parameters if p.dim() != 2 or p is last]
+    decay = {"weight_decay": options.decay}
+    return Combined(
+        torch.optim.Muon(matrices, lr=options.lr, adjust_lr_fn="match_rms_adamw", **decay),
+        torch.optim.AdamW(rest, lr=0.3 * options.lr, **decay),
+    )
+
+
 def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
     """Train the pair, and measure it on the test chorales."""
     model, guide = pair(data, options)
@@ -96,7 +109,7 @@ def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
 
     fit = pyrovae.fit(
         model, guide, data, objective=objective, epochs=options.epochs, batch_size=BATCH,
-        optimizer=partial(torch.optim.AdamW, lr=options.lr, weight_decay=options.decay),
+        optimizer=partial(optimizer, model.decoder.last.weight, options),
         schedule="cosine", lr_warm_up=min(5, options.epochs - 1), clip_norm=1e4, average=0.99,
         patience=options.epochs, compile=True, seed=SEED, on_epoch=tell,
     )  # fmt: skip

@@ -19,24 +19,23 @@ class _Combiner(nn.Module):
 
     def __init__(self, latent: int, hidden: int) -> None:
         super().__init__()
-        self.before = nn.Linear(latent, hidden)
-        self.loc, self.spread = nn.Linear(hidden, latent), nn.Linear(hidden, latent)
+        self.before, self.found = nn.Linear(latent, hidden), nn.Linear(hidden, 2 * latent)
 
     def forward(self, z: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        h = (self.before(z).tanh() + h) / 2
-        return self.loc(h), softplus(self.spread(h)) + 1e-3
+        change, spread = self.found((self.before(z) + h).relu()).chunk(2, -1)
+        return z / 2 + change, softplus(spread) + 1e-3
 
 
 class Sequence(PyroModule):
     r"""The structured guide of the deep Markov model, whose factors are those of the posterior.
 
     .. math:: q(z_{1:T} \mid x) = \prod_t q(z_t \mid z_{t-1}, h_t), \qquad
-              h_t = \mathrm{GRU}(h_{t+1}, x_t)
+              h_t = A\,\mathrm{GRU}(x_T, \dots, x_t) + B x_t
 
     Args:
         shape: The longest sequence and the width of a step, ``[T, D]``.
         latent: The dimension of z_t.
-        hidden: The width of h_t.
+        hidden: The width of the GRU, and of h_t.
 
     References:
         Krishnan, Shalit and Sontag, Structured Inference Networks for Nonlinear State Space Models
@@ -48,6 +47,7 @@ class Sequence(PyroModule):
         if len(shape) != 2:
             raise ValueError(f"Expected sequences [T, D], got data of shape {[*shape]}.")
         self.encoder = BackwardGRU(shape[-1], hidden)
+        self.coming, self.now = nn.Linear(hidden, hidden), nn.Linear(shape[-1], hidden)
         self.combiner = _Combiner(latent, hidden)
         self.start = nn.Parameter(torch.zeros(latent))
 
@@ -56,7 +56,7 @@ class Sequence(PyroModule):
         mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
         steps = lasting(mask)
         with pyro.plate("data", len(x)):
-            lengths = steps.sum(-1)
-            h = self.encoder(x.masked_fill(~mask, 0.0), lengths)
+            x, lengths = x.masked_fill(~mask, 0.0), steps.sum(-1)
+            h = self.coming(self.encoder(x, lengths)) + self.now(x)
             chain = MarkovNormal(self.combiner, self.start, x.shape[:2], h, lengths)
             pyro.sample("z", chain.mask(steps).to_event(1))
