@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import warn
+from pyrovae._tools.seeding import seeded
 from pyrovae.evidence.proposals import guide_density, joint_density
 from pyrovae.evidence.unconstrained import Coordinates
 
@@ -156,18 +157,22 @@ class Moves:
 
     def compile(self, rows: tuple, *particles: int) -> None:
         """Compile a whole move for these numbers of chains of data of these shapes, or warn."""
-        from pyrovae.compiling.graph import CaptureError
+        from pyrovae.compiling.graph import CaptureError, compare
         from pyrovae.compiling.hoist import Hoisted
 
         coordinates, like = self.path.coordinates, rows[0].new_zeros
         try:
             for count in {min(each, self.path.chunk(rows)) for each in particles}:
-                size = count, len(rows[0])
-                u = like(*size, sum(coordinates.sizes), dtype=coordinates.dtype)
-                one = like(size, dtype=torch.float64)
-                tensors = u, one, one, u, u, u, u, one, one
-                args = one[0].clone(), u[0].clone(), *(tensor.clone() for tensor in tensors)
-                self.graphs[u.shape] = Hoisted(self._fused, args, rows, self.path.pair)
+                u = like(count, len(rows[0]), sum(coordinates.sizes), dtype=coordinates.dtype)
+                one = like(u.shape[:2], dtype=torch.float64)
+                with seeded(0, u.device):
+                    tensors = [torch.rand_like(t) for t in (u, one, one, u, u, u, u, one, one)]
+                args = one[0] + 0.5, u[0] + 0.01, *tensors
+                graph = Hoisted(self._fused, args, rows, self.path.pair)
+                for each, eager in zip(graph(*args, *rows), self._eager(*args, *rows), strict=True):
+                    # Rounding may decide whether a chain moves.
+                    compare("a move", each, eager, share=0.1)
+                self.graphs[u.shape] = graph
         except CaptureError as error:
             self.graphs.clear()
             warn(f"Annealing runs eagerly, not compiled: {error}.")

@@ -12,6 +12,7 @@ from oracles import Normals, constrained, curved, linear_gaussian
 from torch.distributions import transforms
 
 from pairs import LATENT, binary, discrete, mixed, shipped_bernoulli, two_latents
+from pyrovae.compiling.hoist import Hoisted
 from pyrovae.evidence.annealing import Settings, annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.path import (
@@ -385,6 +386,18 @@ def test_compiled_chains_are_those_of_the_handlers():
         warnings.simplefilter("error")
         found = annealed_log_likelihood(*pair, X, compile=True, **how)
     torch.testing.assert_close(found.log_prob, expected.log_prob, atol=1e-3, rtol=0)
+
+
+def test_compiled_moves_that_are_others_are_left(monkeypatch):
+    """As those of a graph that was recorded empty would be, which gives the same each time."""
+    replay = Hoisted.__call__
+    monkeypatch.setattr(Hoisted, "__call__", lambda *args: [each * 0 for each in replay(*args)])
+    pair = shipped_bernoulli()
+    how = {"num_chains": 4, "num_temperatures": 2, "num_steps": 2, "seed": 3}
+    expected = annealed_log_likelihood(*pair, X, compile=False, **how)
+    with pytest.warns(UserWarning, match="Annealing runs eagerly, not compiled: a move came out"):
+        found = annealed_log_likelihood(*pair, X, compile=True, **how)
+    torch.testing.assert_close(found.log_prob, expected.log_prob)
 
 
 def test_each_state_is_weighed_by_the_gap_that_it_stands_in():
