@@ -169,6 +169,7 @@ def _continued(before: Config, now: Config) -> Config:
     kept = ("command", "versions", "identity", "resumed")
     now = replace(now, **{name: getattr(before, name) for name in kept})
     free = ["device", "sha256", "signature", *(["epochs"] if now.schedule == "none" else [])]
+    free += [f"data.{name}" for name in before.data.free(now.data)]
     require_same(
         plain_json(before),
         plain_json(now),

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
-from pyrovae.data.given import takes_data
+from pyrovae.data.given import data_tensors, takes_data
 from pyrovae.pairs.contract import blames_data, inspect_pair
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
@@ -67,6 +67,8 @@ def sample(
             argument that is given is observed by a site that depends on latents, or the model
             reads the x that it observes and there is no order to draw it in.
     """
+    like, *rest = data_tensors(like, *context)
+    context = tuple(rest)
     if n is None:
         n = next((len(each) for each in context if _has_rows(each)), 64)
     if n < 1 or len(like) < 1:
@@ -105,6 +107,8 @@ def decode(
     if not latents:
         raise InputError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))
+    like, *rest = data_tensors(like, *latents.values(), *context)
+    latents, context = dict(zip(latents, rest, strict=False)), tuple(rest[len(latents) :])
     options = {"mean": mean, "seed": seed, "compile": compile}
     return _one_or_all(_generate(model, latents, like, n, context, options))
 
@@ -185,12 +189,14 @@ def encode(
     rows, size = _bound(pair, (x, *context))
 
     def read(*rows: Tensor) -> dict[str, Site]:
-        sites = samples(pair.trace_guide(*rows))
+        with blames_data(rows[0]):
+            sites = samples(pair.trace_guide(*rows))
         return {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
 
     return _forward(pair, read, rows, True, seed, compile, size)
 
 
+@takes_data
 def interpolate(
     model: Callable,
     guide: Callable,
@@ -221,7 +227,7 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    start, end = (encode(guide, xs, *context, seed=seed, compile=compile) for xs in (x, y))
+    start, end = (encode(guide, xs, *context, seed=seed, compile=compile) for xs in (x, y.to(x)))
     for name, value in start.items():
         if not value.is_floating_point():
             raise InputError(f"Latent {name!r} is discrete: nothing lies between two values.")
@@ -233,6 +239,7 @@ def interpolate(
     return _decode_paths(model, path, context, x, seed=seed, compile=compile)
 
 
+@takes_data
 def traverse(
     model: Callable,
     guide: Callable,
@@ -370,11 +377,6 @@ def _bound(pair: Pair, args: tuple) -> tuple[Rows, int | None]:
 
     And how many rows to run at once, where an argument may hold all of them in another form.
     """
-    if not _has_rows(args[0]):
-        raise InputTypeError(
-            f"Expected data as a tensor [N, ...], got {type(args[0]).__name__}: a data set's are "
-            f".train, .valid and .test."
-        )
     fixed = {i: arg for i, arg in enumerate(args) if not _has_rows(arg)}
     if fixed:
         for name in ("model", "guide"):

@@ -11,6 +11,7 @@ import torch
 from commands import config, outcome, run
 from pyro.nn import PyroModule
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import pyrovae
 from pyrovae.guides.mean_field import MeanField
@@ -222,10 +223,16 @@ def test_data_in_memory_are_given_to_load(data, capsys):
         _ = pyrovae.load("run").model
     assert run("evaluate", "run") == 2
     assert "as pyrovae.load(DIR, data=...) does" in capsys.readouterr().err
+    for same_numbers in (x.numpy(), TensorDataset(x)):
+        assert torch.equal(pyrovae.load("run", data=same_numbers).data.train, x)
     opened = pyrovae.load("run", data=x)
     assert pyrovae.evaluate(opened, split="train", **SHORT).num_data == 200
     with pytest.raises(pyrovae.InputError, match=r"data are not those of the run: sha256"):
         _ = pyrovae.load("run", data=1 - x).model
+    again = train(*pair(data), x.numpy(), 3, out="run", batch_size=50, state=opened.state)
+    assert len(again.history) == 3
+    with pytest.raises(pyrovae.InputError, match=r"made with data.sha256"):
+        train(*pair(data), 1 - x, 4, out="run", batch_size=50, state=opened.state)
 
 
 def test_data_that_were_changed_after_loading_are_no_file(data):

@@ -26,7 +26,7 @@ from pyrovae.data.sources import (
     split_rows,
     unknown,
 )
-from pyrovae.data.tables import LABELLED, Context, Schema, measured
+from pyrovae.data.tables import LABELLED, Context, Schema, measured, to_pandas
 
 __all__ = [
     "BINARIZE",
@@ -105,12 +105,13 @@ class Dataset:
         """
         if isinstance(data, cls):
             return data
-        name, columns = package_of(data) or "tensor", None
-        if name in ("pandas", "polars") and hasattr(data, "columns"):
-            numbers, columns = frame_schema(data)
+        given, *rest = data if isinstance(data, tuple) else (data,)
+        name, columns = package_of(given) or "tensor", None
+        if name in ("pandas", "polars") and hasattr(given, "columns"):
+            given = to_pandas(given)
+            numbers, columns = frame_schema(given)
             columns = measured(columns, torch.from_numpy(numbers), None)
-        given = data[0] if isinstance(data, tuple) else data
-        x, *context = as_tensors(*data) if isinstance(data, tuple) else as_tensors(data)
+        x, *context = as_tensors(given, *rest)
         if not isinstance(x, Tensor):
             raise InputTypeError(
                 f"Expected a Dataset, or data [N, ...] as a tensor, an array, a frame or a torch "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from pyrovae._tools import InputError, InputTypeError, require_memory
 from pyrovae.data.tables import Schema, read_table, to_pandas
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch.utils.data import DataLoader
 
 P = ParamSpec("P")
@@ -52,21 +54,41 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
 
 def takes_data(function: Callable[P, T]) -> Callable[P, T]:
     """A function ``(*programs, x, *context, ...)`` that takes data as :func:`as_tensors` does."""
+    names = inspect.signature(function).parameters
+    programs = [name for name in ("model", "guide") if name in names]
+    first = "like" if "like" in names else "x"
 
     @functools.wraps(function)
     def taking(*args: P.args, **kwargs: P.kwargs) -> T:
         place = next((i for i, arg in enumerate(args) if not callable(arg)), len(args))
         given: Any = args[place:]
-        if not given and "x" in kwargs:
+        if place < len(programs) and any(map(callable, given)):
+            raise InputTypeError(
+                f"Expected {function.__name__}({', '.join([*programs, first])}, ...), got "
+                f"{type(given[0]).__name__} as argument {place + 1}: {first} comes after the "
+                f"{programs[-1]}."
+            )
+        if not given and first in kwargs:
+            kwargs[first], *context = data_tensors(kwargs[first])
             # Where a datum holds context too, the programs' arguments are told by their places.
-            rest: Any = {name: value for name, value in kwargs.items() if name != "x"}
-            return taking(*args, kwargs["x"], **rest)  # type: ignore[arg-type]
-        if all(isinstance(arg, Tensor) for arg in given):
-            return function(*args, **kwargs)
-        changed: Any = (*args[:place], *as_tensors(*given))
+            given = (kwargs.pop(first), *context) if context else ()
+        take = as_tensors if place < len(programs) else data_tensors
+        changed: Any = (*args[:place], *take(*given)) if given else args
         return function(*changed, **kwargs)
 
     return taking
+
+
+def data_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
+    """What :func:`as_tensors` gives, where x has to be data."""
+    found = as_tensors(x, *context)
+    if not isinstance(found[0], Tensor) or found[0].dim() == 0:
+        raise InputTypeError(
+            f"Expected data [N, ...] as a tensor, an array, a frame or a torch data set, got "
+            f"{type(x).__name__}: a Dataset's are .train, .valid and .test, and with their context "
+            f"*data.split('test')."
+        )
+    return found
 
 
 def package_of(value: Any) -> str:
@@ -78,22 +100,25 @@ def package_of(value: Any) -> str:
 
 def frame_schema(frame: Any) -> tuple[np.ndarray, Schema]:
     """The numbers ``[N, D]`` of a frame and its columns; words are refused."""
-    from pandas.api import types
-
-    frame = to_pandas(frame)
-    for name, column in frame.items():
-        if not (types.is_numeric_dtype(column) or column.dtype.name == "category"):
-            raise _words(name)
-    table = read_table(frame, "the frame")
+    found = to_pandas(frame)
+    for dtype, (_, column) in zip(frame.dtypes, found.items(), strict=True):
+        _refuse_words(dtype, column)
+    table = read_table(found, "the frame")
     return table.x, table.columns
 
 
-def _words(name: Any) -> InputError:
-    return InputError(
-        f"Expected numbers or categories in column {name!r} of the frame, got words, which another "
-        f"frame may number otherwise: make it a pandas.Categorical, or load the frame with "
-        f"pyrovae.load_data."
-    )
+def _refuse_words(dtype: Any, column: pd.Series) -> None:
+    """Refuse a column of words; ``dtype`` is what it had before it was one of pandas."""
+    from pandas.api import types
+
+    plain = types.is_numeric_dtype(column) or column.dtype.name == "category"
+    # A Categorical of polars has no categories of its own: of a part of it there are fewer.
+    if type(dtype).__name__ == "Categorical" or not plain:
+        raise InputError(
+            f"Expected numbers or categories in column {column.name!r} of the frame, got words, "
+            f"which another frame may number otherwise: make it a pandas.Categorical or a "
+            f"polars.Enum, or load the frame with pyrovae.load_data."
+        )
 
 
 def _numbers(value: Any, first: bool) -> Any:
@@ -131,13 +156,9 @@ def dense(matrix: Any) -> np.ndarray:
 
 def _column(series: Any) -> np.ndarray:
     """The numbers or codes of one column."""
-    frame = to_pandas(series.to_frame())
-    column = frame.iloc[:, 0]
-    if column.dtype.name == "category":
-        return column.cat.codes.to_numpy()
-    if column.dtype.kind not in "biuf":
-        raise _words(column.name)
-    return column.to_numpy()
+    column = to_pandas(series.to_frame()).iloc[:, 0]
+    _refuse_words(series.dtype, column)
+    return (column.cat.codes if column.dtype.name == "category" else column).to_numpy()
 
 
 def _array(x: np.ndarray, first: bool) -> Tensor:

@@ -125,7 +125,7 @@ def lacking(package: str, name: str) -> InputError:
 
 
 def to_pandas(frame: Any) -> pd.DataFrame:
-    """A frame of pandas as it is, and one of polars column by column, its categories kept."""
+    """A frame of pandas as it is, and one of polars column by column, the order of an Enum kept."""
     import pandas as pd
 
     if isinstance(frame, pd.DataFrame):
@@ -134,8 +134,10 @@ def to_pandas(frame: Any) -> pd.DataFrame:
     for name in frame.columns:
         column = frame[name]
         values = column.to_list()
-        if hasattr(column.dtype, "categories") or type(column.dtype).__name__ == "Categorical":
-            known = column.cat.get_categories().to_list()
+        kind = type(column.dtype).__name__
+        if kind in ("Enum", "Categorical"):
+            # Since polars 2, a Categorical has no categories but the words that it holds.
+            known = column.dtype.categories.to_list() if kind == "Enum" else None
             columns[name] = pd.Series(pd.Categorical(values, categories=known))
         else:
             columns[name] = pd.Series(column.to_numpy() if column.dtype.is_numeric() else values)
@@ -294,7 +296,8 @@ def _column(
             raise InputError(
                 f"Expected numbers in column {name!r} of {title}, got {values[wrong].iloc[0]!r}; "
                 f"call the column 'label' if it holds labels, say columns={{{name!r}: "
-                f"'categorical'}} if it holds words, and separate columns by commas."
+                f"'categorical'}} (--columns {name}=categorical) if it holds words, and separate "
+                f"columns by commas."
             )
         if not wrong.any():
             values, plain = numbers, True
@@ -312,7 +315,7 @@ def _column(
         needed = "two values at most" if kind == "binary" else "two values at least"
         raise InputError(
             f"Expected {needed} in the {kind} column {name!r} of {title}, got {len(categories)}: "
-            f"choose its kind by columns={{{name!r}: ...}}, or drop it."
+            f"choose its kind by columns={{{name!r}: ...}} (--columns {name}=...), or drop it."
         )
     codes = values.cat.codes.to_numpy(np.float64)
     return Column(name, kind, categories), np.where(codes < 0, np.nan, codes)

@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, Categorical
 
 from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import seeded
+from pyrovae.data.given import takes_data
 from pyrovae.diagnostics.ranks import (
     PLAIN,
     RankTest,
@@ -188,6 +189,7 @@ class PosteriorCalibration:
         return figure
 
 
+@takes_data
 def calibrate(
     model: Callable,
     guide: Callable,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
+from pyrovae.data.given import data_tensors
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
@@ -120,9 +121,10 @@ def bidirectional(
     settings = Settings(num_chains, num_temperatures, num_steps, initial)
     at_least({"n": 1}, n)
     options = settings.options(2 * n, compile)
-    require_rows((like, *context))
-    index = torch.arange(n) % max(len(like), 1)
-    rows = tuple(tensor[index.to(tensor.device)] for tensor in (like, *context))
+    given = data_tensors(like, *context)
+    require_rows(given)
+    index = torch.arange(n) % max(len(given[0]), 1)
+    rows = tuple(tensor[index.to(tensor.device)] for tensor in given)
     task = Evaluation(model, guide, rows, seed, max_rows)
     with task.opened():
         with seeded(task.seed, task.device, 0, SIMULATION_STREAM):

@@ -315,6 +315,10 @@ class DataRecord(Struct, frozen=True, omit_defaults=True):
             raise TypeError(f"DataRecord lacks {sorted(unknown)}: give it fields of these names.")
         return convert({"load": load, "root": root, **provenance}, cls)
 
+    def free(self, other: Self) -> list[str]:
+        """Fields that may differ: where the data lie, and their name where both have a digest."""
+        return ["load", "root", "source", *(["name"] if self.sha256 and other.sha256 else [])]
+
 
 class Session(Struct, frozen=True):
     """A training that went on with a run under other versions than before."""

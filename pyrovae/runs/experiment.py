@@ -189,7 +189,7 @@ def _train(
         # Where the data lie, the device and the number of epochs may change; the last only if the
         # learning rate does not depend on it.
         free = ["command", "device", "resumed", "sha256", "signature"]
-        free += [f"data.{name}" for name in ("load", "root", "source")]
+        free += [f"data.{name}" for name in run.config.data.free(config.data)]
         require_same(
             plain_json(run.config),
             plain_json(config),
@@ -243,8 +243,9 @@ def load_experiment(
         plain_json(config.data),
         plain_json(made.config.data),
         "The data are not those of the run: {key} was {before}, is now {now}. Put back the data "
-        "that it was trained on, or train another run.",
-        free=["load", "root", "source"],
+        "that it was trained on (arrays become float32, tensors stay as they are), or train "
+        "another run.",
+        free=config.data.free(made.config.data),
     )
     pair = Pair(made.model, made.guide)
     with seeded(0):
@@ -257,7 +258,8 @@ def load_experiment(
     except InputError as error:
         raise InputError(
             f"{error} They are of other programs or settings than {run.path / 'config.json'} "
-            f"says: put back the files of this run, or train into another --out."
+            f"says, or of a frame's columns, which no array has: put back the files and the data "
+            f"of this run, or train into another --out."
         ) from error
     pair.to(made.data.train.device)
     return Experiment(config, *made[1:4], {})

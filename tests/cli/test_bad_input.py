@@ -291,7 +291,9 @@ def test_data_that_changed_since(workspace, refused):
     np.save("x.npy", rng.integers(0, 2, (60, 6)))
     command = ["train", *PAIR, *SIZES, "--data", "x.npy", "--batch-size", "20", "--epochs", "1"]
     assert run(*command, "--out", "r") == 0
-    np.save("x.npy", rng.integers(0, 2, (60, 6)))
+    os.rename("x.npy", "y.npy")
+    assert run("train", "--out", "r", "--resume", "--data", "y.npy", "--epochs", "2") == 0
+    np.save("y.npy", rng.integers(0, 2, (60, 6)))
     refused("evaluate", "r", says=["not those of the run", "sha256"])
     refused("train", "--out", "r", "--resume", says=["data.sha256"])
 

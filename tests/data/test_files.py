@@ -286,6 +286,7 @@ def test_npz_that_do_not_fit_together_are_refused(save, arrays, match):
         ("a,label\n1,x\n2,\n3,y\n", "a label in every row of .*, got none in row 1"),
         ("a,label\n1,1\n2,\n3,3\n", "'y' of .*, got 1 NaN or infinite, the first in row 1"),
         ("a;b\n1;2\n3;4\n5;6\n", "separate columns by commas"),
+        ("a,site\n1,u\n2,v\n3,u\n", r"{'site': 'categorical'} \(--columns site=categorical\)"),
     ],
 )
 def test_csv_that_are_no_table_of_numbers_are_refused(save, text, match):

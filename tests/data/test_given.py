@@ -97,6 +97,8 @@ def test_every_function_gives_the_same_numbers(x):
         "check": pyrovae.check,
         "fit": functools.partial(pyrovae.fit, epochs=1, batch_size=20, lr=1e-9),
     }
+    named = pyrovae.elbo(x=given, guide=guide, model=model, seed=0)
+    assert str(named) == str(pyrovae.elbo(model, guide, x, seed=0))
     for name in ("annealed", "elbo", "diagnose", "check"):
         one, two = (str(calls[name](model, guide, each, seed=0)) for each in (given, x))
         assert one == two, name
@@ -104,8 +106,64 @@ def test_every_function_gives_the_same_numbers(x):
     assert torch.equal(one.log_prob, two.log_prob)
     one, two = (pyrovae.encode(guide, x=each, seed=0)["z"] for each in (given, x))
     assert torch.equal(one, two)
+    assert torch.equal(*(pyrovae.sample(model, like=each, n=3, seed=0) for each in (given, x)))
+    z = torch.ones(2, 2)
+    for latent, each in ((z.double().numpy(), given), (z, x)):
+        found = pyrovae.decode(model, {"z": latent}, like=each)
+        assert torch.equal(found, pyrovae.decode(model, {"z": z}, like=x))
+    options = {"n": 50, "num_samples": 3, "corrected": False, "seed": 0}
+    ranks = [pyrovae.calibrate(model, guide, each, **options).ranks["z"] for each in (given, x)]
+    ranks.append(pyrovae.calibrate(model, guide, like=given, **options).ranks["z"])
+    assert all(torch.equal(each, ranks[0]) for each in ranks)
+    few = {"n": 3, "num_chains": 1, "num_temperatures": 0, "seed": 0, "compile": False}
+    one, two = (pyrovae.bidirectional(model, guide, like=each, **few) for each in (given, x))
+    assert torch.equal(one.upper, two.upper)
+    whole = x.int().numpy()
+    one, two = (pyrovae.interpolate(model, guide, each[:2], each[2:4]) for each in (whole, x))
+    assert torch.equal(one, two)
+    values = np.linspace(-1, 1, 3)
+    one = pyrovae.traverse(model, guide, given[:2], "z", 0, values)
+    assert torch.equal(one, pyrovae.traverse(model, guide, x[:2], "z", 0, torch.tensor(values)))
     one, two = (calls["fit"](model, guide, each, seed=0) for each in (given, x))
     assert one.history[0]["train_loss"] == pytest.approx(two.history[0]["train_loss"], rel=1e-6)
+
+
+def test_what_stands_in_the_wrong_place_is_named(x):
+    model, guide = Gaussian((3,), latent=2), MeanField((3,), latent=2)
+    with pytest.raises(TypeError, match=r"encode\(guide, x, .*argument 1: x comes after the guide"):
+        pyrovae.encode(x.numpy(), guide)
+    with pytest.raises(TypeError, match=r"elbo\(model, guide, x, .*Tensor as argument 2"):
+        pyrovae.elbo(model, x, guide)
+    with pytest.raises(TypeError, match="got no x"):
+        pyrovae.encode(model, guide)
+    data = pyrovae.load_data(x.numpy())
+    for call in (
+        lambda: pyrovae.log_likelihood(model, guide, data),
+        lambda: pyrovae.encode(guide, data),
+        lambda: pyrovae.sample(model, like=data),
+        lambda: pyrovae.bidirectional(model, guide, like=data),
+    ):
+        with pytest.raises(TypeError, match=r"got Dataset: .* \*data.split\('test'\)"):
+            call()
+
+
+def test_categories_of_polars(x):
+    """An Enum keeps its order; a Categorical is sorted, and only where all of its words are."""
+    polars = pytest.importorskip("polars")
+    words = ["v", "u", "w", "u"] * 10
+    kinds = {"e": polars.Enum(["w", "v", "u", "t"]), "c": polars.Categorical}
+    columns = {name: polars.Series(words, dtype=kind) for name, kind in kinds.items()}
+    frame = polars.DataFrame({"a": x[:, 0].numpy(), **columns})
+    categories = [("w", "v", "u", "t"), ("u", "v", "w")]
+    for data in (pyrovae.load_data(frame), pyrovae.Dataset.of((frame, x))):
+        assert [column.categories for column in data.columns[1:]] == categories
+        codes = data.train[:, 1:].long().tolist()
+        assert all(categories[0][e] == categories[1][c] for e, c in codes)
+    part = frame[:1]
+    assert [each.tolist() for each in as_tensors(part[["e"]], part["e"])] == [[[1]], [1]]
+    for each in (part, part["c"]):
+        with pytest.raises(pyrovae.InputError, match=r"'c' of the frame, .* polars\.Enum"):
+            as_tensors(x, each)
 
 
 def test_a_datum_brings_its_context(x):

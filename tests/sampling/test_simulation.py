@@ -316,7 +316,7 @@ def test_what_is_no_tensor_is_handed_on(monkeypatch):
         path = pyrovae.interpolate(model, guide, x, x + 2, *context, steps=3)
         assert path.shape == (7, 3, 1)
     assert (2.0, "a", []) in seen
-    with pytest.raises(TypeError, match=r"tensor \[N, \.\.\.\], got list"):
+    with pytest.raises(TypeError, match=r"data \[N, \.\.\.\] as a tensor, .*, got list"):
         pyrovae.encode(guide, [1.0], 2.0, y)
 
 
