@@ -125,7 +125,8 @@ def _main(given: list[str]) -> int:
         refused = isinstance(error, InputError | OSError) or is_refusal(error)
         if not (failed or place or refused):
             raise
-        where = f"{place}: {type(error).__name__}: " if place and not failed else ""
+        told = failed or not place or str(error).startswith(place)
+        where = "" if told else f"{place}: {type(error).__name__}: "
         # Pyro lists the shapes of all sites after what went wrong: too much for a sentence.
         sentence, _, _ = f"{where}{_as_options(str(error))}".partition("Trace Shapes:")
         world.say(f"pyrovae: error: {' '.join(sentence.split())}")

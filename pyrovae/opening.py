@@ -220,7 +220,8 @@ def report(run: OpenRun | str | Path) -> Path:
 
 def programs_of(run: Run) -> list[str]:
     """The files that loading a run executes, with their digests."""
-    paths = [run.file(each.file) for each in (run.config.model, run.config.guide) if each.file]
+    config = run.config
+    paths = [run.file(name) for each in (config.model, config.guide) for name in each.copies]
     return [f"{path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})" for path in paths]
 
 

@@ -128,7 +128,7 @@ def _experiment(result: Fit, run: Run) -> Experiment[Config]:
     )
     if run.exists():
         config = _continued(run.config, config)
-    files = {f"{kind}.py": p.source for kind, p in programs.items() if p.source is not None}
+    files = {name: source for p in programs.values() for name, source in p.files.items()}
     return Experiment(config, result.model, result.guide, data, files)
 
 

@@ -2,7 +2,7 @@
 
 ========================= =====================================================================
 ``config.json``           everything that the run was asked to do, resolved, and its identity
-``programs/``             copies of the user's own model and guide files
+``programs/``             copies of the user's own model and guide files, and of modules beside them
 ``checkpoint.pt``         where training goes on from; read with ``weights_only=True``
 ``weights.safetensors``   the trained weights, with a checksum in the file's metadata
 ``metrics.csv``           one row an epoch
@@ -23,10 +23,13 @@ identity and a checksum.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
 import pickle
+import re
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -55,6 +58,7 @@ from pyrovae._tools.files import (
     unpack_tensors,
     write_atomic,
 )
+from pyrovae.runs.beside import Sources
 from pyrovae.runs.config import Config
 from pyrovae.runs.programs import KINDS
 
@@ -63,6 +67,7 @@ __all__ = ["Run"]
 # Held while a run is trained. A folder that has it and no configuration is a beginning that was
 # killed.
 TRAINING = ".training.lock"
+BEGUN = re.compile(rf"{re.escape(TRAINING)}|programs(/({'|'.join(KINDS)})(\.py|/.+)?)?")
 EXPLORER = "explorer.safetensors"
 # How the names of pictures begin that are drawn from the weights.
 PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space", "responses")
@@ -113,11 +118,14 @@ class Run:
 
     def file(self, name: str) -> Path:
         """The path of a part, there or not; a link in place of it or of its folder is refused."""
-        path = self.path / name
-        if path.parent != self.path:
-            require_file(path.parent, stat.S_IFDIR)
-        require_file(path)
-        return path
+        for folder in self._folders(name):
+            require_file(folder, stat.S_IFDIR)
+        require_file(self.path / name)
+        return self.path / name
+
+    def _folders(self, name: str) -> list[Path]:
+        """The folders that a part is in, from the run's own on."""
+        return [self.path / each for each in reversed(Path(name).parents[:-1])]
 
     def require_new(self) -> None:
         """Refuse a directory that is in use, or that cannot be made."""
@@ -134,10 +142,9 @@ class Run:
 
     def _is_begun(self) -> bool:
         """Whether it holds nothing, or what a training leaves that was killed at its start."""
-        own = {TRAINING, "programs", *(f"programs/{kind}.py" for kind in KINDS)}
         found = {str(path.relative_to(self.path)) for path in self.path.rglob("*")}
         found = {name for name in found if not name.endswith(".tmp")}
-        return not found or (TRAINING in found and found <= own)
+        return not found or (TRAINING in found and all(map(BEGUN.fullmatch, found)))
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -149,14 +156,16 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with locked(self.path / TRAINING, f"{self.path} is being trained by another process."):
-                for folder in ("", "programs", "evaluation", "figures"):
-                    remove_temporary(self.path / folder)
+                copies = {file.parent for file in (self.path / "programs").rglob("*.tmp")}
+                for folder in {self.path, self.path / "evaluation", self.path / "figures", *copies}:
+                    remove_temporary(folder)
                 try:
                     yield
                 finally:
                     if not self.exists():
                         for kind in KINDS:
                             (self.path / "programs" / f"{kind}.py").unlink(missing_ok=True)
+                            shutil.rmtree(self.path / "programs" / kind, ignore_errors=True)
                         with suppress(OSError):
                             (self.path / "programs").rmdir()
         finally:
@@ -180,7 +189,8 @@ class Run:
     def write(self, name: str, content: bytes) -> Path:
         """Write a file of the run whole, in a folder that is made if it is missing."""
         path = self.file(name)
-        path.parent.mkdir(exist_ok=True)
+        for folder in self._folders(name):
+            folder.mkdir(exist_ok=True)
         write_atomic(path, content)
         return path
 
@@ -207,6 +217,22 @@ class Run:
             if bool(config.identity) != bool(config.sha256):
                 raise ValueError("its checksum is missing")
         return config
+
+    def sources(self, kind: str) -> Sources:
+        """The copies of a program's files; one that was edited since is refused."""
+        read: list[bytes] = []
+        record = getattr(self.config, kind)
+        for name, sha256 in record.copies.items():
+            path = self.file(name)
+            read.append(path.read_bytes())
+            if sha256 not in (None, hashlib.sha256(read[-1]).hexdigest()):
+                raise InputError(
+                    f"{path} was edited since the run was made: put back what it was, or train "
+                    f"the edited file into another --out."
+                )
+        modules = dict(zip(record.modules, read[1:], strict=True))
+        programs = self.path / "programs"
+        return Sources(read[0], programs / f"{kind}.py", modules, programs / kind)
 
     @property
     def identity(self) -> str:

@@ -13,9 +13,9 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import UnionType
-from typing import Any, Self, get_args, get_type_hints
+from typing import Annotated, Any, Self, get_args, get_type_hints
 
-from msgspec import Struct, convert
+from msgspec import Meta, Struct, convert
 
 from pyrovae._tools import InputError
 from pyrovae._tools.precision import PRECISIONS
@@ -274,12 +274,25 @@ class RunConfig(Training, PairConfig):
 
 
 class ProgramRecord(Struct, frozen=True):
-    """A program of a run: its name, its copy in the run with the digest, its settings."""
+    """A program of a run: its name, its copy in the run with the digest, its settings.
+
+    ``modules`` are the digests of what it imports of its folder, by their paths there.
+    """
 
     name: str
     file: str | None
     settings: dict[str, Any]
     sha256: str | None = None
+    modules: dict[Annotated[str, Meta(pattern=r"^(\w+/)*\w+\.py\Z")], str] = {}
+
+    @property
+    def copies(self) -> dict[str, str | None]:
+        """The digest of each copy that is executed, by its path in the run, the program first."""
+        if self.file is None:
+            return {}
+        folder = self.file.removesuffix(".py")
+        inside = {f"{folder}/{path}": digest for path, digest in self.modules.items()}
+        return {self.file: self.sha256, **inside}
 
 
 class DataRecord(Struct, frozen=True, omit_defaults=True):

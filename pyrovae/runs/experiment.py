@@ -22,6 +22,7 @@ from pyrovae.objectives import make_objective
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
+from pyrovae.runs.beside import Sources
 from pyrovae.runs.config import (
     SHOWN,
     Config,
@@ -81,7 +82,7 @@ def build(
         drawn = 0 if run is None else run.config.data.binarize_seed or 0
         data = load_data(options.data, root=options.data_root, seed=drawn, **shown)
     model, guide = build_pair(programs, settings, data, options.seed, given)
-    files = {f"{k}.py": p.source for k, p in programs.items() if p.source is not None}
+    files = {name: source for p in programs.values() for name, source in p.files.items()}
     records = {kind: program_record(program, settings[kind]) for kind, program in programs.items()}
     records |= {k: getattr(run.config, k) for k in KINDS if run is not None and k in given}
     told = data_record(data)
@@ -233,7 +234,7 @@ def load_experiment(
     """A run's trained pair and its data, if they are those that the run was made with.
 
     What is ``given`` of ``model``, ``guide`` and ``data`` is taken in place of the run's own.
-    This executes ``programs/model.py`` and ``programs/guide.py`` of the run, and reads or downloads
+    This executes what ``programs/`` of the run holds by its configuration, and reads or downloads
     the data that it names: :attr:`Run.is_own` says whether they are your own.
     """
     config = run.config
@@ -266,15 +267,19 @@ def load_experiment(
 
 
 def require_same_program(run: Run, kind: str, spec: str) -> None:
-    """Refuse to go on with a run with a file that is not the one that it has a copy of."""
+    """Refuse to go on with a run with files that are not those that it has copies of."""
     record, (path, _) = getattr(run.config, kind), split_spec(spec)
-    if path is not None and record.file is not None:
-        stored, given = run.file(record.file), path.expanduser()
-        if not given.is_file():
-            raise InputError(f"No file {spec!r} to read the {kind} from.")
-        if given.read_bytes() != stored.read_bytes():
+    if path is None or record.file is None:
+        return
+    given, before = Sources.read(path.expanduser(), kind), run.sources(kind)
+    pairs = [(given.file, run.file(record.file), given.source == before.source)]
+    for name in sorted({*given.modules, *before.modules}):
+        same = given.modules.get(name) == before.modules.get(name)
+        pairs.append((given.folder / name, before.folder / name, same))
+    for file, stored, same in pairs:
+        if not same:
             raise InputError(
-                f"{given} is not what the run was made with, {stored}: leave --{kind} out to go "
+                f"{file} is not what the run was made with, {stored}: leave --{kind} out to go "
                 f"on with that copy, or train the edited file into another --out."
             )
 
@@ -330,7 +335,7 @@ def _program(name: str, kind: str, run: Run | None) -> Program:
     if run is None or record is None:
         return find_program(name, kind)
     if record.file is not None:
-        return find_program(name, kind, run.file(record.file), record.sha256)
+        return find_program(name, kind, run.sources(kind))
     if name == record.name and name not in shipped(kind):
         raise InputError(
             f"{run.path / 'config.json'} names the {kind} {name!r}, which is none of "
@@ -346,7 +351,8 @@ def program_record(program: Program, settings: dict[str, Any]) -> ProgramRecord:
     if program.source is None:
         return ProgramRecord(program.name, None, settings)
     digest = hashlib.sha256(program.source).hexdigest()
-    return ProgramRecord(program.name, f"programs/{program.kind}.py", settings, digest)
+    modules = {path: hashlib.sha256(each).hexdigest() for path, each in program.modules.items()}
+    return ProgramRecord(program.name, f"programs/{program.kind}.py", settings, digest, modules)
 
 
 def _objective(config: Config) -> Any:

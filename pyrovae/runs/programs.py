@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import inspect
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from traceback import walk_tb
@@ -19,19 +17,28 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyrovae._tools import InputError, did_you_mean
-from pyrovae._tools.source_lines import error_place
+from pyrovae.runs.beside import Sources
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
-PREFIX = "pyrovae_program_"
 
 
 class Program(NamedTuple):
-    """Where a program comes from: its spelling, its source (None if shipped), what makes it."""
+    """Where a program comes from: its spelling, its source (None if shipped), what makes it.
+
+    ``modules`` are the sources of what it imports of its folder, by their paths there.
+    """
 
     kind: str
     name: str
     source: bytes | None
     make: Callable
+    modules: Mapping[str, bytes] = {}
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Its sources by the names of their copies in ``programs/`` of a run."""
+        own = {} if self.source is None else {f"{self.kind}.py": self.source}
+        return own | {f"{self.kind}/{path}": source for path, source in self.modules.items()}
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
         """The constructor's keyword arguments, the given ones over those defaults JSON can hold."""
@@ -75,19 +82,18 @@ class Program(NamedTuple):
         return first is not None and (first.name == "shape" or first.default is first.empty)
 
 
-def find_program(
-    spec: str, kind: str, copy: Path | None = None, sha256: str | None = None
-) -> Program:
+def find_program(spec: str, kind: str, copies: Sources | None = None) -> Program:
     """Find a program by a shipped name, ``file.py``, or ``file.py:Class``.
 
     A file's program is the class called ``Model`` (``Guide``) or the function called ``model``
-    (``guide``), or else its only PyroModule, or else its only module class. A run's ``copy`` of
-    the file is read in place of it, if it has the digest that it was stored with.
+    (``guide``), or else its only PyroModule, or else its only module class. A run's ``copies`` are
+    executed in place of the file and of the modules beside it.
     """
     path, attribute = split_spec(spec)
     if path is not None:
-        module, source = _load_file(copy or path.expanduser(), kind, sha256)
-        return Program(kind, spec, source, _pick(module, kind, attribute, spec))
+        sources = copies or Sources.read(path.expanduser(), kind)
+        made = _pick(sources.load(kind), kind, attribute, spec)
+        return Program(kind, spec, sources.source, made, sources.modules)
     names = shipped(kind)
     if spec not in names:
         raise InputError(
@@ -132,37 +138,6 @@ def _parameters(make: Callable) -> list[inspect.Parameter]:
         return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(make).parameters.values() if p.kind not in kinds]
-
-
-def _load_file(file: Path, kind: str, sha256: str | None) -> tuple[ModuleType, bytes]:
-    """Run a file's bytes, past any cache of bytecode, which an edit may not have reached."""
-    if not file.is_file():
-        raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
-    source = file.read_bytes()
-    digest = hashlib.sha256(source).hexdigest()
-    if sha256 not in (None, digest):
-        raise InputError(
-            f"{file} was edited since the run was made: put back what it was, or train the edited "
-            f"file into another --out."
-        )
-    return load_source(source, kind, file), source
-
-
-def load_source(source: bytes, kind: str, file: Path | None = None) -> ModuleType:
-    """Execute the source of a program as a module of its own."""
-    name = f"{PREFIX}{kind}_{hashlib.sha256(source).hexdigest()[:12]}"
-    module = ModuleType(name)
-    module.__file__ = str(file or name)
-    sys.modules[name] = module
-    try:
-        exec(compile(source, file or name, "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"{error_place(error) or file}: the file cannot be run: {reason}"
-        ) from error
-    return module
 
 
 def _pick(module: ModuleType, kind: str, attribute: str, spec: str) -> Any:

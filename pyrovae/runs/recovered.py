@@ -21,7 +21,8 @@ from torch import nn
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
-from pyrovae.runs.programs import KINDS, Program, load_source, plain, shipped
+from pyrovae.runs.beside import INSTALLED, PREFIX, Sources
+from pyrovae.runs.programs import KINDS, Program, plain, shipped
 
 HEAD = '"""Definitions of a {kind}, taken from where it was trained."""\n'
 TRIED = 2000  # constructions at most, in search of the settings
@@ -54,7 +55,7 @@ def recover(
     else:
         source = (HEAD.format(kind=kind) + definitions(made)).encode()
         spec = f"{kind}.py:{made.__name__}"
-        found = Program(kind, spec, source, vars(load_source(source, kind))[made.__name__])
+        found = Program(kind, spec, source, vars(Sources(source).load(kind))[made.__name__])
     if not isinstance(program, nn.Module):
         return found, {}
     taken = {name: part for name, part in parts.items() if name in found.arguments()}
@@ -151,13 +152,12 @@ def _names(node: ast.AST) -> Iterator[str]:
 def _is_local(module: str) -> bool:
     """Whether a module is a user's own file, a notebook or a script."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if module == "__main__" or module.startswith("pyrovae_program_"):
+    if module == "__main__" or module.startswith(PREFIX):
         return True
     if module.partition(".")[0] in ("pyrovae", "builtins") or file is None:
         return False
     path = Path(file).resolve()
-    installed = {"site-packages", "dist-packages"} & {*path.parts}
-    return not (installed or path.is_relative_to(sysconfig.get_path("stdlib")))
+    return not (INSTALLED & {*path.parts} or path.is_relative_to(sysconfig.get_path("stdlib")))
 
 
 def _importable(value: Any) -> tuple[str, str] | None:

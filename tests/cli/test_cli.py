@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 from commands import DIGITS, SIZES, TRAIN, config, history, outcome, run, snapshot
 from safetensors import safe_open
 
+import pyrovae
 from pyrovae.data import DATASETS
 from pyrovae.objectives import OBJECTIVES
 from pyrovae.objectives.elbo import ESTIMATORS
@@ -171,6 +174,64 @@ def test_a_run_keeps_the_programs_that_it_was_trained_with(copied, capsys, monke
     assert run("train", "--out", "r", "--resume", "--epochs", "3") == 0
     assert len(history(folder / "r")) == 3
     assert not list(folder.rglob("__pycache__"))
+
+
+def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
+    """Each folder has a helpers.py of its own, and a random.py that is not Python's."""
+    model = copied.read_text().replace(
+        "from pyrovae.nn import MLP", "from helpers import net as MLP"
+    )
+    sources = {
+        "a/own.py": model.replace(PRIOR, "helpers.prior(self.zero)") + "import random, helpers\n",
+        "a/helpers.py": "import nets.mlp\nfrom nets import prior\nnet = nets.mlp.MLP\n",
+        "a/nets/__init__.py": "from .priors import prior\n",
+        "a/nets/mlp.py": "from pyrovae.nn import MLP\n",
+        "a/nets/priors.py": "def prior(zero):\n    import late\n    return late.prior(zero)\n",
+        "a/late.py": f"import pyro.distributions as dist\ndef prior(zero):\n    "
+        f"return {PRIOR.replace('self.', '')}\n",
+        "b/own.py": "from pyrovae.guides.mean_field import MeanField\nimport helpers as h\n"
+        "class Guide(MeanField):\n    def __init__(self, shape):\n"
+        "        super().__init__(shape, latent=h.LATENT, hidden=8)\n",
+        "b/helpers.py": "LATENT = 2\n",
+    }
+    for name, source in sources.items():
+        (copied.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied.parent / name).write_text(source)
+    for folder in "ab":
+        (copied.parent / folder / "random.py").write_text("raise SystemExit\n")
+    pair = ["--model", "a/own.py", "--guide", "b/own.py"]
+    before = [*sys.path]
+    options = [*DIGITS, "--set", "model.hidden=8", "--set", "model.latent=2", *SIZES[-4:]]
+    assert run("train", *pair, *options, "--epochs", "1", "--out", "r") == 0
+    kept = {p.relative_to("r/programs").as_posix(): p.read_text() for p in Path("r").rglob("*.py")}
+    renamed = {"a/own.py": "model.py", "b/own.py": "guide.py"}
+    copies = {renamed.get(n, n.replace("a/", "model/").replace("b/", "guide/")) for n in sources}
+    assert kept.keys() == copies
+    assert kept["model/helpers.py"] == sources["a/helpers.py"]
+
+    (copied.parent / "c").mkdir()
+    monkeypatch.chdir("c")
+    found = evaluated(capsys, "../r")
+    for file in ("b/helpers.py", "a/late.py"):
+        (copied.parent / file).write_text("edited = True\n")
+        kind = {"a": "model", "b": "guide"}[file[0]]
+        resume = ["train", "--out", "../r", "--resume", "--epochs", "2"]
+        assert run(*resume, f"--{kind}", f"../{file[0]}/own.py") == 2
+        assert f"{file} is not what the run was made with" in capsys.readouterr().err
+    for folder in "ab":
+        shutil.rmtree(copied.parent / folder)
+    assert evaluated(capsys, "../r") == found
+    assert type(pyrovae.load("../r").guide).__name__ == "Guide"
+    assert run(*resume) == 0
+    assert (sys.modules.keys() & {"helpers", "late", "nets"}, sys.path) == (set(), before)
+    assert not list(copied.parent.rglob("__pycache__"))
+    (copied.parent / "r/programs/model/late.py").write_text("")
+    capsys.readouterr()
+    assert run("evaluate", "../r") == 2
+    assert "programs/model/late.py was edited since" in capsys.readouterr().err
+    Path("own.py").write_text("import nothing_such\n")
+    assert run("check", "--model", "own.py", "--guide", "mean_field", *DIGITS) == 2
+    assert capsys.readouterr().err.count("own.py:1: ") == 1
 
 
 def test_an_edit_counts_at_once(copied):

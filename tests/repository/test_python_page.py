@@ -3,6 +3,7 @@
 import re
 
 import pyro
+import torch
 from commands import TRAIN, run
 
 
@@ -16,4 +17,6 @@ def test_the_snippets_run(repository, monkeypatch, tmp_path, capsys):
             exec(compile(snippet, "docs/python.md", "exec"), names)
     assert (tmp_path / "runs" / "digits" / "report.html").exists()
     assert "nats per datum" in capsys.readouterr().out
+    state = {f"model.{name}": each for name, each in names["model"].state_dict().items()}
+    assert all(torch.equal(names["weights"][name], each.cpu()) for name, each in state.items())
     assert (names["flags"] == -1).mean() > 0.9

@@ -147,8 +147,9 @@ def test_results_that_land_at_the_same_time_are_both_kept(workspace):
 def test_what_a_kill_leaves_at_the_start_is_taken(workspace, capsys):
     for resume in ([], ["--resume"]):
         shutil.rmtree("new", ignore_errors=True)
-        Path("new/programs").mkdir(parents=True)
-        for name in (TRAINING, "programs/model.py", ".config.json.0a1b2c3d.tmp"):
+        Path("new/programs/model").mkdir(parents=True)
+        begun = "programs/model.py", "programs/model/helpers.py", ".config.json.0a1b2c3d.tmp"
+        for name in (TRAINING, *begun):
             Path("new", name).write_text("half")
         assert run(*TRAIN, *OWN, "--out", "new", *resume) == 0
         assert not list(Path("new").glob(".*"))

@@ -89,6 +89,9 @@ def test_no_file_but_its_own_is_ever_executed(workspace, capsys, path):
         assert "the model of a run is programs/model.py in it" in refusal(
             capsys, *command, "--trust"
         )
+    rewrite(Path("run"), stored | {"model": stored["model"] | {"modules": {path: "0" * 64}}})
+    if path != "programs/guide.py":
+        assert "config.json is damaged" in refusal(capsys, *COMMANDS["sample"], "--trust")
     named = stored["model"] | {"name": str(workspace / "evil.py"), "file": None, "sha256": None}
     rewrite(Path("run"), stored | {"model": named})
     for command in COMMANDS.values():
