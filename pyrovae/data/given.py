@@ -72,7 +72,7 @@ def takes_data(function: Callable[P, T]) -> Callable[P, T]:
             kwargs[first], *context = data_tensors(kwargs[first])
             # Where a datum holds context too, the programs' arguments are told by their places.
             given = (kwargs.pop(first), *context) if context else ()
-        take = as_tensors if place < len(programs) else data_tensors
+        take = data_tensors if first in names and place >= len(programs) else as_tensors
         changed: Any = (*args[:place], *take(*given)) if given else args
         return function(*changed, **kwargs)
 
