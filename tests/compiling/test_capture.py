@@ -340,7 +340,7 @@ def _square():
     ("move", "fixed", "words"),
     [
         (lambda w: 1.5 * w, False, None),
-        (lambda w: 1.5 * w, True, "lies elsewhere"),
+        (lambda w: 1.5 * w, True, None),
         (lambda w: w.T.contiguous().T, False, "lies elsewhere"),
     ],
     ids=["moved", "moved from a CUDA graph", "of other strides"],
@@ -350,8 +350,9 @@ def test_a_weight_that_has_moved_is_the_one_that_is_trained(move, fixed, words):
     for compile in (False, True):
         _, svi = _losses(_square, Trace_ELBO(), compile, steps=5)
         svi.model.net.weight.data = move(svi.model.net.weight.data)
-        for capture in svi.compiled.captures.values() if compile else ():
-            capture.graph._fixed = fixed
+        for capture in svi.compiled.captures.values() if compile and fixed else ():
+            # The recording, which has the old address, is left for what was recorded.
+            capture.graph._launched, capture.graph.run = capture.graph.run, None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses = [svi.step(X) for _ in range(5)]
