@@ -166,11 +166,11 @@ class Moves:
                 u = like(count, len(rows[0]), sum(coordinates.sizes), dtype=coordinates.dtype)
                 one = like(u.shape[:2], dtype=torch.float64)
                 with seeded(0, u.device):
-                    tensors = [torch.rand_like(t) for t in (u, one, one, u, u, u, u, one, one)]
-                args = one[0] + 0.5, u[0] + 0.01, *tensors
+                    u, *more = [torch.rand_like(t) for t in (u, u, u, one, one, one)]
+                # Short steps are taken, and so compared; rounding may decide whether one is.
+                args = more[-1][0], 0.01 * u[0], *self.path.at(rows, u), *more[:-1]
                 graph = Hoisted(self._fused, args, rows, self.path.pair)
                 for each, eager in zip(graph(*args, *rows), self._eager(*args, *rows), strict=True):
-                    # Rounding may decide whether a chain moves.
                     compare("a move", each, eager, share=0.1)
                 self.graphs[u.shape] = graph
         except CaptureError as error:
