@@ -53,6 +53,28 @@ def literature_trained() -> str:
     return markdown(head, body)
 
 
+def literature_posterior() -> str:
+    """What the guide of each row does: the two parts of its ELBO, and the latents that are used."""
+    found: dict[str, dict] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    head = [
+        "model", "rate", "distortion", "active units", "refined less own ELBO", "parameters",
+        "steps",
+    ]  # fmt: skip
+    body = [
+        [
+            run["title"],
+            f"{run['rate']:.2f}",
+            f"{run['distortion']:.2f}",
+            ", ".join(f"{name} {units}" for name, units in run["active units"].items()),
+            f"{run['amortization gap']:+.2f} ± {run['amortization gap ±']:.2f}",
+            f"{run['parameters']:,}",
+            f"{run['steps']:,}",
+        ]
+        for run in found.values()
+    ]
+    return markdown(head, body)
+
+
 def _reached(run: dict[str, Any] | None) -> list[str]:
     if run is None:
         return ["not trained", *["–"] * 6]
@@ -67,4 +89,4 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
     ]
 
 
-TABLES = {table.__name__: table for table in (literature, literature_trained)}
+TABLES = {table.__name__: table for table in (literature, literature_trained, literature_posterior)}

@@ -213,10 +213,13 @@ class Gaps:
     @property
     def verdict(self) -> str:
         """In words: how large both gaps are, and how far log p(x) can be trusted."""
+        mean, error = self.amortization_mean, self.amortization_standard_error
+        part = f"{mean:.3g} ± {error:.2g} because the guide is amortized"
+        if mean < -2 * error:
+            part = f"{mean:.3g} ± {error:.2g} as the guide is richer than that normal"
         return (
-            f"The ELBO is {self.total.double().mean():.3g} nats below log p(x): "
-            f"{self.amortization_mean:.3g} ± {self.amortization_standard_error:.2g} because the "
-            f"guide is amortized, {self.approximation_mean:.3g} ± "
+            f"The ELBO is {self.total.double().mean():.3g} nats below log p(x): {part}, "
+            f"{self.approximation_mean:.3g} ± "
             f"{self.approximation_standard_error:.2g} because a normal of independent coordinates "
             f"is not the posterior. {self.log_prob.verdict}"
         )

@@ -19,7 +19,8 @@ GLOSSARY = {
     "± Monte Carlo, ± over data": "Two kinds of standard error: of the draws, were the data "
     "the same, and of the data, were others of the same kind taken.",
     "amortization gap": "What the ELBO gains where the guide's posterior is refined for each "
-    "datum: what one network for all data costs.",
+    "datum: what one network for all data costs. It is negative where the guide is richer than the "
+    "normal of independent coordinates that is fitted.",
     "active unit": "A latent dimension whose posterior mean varies over the data, by a variance of "
     "more than 0.01. If there is none, the posterior has collapsed to the prior.",
     "aggregate posterior": "The mean of q(z|x) over the data. Where it differs from the prior, "

@@ -43,6 +43,10 @@ def test_gaps_of_a_linear_decoder():
     total = model.log_prob(x).double().mean() - pyrovae.elbo(model, guide, x, particles=500).mean
     assert found.total.mean().item() == pytest.approx(total.item(), abs=0.1)
     assert "because the guide is amortized" in found.verdict
+    full = FullGuide((8,), 3).match(model)
+    richer = inference_gaps(model, full, x, num_samples=2000, seed=0)
+    assert richer.amortization_mean == pytest.approx(-guide.approximation, abs=error)
+    assert "the guide is richer" in richer.verdict
 
 
 def test_a_better_estimate_of_the_evidence_is_taken():
