@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, require_memory, should_compile, warn
+from pyrovae._tools import InputError, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import data_tensors, takes_data
@@ -162,7 +162,7 @@ def reconstruct(
 @takes_data
 def encode(
     guide: Callable,
-    x: Tensor | Callable,
+    x: Any,
     *context: Any,
     seed: int | None = None,
     compile: bool | str = "auto",
@@ -181,10 +181,6 @@ def encode(
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
-    if callable(x):
-        if not context:
-            raise InputTypeError("Expected encode(guide, x) or encode(model, guide, x), got no x.")
-        guide, x, context = x, context[0], context[1:]
     pair = Pair(None, guide)
     rows, size = _bound(pair, (x, *context))
 
@@ -289,9 +285,11 @@ def traverse(
 @takes_data
 @torch.no_grad()
 def classify(
-    guide: Callable, x: Tensor, *context: Any, site: str | None = None, seed: int | None = None
+    guide: Callable, x: Any, *context: Any, site: str | None = None, seed: int | None = None
 ) -> Tensor:
     """The posterior probabilities q(y|x) of a discrete latent, as the guide has them.
+
+    ``classify(model, guide, x, ...)`` is the same.
 
     Args:
         guide: The guide program.

@@ -53,27 +53,34 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
 
 
 def takes_data(function: Callable[P, T]) -> Callable[P, T]:
-    """A function ``(*programs, x, *context, ...)`` that takes data as :func:`as_tensors` does."""
+    """A function ``(*programs, x, *context, ...)`` that takes data as :func:`as_tensors` does.
+
+    One of a guide alone may be given the model before it, in the order of the other functions.
+    """
     names = inspect.signature(function).parameters
     programs = [name for name in ("model", "guide") if name in names]
     first = "like" if "like" in names else "x"
 
     @functools.wraps(function)
     def taking(*args: P.args, **kwargs: P.kwargs) -> T:
-        place = next((i for i, arg in enumerate(args) if not callable(arg)), len(args))
-        given: Any = args[place:]
-        if place < len(programs) and any(map(callable, given)):
-            raise InputTypeError(
-                f"Expected {function.__name__}({', '.join([*programs, first])}, ...), got "
-                f"{type(given[0]).__name__} as argument {place + 1}: {first} comes after the "
-                f"{programs[-1]}."
-            )
+        leading = next((i for i, arg in enumerate(args) if not callable(arg)), len(args))
+        extra = programs == ["guide"] and leading > 1
+        count = len(programs) or leading
+        for i, arg in enumerate(args):
+            if arg is not None and callable(arg) != (i < count + extra):
+                raise InputTypeError(
+                    f"Expected {function.__name__}({', '.join([*programs, first])}, ...), got "
+                    f"{type(arg).__name__} as argument {i + 1}: {first} comes after the "
+                    f"{programs[-1] if programs else 'guide'}, and no program after {first}."
+                )
+        own: Any = args[extra:]
+        given = own[count:]
         if not given and first in kwargs:
             kwargs[first], *context = data_tensors(kwargs[first])
             # Where a datum holds context too, the programs' arguments are told by their places.
             given = (kwargs.pop(first), *context) if context else ()
-        take = data_tensors if first in names and place >= len(programs) else as_tensors
-        changed: Any = (*args[:place], *take(*given)) if given else args
+        take = data_tensors if first in names else as_tensors
+        changed = (*own[:count], *take(*given)) if given else own
         return function(*changed, **kwargs)
 
     return taking

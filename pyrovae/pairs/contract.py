@@ -290,6 +290,8 @@ def blames_data(x: Tensor) -> Iterator[None]:
     check_tensor(x)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError of the device, which is nobody's program or data
     except (ValueError, RuntimeError) as error:
         bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
         if len(bad):

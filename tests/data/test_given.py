@@ -134,8 +134,15 @@ def test_what_stands_in_the_wrong_place_is_named(x):
         pyrovae.encode(x.numpy(), guide)
     with pytest.raises(TypeError, match=r"elbo\(model, guide, x, .*Tensor as argument 2"):
         pyrovae.elbo(model, x, guide)
-    with pytest.raises(TypeError, match="got no x"):
+    with pytest.raises(TypeError, match=r"'x'"):
         pyrovae.encode(model, guide)
+    # A program in the place of data, or behind them, whatever comes before it.
+    for name in ("encode", "elbo", "log_likelihood", "check", "diagnose", "impute", "reconstruct"):
+        for wrong in ((model, x, guide), (guide, x, model), (model, guide, x, guide)):
+            with pytest.raises(TypeError, match=rf"^Expected {name}\(.*and no program after x\.$"):
+                getattr(pyrovae, name)(*wrong)
+    with pytest.raises(TypeError, match=r"classify\(guide, x, .*MeanField as argument 3"):
+        pyrovae.classify(guide, guide, guide)
     data = pyrovae.load_data(x.numpy())
     for call in (
         lambda: pyrovae.log_likelihood(model, guide, data),

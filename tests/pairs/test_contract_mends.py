@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyrovae.checking import quick
-from pyrovae.pairs.contract import check_arguments, inspect_pair
+from pyrovae.pairs.contract import check_arguments, check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
 
 
@@ -91,3 +91,14 @@ def test_other_errors_keep_their_text():
 
     with pytest.raises(ValueError, match=r"inside plate\.$"):
         inspect_pair(Pair(programs.model, guide), torch.zeros(5, 3, dtype=torch.float64))
+
+
+def test_a_full_device_is_nobodys_mistake():
+    """Memory that ran out comes through as torch raised it, and not as an error of the data."""
+
+    def guide(x: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for look in (inspect_pair, check_support):
+        with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"):
+            look(Pair(_Programs().model, guide), torch.zeros(5, 3))
