@@ -553,6 +553,7 @@ class Capture:
             found = self._run(call.inputs)
             after = [tensor.detach().clone() for tensor in changed]
             reached = self._state()
+            averaged = [(b, b.clone()) for b in (self.update.buffers if self.update else ())]
         compare("the loss", found.estimate.loss, expected.estimate.loss)
         ours, theirs = map(self._filled, (found.gradients, expected.gradients))
         try:
@@ -565,6 +566,8 @@ class Capture:
             return
         # The update is compared with the optimizer's own, from the same gradients.
         with undone(self.pair.modules, self.device, changed):
+            for buffer, value in averaged:
+                buffer.copy_(value)
             self.update(found.gradients)
             for old, one, other in zip(before, after, self.update.changed, strict=False):
                 what = f"the update of a tensor of shape {list(old.shape)}"

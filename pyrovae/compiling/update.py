@@ -39,7 +39,10 @@ class UpdateError(RuntimeError):
 
 
 class Average(Protocol):
-    """What :class:`pyrovae.training.optimizer.Average` is here: each leaf's average."""
+    """What :class:`pyrovae.training.optimizer.Average` is here: what each leaf's average is.
+
+    Leaves are the parameters, and buffers that a step has changed before its update.
+    """
 
     of: dict[Tensor, Tensor]
 
@@ -115,6 +118,12 @@ class Update:
         entries = [v for entry in self.optimizer.state.values() for v in entry.values()]
         averages = [] if self.average is None else self.average.of.values()
         return (*self.leaves, *(v for v in entries if isinstance(v, Tensor)), *averages)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What is averaged and is no parameter."""
+        own = set(map(id, self.leaves))
+        return [t for t in (self.average.of if self.average else ()) if id(t) not in own]
 
     def slack(self, leaf: Tensor) -> float:
         """The share of its largest entry by which a leaf's update may be off beside rounding."""

@@ -81,8 +81,8 @@ def fit(
         lr_warm_up: The epochs in which the rate of a named schedule rises to ``lr``.
         clip_norm: The largest norm of the gradient of the batch's summed loss.
         normalize_gradients: Divide the gradient of each parameter by its norm before the update.
-        average: The decay d of an exponential moving average of the weights, such as 0.999. The
-            pair has the averaged weights when an epoch is validated and at the end.
+        average: The decay d of an exponential moving average of weights and batch statistics, such
+            as 0.999. The pair has the averages when an epoch is validated and at the end.
         patience: Stop when the validation bound has not risen for so many epochs, and restore the
             best weights. None trains to the end and keeps the last weights.
         valid_samples: With more than one, the validation bound is that of so many importance
@@ -157,8 +157,8 @@ def fit(
             started = time.perf_counter()
             with seeded(subseed(result.seed, epoch), svi.pair.device):
                 row = {"epoch": epoch} | _train(result, data, batch_size, epoch)
-            world.settle(svi.pair)
             svi.trained.show_average()
+            world.settle(svi.pair)
             row |= result.validate(data.split("valid")) if world.first else {}
             row["lr"] = float(svi.optimizer.param_groups[0]["lr"])
             row["seconds"] = time.perf_counter() - started

@@ -15,6 +15,7 @@ import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -34,7 +35,8 @@ class Average:
     .. math:: \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t) \theta_t, \qquad
               d_t = \min\bigl(d, \tfrac{t}{t + 9}\bigr)
 
-    so that the first weights are forgotten within the first steps.
+    so that the first weights are forgotten within the first steps. The running statistics of batch
+    normalization are averaged with them: those of the last batches are of other weights.
     """
 
     def __init__(self, decay: float) -> None:
@@ -360,7 +362,8 @@ class Trained:
         replaced = {n: self.named[n] for n in fresh if n in self.named}
         self.named |= fresh
         if self.average is not None:
-            self.average.replace(replaced.values(), fresh.values())
+            new = [b for b in _statistics(self._modules) if b not in self.average.of]
+            self.average.replace(replaced.values(), [*fresh.values(), *new])
         if self.joint is not None:
             self.joint.add(self._pyro_names(fresh), replaced.values())
         elif self._optimizer is None:
@@ -466,6 +469,12 @@ def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimi
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
+
+
+def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """What batch normalization remembers of its batches, for evaluation."""
+    kept = [(m.running_mean, m.running_var) for m in modules if isinstance(m, _BatchNorm)]
+    return [tensor for pair in kept for tensor in pair if tensor is not None]
 
 
 def _has_modes(optimizer: Optimizer) -> bool:

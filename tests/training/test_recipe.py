@@ -8,6 +8,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from schedulefree import AdamWScheduleFree as ScheduleFree
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
@@ -73,6 +74,7 @@ OPTIONS = {
     "stopped": {"patience": 2, "valid_samples": 5, "average": 0.9, "lr": 0.2},
     "everything": EVERYTHING | {"objective": "warm_up_elbo", "make": _gated},
     "functions": {"average": 0.9, "make": functions},
+    "batch statistics": {"average": 0.9, "make": lambda: _normed()},
 }
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=1e-3),
@@ -368,8 +370,30 @@ def test_batch_normalization_is_of_all_particles_in_training_and_of_none_in_eval
 
 def test_a_compiled_step_with_batch_normalization_is_the_eager_one(monkeypatch):
     _recorded(monkeypatch)
-    eager, captured = (_fit(_normed, epochs=2, particles=2, compile=c) for c in (False, True))
+    options = {"epochs": 2, "particles": 2, "average": 0.9}
+    eager, captured = (_fit(_normed, compile=c, **options) for c in (False, True))
     (capture,) = captured.svi.compiled.captures.values()
     assert capture.update is not None
-    for name, value in _weights(eager).items():
-        torch.testing.assert_close(_weights(captured)[name], value, rtol=1e-3, atol=1e-4)
+    for each in ("weights", "average"):
+        ours, theirs = (result.state_dict()[each] for result in (captured, eager))
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_of_batches_are_averaged_with_the_weights():
+    """As AveragedModel(use_buffers=True) has it: the last ones belong to the last weights."""
+    svi = pyrovae.SVI(*_normed(), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), average=0.9)
+    svi.build(x := binary(16))
+    norms = [m for m in svi.pair.modules if isinstance(m, nn.BatchNorm1d)]
+    expected = [m.running_var.clone() for m in norms]
+    for step in range(1, 5):
+        svi.step(x)
+        last = [m.running_var.clone() for m in norms]
+        decay = min(0.9, step / (step + 9))
+        expected = [decay * e + (1 - decay) * v for e, v in zip(expected, last, strict=True)]
+    svi.trained.show_average()
+    for norm, average, value in zip(norms, expected, last, strict=True):
+        torch.testing.assert_close(norm.running_var, average)
+        assert not torch.allclose(average, value)
+    svi.trained.begin(4)
+    assert all(map(torch.equal, last, [m.running_var for m in norms]))
