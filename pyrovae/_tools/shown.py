@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from html import escape
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from pyrovae._tools import standard_error
@@ -57,6 +58,11 @@ def html(result: Any) -> str:
     )
     verdict = f"<p>{escape(told.verdict)}</p>" if told.verdict else ""
     return f"<div><strong>{escape(told.title)}</strong><table>{rows}</table>{verdict}</div>"
+
+
+def figures() -> Any:
+    """What draws results; it stands on them all, so that it is imported by its name."""
+    return import_module("pyrovae.reporting.posterior_figures")
 
 
 def number(value: float | None) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import standard_error
-from pyrovae._tools.shown import Shown, Told, mean, number, plus_minus
+from pyrovae._tools.shown import Shown, Told, figures, mean, number, plus_minus
 from pyrovae.diagnostics.aggregate import Aggregate
 from pyrovae.diagnostics.calibration import Calibration, Probe
 from pyrovae.evidence.result import Kind, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The threshold of Burda et al. (arXiv 1509.00519) on the variance of a unit's posterior mean.
 ACTIVE = 0.01
@@ -138,6 +141,10 @@ class Diagnosis(Shown):
             used = f"{site.active_units} of {site.units} units active"
             rows.append((f"latent {name}", f"KL {site.kl_total:.3f} nats, {used}"))
         return Told(f"Diagnosis of {self.num_data} data (± over data)", rows, self.verdict)
+
+    def plot(self) -> Figure:
+        """Draw the KL of each latent dimension, those that are active in blue."""
+        return figures().latent_kl(self)
 
     @property
     def verdict(self) -> Verdict:

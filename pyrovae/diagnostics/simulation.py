@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, Categorical
 
 from pyrovae._tools import InputError, progress_bar
 from pyrovae._tools.seeding import seeded
+from pyrovae._tools.shown import Shown, Told, number
 from pyrovae.data.given import takes_data
 from pyrovae.diagnostics.ranks import (
     PLAIN,
@@ -58,8 +59,8 @@ DENSITY, NORM, JOINT = "ln p(z, x)", "norm of z", "distance (TARP)"
 FUNCTIONS = (DENSITY, NORM, JOINT)
 
 
-@dataclass(frozen=True)
-class PosteriorCalibration:
+@dataclass(frozen=True, repr=False)
+class PosteriorCalibration(Shown):
     """The ranks of true latents among a guide's draws, over n data that a model simulated.
 
     Attributes:
@@ -127,6 +128,23 @@ class PosteriorCalibration:
             f"exact posterior with {1 - LEVEL:.0%}, above all {named}{more}."
         )
         return Verdict("doubtful", text + self._about_correction())
+
+    def _told(self) -> Told:
+        tests, n = self.tests, len(next(iter(self.ranks.values())))
+        off = sum(test.shape != "fine" for test in tests)
+        worst = min(tests, key=lambda test: test.p_value)
+        rows = [
+            ("posterior", self.shape),
+            ("outside bands", f"{off} of {len(tests)} statistics, at {LEVEL:.0%} for all together"),
+            ("least p-value", f"{number(worst.p_value)}, of {worst.name}"),
+        ]
+        if self.corrected is not None and self.khat is not None:
+            rows.append(("resampled by weights", str(self.corrected_shape)))
+            rows.append(("k-hat", f"above 0.7 for {int((self.khat > 0.7).sum())} of {n} data"))
+        for name, each in self.reliability.items():
+            rows.append((f"probabilities of {name}", f"off by {number(each.error)} on average"))
+        title = f"PosteriorCalibration by {self.num_samples} draws for each of {n} simulated data"
+        return Told(title, rows, f"{self.verdict.kind}: {self.verdict}")
 
     def _about_correction(self) -> str:
         if self.corrected is None or self.khat is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine import Trace
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
+from pyrovae._tools.shown import Shown, Told, figures
 from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import Sampler, chunked, refuse_nan, total, uncovered_share
@@ -22,6 +23,9 @@ from pyrovae.pairs.contract import base_of
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, scored, site_scores
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Draws of missing entries that are sorted at once: 16 MB, and as much again for their weights.
 SORTED_AT_ONCE = 2**22
 # What names of results begin with: fields of Imputation, and the probabilities of a site.
@@ -29,7 +33,7 @@ FIELD, SHARES = "field.", "probabilities."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Imputation:
+class Imputation(Shown):
     """The missing entries of N data given the observed ones, which all fields repeat.
 
     Attributes:
@@ -67,12 +71,17 @@ class Imputation:
         """The Pareto shape of the weights' tail, ``[N]``; above 0.7 nothing here is reliable."""
         return self.log_likelihood.khat
 
-    def __repr__(self) -> str:
+    def plot(self) -> Figure:
+        """Draw the mean, the quantiles and the draws of missing entries; images are filled in."""
+        return figures().imputed(self)
+
+    def _told(self) -> Told:
         hidden, ll = int((~self.mask).sum()), self.log_likelihood
-        return (
-            f"Imputation of {hidden} of {self.mask.numel()} values of {len(self.mask)} data by "
-            f"K = {ll.num_samples} samples, ESS {ll.ess.min():.1f} at least. {ll.verdict}"
-        )
+        title = f"Imputation of {hidden} of {self.mask.numel()} values of {len(self.mask)} data"
+        rows = ll._told().rows
+        rows[0] = "log p(x observed)", rows[0][1]
+        rows[1] = "effective samples", f"{self.ess.min():.1f} of {ll.num_samples} at least"
+        return Told(f"{title}, K = {ll.num_samples}", rows, f"{ll.verdict.kind}: {ll.verdict}")
 
 
 @takes_data

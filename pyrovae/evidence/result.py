@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
-from pyrovae._tools.shown import Shown, Told, number, plus_minus
+from pyrovae._tools.shown import Shown, Told, figures, html, number, plus_minus, text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEAVY, FEW = 0.7, 8.0
 # A single heavy-tailed datum hardly moves a mean; one in twenty does.
@@ -182,6 +185,10 @@ class LogLikelihood(Shown):
             f"{verdict.kind}: {verdict}",
         )
 
+    def plot(self) -> Figure:
+        """Draw the bound by number of samples, and k-hat of each datum; or log p(x) of each."""
+        return figures().estimate(self)
+
     @property
     def impossible(self) -> int:
         """The number of data for which every draw had zero weight."""
@@ -245,6 +252,22 @@ class Comparison(NamedTuple):
     standard_error: float
     data_standard_error: float
     monte_carlo_standard_error: float
+    __repr__, _repr_html_ = text, html  # type: ignore[misc]  # methods, no fields
+
+    def plot(self) -> Figure:
+        """Draw the differences of all data, and their mean with two standard errors."""
+        return figures().differences(self)
+
+    def _told(self) -> Told:
+        parts = plus_minus(self.data_standard_error, "over data")
+        parts += plus_minus(self.monte_carlo_standard_error, "Monte Carlo")
+        rows = [
+            ("difference", f"{number(self.difference)}{parts} nats per datum"),
+            ("both errors", f"{number(self.standard_error)} nats per datum"),
+            ("first is higher", f"for {int((self.each > 0).sum())} of {len(self.each)} data"),
+        ]
+        title = f"Comparison of log p(x) of {len(self.each)} data, the first less the second"
+        return Told(title, rows, f"{self.verdict.kind}: {self.verdict}")
 
     @property
     def verdict(self) -> Verdict:

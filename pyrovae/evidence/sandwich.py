@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
+from pyrovae._tools.shown import Shown, Told, figures, mean
 from pyrovae.data.given import data_tensors
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
@@ -20,13 +22,16 @@ from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Given
 from pyrovae.pairs.traces import Layout, Site, Values
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # An upper bound below the lower one by so many standard errors, and by more nats than float32
 # loses in a sum over an image, is no chance.
 CHANCE, ROUNDING = 4.0, 1e-2
 
 
-@dataclass(frozen=True)
-class Bidirectional:
+@dataclass(frozen=True, repr=False)
+class Bidirectional(Shown):
     """What annealing says of log p(x) of n simulated data, from below and from above, in nats.
 
     Attributes:
@@ -55,6 +60,16 @@ class Bidirectional:
     def mean_gap_standard_error(self) -> float:
         """The standard error of that, over data and draws."""
         return standard_error(self.gap).item()
+
+    def plot(self) -> Figure:
+        """Draw both bounds of each datum, and the gaps between them."""
+        return figures().bounds(self)
+
+    def _told(self) -> Told:
+        each = {"lower bound": self.lower.log_prob, "upper bound": self.upper, "gap": self.gap}
+        rows = [(name, f"{mean(values)} nats per datum") for name, values in each.items()]
+        title = f"Bidirectional: bounds of log p(x) of {len(self.gap)} simulated data (± over data)"
+        return Told(title, rows, self.verdict)
 
     @property
     def verdict(self) -> str:

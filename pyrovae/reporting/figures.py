@@ -68,11 +68,16 @@ def blank(width: float, height: float) -> Figure:
 
 
 def panel(
-    title: str, xlabel: str, ylabel: str, size: tuple[float, float] = (4.8, 3.2)
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    size: tuple[float, float] = (4.8, 3.2),
+    within: Axes | None = None,
 ) -> tuple[Figure, Axes]:
-    """A figure of one pair of axes with a grid."""
-    figure = blank(*size)
-    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+    """A figure of one pair of axes with a grid, or those ``within`` a figure that there is."""
+    figure: Any = blank(*size) if within is None else within.figure
+    axes = figure.add_subplot() if within is None else within
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(True)
     return figure, axes
 
@@ -120,7 +125,7 @@ def image_grid(images: Tensor, *, title: str) -> Figure:
     x = _events(images, 1)
     if x[0].size <= 2:
         return _points(x, PLANE[: x[0].size], title)
-    return _mosaic(_rows(x, ceil(len(x) ** 0.5)), title)
+    return mosaic(_rows(x, ceil(len(x) ** 0.5)), title)
 
 
 @styled
@@ -139,7 +144,7 @@ def reconstructions(x: Tensor, xhat: Tensor) -> Figure:
         return _points(pairs, PLANE, title, labels, paths=pairs)
     data, found = _rows(data, 10), _rows(found, 10)
     cells = np.stack([data, found], 1).reshape(-1, *data.shape[1:])
-    return _mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
+    return mosaic(cells, title, rows=names * len(data), behind=np.repeat(data, 2, 0))
 
 
 @styled
@@ -174,7 +179,7 @@ def manifold(grid: Tensor, extent: tuple[float, float]) -> Figure:
     if x[0, 0].size == 2:
         return _points(x, PLANE, title, paths=[*x, *x.swapaxes(0, 1)])
     names = [f"z[{i}]" for i in range(2)]
-    return _mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
+    return mosaic(x[::-1], title, x=extent, y=extent[::-1], names=names)
 
 
 @styled
@@ -184,7 +189,7 @@ def interpolations(rows: Tensor) -> Figure:
     x = _events(rows, 2)
     if x[0, 0].size == 2:
         return _points(x, PLANE, title, np.tile(np.linspace(0, 1, x.shape[1]), len(x)), name, x)
-    return _mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
+    return mosaic(x, title, x=(0.0, 1.0), names=[name, ""])
 
 
 @styled
@@ -354,7 +359,7 @@ def _classes(labels: np.ndarray | None) -> dict[Any, Any]:
     return dict(zip(names, palette, strict=False)) if len(names) <= 20 else {}
 
 
-def _mosaic(
+def mosaic(
     cells: np.ndarray,
     title: str,
     *,
@@ -366,7 +371,7 @@ def _mosaic(
 ) -> Figure:
     """Draw cells ``[r, c, *shape]``, the centres of the first and last column being at ``x``."""
     (r, c), shape, dims = cells.shape[:2], cells.shape[2:], cells[0, 0].size
-    picture = dims == 1 or (len(shape) == 3 and shape[0] in (1, 3))
+    picture = dims == 1 or is_picture(shape)
     behind = cells if behind is None else behind
     low, high = _limits(behind if picture else cells, 0.005 * picture)
     gap, size = int(picture and dims > 1), (r, c)
@@ -426,6 +431,11 @@ def _panel_of_size(
     figure = Figure(((full + 0.01) / DPI, (tall + 0.01) / DPI), dpi=DPI)
     box = left / full, below / tall, width / full, height / tall
     return figure, figure.add_axes(box, title=title)
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether events of a shape are drawn as pictures."""
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def _tile(cells: np.ndarray, gap: int) -> np.ndarray:

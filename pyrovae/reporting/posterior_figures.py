@@ -1,18 +1,57 @@
-"""Figures of an evaluation: log p(x) and how far to trust it, and what the posterior does."""
+"""Figures of an evaluation: log p(x) and how far to trust it, and what the posterior does.
+
+Those of one result are what its ``plot()`` draws.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+import torch
+from torch import Tensor
 
-from pyrovae.diagnostics.result import ACTIVE
+from pyrovae._tools import InputError, standard_error
+from pyrovae._tools.shown import number, plus_minus
+from pyrovae.diagnostics.result import ACTIVE, Diagnosis
 from pyrovae.diagnostics.simulation import draw_curves
-from pyrovae.evidence.result import LogLikelihood
-from pyrovae.reporting.figures import BLUE, GREY, INK, ORANGE, PALETTE, blank, panel, styled
-from pyrovae.runs.results import Finding, Site
+from pyrovae.evidence.imputation import Imputation
+from pyrovae.evidence.result import Comparison, LogLikelihood
+from pyrovae.evidence.sandwich import Bidirectional
+from pyrovae.reporting.figures import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    PALETTE,
+    blank,
+    is_picture,
+    learning_curves,
+    mosaic,
+    panel,
+    styled,
+)
+from pyrovae.runs.results import Finding, Results, Site
+
+__all__ = [
+    "bound_curves",
+    "bounds",
+    "calibration_curves",
+    "differences",
+    "draw_findings",
+    "estimate",
+    "guide_calibration",
+    "imputed",
+    "khat_curves",
+    "kl_by_dimension",
+    "latent_kl",
+    "learning_curves",
+    "rate_distortion",
+]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +68,10 @@ FINDING_PICTURES = (
 # k-hat above which importance weights have no variance, and above which no error can be trusted
 # (Vehtari et al., Pareto smoothed importance sampling, arXiv 1507.02646).
 THRESHOLDS = {0.5: "0.5: infinite\nvariance", 0.7: "0.7: not to\nbe trusted"}
+# Columns with missing entries, entries of each, images with gaps, and draws of them that are drawn.
+COLUMNS, ENTRIES, IMAGES, DRAWS = 6, 20, 8, 3
+# The colour of missing pixels, which no grey image has: red, green and blue.
+HOLE = 0.96, 0.72, 0.45
 
 
 def draw_findings(findings: Mapping[str, Finding], *, joined: bool = False) -> dict[str, Figure]:
@@ -58,7 +101,7 @@ def _level(findings: Mapping[str, Finding]) -> LogLikelihood | None:
 
 
 @styled
-def bound_curves(findings: Mapping[str, Finding]) -> Figure | None:
+def bound_curves(findings: Mapping[str, Finding], within: Axes | None = None) -> Figure | None:
     """Draw the bound by number of samples, the annealed estimate being a level to reach.
 
     The last point, the estimate, has two Monte Carlo standard errors around it.
@@ -67,7 +110,8 @@ def bound_curves(findings: Mapping[str, Finding]) -> Figure | None:
     curves = {name: (ll, ll.curve.mean) for name, ll in estimates.items() if ll.curve is not None}
     if not curves:
         return None
-    figure, axes = panel("The bound by number of samples", "samples K", "nats per datum")
+    title = "The bound by number of samples"
+    figure, axes = panel(title, "samples K", "nats per datum", within=within)
     for (name, (ll, curve)), colour in zip(curves.items(), cycle(PALETTE), strict=False):
         k, bound = list(curve), list(curve.values())
         axes.plot(k, bound, ".-", color=colour, label=name if len(curves) > 1 else None)
@@ -88,13 +132,14 @@ def bound_curves(findings: Mapping[str, Finding]) -> Figure | None:
 
 
 @styled
-def khat_curves(findings: Mapping[str, Finding]) -> Figure | None:
+def khat_curves(findings: Mapping[str, Finding], within: Axes | None = None) -> Figure | None:
     """Draw the Pareto shape of each datum, sorted, with the values above which errors fail."""
     shapes = {n: f.log_likelihood.khat.double().cpu().numpy() for n, f in findings.items()}
     shapes = {n: v for n, k in shapes.items() if (v := np.sort(k[np.isfinite(k)])).size}
     if not shapes:
         return None
-    figure, axes = panel("k-hat of each datum, sorted", "share of the data", "Pareto k-hat")
+    title = "k-hat of each datum, sorted"
+    figure, axes = panel(title, "share of the data", "Pareto k-hat", within=within)
     for level, text in THRESHOLDS.items():
         axes.axhline(level, color=INK, lw=0.8, ls="--", zorder=1)
         _beside(axes, text, (1, level))
@@ -146,12 +191,16 @@ def rate_distortion(findings: Mapping[str, Finding], *, joined: bool = False) ->
 @styled
 def kl_by_dimension(findings: Mapping[str, Finding]) -> Figure | None:
     """Draw the KL of each latent dimension, sorted, in nats per datum; active ones are blue."""
+    seen = [each for f in findings.values() if (each := f.results.diagnostics)]
+    sites = seen[0].sites if len(seen) == len(findings) == 1 else {}
+    return _bars(sites)
+
+
+def _bars(sites: Mapping[str, Site]) -> Figure | None:
     from matplotlib.colors import to_hex
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    seen = [each for f in findings.values() if (each := f.results.diagnostics)]
-    sites = seen[0].sites if len(seen) == len(findings) == 1 else {}
     drawn = {name: site for name, site in sites.items() if site.kl}
     if not drawn:
         return None
@@ -214,6 +263,134 @@ def guide_calibration(findings: Mapping[str, Finding]) -> Figure | None:
         axes.set_title(title)
     figure.suptitle("Ranks of true latents", x=0.01, ha="left")
     return figure
+
+
+@styled
+def estimate(found: LogLikelihood) -> Figure:
+    """Draw the bound by number of samples and k-hat, or log p(x) where there is neither."""
+    about = {"": Finding(Results(), (), found, None, found.log_prob)}
+    known = (
+        (bound_curves, found.curve is not None and len(found.curve.num_samples) > 1),
+        (khat_curves, bool(found.khat.isfinite().any())),
+    )
+    drawn = [draw for draw, there in known if there]
+    figure = blank(4.8 * max(len(drawn), 1), 3.2)
+    panels = figure.subplots(1, max(len(drawn), 1), squeeze=False)[0]
+    for draw, axes in zip(drawn, panels, strict=False):
+        draw(about, axes)
+    if not drawn:
+        _histogram(panels[0], found.log_prob, "log p(x) of each datum")
+    return figure
+
+
+@styled
+def differences(found: Comparison) -> Figure:
+    """Draw what one estimate has over another of each datum."""
+    figure = blank(4.8, 3.2)
+    title = "log p(x), the first less the second"
+    _histogram(figure.add_subplot(), found.each, title, zero=True)
+    return figure
+
+
+@styled
+def bounds(found: Bidirectional) -> Figure:
+    """Draw the two bounds of each datum, sorted, and the gaps between them."""
+    figure = blank(9.6, 3.2)
+    left, right = figure.subplots(1, 2)
+    low, high = (t.double().cpu().numpy() for t in (found.lower.log_prob, found.upper))
+    order, place = np.argsort(low, kind="stable"), np.arange(1, len(low) + 1)
+    panel("Bounds of log p(x) of each datum", "datum, by its lower bound", "nats", within=left)
+    left.vlines(place, low[order], high[order], color=GREY, lw=1)
+    for name, values, colour in (("upper", high, ORANGE), ("lower", low, BLUE)):
+        left.plot(place, values[order], ".", color=colour, ms=4, label=f"{name} bound")
+    left.legend(frameon=False, loc="lower right")
+    _histogram(right, found.gap, "Upper less lower bound", zero=True)
+    return figure
+
+
+@styled
+def latent_kl(found: Diagnosis) -> Figure:
+    """Draw the KL of each latent dimension as :func:`kl_by_dimension`."""
+    drawn = _bars(msgspec.convert(found.summary()["sites"], dict[str, Site]))
+    if drawn is None:
+        raise InputError("Expected a latent to draw, got a guide that samples none.")
+    return drawn
+
+
+@styled
+def imputed(found: Imputation) -> Figure:
+    """Draw images as they are filled in, or the intervals of other data's missing entries."""
+    missing = (~found.mask).flatten(1)
+    if not bool(missing.any()):
+        raise InputError("Expected missing entries to draw, got data without any.")
+    if not is_picture(found.filled.shape[1:]):
+        return _intervals(found, missing)
+    rows = missing.any(1).nonzero()[:IMAGES, 0]
+    known, filled = found.mask[rows].cpu(), found.filled[rows].double().cpu()
+    low, high = min(filled.min().item(), 0.0), max(filled.max().item(), 1.0)
+    hole = low + (high - low) * torch.tensor(HOLE, dtype=filled.dtype)[:, None, None]
+    cells = {"observed": torch.where(known, filled, hole), "filled in": filled}
+    cells |= {f"draw {n + 1}": each[rows].double() for n, each in enumerate(found.draws[:DRAWS])}
+    shown = [each.cpu().expand_as(cells["observed"]) for each in cells.values()]
+    title = "Missing entries, filled in and drawn"
+    return mosaic(torch.stack(shown).numpy(), title, rows=[*cells])
+
+
+def _intervals(found: Imputation, missing: Tensor) -> Figure:
+    """The columns with most missing entries, a panel each; grey is where others are observed."""
+    count = missing.sum(0)
+    columns = count.argsort(descending=True, stable=True)[: min(COLUMNS, int((count > 0).sum()))]
+    across = min(3, len(columns))
+    down = ceil(len(columns) / across)
+    figure = blank(2.6 * across + 0.4, 2.0 * down + 0.8)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[len(columns) :]:
+        axes.remove()
+    filled, *others = (
+        each.flatten(each.dim() - found.filled.dim() + 1).double().cpu()
+        for each in (found.filled, found.quantiles, found.draws)
+    )
+    ends = sorted(range(len(found.levels)), key=lambda i: found.levels[i])
+    for axes, j in zip(panels, columns.tolist(), strict=False):
+        rows = missing[:, j].nonzero()[:ENTRIES, 0].cpu()
+        place, (quantiles, draws) = np.arange(1, len(rows) + 1), (t[:, rows, j] for t in others)
+        if len(seen := filled[~missing[:, j].cpu(), j]):
+            low, high = seen.quantile(seen.new_tensor([0.05, 0.95])).tolist()
+            axes.axhspan(low, high, color="#eeeeee", lw=0, label="90% of what is observed")
+        for n, each in enumerate(draws):
+            axes.plot(place, each, ".", color=ORANGE, ms=2, label=None if n else "draws")
+        if len(ends) > 1:
+            name = " to ".join(f"{found.levels[i]:.0%}" for i in (ends[0], ends[-1]))
+            box = quantiles[ends[0]], quantiles[ends[-1]]
+            axes.vlines(place, *box, color=BLUE, alpha=0.4, lw=2, label=name)
+        axes.plot(place, filled[rows, j], "o", color=BLUE, ms=3, label="filled in")
+        index = np.unravel_index(j, found.filled.shape[1:] or (1,))
+        axes.set(title=f"x[{', '.join(map(str, index))}], {int(count[j])} missing")
+        axes.set_xticks([])
+        axes.grid(True, axis="y")
+    figure.supxlabel(
+        f"missing entries of a column, at most {ENTRIES}, in the data's order", fontsize=9
+    )
+    handles: dict[str, Any] = {}
+    for axes in panels[: len(columns)]:
+        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend([*handles.values()], [*handles], frameon=False, loc="outside upper left", ncols=4)
+    return figure
+
+
+def _histogram(axes: Axes, values: Tensor, title: str, zero: bool = False) -> None:
+    """Draw numbers of data in nats, and their mean with two standard errors over data."""
+    each = values.double().cpu()
+    middle, error = each.mean().item(), standard_error(each).item()
+    told = f"nats; mean {number(middle)}{plus_minus(error)}, two errors shaded"
+    panel(title, told if error == error else "nats", "number of data", within=axes)
+    edges = np.histogram_bin_edges(each.numpy(), min(40, ceil(len(each) ** 0.5)))
+    axes.hist(each.numpy(), edges.tolist(), color=BLUE)
+    if zero:
+        axes.axvline(0, color=INK, lw=0.8, ls="--")
+    if error == error:
+        axes.axvspan(middle - 2 * error, middle + 2 * error, color=ORANGE, alpha=0.35, lw=0)
+    axes.axvline(middle, color=ORANGE, lw=1.5)
 
 
 def _active(site: Site, count: int) -> np.ndarray:

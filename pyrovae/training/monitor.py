@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyrovae._tools.seeding import subseed, undone
-from pyrovae._tools.shown import Shown, Told, counted
+from pyrovae._tools.shown import Shown, Told, counted, figures
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
@@ -29,6 +29,9 @@ from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
 from pyrovae.training.optimizer import Schedules, SchedulesOnLoss, check_groups
 from pyrovae.training.svi import SVI
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Pyro's ELBOs that tell no terms apart. The losses of its Trace_MMD and TraceTailAdaptive_ELBO are
 # none.
@@ -96,6 +99,10 @@ class Fit(Shown):
         best, done = self.best_epoch, len(self.history)
         verdict = f"The {bound} of validation data was highest in epoch {best} of {done}."
         return Told(f"Fit: {counted(done, 'epoch')}", rows, "" if best is None else verdict)
+
+    def plot(self) -> Figure:
+        """Draw the ELBO and its two terms after each epoch."""
+        return figures().learning_curves(self.history)
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory, which :func:`pyrovae.load` opens and every command takes.

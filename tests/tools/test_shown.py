@@ -3,10 +3,13 @@
 import math
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyro
 import pytest
+import torch
 
 import pyrovae
 from pyrovae._tools import progress_bar
@@ -24,10 +27,23 @@ def results():
         model, guide = Bernoulli(data.shape, **small), MeanField(data.shape, **small)
         fit = pyrovae.fit(model, guide, data, epochs=2, seed=0)
         args = model, guide, data.test[:50]
+        ll = pyrovae.log_likelihood(*args, num_samples=200, seed=0)
+        other = pyrovae.log_likelihood(*args, num_samples=100, seed=1)
+        mask = torch.rand(data.test[:50].shape) > 0.5
+        filled = (data.test[:50], torch.zeros(50, 1, 8, 8), torch.zeros(50, 1, 8, 8))
+        parts = torch.rand(2, 50, 1, 8, 8), (0.1, 0.9), torch.rand(3, 50, 1, 8, 8), {}
+        images = pyrovae.Imputation(*filled, *parts, mask, ll)
+        flat = {n: getattr(images, n).flatten(-3) for n in ("filled", "quantiles", "draws", "mask")}
+        ranks = {"z": torch.arange(100)[:, None], "norm of z": torch.randint(5, (100, 1))}
         return {
+            "Imputation": images,
+            "Imputation of columns": replace(images, **flat),
+            "Bidirectional": pyrovae.Bidirectional(ll, ll.log_prob + 0.5, data.test[:50]),
+            "Comparison": pyrovae.compare_log_likelihood(ll, other),
+            "PosteriorCalibration": pyrovae.PosteriorCalibration(99, ranks, ranks, ll.khat, {}, 0),
             "Dataset": data,
             "Fit": fit,
-            "LogLikelihood": pyrovae.log_likelihood(*args, num_samples=200, seed=0),
+            "LogLikelihood": ll,
             "one datum": pyrovae.log_likelihood(model, guide, data.test[:1], num_samples=5, seed=0),
             "ElboResult": pyrovae.elbo(*args, seed=0),
             "Diagnosis": pyrovae.diagnose(*args, seed=0),
@@ -64,6 +80,50 @@ def test_the_numbers_are_those_of_the_results(results):
     assert f"{fit.elbo:.3f} nats per datum" in repr(fit)
     assert f"epoch {fit.best_epoch} of 2" in repr(fit)
     assert " ± " not in repr(results["one datum"]).splitlines()[1].partition("(Monte Carlo)")[2]
+
+
+def test_the_four_others_say_what_they_found(results):
+    told = {name: repr(result) for name, result in results.items()}
+    assert f"of {int((~results['Imputation'].mask).sum())} of 3200 values" in told["Imputation"]
+    assert "gap          0.500" in told["Bidirectional"]
+    found = results["Comparison"]
+    assert f"difference       {number(found.difference)} ± " in told["Comparison"]
+    error = plus_minus(found.monte_carlo_standard_error, "Monte Carlo")
+    assert f"{error} nats per datum" in told["Comparison"]
+    assert f"{found.verdict.kind}: {found.verdict}"[:60] in told["Comparison"]
+    assert "outside bands         1 of 2 statistics" in told["PosteriorCalibration"]
+
+
+def test_pictures_show_the_numbers_of_the_results(results):
+    found = {name: each.plot() for name, each in results.items() if hasattr(each, "plot")}
+    assert found.keys() == results.keys() - {"Dataset", "ElboResult", "Report"}
+    panels = {name: figure.axes for name, figure in found.items()}
+    fit, ll = results["Fit"], results["LogLikelihood"]
+    expected = [[row["epoch"], row["train_elbo"]] for row in fit.history]
+    np.testing.assert_allclose(panels["Fit"][0].lines[0].get_xydata(), expected)
+    curve, khat = panels["LogLikelihood"]
+    np.testing.assert_allclose(curve.lines[0].get_ydata(), [*ll.curve.mean.values()])
+    np.testing.assert_allclose(khat.lines[-1].get_ydata(), ll.khat.sort().values)
+    assert len(panels["one datum"]) == 1
+    bars = [bar.get_height() for bar in panels["Diagnosis"][0].patches]
+    kl = results["Diagnosis"].sites["z"].kl
+    np.testing.assert_allclose(bars, kl.sort(descending=True).values, rtol=1e-6)
+    assert sum(bar.get_height() for bar in panels["Comparison"][0].patches[:-1]) == 50
+    upper, lower = (line.get_ydata() for line in panels["Bidirectional"][0].lines)
+    np.testing.assert_allclose(upper - lower, 0.5, atol=1e-5)
+    (axes,) = panels["Imputation"]
+    assert [t.get_text() for t in axes.get_yticklabels()][:3] == ["observed", "filled in", "draw 1"]
+    hidden = ~results["Imputation of columns"].mask
+    most = int(hidden.sum(0).argmax())
+    first, *_ = panels["Imputation of columns"]
+    assert first.get_title("left") == f"x[{most}], {int(hidden[:, most].sum())} missing"
+    shown = first.lines[-1].get_ydata()
+    np.testing.assert_allclose(
+        shown, results["Imputation of columns"].filled[hidden[:, most], most][:20]
+    )
+    whole = replace(results["Imputation"], mask=torch.ones(50, 1, 8, 8, dtype=torch.bool))
+    with pytest.raises(pyrovae.InputError, match="Expected missing entries to draw"):
+        whole.plot()
 
 
 def test_a_report_shows_what_failed_first(results):
