@@ -1,13 +1,14 @@
 """The bound and log p per quarter of Bach's chorales, and the time of an epoch beside Pyro's loop.
 
-    PYROVAE_DATA=folder python benchmarks/sequences.py [--epochs E] [--only train time ...]
+    PYROVAE_DATA=folder python benchmarks/sequences.py [--epochs E] [--only train time flows ...]
 
 The pair `sequence` on the JSB chorales, trained with a rising weight of the KL and one cosine of
 the learning rate; of all epochs the one with the best validation bound is kept, and the test
 chorales are looked at once, at the end. The time is that of a pass over the training chorales, in
 turns with one of a deep Markov model that samples step after step in Python, of the sizes of
-Pyro's tutorial. In nats per quarter, the sum over the chorales divided by the quarters that they
-have. Writes results/sequences.json.
+Pyro's tutorial. `--only flows` trains the guide without and with a flow for so many epochs, by the
+same recipe, and compares their validation bounds. In nats per quarter, the sum over the chorales
+divided by the quarters that they have. Writes results/sequences.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,6 +36,7 @@ from pyrovae.optim import Combined
 HOME = Path(__file__).resolve().parent
 RESULTS = HOME / "results" / "sequences.json"
 SEED, BATCH = 0, 20
+PARTS = ("train", "time", "flows")
 
 
 def main() -> None:
@@ -46,13 +49,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="of log p(x)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of an epoch each")
     parser.add_argument("--sequences", type=int, help="so many of each split, a trial")
-    parser.add_argument("--only", nargs="+", choices=("train", "time"), default=["train", "time"])
+    parser.add_argument("--quarters", type=int, help="so many of each sequence, a trial")
+    parser.add_argument("--flows", type=int, default=0, help="of the guide that is trained")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=["train", "time"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    data = shortened(pyrovae.load_data("jsb"), options.sequences)
+    data = shortened(pyrovae.load_data("jsb"), options.sequences, options.quarters)
     results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for name in options.only:
-        results[name] = {"train": train, "time": timed}[name](data, options) | machine()
+        measure = {"train": train, "time": timed, "flows": flows}[name]
+        results[name] = measure(data, options) | machine()
         write(options.out, results)
     if "train" in results:
         rows = [{"what": name, "nats": -number} for name, number in PUBLISHED.items()]
@@ -64,15 +70,11 @@ def main() -> None:
         show(rows, ".3f")
 
 
-def shortened(data: pyrovae.Dataset, count: int | None) -> pyrovae.Dataset:
-    """The first few sequences of each split."""
-    if count is None:
-        return data
-    from dataclasses import replace
-
-    parts = {name: getattr(data, name)[:count] for name in ("train", "valid", "test")}
-    masks = type(data.context)(*(tuple(m[:count] for m in masks) for masks in data.context))
-    return replace(data, context=masks, **parts)
+def shortened(data: pyrovae.Dataset, count: int | None, steps: int | None) -> pyrovae.Dataset:
+    """The first few sequences of each split, and the first steps of each."""
+    parts = {name: getattr(data, name)[:count, :steps] for name in ("train", "valid", "test")}
+    masks = (tuple(m[:count, :steps] for m in masks) for masks in data.context)
+    return replace(data, context=type(data.context)(*masks), **parts)
 
 
 def pair(data: pyrovae.Dataset, options: argparse.Namespace) -> tuple[Model, Guide]:
@@ -80,7 +82,7 @@ def pair(data: pyrovae.Dataset, options: argparse.Namespace) -> tuple[Model, Gui
     model = Model(data.shape, options.latent, hidden=(100,))
     mean = data.train.sum((0, 1)) / data.context.train[0].sum((0, 1))
     model.decoder.last.bias.data = mean.logit(eps=1e-3)
-    return model, Guide(data.shape, options.latent, options.hidden)
+    return model, Guide(data.shape, options.latent, options.hidden, options.flows)
 
 
 def optimizer(last: Tensor, options: argparse.Namespace, parameters: list[Tensor]) -> Optimizer:
@@ -94,8 +96,8 @@ def optimizer(last: Tensor, options: argparse.Namespace, parameters: list[Tensor
     )
 
 
-def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
-    """Train the pair, and measure it on the test chorales."""
+def fitted(data: pyrovae.Dataset, options: argparse.Namespace) -> tuple[pyrovae.Fit, dict]:
+    """The trained pair, and its validation bounds."""
     model, guide = pair(data, options)
     steps = -(-len(data.train) // BATCH) * options.epochs
     objective = pyrovae.objectives.BetaELBO(warm_up=max(1, steps // 4))
@@ -113,31 +115,45 @@ def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
         schedule="cosine", lr_warm_up=min(5, options.epochs - 1), clip_norm=1e4, average=0.99,
         patience=options.epochs, compile=True, seed=SEED, on_epoch=tell,
     )  # fmt: skip
-    cpu = time.process_time() - started
+    best = max(fit.history, key=lambda row: row["valid_elbo"])
+    return fit, {
+        "epochs": options.epochs,
+        "best epoch": best["epoch"],
+        "valid bound": best["valid_elbo"] * len(data.valid) / valid,
+        "CPU seconds": time.process_time() - started,
+        "settings": {
+            name: getattr(options, name) for name in ("latent", "hidden", "flows", "lr", "decay")
+        },
+        "curve": [
+            {"epoch": row["epoch"], "valid": row["valid_elbo"] * len(data.valid) / valid}
+            for row in fit.history[:: max(1, len(fit.history) // 40)]
+        ],
+    }
+
+
+def train(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
+    """Train the pair, and measure it on the test chorales."""
+    fit, about = fitted(data, options)
     x, mask = data.split("test")
     count = quarters(mask)
-    bound = pyrovae.elbo(model, guide, x, mask, particles=100, seed=SEED)
+    bound = pyrovae.elbo(fit.model, fit.guide, x, mask, particles=100, seed=SEED)
     found = pyrovae.log_likelihood(
-        model, guide, x, mask, num_samples=options.samples, seed=SEED, progress=True
+        fit.model, fit.guide, x, mask, num_samples=options.samples, seed=SEED, progress=True
     )
-    best = max(fit.history, key=lambda row: row["valid_elbo"])
-    return {
+    return about | {
         "quarters": count,
         "bound": bound.elbo.double().sum().item() / count,
         "log p": found.log_prob.sum().item() / count,
         "log p ±": found.standard_error.square().sum().sqrt().item() / count,
         "samples": options.samples,
         "k-hat > 0.7": found.khat.gt(0.7).double().mean().item(),
-        "epochs": options.epochs,
-        "best epoch": best["epoch"],
-        "valid bound": best["valid_elbo"] * len(data.valid) / valid,
-        "CPU seconds": cpu,
-        "settings": {name: getattr(options, name) for name in ("latent", "hidden", "lr", "decay")},
-        "curve": [
-            {"epoch": row["epoch"], "valid": row["valid_elbo"] * len(data.valid) / valid}
-            for row in fit.history[:: max(1, len(fit.history) // 40)]
-        ],
     }
+
+
+def flows(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
+    """The guide without a flow and with one, as long each."""
+    counts = (argparse.Namespace(**vars(options) | {"flows": count}) for count in (0, 1))
+    return {"rows": [fitted(data, each)[1] for each in counts]}
 
 
 def timed(data: pyrovae.Dataset, options: argparse.Namespace) -> dict:
