@@ -1,4 +1,4 @@
-"""A diagonal normal posterior for tables of mixed columns, with gaps."""
+"""A diagonal normal posterior for tables of mixed columns, with gaps and covariates."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,24 @@ __all__ = ["Table"]
 Column = tuple[str, str, Sequence[str], float, float]
 
 
+def _covariates(columns: Sequence[Column], context: Sequence[Tensor]) -> list[Tensor]:
+    """Context ``[N]`` as numbers of about unit size, ``[N, 1]``; C categories are ``[N, C]``."""
+    found = []
+    for (_, _, categories, loc, scale), value in zip(columns, context, strict=True):
+        codes = torch.arange(len(categories), device=value.device)
+        number = (value[:, None] - loc) / scale
+        found.append((value[:, None] == codes).to(number) if categories else number)
+    return found
+
+
 class Table(PyroModule):
     r"""The diagonal normal guide of tables, whose network sees numbers of about unit size.
 
-    .. math:: q(z \mid x) = \mathcal{N}\bigl(\mu(u, m), \mathrm{diag}\,\sigma^2(u, m)\bigr)
+    .. math:: q(z \mid x, c) =
+              \mathcal{N}\bigl(\mu(u, m, c), \mathrm{diag}\,\sigma^2(u, m, c)\bigr)
 
     Real columns are standardized, positive ones and counts by their logarithms, categories are one
-    number each; u is 0 at a gap, and the network sees the mask m as well.
+    number each; u is 0 at a gap, and the network sees the mask m and the covariates c as well.
 
     Args:
         shape: The number of columns, ``[D]``.
@@ -30,6 +41,7 @@ class Table(PyroModule):
         latent: The dimension of z.
         hidden: The widths of the encoder's hidden layers.
         activation: The name of a :mod:`torch.nn` activation.
+        context_columns: ``data.context_columns``, of what the programs take between x and the mask.
 
     Raises:
         ValueError: If there is not one column for each of D.
@@ -46,6 +58,7 @@ class Table(PyroModule):
         latent: int = 10,
         hidden: Sequence[int] = (128, 128),
         activation: str = "ReLU",
+        context_columns: Sequence[Column] = (),
     ) -> None:
         super().__init__()
         if columns is None and len(shape) == 1:
@@ -55,15 +68,27 @@ class Table(PyroModule):
                 f"Expected a column for each number of data of shape {list(shape)}, got "
                 f"{len(columns or ())}: give columns=data.columns."
             )
-        self.columns = list(columns or ())
+        self.columns, self.context = list(columns or ()), list(context_columns)
         width = sum(max(len(categories), 1) + 1 for _, _, categories, _, _ in self.columns)
+        width += sum(max(len(categories), 1) for _, _, categories, _, _ in self.context)
         self.encoder = MLP(width, (2, latent), hidden, activation)
 
-    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
-        """Sample ``z`` ``[N, latent]`` given ``x`` and ``mask`` ``[N, D]``."""
-        seen = torch.ones_like(x, dtype=torch.bool) & mask
+    def forward(self, x: Tensor, *context: Tensor) -> None:
+        """Sample ``z`` ``[N, latent]`` given ``x`` ``[N, D]``.
+
+        ``context`` are the covariates ``[N]``, and after them the mask ``[N, D]`` if there is one.
+        """
+        masked = bool(context) and context[-1].shape == x.shape
+        given = context[:-1] if masked else context
+        if len(given) != len(self.context):
+            raise ValueError(
+                f"Expected context {[name for name, *_ in self.context]} and perhaps a mask of x, "
+                f"got {len(given)} columns: give context_columns=data.context_columns."
+            )
+        seen = context[-1] if masked else torch.ones_like(x, dtype=torch.bool)
         with pyro.plate("data", len(x)):
-            loc, log_scale = self.encoder(self.units(x, seen)).unbind(-2)
+            c = _covariates(self.context, given)
+            loc, log_scale = self.encoder(torch.cat([self.units(x, seen), *c], -1)).unbind(-2)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
     def units(self, x: Tensor, seen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tables of mixed columns, with gaps: each column a likelihood in its own units."""
+"""Tables of mixed columns, with gaps and covariates: each column a likelihood in its own units."""
 
 from collections.abc import Sequence
 
@@ -63,14 +63,25 @@ LIKELIHOODS = {
 }
 
 
+def _covariates(columns: Sequence[Column], context: Sequence[Tensor]) -> list[Tensor]:
+    """Context ``[N]`` as numbers of about unit size, ``[N, 1]``; C categories are ``[N, C]``."""
+    found = []
+    for (_, _, categories, loc, scale), value in zip(columns, context, strict=True):
+        codes = torch.arange(len(categories), device=value.device)
+        number = (value[:, None] - loc) / scale
+        found.append((value[:, None] == codes).to(number) if categories else number)
+    return found
+
+
 class Table(PyroModule):
     r"""A VAE for tables of mixed columns.
 
-    .. math:: z \sim \mathcal{N}(0, I), \qquad x_j \mid z \sim p_j(x_j; f_j(z))
+    .. math:: z \sim \mathcal{N}(0, I), \qquad x_j \mid z, c \sim p_j(x_j; f_j(z, c))
 
     Each column is a site of its own, ``x.NAME``, with the likelihood of its kind: normal for real
     numbers, log-normal for positive ones, negative binomial for counts, Bernoulli, categorical, and
-    a cumulative logit for ordered categories. log p(x) is in the data's units.
+    a cumulative logit for ordered categories. log p(x | c) is in the data's units. The covariates c
+    are columns that the model is given and does not explain.
 
     Args:
         shape: The number of columns, ``[D]``.
@@ -78,6 +89,7 @@ class Table(PyroModule):
         latent: The dimension of z.
         hidden: The widths of the decoder's hidden layers.
         activation: The name of a :mod:`torch.nn` activation.
+        context_columns: ``data.context_columns``, of what the programs take between x and the mask.
 
     Raises:
         ValueError: If there is not one column for each of D, or one of an unknown kind.
@@ -94,6 +106,7 @@ class Table(PyroModule):
         latent: int = 10,
         hidden: Sequence[int] = (128, 128),
         activation: str = "ReLU",
+        context_columns: Sequence[Column] = (),
     ) -> None:
         super().__init__()
         if columns is None and len(shape) == 1:
@@ -104,18 +117,30 @@ class Table(PyroModule):
                 f"Expected columns for data of shape {list(shape)}, each of a kind among "
                 f"{', '.join(LIKELIHOODS)}, got {kinds}: give columns=data.columns."
             )
-        self.columns = list(columns or ())
+        self.columns, self.context = list(columns or ()), list(context_columns)
         sizes = {"binary": lambda c: 1, "categorical": len, "ordinal": lambda c: len(c) - 1}
         self.sizes = [sizes.get(kind, lambda c: 2)(c) for _, kind, c, _, _ in self.columns]
-        self.decoder = MLP(latent, sum(self.sizes), hidden, activation)
+        width = sum(max(len(categories), 1) for _, _, categories, _, _ in self.context)
+        self.decoder = MLP(latent + width, sum(self.sizes), hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
-        """Sample ``z`` ``[N, latent]`` and observe the columns of ``x`` ``[N, D]``, where seen."""
-        seen = torch.ones_like(x, dtype=torch.bool) & mask
+    def forward(self, x: Tensor, *context: Tensor) -> None:
+        """Sample ``z`` ``[N, latent]`` and observe the columns of ``x`` ``[N, D]``.
+
+        ``context`` are the covariates ``[N]``, and after them the mask ``[N, D]`` if there is one.
+        """
+        masked = bool(context) and context[-1].shape == x.shape
+        given = context[:-1] if masked else context
+        if len(given) != len(self.context):
+            raise ValueError(
+                f"Expected context {[name for name, *_ in self.context]} and perhaps a mask of x, "
+                f"got {len(given)} columns: give context_columns=data.context_columns."
+            )
+        seen = context[-1] if masked else torch.ones_like(x, dtype=torch.bool)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
-            outputs = self.decoder(z).split(self.sizes, -1)
+            c = [each.expand(*z.shape[:-1], -1) for each in _covariates(self.context, given)]
+            outputs = self.decoder(torch.cat([z, *c], -1)).split(self.sizes, -1)
             for j, (name, kind, _, loc, scale) in enumerate(self.columns):
                 likelihood = LIKELIHOODS[kind](outputs[j], loc, scale)
                 pyro.sample(f"x.{name}", likelihood.mask(seen[..., j]), obs=x[..., j])

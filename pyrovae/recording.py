@@ -138,7 +138,8 @@ def _recover(
     """Both programs and their settings, or neither and the reason: they are tried before."""
     asked, shape, found = result.asked, tuple(data.shape), {}
     for kind in KINDS:
-        parts = {"columns": data.columns, "guide": asked["guide"]}
+        parts: dict[str, Any] = {"columns": data.columns, "guide": asked["guide"]}
+        parts["context_columns"] = data.context_columns
         try:
             found[kind] = recover(kind, asked[kind], shape, parts)
         except InputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from pyrovae._tools.source_lines import error_place
 from pyrovae.checking import bounds, scores, structure, values
 from pyrovae.checking.case import Case, Row, failed, skipped, untouched
 from pyrovae.data.given import takes_data
-from pyrovae.pairs.contract import sentence
+from pyrovae.pairs.contract import check_arguments, sentence
 from pyrovae.pairs.pair import Pair
 
 __all__ = ["CHECKS", "Check", "Report", "Row", "check", "quick"]
@@ -147,7 +147,14 @@ def check(
         return Report(tuple(_rows(CHECKS, Case(pair, (x, *context), seed, particles))))
 
 
-def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int = 0) -> None:
+def quick(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    *context: Any,
+    called: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
     """Refuse a pair that cannot be trained to anything, judged by its first batch.
 
     And warn of one that trains, though hardly to what is meant, judged by a few data points.
@@ -158,12 +165,14 @@ def quick(model: Callable, guide: Callable, x: Tensor, *context: Any, seed: int 
         model: The model program.
         guide: The guide program.
         x: The batch ``[N, ...]``; ``context`` are further arguments of both programs.
+        called: What the context is called, if that is known.
         seed: Seeds every draw.
 
     Raises:
         ValueError: Saying how to fix it, with the line of source.
     """
     pair = Pair(model, guide)
+    check_arguments(pair, x, *context, called=called)
     with untouched(pair):
         case = Case(pair, (x, *context), seed, particles=1, whole=True)
         for row in _rows(QUICK, case):

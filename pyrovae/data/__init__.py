@@ -26,7 +26,7 @@ from pyrovae.data.sources import (
     split_rows,
     unknown,
 )
-from pyrovae.data.tables import LABELLED, Context, Schema, measured, to_pandas
+from pyrovae.data.tables import LABELLED, Column, Context, Schema, measured, to_pandas
 
 __all__ = [
     "BINARIZE",
@@ -131,6 +131,20 @@ class Dataset:
         disk = Disk(given) if is_on_disk(given) else None
         return cls(name, data.shape[1:], data, context=more, columns=columns, disk=disk)
 
+    @property
+    def context_columns(self) -> Schema:
+        """What is known by name of the context, as :attr:`columns`; the mask has none."""
+        told = self.provenance
+        names = told["context"].split(",") if self.context and told.get("context") else ()
+        words = {LABELLED[0]: map(str, range(told.get("classes", 0)))}
+        words |= told.get("context_categories", {})
+        found: list[Column] = []
+        for name, values in zip(names, self.context.train if self.context else (), strict=False):
+            categories = tuple(words.get(name, ()))
+            column = Column(name, "categorical" if categories else "real", categories)
+            found += measured((column,), values.double()[:, None], None)
+        return tuple(found)
+
     def __repr__(self) -> str:
         found = {name: getattr(self, name) for name in Splits._fields}
         sizes = ", ".join(f"{name}={0 if x is None else len(x)}" for name, x in found.items())
@@ -141,7 +155,14 @@ class Dataset:
         rows = [(name, f"{count} data") for name, count in sizes.items()]
         rows.append(("shape", " × ".join(map(str, self.shape)) or "a number"))
         rows.append(("binarize", self.binarize))
-        rows.append(("context", "none" if not self.context else f"{len(self.context.train)} more"))
+        if self.columns:
+            rows.append(("columns", ", ".join(each.name for each in self.columns)))
+        called = [each.name for each in self.context_columns]
+        called += ["mask"] * ("missing" in self.provenance)
+        more = len(self.context.train) if self.context else 0
+        rows.append(
+            ("context", ", ".join(called) if len(called) == more > 0 else f"{more or 'none'}")
+        )
         return Told(f"Dataset {self.name}", rows)
 
     def _repr_html_(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from traceback import walk_tb
@@ -96,8 +96,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     return pair.layout
 
 
-def check_arguments(pair: Pair, *rows: Any) -> None:
-    """Check that both programs take as many arguments as there are."""
+def check_arguments(pair: Pair, *rows: Any, called: Sequence[str] = ()) -> None:
+    """Check that both programs take as many arguments as there are, context of these names."""
     for kind, program in (("model", pair.model), ("guide", pair.guide)):
         entry = program.forward if isinstance(program, nn.Module) else program
         try:
@@ -109,10 +109,12 @@ def check_arguments(pair: Pair, *rows: Any) -> None:
         except TypeError as error:
             names = list(taken.parameters)
             mend = "the arguments that it needs, or give the context after x"
-            if getattr(rows[-1], "dtype", None) == torch.bool:
+            masked = getattr(rows[-1], "dtype", None) == torch.bool
+            if masked or called:
                 known = [name for name in names if name != "mask"]
-                known += [f"y{i}" for i in range(1, len(rows) - len(known))]
-                mend = f"forward(self, {', '.join(known)}, mask=True)"
+                named = known + [f"y{i}" for i in range(1, len(rows) - len(known))]
+                named = [*known[:1], *called] if called else named
+                mend = f"forward(self, {', '.join(named)}{', mask=True' * masked})"
             given = f"{len(rows)} arguments, x and its context" if len(rows) > 1 else "x alone"
             raise InputError(
                 f"The {kind} takes ({', '.join(names)}), and it is given {given}: write {mend}."

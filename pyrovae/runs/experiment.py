@@ -308,8 +308,9 @@ def build_pair(
     """Construct the model and the guide, or what is not given of them, for some data."""
     shape, given = tuple(data.shape), given or {}
     # Programs that ask for the columns of a table get them.
+    known = {"columns": data.columns, "context_columns": data.context_columns}
     columns: dict[str, dict[str, Any]] = {
-        kind: {"columns": data.columns} if "columns" in program.arguments() else {}
+        kind: {name: value for name, value in known.items() if name in program.arguments()}
         for kind, program in programs.items()
     }
     parts = columns.get("model", {})

@@ -193,7 +193,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
     pair, loss = svi.pair, svi.objective
     first = data.head(batch_size)
     with seeded(subseed(seed, 0), pair.device), pair.mode(training=False):
-        quick(svi.model, svi.guide, *first)
+        quick(svi.model, svi.guide, *first, called=[c.name for c in data.context_columns])
         layout = inspect_pair(pair, *first)
         for rows in data.blocks():
             check_support(pair, *rows)

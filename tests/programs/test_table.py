@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 import torch
 from commands import run
@@ -89,13 +90,63 @@ def test_a_table_with_gaps_goes_from_a_file_to_a_report(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"age": rng.normal(50, 9, 40), "size": rng.lognormal(0, 1, 40)})
     frame["sex"] = rng.choice(["F", "M"], 40)
+    frame["years"], frame["site"] = rng.normal(50, 9, 40), rng.choice(["a", "b", "c"], 40)
     frame.iloc[::5, 1] = None
     frame.iloc[::7, 2] = None
     frame.to_csv("x.csv", index=False)
     pair = ("--model", "table", "--guide", "table", "--set", "latent=2", "--epochs", "1")
     kinds = ("--columns", "sex=binary", "--columns", "size=positive", "--missing", "mask")
+    kinds += ("--context", "years,site")
     assert run("train", *pair, "--data", "x.csv", *kinds, "--out", "run") == 0
     assert run("train", "--out", "run", "--resume", "--epochs", "2") == 0
     assert run("evaluate", "run", "--samples", "20") == 0
     assert run("report", "run") == 0
     assert run("sample", "run", "-n", "4") == 0
+    opened = pyrovae.load("run")
+    assert [column.name for column in opened.model.context] == ["years", "site"]
+    shown = dict(opened.data._told().rows)
+    assert (shown["columns"], shown["context"]) == ("age, size, sex", "years, site, mask")
+
+
+def test_covariates_are_given_to_both_programs_and_explained_by_none():
+    """Standardized, or one number for each category; the mask comes after them."""
+    rng = np.random.default_rng(0)
+    columns = {"h": rng.normal(0, 1, 40), "k": rng.poisson(3, 40), "age": rng.normal(50, 9, 40)}
+    frame = pd.DataFrame(columns | {"site": rng.choice(["a", "b", "c"], 40)})
+    frame.loc[::5, "h"] = None
+    data = pyrovae.load_data(frame, context="age,site", missing="mask")
+    age, site = data.context_columns
+    assert (age.name, age.kind, site) == (
+        "age",
+        "real",
+        ("site", "categorical", tuple("abc"), 0, 1),
+    )
+    assert (age.loc, age.scale) == pytest.approx(
+        (data.context.train[0].mean().item(), data.context.train[0].std(correction=0).item())
+    )
+    options = {"columns": data.columns, "context_columns": data.context_columns, "latent": 2}
+    model, guide = Table(data.shape, **options), TableGuide(data.shape, **options)
+    x, years, place, mask = data.split("train")
+    z = torch.randn(28, 2)
+    joined = torch.cat([z, (years[:, None] - age.loc) / age.scale, torch.eye(3)[place]], -1)
+    with pyro.poutine.trace() as traced, pyro.condition(data={"z": z}):
+        model(x, years, place, mask)
+    loc = model.decoder(joined)[:, 0]
+    h = traced.trace.nodes["x.h"]["fn"].base_dist
+    torch.testing.assert_close(h.loc, data.columns[0].loc + data.columns[0].scale * loc)
+    codes = pyrovae.encode(guide, x, years, place, mask)["z"]
+    for other in ((years + 9, place), (years, (place + 1) % 3)):
+        assert not torch.allclose(pyrovae.encode(guide, x, *other, mask)["z"], codes)
+    found = pyrovae.impute(model, guide, x, years, place, mask, num_samples=9, seed=0)
+    assert torch.equal(found.filled[mask], x[mask])
+    with pytest.raises(ValueError, match=r"context \['age', 'site'\] .* got 1 columns"):
+        pyrovae.elbo(model, guide, x, years, mask)
+    # The advice to a program without them calls them by their names.
+    plain = Plain(data.shape, data.columns), lambda x, mask: None
+    with pytest.raises(ValueError, match=r"write forward\(self, x, age, site, mask=True\)"):
+        pyrovae.fit(*plain, data)
+
+
+class Plain(Table):
+    def forward(self, x, mask=True):
+        super().forward(x, mask)
