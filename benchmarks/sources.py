@@ -6,8 +6,9 @@ An epoch of `gaussian` x `mean_field` over rows of 100 numbers, from a .npy file
 a Zarr array on disk, each in turns with the same rows in memory; before an epoch that is called
 cold, the file's pages are taken out of the system's cache. The peak of memory (what the system
 calls the maximum resident set) of a process that trains on a memmap of 20 million rows, for several
-values of memory=, less that of the same process on 2,000 rows. How long `pyrovae evaluate` takes on
-400,000 rows until its bar shows, and until the first data are done. Needs 8 GB of disk in --folder.
+values of memory=, less that of the same process on 8,192 rows, in batches of the same size. How
+long `pyrovae evaluate` takes on 400,000 rows until its bar shows, and until the first data are
+done. Needs 8 GB of disk in --folder.
 Writes results/sources.json.
 """
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -40,6 +42,8 @@ from pyrovae.training.monitor import Fit
 HOME = Path(__file__).resolve().parent
 RESULTS = HOME / "results" / "sources.json"
 WIDTH, BATCH = 100, 512
+# Two batches of the memmap's, whose activations are memory too.
+FEW = 8192
 GIB = 2**30
 
 
@@ -55,7 +59,7 @@ def main() -> None:
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
-        print(peak(Path(options.peak_of[0]), float(options.peak_of[1])))
+        print(json.dumps(peak(Path(options.peak_of[0]), float(options.peak_of[1]))))
         return
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for part in options.parts:
@@ -147,7 +151,7 @@ def _epoch(fit: Fit, data: pyrovae.Dataset, epoch: int) -> tuple[float, float]:
 def memory(options) -> list[dict]:
     """The peak of resident memory of a training on many rows, by what memory= allows."""
     few, many = options.temporary / "few.npy", options.temporary / "many.npy"
-    for path, count in ((few, 2_000), (many, options.many)):
+    for path, count in ((few, FEW), (many, options.many)):
         shape = (count, options.width)
         array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         rng = np.random.default_rng(0)
@@ -161,32 +165,44 @@ def memory(options) -> list[dict]:
         subprocess.Popen([*command, str(path), str(gib)], stdout=subprocess.PIPE, text=True)
         for path, gib in asked
     ]
-    base, *peaks = (int(process.communicate()[0].split()[-1]) for process in running)
-    return [
-        {
-            "rows": options.many,
-            "columns": options.width,
-            "file GiB": many.stat().st_size / GIB,
-            "memory=, GiB": gib,
-            "peak, GiB": peak / GIB,
-            "of 2,000 rows, GiB": base / GIB,
-            "difference, GiB": (peak - base) / GIB,
-            "order of an epoch, GiB": 8 * options.many / GIB,
-        }
-        for (_, gib), peak in zip(asked[1:], peaks, strict=True)
-    ]
+    base, *peaks = (json.loads(each.communicate()[0].splitlines()[-1]) for each in running)
+    rows = []
+    for (_, gib), peak in zip(asked[1:], peaks, strict=True):
+        row = {"rows": options.many, "columns": options.width}
+        row |= {"file GiB": many.stat().st_size / GIB, "memory=, GiB": gib}
+        for name, bytes in peak.items():
+            row |= {f"{name}, GiB": bytes / GIB, f"of {FEW:,} rows, {name}, GiB": base[name] / GIB}
+        row["difference, GiB"] = (peak["VmHWM"] - base["VmHWM"]) / GIB
+        row["order of an epoch, GiB"] = 8 * options.many / GIB
+        rows.append(row)
+    return rows
 
 
-def peak(path: Path, gib: float) -> int:
-    """Train for an epoch, and tell the process's largest resident memory."""
+def peak(path: Path, gib: float) -> dict[str, int]:
+    """Train for an epoch, and tell the largest resident memory: all, anonymous, and of files."""
+    found, ended = {"RssAnon": 0, "RssFile": 0}, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            found.update({name: max(most, _resident(name)) for name, most in found.items()})
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     data = pyrovae.load_data(path, memory=gib)
     how = {"latent": 4, "hidden": (32,)}
     pair = Gaussian(data.shape, **how), MeanField(data.shape, **how)
     size = min(len(data.train), 4096)
     pyrovae.fit(*pair, data, epochs=1, batch_size=size, compile=False, seed=0, progress=False)
+    ended.set()
+    watching.join()
     # Not ru_maxrss, in which a process begins with the peak of the one that started it.
+    return {"VmHWM": _resident("VmHWM"), **found}
+
+
+def _resident(name: str) -> int:
+    """Bytes of resident memory, as Linux has them under this name."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
 def first(options) -> list[dict]:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, InputTypeError, physical_memory
 from pyrovae._tools.seeding import subseed
 from pyrovae._tools.shown import Told, html
-from pyrovae.data.disk import MEMORY, Disk, is_on_disk, mapped
-from pyrovae.data.files import MISSING, Arrays, as_events
-from pyrovae.data.given import as_tensors, frame_schema, package_of
+from pyrovae.data.disk import MEMORY, Disk, is_on_disk, mapped, written
+from pyrovae.data.files import MISSING, Arrays, as_events, fillers, finite
+from pyrovae.data.given import as_tensors, frame_schema, is_torch_data, package_of, read_items
 from pyrovae.data.large import open_large
 from pyrovae.data.sources import (
     DATASETS,
     SPLIT_SEED,
+    columns_left,
     find_source,
     split_end,
     split_rows,
+    type_name,
     unknown,
 )
 from pyrovae.data.tables import LABELLED, Column, Context, Schema, measured, to_pandas
@@ -97,16 +102,24 @@ class Dataset:
     disk: Disk | None = None
 
     @classmethod
-    def of(cls, data: Any) -> Dataset:
+    def of(cls, data: Any, memory: float | None = None) -> Dataset:
         """A data set as it is, or one of training data alone.
 
         Args:
             data: What :func:`pyrovae.data.given.as_tensors` takes, or a tuple ``(x, *context)``.
+            memory: The GiB of a memmap, or of a torch data set, that are in memory at once: a data
+                set of more, by default of half of the machine's memory, goes to a temporary file.
         """
         if isinstance(data, cls):
             return data
         given, *rest = data if isinstance(data, tuple) else (data,)
         name, columns = package_of(given) or "tensor", None
+        arrays, stays = [given, *rest], is_on_disk(given)
+        if is_torch_data(given):
+            items = read_items(given, None if memory is None else int(memory * 2**30))
+            arrays, stays = [*items, *rest], isinstance(items[0], np.memmap)
+            given, *more = (mapped(e) if isinstance(e, np.memmap) else e for e in items)
+            rest = [*more, *rest]
         if name in ("pandas", "polars") and hasattr(given, "columns"):
             given = to_pandas(given)
             numbers, columns = frame_schema(given)
@@ -127,9 +140,10 @@ class Dataset:
         data = x.detach()  # or else a training would leave a gradient at it
         if data.is_complex() or data.dtype == torch.bool:
             raise InputTypeError(f"Expected real data, got {data.dtype}: use .float().")
-        more = Splits(tuple(context), (), ()) if context else None
-        disk = Disk(given) if is_on_disk(given) else None
-        return cls(name, data.shape[1:], data, context=more, columns=columns, disk=disk)
+        told = Splits(tuple(context), (), ()) if context else None
+        beside = [each for each in arrays[1:] if isinstance(each, np.memmap)]
+        disk = Disk(arrays[0], memory or MEMORY, beside=beside) if stays else None
+        return cls(name, data.shape[1:], data, context=told, columns=columns, disk=disk)
 
     @property
     def context_columns(self) -> Schema:
@@ -210,7 +224,9 @@ class Dataset:
         if self.disk.at_hand is None or self.disk.at_hand.train is not x:
             # One for all epochs, as a compiled step is of the tensors that it gathers from.
             told = Splits(tuple(more), (), ()) if more else None
-            self.disk.at_hand = replace(self, train=x, context=told, disk=None)
+            drawn = None if self.intensities is None else x
+            held = replace(self, train=x, intensities=drawn, context=told, disk=None)
+            self.disk.at_hand = held
         return self.disk.at_hand.rows, self.disk.parts(batches, context)
 
     def head(self, n: int) -> tuple[Tensor, ...]:
@@ -221,15 +237,11 @@ class Dataset:
     def blocks(self) -> Iterator[tuple[Tensor, ...]]:
         """The programs' arguments for all data, in pieces that memory holds."""
         for name in Splits._fields:
-            x, *context = self.split(name) or (None,)
-            if self.disk is None or name != "train":
-                if x is not None:
-                    yield x, *context
-                continue
-            start = 0
-            for block in self.disk.blocks(0, len(self.train)):
-                rows = slice(start, start := start + len(block))
-                yield block, *(each[rows].to(block.device) for each in context)
+            rows = self.split(name)
+            if self.disk is not None and name == "train":
+                yield from self.disk.blocks(*rows)
+            elif rows:
+                yield rows
 
     def split(self, name: str) -> tuple[Tensor, ...]:
         """The arguments of both programs for a whole split.
@@ -251,16 +263,18 @@ class Dataset:
         return x, *(getattr(self.context, name) if self.context else ())
 
     def to(self, device: torch.device | str | int | None) -> Dataset:
-        """The same data on another device; None leaves it where it is."""
+        """The same data on another device, but what is on disk; None leaves it where it is."""
         if device is None:
             return self
-        names = ("train", "valid", "test", "intensities")[self.disk is not None :]
+        names = ("valid", "test") if self.disk else ("train", "valid", "test", "intensities")
         moved: dict[str, Any] = {
             name: t.to(device) for name in names if (t := getattr(self, name)) is not None
         }
-        moved |= {"disk": self.disk.to(device)} if self.disk else {}
         labels = self.labels and Splits(*(y.to(device) for y in self.labels))
         context = self.context and Splits(*(tuple(t.to(device) for t in c) for c in self.context))
+        if self.disk:
+            moved["disk"] = self.disk.to(device)
+            context = context and context._replace(train=self.split("train")[1:])
         return replace(self, labels=labels, context=context, **moved)
 
 
@@ -308,7 +322,8 @@ def load_data(
             these out of x and hand them over in this order, ``[N]`` each: whole numbers as int64,
             categories and words as codes from 0 (``provenance["context_categories"]`` says of
             what), other numbers as float32. Of a ``.npz`` they are arrays, of any shape
-            ``[N, ...]``; of a ``.h5ad``, columns of obs.
+            ``[N, ...]``; of a ``.h5ad``, columns of obs; of a ``.npy`` ``[N, D]``, numbers of
+            columns, ``"0,-1"`` for the first and the last.
         labelled: How many training labels the programs are shown, as many of each class and the
             same ones for every ``seed``; all other labels of ``context`` are −1, those of
             validation and test data among them. ``.labels`` keeps every one.
@@ -319,12 +334,14 @@ def load_data(
         columns: The kind of some columns of a table, by name: real, positive, count, binary,
             categorical or ordinal; others are told by their dtype, as
             :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.
-        memory: A ``.npy`` file of float32, or a ``.parquet`` or ``.zarr`` file of numbers, whose
+        memory: A ``.npy``, ``.parquet`` or ``.zarr`` file, a memmap or a torch data set, whose
             rows take more than so many GiB as float32, by default half of the machine's memory,
-            stays on disk (the last two unpacked, as :func:`pyrovae.data.large.open_large` says),
-            and no more than that of it is in memory while :func:`pyrovae.fit` trains. Its last rows
-            are for validation and test, a tenth and a fifth of them, 10,000 and 20,000 at most:
-            shuffle a file that is sorted first.
+            stays on disk, and no more than that of it is in memory while :func:`pyrovae.fit`
+            trains. Rows that are not mapped as they are go to a temporary file, as
+            :func:`pyrovae.data.large.open_large` says: all but a ``.npy`` of float32 whose gaps
+            are no mask, and which is not binarized for good. The last rows are for validation and
+            test, a tenth and a fifth of them, 10,000 and 20,000 at most: shuffle what is sorted
+            first. Dynamic draws are from float32 intensities, also where uint8 in memory are not.
         shape: The event shape, where it is not the one that a file's is read as: ``"129,88"`` or
             ``[129, 88]`` for sequences of 129 steps, which would be images, ``"28,28"`` for rows
             of 784 columns.
@@ -345,21 +362,18 @@ def load_data(
     if missing not in MISSING:
         raise InputError(unknown("missing", str(missing), MISSING))
     events, named = _shape(shape), tuple(each for each in shown if each not in LABELLED)
-    if isinstance(name, str | Path) and name not in DATASETS:
-        path = Path(name).expanduser()
-        large = open_large(path, memory, physical_memory() // 2, named)
-        if large is not None:
-            alone = shown if path.suffix.lower() == ".npy" else ()
-            if alone or binarize != "none" or missing != "refuse" or columns:
-                which = f"binarize, {'context, ' if alone else ''}missing and columns"
-                raise InputError(
-                    f"Expected no {which} for {path}, which stays on disk: give a larger memory, "
-                    f"or (numpy.load(file, 'r'), *context) to fit."
-                )
-            data, index = _on_disk(path, *large, memory, root, events)
-            if shown:
-                data = _with_context(data, shown, large[0].context or {}, index, labelled)
-            return data.to(device)
+    where = None if root is None else str(root)
+    loaded = (str(name), where) if isinstance(name, str | Path) else None
+    large = None
+    if not isinstance(name, str) or name not in DATASETS:
+        large = open_large(name, memory, physical_memory() // 2, named, columns)
+    if large is not None:
+        options: dict[str, Any] = {"binarize": binarize, "seed": seed, "missing": missing}
+        data, index, masks = _on_disk(name, *large, events, columns or {}, memory, **options)
+        if shown:
+            data = _with_context(data, shown, large[0].context or {}, index, labelled)
+        data = data if masks is None else _masked(data, masks)
+        return replace(data, loaded=loaded).to(device)
     source = find_source(name, root, missing, columns, named, events)
     x = torch.from_numpy(source.arrays.x)
     if binarize != "none":
@@ -367,7 +381,8 @@ def load_data(
     rows, rule = split_rows(len(x), source.arrays.sizes, source.name)
     index = Splits(*rows)
     grey = (x[each].float() / source.scale for each in index)
-    train, valid, test = (_binarize(x, binarize, subseed(seed, i)) for i, x in enumerate(grey))
+    draws = _streams(seed)
+    train, valid, test = (_binarize(x, binarize, next(draws)) for x in grey)
     labels, classes = _labels(source.arrays, index)
     drawn = binarize in ("static", "dynamic")
     provenance = {
@@ -394,57 +409,121 @@ def load_data(
     if shown:
         data = _with_context(data, shown, source.arrays.context or {}, index, labelled)
     if mask is not None:
-        told = Splits(*(data.context or ((), (), ())))
-        masks = Splits(*((*rest, mask[rows]) for rest, rows in zip(told, index, strict=True)))
-        share = 1 - mask.float().mean().item()
-        data = replace(data, context=masks)
-        data.provenance.update(missing=missing, missing_share=share)
-    if isinstance(name, str | Path):
-        data = replace(data, loaded=(str(name), None if root is None else str(root)))
-    return data.to(device)
+        data.provenance.update(missing=missing, missing_share=1 - mask.float().mean().item())
+        data = _masked(data, Splits(*(mask[rows] for rows in index)))
+    return replace(data, loaded=loaded).to(device)
 
 
 def _on_disk(
-    path: Path,
+    source: Any,
     arrays: Arrays,
     scaling: str,
-    memory: float | None,
-    root: str | Path | None,
     shape: Sequence[int] | None,
-) -> tuple[Dataset, Splits[Any]]:
-    """The data set of arrays that stay on disk, and the rows of its splits."""
-    array = as_events(arrays.x, shape, str(path))
-    disk, n = Disk(array, memory or MEMORY), len(array)  # type: ignore[arg-type]
-    sizes, rule = split_end(n, str(path))
-    index = Splits(slice(sizes[0]), slice(sizes[0], -sizes[2]), slice(n - sizes[2], n))
-    digest = hashlib.sha256()
-    for start, block in enumerate(disk.blocks(0, n)):
-        if not bool(block.isfinite().all()):
-            raise InputError(
-                f"Expected finite float32 numbers in {path}, got NaN or infinite ones in part "
-                f"{start} of it: drop or fill these rows."
-            )
-        digest.update(block.numpy().data)
-    train, valid, test = mapped(disk.array).split(sizes)
+    kinds: Mapping[str, str],
+    memory: float | None,
+    **options: Any,
+) -> tuple[Dataset, Splits[Any], Splits[Tensor] | None]:
+    """The data set of arrays that stay on disk, the rows of its splits, and their masks."""
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    title = f"the {type(source).__name__}" if path is None else str(path)
+    shape = arrays.x.shape[1:] if shape is None and arrays.sequences else shape
+    raw: Any = as_events(arrays.x, shape, title)
+    columns = columns_left(arrays.columns, kinds, shape, arrays.x.shape[1:])
+    sizes, rule = split_end(len(raw), title)
+    filler = torch.from_numpy(fillers(arrays.columns))
+    filler = filler.reshape(raw.shape[1:]) if filler.dim() else filler
+    inside, gaps = arrays.mask, arrays.mask is not None or options["missing"] == "mask"
+    digest, found = _prepared(raw, sizes, title, memory or MEMORY, filler, inside, **options)
+    x, binarize = mapped(found[0]), options["binarize"]
+    train, valid, test = x.split(sizes)
+    index = Splits(slice(sizes[0]), slice(sizes[0], -sizes[2]), slice(sum(sizes[:2]), None))
     labels, classes = _labels(arrays, index)
-    provenance = {
-        "name": path.stem,
-        "source": path.name,
-        "sha256": digest.hexdigest(),
-        "shape": list(array.shape[1:]),
+    provenance: dict[str, Any] = {
+        "name": "data" if path is None else path.stem,
+        "source": type_name(source) if path is None else path.name,
+        "sha256": digest,
+        "shape": list(raw.shape[1:]),
         "sizes": dict(zip(Splits._fields, sizes, strict=True)),
         **rule,
         "scaling": scaling,
-        "binarize": "none",
+        "binarize": binarize,
+        "binarize_seed": options["seed"] if binarize in ("static", "dynamic") else None,
         "memory": memory,
         **classes,
     }
-    loaded = str(path), None if root is None else str(root)
+    if columns is not None:
+        provenance["columns"] = dict(kinds)
+        if binarize != "none":
+            columns = tuple(each._replace(loc=0.0, scale=1.0) for each in columns)
+    masks = None
+    if gaps:
+        share = 1 - int(np.count_nonzero(found[-1])) / found[-1].size
+        provenance.update(missing=options["missing"], missing_share=share)
+        one, *others = mapped(found[-1]).split(sizes)
+        masks = Splits(one, *(each.clone() for each in others))
+    # What a new draw of each batch is from.
+    levels = found[1] if binarize == "dynamic" else None
+    first, *beside = found if levels is None else (levels, *found[:1], *found[2:])
     data = Dataset(
-        path.stem, train.shape[1:], train, valid.clone(), test.clone(), labels,
-        provenance=provenance, loaded=loaded, disk=disk,
+        provenance["name"], train.shape[1:], train, valid.clone(), test.clone(), labels,
+        provenance=provenance, binarize=binarize, columns=columns,
+        intensities=None if levels is None else mapped(levels)[: sizes[0]],
+        disk=Disk(first, memory or MEMORY, beside=beside),
     )  # fmt: skip
-    return data, index
+    return data, index, masks
+
+
+def _prepared(
+    raw: np.memmap,
+    sizes: Sequence[int],
+    title: str,
+    memory: float,
+    filler: Tensor,
+    inside: np.ndarray | None,
+    *,
+    binarize: str,
+    seed: int,
+    missing: str,
+) -> tuple[str, list[np.memmap]]:
+    """Check the rows of all splits, and write what programs see of them, if it is another thing.
+
+    Returns:
+        A digest of the rows; x, the intensities if a draw of them is to be new for each batch,
+        and the mask if gaps are masked.
+    """
+    reader, digest = Disk(raw, memory / 4), hashlib.sha256()  # there are several of a block below
+    gaps, dynamic = missing == "mask" or inside is not None, binarize == "dynamic"
+
+    def blocks() -> Iterator[list[np.ndarray]]:
+        row = 0
+        for part, stream in zip(mapped(raw).split(list(sizes)), _streams(seed), strict=False):
+            for (block,) in reader.blocks(part):
+                digest.update(block.numpy().data)
+                seen = torch.ones_like(block, dtype=torch.bool)
+                if inside is not None:
+                    ends = np.array(inside[row : row + len(block)])
+                    seen = torch.from_numpy(ends).reshape(block.shape)
+                    block = torch.where(seen, block, filler)
+                finite(block.numpy(), title, missing, row)
+                row, seen = row + len(block), seen & ~block.isnan()
+                x = torch.where(seen, block, filler)
+                if binarize != "none":
+                    _check_intensities(x, 1.0, binarize)
+                more = ([x] if gaps and dynamic else []) + ([seen] if gaps else [])
+                yield [each.numpy() for each in (_binarize(x, binarize, stream), *more)]
+
+    if not gaps and binarize == "none":
+        deque(blocks(), maxlen=0)
+        return digest.hexdigest(), [raw]
+    found = written(blocks(), len(raw), title)
+    return digest.hexdigest(), [*found, raw] if dynamic and not gaps else found
+
+
+def _masked(data: Dataset, masks: Splits[Tensor]) -> Dataset:
+    """The same data with masks as the last of their context."""
+    told = Splits(*(data.context or ((), (), ())))
+    both = zip(told, masks, strict=True)
+    return replace(data, context=Splits(*((*rest, mask) for rest, mask in both)))
 
 
 def _shape(shape: str | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -569,12 +648,17 @@ def _shown_labels(data: Dataset, labelled: int | None) -> tuple[Splits[Tensor], 
     return shown, seed
 
 
-def _binarize(x: Tensor, how: str, seed: int) -> Tensor:
+def _streams(seed: int) -> Iterator[torch.Generator]:
+    """What the fixed draws of one split after another are from."""
+    return (torch.Generator().manual_seed(subseed(seed, i)) for i in count())
+
+
+def _binarize(x: Tensor, how: str, stream: torch.Generator) -> Tensor:
     if how == "none":
         return x
     if how == "threshold":
         return (x > 0.5).float()
-    return torch.bernoulli(x, generator=torch.Generator().manual_seed(seed))
+    return torch.bernoulli(x, generator=stream)
 
 
 def _check_intensities(x: Tensor, scale: float, how: str) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
+import shutil
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, progress_bar
 
 # GiB of an array that are in memory at once where nothing is said.
 MEMORY = 1.0
@@ -26,57 +31,65 @@ B = TypeVar("B")
 
 
 class Disk:
-    """The rows of an array on disk, ``memory`` bytes of which are in memory at most.
+    """The rows of arrays on disk, ``memory`` GiB of which are in memory at most.
 
     Rows are read by a thread, in the order of the epoch, into tensors that stay where they are, on
-    the ``device``: a compiled step gathers its batch from these as from data in memory.
+    the ``device``: a compiled step gathers its batch from these as from data in memory. ``array``
+    is what batches are made of, ``beside`` further arrays on disk of a row for each of its rows.
     """
 
     def __init__(
-        self, array: np.memmap, memory: float = MEMORY, device: torch.device | str | int = "cpu"
+        self,
+        array: np.memmap,
+        memory: float = MEMORY,
+        device: torch.device | str | int = "cpu",
+        beside: Sequence[np.memmap] = (),
     ) -> None:
         if not memory > 0:
             raise InputError(f"Expected memory > 0, in GiB, got {memory}.")
         self.array, self.gib, self.device = array, memory, torch.device(device)
-        _advise(array, "MADV_RANDOM")  # or else each row brings the 32 pages after it
-        self.memory, self.row = int(memory * 2**30), array[0].nbytes
+        self.beside, self.memory = tuple(beside), int(memory * 2**30)
+        for each in (array, *self.beside):
+            _advise(each, "MADV_RANDOM")  # or else each row brings the 32 pages after it
+        self.row = sum(each[:1].nbytes for each in (array, *self.beside))
         self._held: tuple[Tensor, ...] = ()
         self.at_hand: Any = None
 
     def to(self, device: torch.device | str | int) -> Disk:
-        """The same array for another device."""
-        return Disk(self.array, self.gib, device)
+        """The same arrays for another device."""
+        return Disk(self.array, self.gib, device, self.beside)
 
-    def read(self, index: Tensor) -> Tensor:
+    def read(self, index: Tensor, context: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """Copies of some rows ``[M, ...]``, in pinned memory where they go to a GPU."""
-        pinned = self.device.type == "cuda"
-        found = torch.empty(len(index), *self.array.shape[1:], pin_memory=pinned)
-        source = mapped(self.array)
+        sources = mapped(self.array), *context
+        found = [_room(len(index), each, self.device.type == "cuda") for each in sources]
         # In the order of the file and a range of it at a time, as a page fault maps what lies
         # around a row: 64 KiB in Linux before 6.18, and since then up to 2 MiB.
         rows, places = index.sort()
         span = max(1, self.memory // 4 // self.row)
         counts = torch.unique_consecutive(rows // span, return_counts=True)[1].tolist()
         for part, place in zip(rows.split(counts), places.split(counts), strict=True):
-            found.index_copy_(0, place, source.index_select(0, part))
+            for target, source in zip(found, sources, strict=True):
+                target.index_copy_(0, place, source.index_select(0, part))
             self._release()
-        return found
+        return tuple(found)
 
-    def blocks(self, first: int, last: int) -> Iterator[Tensor]:
-        """Copies of the rows of a range, a part at a time, on the device."""
+    def blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Copies of all rows of some tensors, a part at a time, on the device."""
         count = max(1, self.memory // 4 // self.row)
-        for start in range(first, last, count):
-            rows = self.array[start : min(start + count, last)]
-            block = torch.from_numpy(np.array(rows, order="C"))
+        for start in range(0, len(tensors[0]), count):
+            rows = (each[start : start + count] for each in tensors)
+            copies = [each.clone(memory_format=torch.contiguous_format) for each in rows]
             self._release()
-            yield block.to(self.device)
+            yield tuple(each.to(self.device) for each in copies)
 
     def held(self, rows: int, context: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors of x and its context that rows are read into, room for so many."""
         if not self._held or len(self._held[0]) < rows:
-            x = torch.empty(rows, *self.array.shape[1:], device=self.device)
-            more = (torch.empty(rows, *c.shape[1:], dtype=c.dtype) for c in context)
-            self._held = x, *(each.to(self.device) for each in more)
+            self._held = tuple(
+                torch.empty(rows, *each.shape[1:], dtype=each.dtype, device=self.device)
+                for each in (mapped(self.array), *context)
+            )
         return self._held
 
     def batches_at_once(self, size: int) -> int:
@@ -94,19 +107,25 @@ class Disk:
         # One after the other: all together are as large as the order of all rows.
         groups = (torch.cat([*batches[i : i + count]]) for i in range(0, len(batches), count))
         held = self.held(count * size, context)
-
-        def read(index: Tensor) -> tuple[Tensor, ...]:
-            index = index.cpu()
-            return self.read(index), *(each[index.to(each.device)] for each in context)
-
-        for rows in ahead(read, groups):
+        for rows in ahead(lambda index: self.read(index.cpu(), context), groups):
             for place, new in zip(held, rows, strict=True):
                 place[: len(new)].copy_(new, non_blocking=True)
             yield torch.arange(len(rows[0]), device=self.device).split(size)
 
     def _release(self) -> None:
         """Give back what is mapped: else it counts as memory until somebody else needs it."""
-        _advise(self.array, "MADV_DONTNEED")
+        for each in (self.array, *self.beside):
+            _advise(each, "MADV_DONTNEED")
+
+
+def _room(rows: int, like: Tensor, pinned: bool) -> Tensor:
+    """A tensor for so many rows, whose memory is given back at once when it is not needed."""
+    shape = rows, *like.shape[1:]
+    if pinned:
+        return torch.empty(shape, dtype=like.dtype, pin_memory=True)
+    # glibc keeps what it has given out by parts of up to 32 MiB: a few of them for each thread.
+    size = math.prod(shape) * like.dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).reshape(shape)
 
 
 def _advise(array: np.memmap, how: str) -> None:
@@ -115,9 +134,51 @@ def _advise(array: np.memmap, how: str) -> None:
 
 
 def mapped(array: np.memmap) -> Tensor:
-    """A float32 array on disk as a tensor of the same bytes, which are never written."""
+    """An array on disk as a tensor of the same bytes, which are never written."""
     with warnings.catch_warnings(action="ignore"):
         return torch.from_numpy(array)
+
+
+def written(blocks: Iterable[Sequence[np.ndarray]], rows: int, title: str) -> list[np.memmap]:
+    """Write arrays to files without a name, in the folder that ``TMPDIR`` names.
+
+    Args:
+        blocks: Some rows of each array, one after the other.
+        rows: How many rows there are, as far as that is known.
+        title: What they are the rows of.
+
+    Returns:
+        The arrays; the file of each is gone when the last view of it is.
+    """
+    blocks, folder = iter(blocks), _folder()
+    first = next(blocks)
+    size = rows * sum(each[:1].nbytes for each in first)
+    if size > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"Expected room for {size / 2**30:.3g} GiB, the rows of {title} as they are used, in "
+            f"{folder}, got {free / 2**30:.3g} GiB: name a folder with more in TMPDIR."
+        )
+    bar, done = progress_bar(None, total=rows, desc=f"unpacking {title}", unit="row"), 0
+    with ExitStack() as opened, bar:
+        files = [opened.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in first]
+        for block in chain([first], blocks):
+            for file, values in zip(files, block, strict=True):
+                file.write(np.ascontiguousarray(values).data)
+            done += len(block[0])
+            bar.update(len(block[0]))
+        for file in files:
+            file.flush()
+        shapes = [(done, *values.shape[1:]) for values in first]
+        return [
+            np.memmap(file, values.dtype, "r", shape=shape)
+            for file, values, shape in zip(files, first, shapes, strict=True)
+        ]
+
+
+def _folder() -> str:
+    """Where large temporary files go: /tmp is in memory on many systems, /var/tmp on none."""
+    asked = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return "/var/tmp" if os.path.isdir("/var/tmp") and not asked else tempfile.gettempdir()
 
 
 def is_on_disk(value: object) -> bool:
@@ -129,23 +190,6 @@ def is_on_disk(value: object) -> bool:
         and value.ndim > 1
         and value.size > 0
     )
-
-
-def open_array(path: Path, most: int) -> np.memmap | None:
-    """A ``.npy`` file of more than so many bytes, which stays on disk."""
-    if not path.is_file() or path.stat().st_size <= most:
-        return None
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except ValueError:
-        return None  # what is no array is told of where it is read
-    if not is_on_disk(array):
-        raise InputError(
-            f"Expected float32 rows [N, ...] in C order in {path}, which stays on disk, got "
-            f"{array.dtype} {list(array.shape)}: convert it once, a part at a time, with "
-            f"numpy.lib.format.open_memmap(new, 'w+', 'float32', shape)."
-        )
-    return array
 
 
 def ahead(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

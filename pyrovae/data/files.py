@@ -113,7 +113,11 @@ def read_arrays(
         except (OSError, KeyError, TypeError) as error:
             raise _unreadable(path, error) from error
     arrays = _read_zarr(path) if suffix == ".zarr" else _read_numpy(path)
-    taken = take_arrays(arrays, context, path)
+    if suffix == ".npy" and context:
+        rest, taken = take_columns(arrays[""], context, path)
+        arrays = {"": arrays[""][:, rest]}
+    else:
+        taken = take_arrays(arrays, context, path)
     return checked(arrays, path, missing)._replace(context=taken)
 
 
@@ -132,10 +136,42 @@ def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
     arrays = {"x": table.x} | ({} if table.y is None else {"y": table.y})
     found = checked(arrays, path, missing)._replace(columns=table.columns)
     if found.mask is not None:
-        # What stands at a gap is not scored, but has to have a logarithm where others do.
-        positive = np.array([column.kind == "positive" for column in table.columns])
-        return found._replace(x=np.where(~found.mask & positive, np.float32(1), found.x))
+        return found._replace(x=np.where(found.mask, found.x, fillers(table.columns)))
     return found
+
+
+def fillers(columns: Schema | None) -> np.ndarray:
+    """What stands at the gaps of each column: it is not scored, but may need a logarithm."""
+    positive = None if columns is None else [column.kind == "positive" for column in columns]
+    return np.asarray(0 if positive is None else positive, np.float32)
+
+
+def take_columns(x: np.ndarray, names: Sequence[str], path: Path) -> tuple[list[int], Context]:
+    """The columns of an array that are no context, and those that are, by their numbers."""
+    columns = range(x.shape[1] if x.ndim == 2 else 0)
+    try:
+        numbers = [columns[int(name)] for name in names]
+    except (ValueError, IndexError):
+        numbers = []
+    if not numbers or len({*numbers}) < len(numbers):
+        raise InputError(
+            f"Expected numbers of columns [N, D] of {path} for context, each once, from 0 or, "
+            f"backwards, from -1, got {','.join(names)!r} for {list(x.shape)}: the columns of a "
+            f".csv or .parquet file and the arrays of a .npz have names."
+        )
+    taken: Context = {
+        name: (_context(x[:, n], name, path), ()) for name, n in zip(names, numbers, strict=True)
+    }
+    return [n for n in columns if n not in numbers], taken
+
+
+def _context(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """Numbers of a context as int64, if they are whole, or finite float32."""
+    return (
+        values.astype(np.int64)
+        if values.dtype.kind in "biu"
+        else finite(values, title_of(path, name))
+    )
 
 
 def take_arrays(
@@ -153,10 +189,8 @@ def take_arrays(
                 f"{near}; name it in np.savez(file, x=..., {name}=...)."
             )
         values = np.concatenate([read(arrays.pop(part)) for part in parts])
-        if values.dtype.kind in "biu":
-            found[name] = values.astype(np.int64), ()
-        elif values.dtype.kind == "f":
-            found[name] = _finite(values, title_of(path, name)), ()
+        if values.dtype.kind in "biuf":
+            found[name] = _context(values, name, path), ()
         else:
             words, codes = np.unique(values.astype(str), return_inverse=True)
             found[name] = codes.astype(np.int64), tuple(words.tolist())
@@ -166,7 +200,7 @@ def take_arrays(
 def checked(arrays: Mapping[str, np.ndarray], path: Path, missing: str) -> Arrays:
     """The rows and labels of named arrays, if they are finite numbers; the path names them."""
     names, sequences = roles(arrays, path), _lengths(arrays, path)
-    inside = [_inside(arrays, x, path) if sequences else None for x, _ in names]
+    inside = [ends_inside(arrays, x, path) if sequences else None for x, _ in names]
     raw = [
         arrays[x] if seen is None else np.where(seen, arrays[x], arrays[x].dtype.type(0))
         for (x, _), seen in zip(names, inside, strict=True)
@@ -203,7 +237,7 @@ def _lengths_of(x: str) -> str:
     return "lengths" + x.removeprefix("x")
 
 
-def _inside(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+def ends_inside(arrays: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     """Where sequences have not ended, ``[N, T, D]``."""
     x, lengths = arrays[name], arrays[_lengths_of(name)]
     title = title_of(path, _lengths_of(name))
@@ -351,7 +385,7 @@ def _rows(x: np.ndarray, title: str, missing: str) -> np.ndarray:
     if x.size == 0:
         what = "rows" if len(x) == 0 else "columns"
         raise InputError(f"Expected data in {title}, got no {what}: shape {list(x.shape)}.")
-    return x if x.dtype == np.uint8 else _finite(x, title, missing)
+    return x if x.dtype == np.uint8 else finite(x, title, missing)
 
 
 def checked_labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
@@ -366,20 +400,24 @@ def checked_labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
         if y.max() > np.iinfo(np.int64).max:
             raise InputError(f"Expected labels below 2^63 in {title}, got {y.max()}.")
         return y.astype(np.int64)
-    return _finite(y, title) if y.dtype.kind == "f" else y.astype(str)
+    return finite(y, title) if y.dtype.kind == "f" else y.astype(str)
 
 
-def _finite(x: np.ndarray, title: str, missing: str = "") -> np.ndarray:
-    """float32; ``missing`` says what NaN is in data, and nothing in labels."""
+def finite(x: np.ndarray, title: str, missing: str = "", first: int | None = None) -> np.ndarray:
+    """float32; ``missing`` says what NaN is in data, and nothing in labels.
+
+    Of a part of all rows, ``first`` is the number of its first.
+    """
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     bad = np.isinf(x) if missing == "mask" else ~np.isfinite(x)
     if bad.any():
-        row = int(bad.reshape(len(x), -1).any(1).argmax())
+        row = int(bad.reshape(len(x), -1).any(1).argmax()) + (first or 0)
+        more = "" if first is None else " or more"
         mend = ", or take missing='mask' (--missing mask)" if missing == "refuse" else ""
         kind = "infinite" if missing == "mask" else "NaN or infinite"
         raise InputError(
-            f"Expected finite float32 numbers in {title}, got {int(bad.sum())} {kind}, "
+            f"Expected finite float32 numbers in {title}, got {int(bad.sum())}{more} {kind}, "
             f"the first in row {row} (counting from 0); drop or fill these rows{mend}."
         )
     return x

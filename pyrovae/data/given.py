@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, require_memory
+from pyrovae._tools import InputError, InputTypeError, physical_memory, require_memory
+from pyrovae.data.disk import mapped, written
 from pyrovae.data.tables import Schema, read_table, to_pandas
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
             an AnnData, whose ``X`` is taken; a torch ``Dataset`` with a length, any other object
             with a length whose items are data, or a ``DataLoader`` of one. Items that are tuples or
             dicts give x first, or the one that is called x, and context after it. Every datum is
-            read once, in the order of its number.
+            read once, in the order of its number, as the loader's ``collate_fn`` and workers have
+            it; what takes more than half of the machine's memory goes to a temporary file.
         context: Further arguments, likewise; numbers with a fraction become float32, others int64.
 
     Returns:
@@ -44,10 +47,10 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
 
     Raises:
         InputError: If they are no real numbers, whole numbers that float32 does not have, words,
-            or more than memory can hold.
+            or more than memory or, for a torch data set, the disk can hold.
     """
-    if _is_torch_data(x):
-        x, *more = _items(x)
+    if is_torch_data(x):
+        x, *more = (each if isinstance(each, Tensor) else mapped(each) for each in read_items(x))
         context = (*more, *context)
     return _numbers(x, first=True), *(_numbers(each, first=False) for each in context)
 
@@ -191,7 +194,7 @@ def _array(x: np.ndarray, first: bool) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x))
 
 
-def _is_torch_data(value: Any) -> bool:
+def is_torch_data(value: Any) -> bool:
     """Whether it is a torch data set or loader, or a data set that follows their protocol."""
     from torch.utils.data import DataLoader, Dataset
 
@@ -205,7 +208,13 @@ def _is_torch_data(value: Any) -> bool:
 
 def as_loader(data: Any) -> DataLoader:
     """What reads every datum of a torch data set, or of a loader of one, in order."""
-    from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+    from torch.utils.data import (
+        BatchSampler,
+        DataLoader,
+        IterableDataset,
+        RandomSampler,
+        SequentialSampler,
+    )
 
     given: DataLoader | None = data if isinstance(data, DataLoader) else None
     source = data if given is None else given.dataset
@@ -214,39 +223,78 @@ def as_loader(data: Any) -> DataLoader:
             f"Expected data with a length that are read by number, got {type(source).__name__}: "
             f"an epoch is a pass over every datum; give the data set a __len__ and a __getitem__."
         )
+    if given is None and package_of(source) == "datasets" and hasattr(source, "with_format"):
+        source = source.with_format("torch")  # or else numbers come as lists
     how: dict[str, Any] = {"batch_size": AT_ONCE, "generator": torch.Generator()}
     if given is not None:
-        sampler = given.sampler
-        if not isinstance(sampler, RandomSampler | SequentialSampler) or getattr(
-            sampler, "replacement", False
+        order: Any = given.batch_sampler
+        order = order.sampler if type(order) is BatchSampler else order
+        if not isinstance(order, RandomSampler | SequentialSampler) or getattr(
+            order, "replacement", False
         ):
+            what = "batch_size=None" if order is None else type(order).__name__
             raise InputTypeError(
-                f"Expected a DataLoader that takes each datum once, got {type(sampler).__name__}: "
-                f"fit has an order of its own; give the data set in place of its loader."
+                f"Expected a DataLoader that takes each datum once, got {what}: fit makes batches "
+                f"in an order of its own; give the data set in place of its loader."
             )
-        how |= {"collate_fn": given.collate_fn, "num_workers": given.num_workers}
+        kept = "collate_fn", "num_workers", "worker_init_fn", "multiprocessing_context"
+        how |= {name: getattr(given, name) for name in kept}
     return DataLoader(source, **how)
 
 
-def _items(data: Any) -> tuple[Tensor, ...]:
-    """All data of a torch data set ``(x, *context)``, each ``[N, ...]``."""
+def exceeds(data: Any, most: int) -> bool:
+    """Whether all data of a torch data set take more than so many bytes, and are not mapped yet."""
+    from torch.utils.data import TensorDataset
+
+    if isinstance(data, TensorDataset):
+        return False
+    loader = as_loader(data)
+    return _size(next(_parts(loader), ()), loader) > most
+
+
+def read_items(data: Any, most: int | None = None) -> tuple[Any, ...]:
+    """All data of a torch data set ``(x, *context)``, each ``[N, ...]``.
+
+    Args:
+        data: The data set, or a loader of one.
+        most: The bytes beyond which they are written to a temporary file, as they are read, and
+            are memmaps; by default half of the machine's memory.
+    """
     from torch.utils.data import TensorDataset
 
     if isinstance(data, TensorDataset):
         return data.tensors
-    if package_of(data) == "datasets" and hasattr(data, "with_format"):
-        data = data.with_format("torch")  # or else numbers come as lists
     loader = as_loader(data)
-    parts: list[tuple[Tensor, ...]] = []
-    for batch in loader:
-        rows = _named(batch)
-        if not parts:
-            for row in rows:
-                require_memory("The data set", row[:1], len(loader.dataset))  # type: ignore[arg-type]
-        parts.append(rows)
-    if not parts:
+    parts = _parts(loader)
+    first = next(parts, None)
+    if first is None:
         raise InputError("Expected at least one datum, got an empty data set.")
+    parts = chain([first], parts)
+    if _size(first, loader) > (physical_memory() // 2 if most is None else most):
+        arrays = ([each.numpy() for each in rows] for rows in parts)
+        title = f"the {type(loader.dataset).__name__}"
+        return tuple(written(arrays, len(loader.dataset), title))  # type: ignore[arg-type]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _size(rows: tuple[Tensor, ...], loader: DataLoader) -> int:
+    """The bytes that all data take, by some of them."""
+    each = sum(row[:1].numel() * row.element_size() for row in rows)
+    return each * len(loader.dataset)  # type: ignore[arg-type]
+
+
+def _parts(loader: DataLoader) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each batch, all of whose data are alike."""
+    first: list[tuple] = []
+    for rows in map(_named, loader):
+        alike = [(row.shape[1:], row.dtype) for row in rows]
+        if alike != (first := first or alike):
+            told = [" and ".join(f"{t} {list(s)}" for s, t in each) for each in (first, alike)]
+            raise InputError(
+                f"Expected data of one shape and type from a data set and its collate_fn, got "
+                f"{told[0]}, and then {told[1]}: pad or convert them there."
+            )
+        yield rows
 
 
 def _named(batch: Any) -> tuple[Tensor, ...]:

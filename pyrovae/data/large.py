@@ -1,45 +1,56 @@
-"""Files that are larger than memory: mapped as they are, or unpacked once into a file that is."""
+"""Data that are larger than memory: mapped as they are, or unpacked once into a file that is."""
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from pyrovae._tools import InputError, progress_bar
-from pyrovae.data.disk import MEMORY, open_array
+from pyrovae._tools import InputError
+from pyrovae.data.disk import MEMORY, is_on_disk, written
 from pyrovae.data.files import (
     Arrays,
     as_events,
     checked_labels,
     encoded,
+    ends_inside,
     open_zarr,
     plain,
     roles,
     take_arrays,
+    take_columns,
     title_of,
 )
+from pyrovae.data.given import exceeds, is_torch_data, read_items
+from pyrovae.data.sources import split_end
 from pyrovae.data.tables import (
-    LABELS,
+    Column,
     Context,
+    Schema,
+    check_columns,
+    is_label,
     labels_of,
+    measured,
     named_columns,
     parquet_files,
+    read_column,
     take_context,
 )
+
+# The kinds of columns that are asked for, by name.
+Kinds = Mapping[str, str] | None
 
 
 class Packed(NamedTuple):
     """Rows that have to be decoded: ``[N, ...]``, ``step`` of them together at least.
 
     ``blocks(count)`` yields about so many at a time, ``beside()`` reads labels and context, and
-    uint8 have to be told from numbers that are taken as they are.
+    uint8 have to be told from numbers that are taken as they are. ``mask`` is true where sequences
+    have not ended, ``array`` are the rows where they can be mapped as they are.
     """
 
     shape: tuple[int, ...]
@@ -47,47 +58,114 @@ class Packed(NamedTuple):
     dtype: Any
     blocks: Callable[[int], Iterator[np.ndarray]]
     beside: Callable[[], tuple[np.ndarray | None, Context]]
+    columns: Schema | None = None
+    mask: np.ndarray | None = None
+    array: np.memmap | None = None
 
 
 def open_large(
-    path: Path, memory: float | None, limit: int, context: Sequence[str] = ()
+    source: Any,
+    memory: float | None,
+    limit: int,
+    context: Sequence[str] = (),
+    kinds: Kinds = None,
 ) -> tuple[Arrays, str] | None:
-    """A file whose rows stay on disk: one of more than ``memory`` GiB, or a limit in bytes.
+    """Data whose rows stay on disk: of more than ``memory`` GiB, or a limit in bytes.
 
-    A ``.npy`` file of float32 is mapped. Parquet and Zarr decode whole row groups and chunks, of
-    which an epoch in a random order would need all for each batch: their rows are unpacked once,
-    as float32, into a file without a name, in the folder that ``TMPDIR`` names. It is gone when the
-    last array of it is.
+    A ``.npy`` file of float32 is mapped. Parquet and Zarr decode whole row groups and chunks, and
+    a torch data set every datum by itself: of these an epoch in a random order would need all for
+    each batch, so their rows are unpacked once, as float32, into a file without a name, in the
+    folder that ``TMPDIR`` names. It is gone when the last array of it is.
 
     Returns:
-        The file's arrays, x a memmap, and how they were scaled; or None where it is smaller, or of
+        The arrays, x a memmap, and how they were scaled; or None where they are smaller, or are of
         another kind.
     """
     most = limit if memory is None else int(memory * 2**30)
-    if path.suffix.lower() == ".npy":
-        array = open_array(path, most)
-        return None if array is None else (Arrays(array), "none")
-    if path.suffix.lower() not in OPENERS or not path.exists():
-        return None
-    packed = OPENERS[path.suffix.lower()](path, context, most)
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        suffix = path.suffix.lower()
+        if suffix not in OPENERS or not path.exists():
+            return None
+        packed = OPENERS[suffix](path, context, most, kinds)
+    else:
+        path = Path(f"the {type(source).__name__}")
+        found = _memmap if isinstance(source, np.memmap) else _items
+        packed = found(source, path, context, most, kinds)
     if packed is None:
         return None
     if len(packed.shape) < 2 or not all(packed.shape):
         raise InputError(f"Expected rows [N, ...] in {path}, got {list(packed.shape)}.")
+    if np.dtype(packed.dtype).kind not in "biuf":
+        raise InputError(f"Expected real numbers in {path}, got dtype {packed.dtype}.")
     y, taken = packed.beside()
     ys = [] if y is None else [checked_labels(y, packed.shape[0], title_of(path, "y"))]
-    count = _rows_at_once(packed, path, int((memory or MEMORY) * 2**30))
-    grey = packed.dtype == np.uint8 and any(block.max() > 1 for block in packed.blocks(count))
-    array = _unpacked(packed, path, count, 255 if grey else 1)
+    array, grey = packed.array, False
+    if array is None:
+        count = _rows_at_once(packed, path, int((memory or MEMORY) * 2**30))
+        grey = packed.dtype == np.uint8 and any(block.max() > 1 for block in packed.blocks(count))
+        array = _unpacked(packed, path, count, 255 if grey else 1)
     labels, classes = encoded(ys, path)
-    arrays = Arrays(array, labels, None, classes, context=taken)
+    arrays = Arrays(
+        array, labels, None, classes, packed.mask, packed.columns, taken, packed.mask is not None
+    )
     return arrays, "uint8 / 255" if grey else "none"
 
 
-def _parquet(path: Path, context: Sequence[str], most: int) -> Packed | None:
-    """The rows of a Parquet file, or of a folder of them, whose columns are numbers."""
+def _npy(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
+    """The rows of a ``.npy`` file, and columns of it by their numbers."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError):
+        return None  # what is no array is told of where it is read
+    return _memmap(array, path, context, most, kinds)
+
+
+def _memmap(
+    array: np.memmap, path: Path, context: Sequence[str], most: int, kinds: Kinds
+) -> Packed | None:
+    if 4 * array.size <= most:
+        return None
+    _no_kinds(kinds, path)
+    rest, taken = take_columns(array, context, path) if context else (None, {})
+    return _mapped(array, rest, lambda: (None, taken))
+
+
+def _items(data: Any, path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
+    """The data of a torch data set, of x or of x and a label."""
+    if not is_torch_data(data) or not exceeds(data, most):
+        return None
+    _no_kinds(kinds, path)
+    if context:
+        raise InputError(
+            f"Expected no names in context for {path}, whose columns have none, got "
+            f"{','.join(context)}: fit takes all that a datum has beside x as context."
+        )
+    array, *more = read_items(data, most)
+    if len(more) > 1:
+        raise InputError(
+            f"Expected x, or x and a label, in each datum of {path}, got {1 + len(more)} tensors: "
+            f"give it to fit, which takes the others as context."
+        )
+    return _mapped(array, None, lambda: (np.asarray(more[0]) if more else None, {}))
+
+
+def _mapped(array: Any, columns: Sequence[int] | None, beside: Callable) -> Packed:
+    """Rows that are on disk already, or some columns of them."""
+
+    def blocks(count: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(array), count):
+            block = np.asarray(array[start : start + count])
+            yield block if columns is None else block[:, columns]
+
+    shape = array.shape if columns is None else (len(array), len(columns))
+    ready = array if columns is None and is_on_disk(array) else None
+    return Packed(shape, 1, array.dtype, blocks, beside, array=ready)
+
+
+def _parquet(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
+    """The rows of a Parquet file, or of a folder of them, with their columns as a table's."""
     import pandas as pd
-    from pyarrow import types
 
     try:
         files = parquet_files(path)
@@ -96,37 +174,41 @@ def _parquet(path: Path, context: Sequence[str], most: int) -> Packed | None:
     schema, rows = files[0].schema_arrow, sum(each.metadata.num_rows for each in files)
     index = (schema.pandas_metadata or {}).get("index_columns", [])
     names = [name for name in schema.names if name not in index]
-    labels = [name for name in names if name.strip().lower() in LABELS and name not in context]
+    labels = [name for name in names if is_label(name) and name not in context]
     of_x = [name for name in names if name not in {*labels, *context}]
     if 4 * rows * len(of_x) <= most:
         return None
     named_columns(context, names, str(path))
-    for name in of_x:
-        kind = schema.field(name).type
-        if not (types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind)):
-            raise InputError(
-                f"Expected numbers in column {name!r} of {path}, which stays on disk, got {kind}: "
-                f"make it numbers, name it in context, leave it out, or give a larger memory."
-            )
+    check_columns([*of_x, *labels], kinds or {}, str(path))
+    columns: list[Column] = []
+    train = split_end(rows, str(path))[0][0]
+
+    def frame(wanted: Sequence[str]) -> pd.DataFrame:
+        return pd.concat([each.read(wanted).to_pandas() for each in files], ignore_index=True)
+
+    def numbers() -> Iterator[tuple[np.ndarray]]:
+        for name in of_x:
+            column, values = read_column(frame([name])[name], (kinds or {}).get(name), str(path))
+            x = values.astype(np.float32)
+            rows_of_train = torch.from_numpy(x[:train, None])
+            columns.extend(measured((column,), rows_of_train, ~rows_of_train.isnan()))
+            yield (x[None],)
+
+    # A column at a time, as its kind is told by all of its values.
+    (by_column,) = written(numbers(), len(of_x), f"the columns of {path.name}")
 
     def blocks(count: int) -> Iterator[np.ndarray]:
-        for each in files:
-            for batch in each.iter_batches(count, columns=of_x, use_threads=False):
-                block = np.empty((batch.num_rows, len(of_x)), np.float32)
-                for j, name in enumerate(of_x):
-                    block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
-                yield block
+        for start in range(0, rows, count):
+            yield by_column[:, start : start + count].T
 
     def beside() -> tuple[np.ndarray | None, Context]:
-        wanted = [*labels, *context]
-        frame = pd.concat([each.read(wanted).to_pandas() for each in files], ignore_index=True)
-        rest, taken = take_context(frame, context, str(path))
+        rest, taken = take_context(frame([*labels, *context]), context, str(path))
         return (labels_of(rest[labels[0]], str(path)) if labels else None), taken
 
-    return Packed((rows, len(of_x)), 1, np.float32, blocks, beside)
+    return Packed((rows, len(of_x)), 1, np.float32, blocks, beside, tuple(columns))
 
 
-def _zarr(path: Path, context: Sequence[str], most: int) -> Packed | None:
+def _zarr(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
     """The rows of a Zarr array, or of x in a group that may have labels and context."""
     try:
         arrays: dict[str, Any] = open_zarr(path)
@@ -137,6 +219,7 @@ def _zarr(path: Path, context: Sequence[str], most: int) -> Packed | None:
     size = sum(4 * math.prod(arrays[x].shape) for x, _ in names)
     if size <= most:
         return None
+    _no_kinds(kinds, path)
     if len(names) > 1:
         raise InputError(
             f"Expected one array x in {path}, which stays on disk, got {', '.join(dict(names))}: "
@@ -144,30 +227,28 @@ def _zarr(path: Path, context: Sequence[str], most: int) -> Packed | None:
         )
     ((name, labels),) = names
     x = arrays[name]
+    mask = None
     if "lengths" in arrays:
-        raise InputError(
-            f"Expected no lengths in {path}, which stays on disk and has no room for a mask: give "
-            f"a larger memory, or shorter parts of the sequences."
-        )
-    if x.dtype.kind not in "biuf":
-        raise InputError(f"Expected real numbers in {title_of(path, name)}, got dtype {x.dtype}.")
-    shape = as_events(np.empty((0, *x.shape[1:]), bool), None, name).shape[1:]
+        mask = ends_inside({name: x, "lengths": plain(arrays["lengths"])}, name, path)
+    as_they_are = None if mask is None else x.shape[1:]
+    shape = as_events(np.empty((0, *x.shape[1:]), bool), as_they_are, name).shape[1:]
     step = x.chunks[0]
 
     def blocks(count: int) -> Iterator[np.ndarray]:
         count = max(step, count // step * step)
         for start in range(0, x.shape[0], count):
-            yield as_events(x[start : start + count], None, name)
+            yield as_events(x[start : start + count], as_they_are, name)
 
     def beside() -> tuple[np.ndarray | None, Context]:
         given = {each: array for each, array in arrays.items() if each in context}
         taken = take_arrays({**apart, **given}, context, path, plain)
         return (plain(arrays[labels]) if labels else None), taken
 
-    return Packed((x.shape[0], *shape), step, x.dtype, blocks, beside)
+    return Packed((x.shape[0], *shape), step, x.dtype, blocks, beside, mask=mask)
 
 
-OPENERS: Mapping[str, Callable[[Path, Sequence[str], int], Packed | None]] = {
+OPENERS: Mapping[str, Callable[[Path, Sequence[str], int, Kinds], Packed | None]] = {
+    ".npy": _npy,
     ".parquet": _parquet,
     ".zarr": _zarr,
 }
@@ -188,24 +269,16 @@ def _rows_at_once(packed: Packed, path: Path, memory: int) -> int:
 
 def _unpacked(packed: Packed, path: Path, count: int, scale: int) -> np.memmap:
     """All rows over a scale, so many of them at a time, as a memmap of float32."""
-    folder, size = _folder(), 4 * math.prod(packed.shape)
-    if size > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"Expected room for {size / 2**30:.3g} GiB, the rows of {path} as float32, in "
-            f"{folder}, got {free / 2**30:.3g} GiB: name a folder with more in TMPDIR."
-        )
-    bar = progress_bar(None, total=packed.shape[0], desc=f"unpacking {path.name}", unit="row")
-    with tempfile.TemporaryFile(dir=folder) as file, bar:
+
+    def blocks() -> Iterator[tuple[np.ndarray]]:
         for block in packed.blocks(count):
             # As data in memory are scaled.
             values = np.ascontiguousarray(block, np.float32)
-            file.write((values / np.float32(scale) if scale != 1 else values).data)
-            bar.update(len(block))
-        file.flush()
-        return np.memmap(file, np.float32, "r", shape=packed.shape)
+            yield (values / np.float32(scale) if scale != 1 else values,)
+
+    return written(blocks(), packed.shape[0], path.name)[0]
 
 
-def _folder() -> str:
-    """Where large temporary files go: /tmp is in memory on many systems, /var/tmp on none."""
-    asked = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return "/var/tmp" if os.path.isdir("/var/tmp") and not asked else tempfile.gettempdir()
+def _no_kinds(kinds: Kinds, path: Path) -> None:
+    if kinds:
+        raise InputError(f"Expected a table for columns={dict(kinds)}, got {path}.")

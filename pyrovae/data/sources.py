@@ -31,7 +31,7 @@ from pyrovae.data.files import (
 from pyrovae.data.given import as_tensors, dense, package_of
 from pyrovae.data.images import draw_shapes, read_folder
 from pyrovae.data.sequences import read_chorales
-from pyrovae.data.tables import read_table, take_context, to_pandas
+from pyrovae.data.tables import Schema, read_table, take_context, to_pandas
 
 # Fixed, so that every run on a data set holds the same rows back, whatever its own seed.
 SPLIT_SEED = 0
@@ -87,20 +87,30 @@ def find_source(
     x, mask = source.arrays.x, source.arrays.mask
     if missing == "mask" and mask is None:
         mask = np.ones(x.shape, bool)
-    columns = source.arrays.columns
-    if shape is not None and columns and tuple(shape) != x.shape[1:]:
-        if kinds:
-            raise InputError(
-                f"Expected a table for columns={dict(kinds)}, got shape={tuple(shape)}: leave one "
-                f"of them out."
-            )
-        columns = None
+    columns = columns_left(source.arrays.columns, kinds, shape, x.shape[1:])
     if shape is None and source.arrays.sequences:
         shape = x.shape[1:]
     x = np.ascontiguousarray(as_events(x, shape, source.name))
     if mask is not None:
         mask = np.ascontiguousarray(as_events(mask, shape, source.name))
     return source._replace(arrays=source.arrays._replace(x=x, mask=mask, columns=columns))
+
+
+def columns_left(
+    columns: Schema | None,
+    kinds: Mapping[str, str] | None,
+    shape: Sequence[int] | None,
+    row: tuple[int, ...],
+) -> Schema | None:
+    """The columns of a table, whose rows have one shape, unless it is to have another."""
+    if not columns or shape is None or tuple(shape) == row:
+        return columns
+    if kinds:
+        raise InputError(
+            f"Expected a table for columns={dict(kinds)}, got shape={tuple(shape)}: leave one "
+            f"of them out."
+        )
+    return None
 
 
 def _read(
@@ -160,7 +170,7 @@ def _in_memory(
 ) -> Source:
     """Read what somebody has at hand: a frame, an AnnData, an array or a torch data set."""
     kind, where = package_of(data), Path(f"the {type(data).__name__}")
-    title = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}"
+    title = type_name(data)
     if kind in ("pandas", "polars") and hasattr(data, "columns"):
         frame, taken = take_context(to_pandas(data), context, "the frame")
         arrays = table_arrays(read_table(frame, "the frame", kinds), Path("the frame"), missing)
@@ -183,6 +193,11 @@ def _in_memory(
         )
     named = {name: each.numpy(force=True) for name, each in zip("xy", (x, *more), strict=False)}
     return _hashed("data", checked(named, where, missing), title)
+
+
+def type_name(data: Any) -> str:
+    """Where data come from that have no file."""
+    return f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}"
 
 
 def _hashed(name: str, arrays: Arrays, title: str) -> Source:

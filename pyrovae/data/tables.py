@@ -202,25 +202,37 @@ def read_table(
         words: Whether words make a column categorical, or are refused where no kind is given.
     """
     frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
-    labels = [name for name in frame.columns if name.strip().lower() in LABELS]
-    if len(labels) > 1 or not frame.columns.is_unique:
-        what = "at most one column of labels" if len(labels) > 1 else "columns of different names"
-        raise InputError(f"Expected {what} in {title}, got {labels or list(frame.columns)}.")
+    labels, kinds = [name for name in frame.columns if is_label(name)], kinds or {}
+    check_columns(list(frame.columns), kinds, title)
     y = labels_of(frame[labels[0]], title) if labels else None
-    frame, kinds = frame.drop(columns=labels), dict(kinds or {})
-    for name, kind in kinds.items():
-        if name not in frame or kind not in KINDS:
-            known = list(KINDS) if name in frame else list(frame.columns)
-            raise InputError(
-                f"Expected a column and its kind, one of {', '.join(KINDS)}, got {name}={kind} for "
-                f"{title}{did_you_mean(kind if name in frame else name, known)}."
-            )
+    frame = frame.drop(columns=labels)
     columns, values = [], []
     for name in frame.columns:
-        column, numbers = _column(frame[name], kinds.get(name), title, words)
+        column, numbers = read_column(frame[name], kinds.get(name), title, words)
         columns.append(column)
         values.append(numbers)
     return Table(np.stack(values, 1) if values else np.empty((len(frame), 0)), y, tuple(columns))
+
+
+def is_label(name: str) -> bool:
+    """Whether a column of this name holds the labels."""
+    return name.strip().lower() in LABELS
+
+
+def check_columns(names: Sequence[str], kinds: Mapping[str, str], title: str) -> None:
+    """Refuse names that cannot be told apart, and kinds of no column or that are none."""
+    labels = [name for name in names if is_label(name)]
+    if len(labels) > 1 or len({*names}) < len(names):
+        what = "at most one column of labels" if len(labels) > 1 else "columns of different names"
+        raise InputError(f"Expected {what} in {title}, got {labels or [*names]}.")
+    known = [name for name in names if name not in labels]
+    for name, kind in kinds.items():
+        if name not in known or kind not in KINDS:
+            near = (kind, KINDS) if name in known else (name, known)
+            raise InputError(
+                f"Expected a column and its kind, one of {', '.join(KINDS)}, got {name}={kind} for "
+                f"{title}{did_you_mean(*near)}."
+            )
 
 
 def measured(columns: Schema, x: Tensor, mask: Tensor | None) -> Schema:
@@ -274,8 +286,8 @@ def labels_of(column: pd.Series, title: str) -> np.ndarray:
     return column.astype(str).to_numpy(dtype=str)
 
 
-def _column(
-    values: pd.Series, kind: str | None, title: str, words: bool
+def read_column(
+    values: pd.Series, kind: str | None, title: str, words: bool = True
 ) -> tuple[Column, np.ndarray]:
     """A column with its numbers, float64 ``[N]`` with NaN for gaps."""
     import pandas as pd

@@ -299,9 +299,9 @@ def blames_data(x: Tensor) -> Iterator[None]:
         if len(bad):
             raise InputError(
                 f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
-                f"{bad[0].item()}: clean them, or mask NaN, as pyrovae.load_data(x, "
-                f"missing='mask') does: give fit what it returns, and other functions "
-                f"*data.split('test') of it."
+                f"{bad[0].item()}: clean them, or mask NaN: give x.nan_to_num() and, after "
+                f"it, ~x.isnan(), or fit what pyrovae.load_data(x, missing='mask') returns, which "
+                f"has both."
             ) from error
         raise InputError(mended(error, x)) from error
     except IndexError as error:

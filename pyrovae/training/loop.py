@@ -119,7 +119,7 @@ def fit(
     if out is not None:
         return recorder().record(fit, asked)
     loss = make_objective(objective, particles)
-    data = Dataset.of(asked["data"])
+    data = asked["data"] = Dataset.of(asked["data"])  # a torch data set is read once
     check_precision(precision)
     if batch_size is None:
         batch_size = asked["batch_size"] = min(BATCH_SIZE, len(data.train))
