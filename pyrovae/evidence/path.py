@@ -171,7 +171,8 @@ class Moves:
                 args = more[-1][0], 0.01 * u[0], *self.path.at(rows, u), *more[:-1]
                 graph = Hoisted(self._fused, args, rows, self.path.pair)
                 for each, eager in zip(graph(*args, *rows), self._eager(*args, *rows), strict=True):
-                    compare("a move", each, eager, share=0.1)
+                    # Sums are in float64, of numbers of the type of u.
+                    compare("a move", each.to(u.dtype), eager.to(u.dtype), share=0.1)
                 self.graphs[u.shape] = graph
         except CaptureError as error:
             self.graphs.clear()
