@@ -123,7 +123,12 @@ def record(
     # make_fx sees ATen operations below Pyro and autograd, so that handlers may do what they like
     # in Python. It takes for constants whatever is no tensor: recording twice finds what changes
     # from call to call.
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    # Else make_fx makes a mode, and looks at the stack for it, for each value that it records.
+    context = TracingContext(FakeTensorMode())
 
     def inside(*args: Tensor) -> list[Tensor]:
         # Modes entered here are asked before make_fx's own.
@@ -135,7 +140,8 @@ def record(
         # Pyro's validation asks whether values are in a support, which reads them back.
         with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
-                graphs.append(make_fx(inside)(*args))
+                with tracing(context):
+                    graphs.append(make_fx(inside)(*args))
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise CaptureError(_reason(error)) from error
     if graphs[0].code != graphs[-1].code:

@@ -191,43 +191,52 @@ def _folder(folder: Path, even_if_set: bool = False) -> Iterator[None]:
 @contextmanager
 def _kernels_together() -> Iterator[None]:
     """Compile the C++ kernels of a graph in few files, instead of each in a process of its own."""
+    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
     from torch._inductor.codecache import LambdaFuture
 
     before: Any = AsyncCompile.cpp_pybinding
+    # With one thread, as where there is one core, torch takes what is returned for the kernel
+    # itself. It sets one on Windows too.
+    threads = max(get_compile_threads(), 2 if os.name == "posix" else 1)
     graphs: dict[AsyncCompile, _Kernels] = {}
 
     def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source: str) -> Any:
-        # With one thread torch takes what is returned for the kernel itself.
-        if get_compile_threads() <= 1 or not KERNEL.fullmatch(source):
+        if threads <= 1 or not KERNEL.fullmatch(source):
             return before(self, argtypes, source)
         return LambdaFuture(graphs.setdefault(self, _Kernels()).add(source))
 
     patched: Any = AsyncCompile
     patched.cpp_pybinding = cpp_pybinding
     try:
-        yield
+        with config.patch(compile_threads=threads):
+            yield
     finally:
         patched.cpp_pybinding = before
 
 
 @contextmanager
 def _no_trials() -> Iterator[None]:
-    """Compile for AVX-512 without its extensions: bf16, VNNI, AMX.
+    """Compile for AVX-512 without its extensions, bf16, VNNI, AMX, and without Triton's key.
 
-    Each would be tried by a program of its own, 2 s in all, and no kernel of float32 has them.
+    Each would be tried by a program of its own, 2 s in all, and no kernel of float32 has them. The
+    key takes 0.4 s, all of Triton's files, and is thrown away where there is no GPU.
     """
     from torch._inductor import cpu_vec_isa
+    from torch._inductor.runtime import triton_compat
 
     sets: Any = cpu_vec_isa.VecISA
     found: list[Any] = [cpu_vec_isa.valid_vec_isa_list]
     found += [type(each).__bool__ for each in cpu_vec_isa.supported_vec_isa_list]
-    before = sets.check_build
+    compat: Any = triton_compat
+    before, key = sets.check_build, compat.triton_key
     sets.check_build = lambda self, code: False
+    if not torch.cuda.is_available():
+        compat.triton_key = lambda: ""
     try:
         yield
     finally:
-        sets.check_build = before
+        sets.check_build, compat.triton_key = before, key
         # Whatever else this process compiles may have them.
         for each in found:
             getattr(each, "cache_clear", int)()
