@@ -172,9 +172,9 @@ def quick(
         ValueError: Saying how to fix it, with the line of source.
     """
     pair = Pair(model, guide)
-    check_arguments(pair, x, *context, called=called)
     with untouched(pair):
         case = Case(pair, (x, *context), seed, particles=1, whole=True)
+        check_arguments(pair, x, *context, called=called)
         for row in _rows(QUICK, case):
             if row.status == "failed":
                 raise InputError(_sentence(row))
