@@ -27,6 +27,9 @@ PERSISTENCE = 0.8
 # Moves before the first temperature, as its step size starts from a guess; how much a new slope
 # counts in the running mean; and the least curvature, for a coordinate that hardly matters.
 WARM_UP, FORGET, FLAT = 12, 0.1, 1e-6
+# Energies are sums in the type of u, which differ by so many of its units from one order of adding
+# to another.
+ORDERS = 16
 # A share of the temperatures is spread evenly, whatever a few chains say of where they are needed.
 EVEN = 0.2
 
@@ -170,9 +173,14 @@ class Moves:
                 # Short steps are taken, and so compared; rounding may decide whether one is.
                 args = more[-1][0], 0.01 * u[0], *self.path.at(rows, u), *more[:-1]
                 graph = Hoisted(self._fused, args, rows, self.path.pair)
-                for each, eager in zip(graph(*args, *rows), self._eager(*args, *rows), strict=True):
-                    # Sums are in float64, of numbers of the type of u.
-                    compare("a move", each.to(u.dtype), eager.to(u.dtype), share=0.1)
+                found, eager = graph(*args, *rows), self._eager(*args, *rows)
+                energy = eager[1].abs() + eager[2].abs()
+                # Sums are in float64, of numbers of the type of u; the last is a probability, exp
+                # of a difference of energies.
+                slacks: list[Any] = [0.0] * 6
+                slacks.append(ORDERS * torch.finfo(u.dtype).eps * energy.nan_to_num())
+                for each, other, slack in zip(found, eager, slacks, strict=True):
+                    compare("a move", each.to(u.dtype), other.to(u.dtype), slack, share=0.1)
                 self.graphs[u.shape] = graph
         except CaptureError as error:
             self.graphs.clear()
