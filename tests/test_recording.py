@@ -154,12 +154,18 @@ def test_a_pair_of_a_notebook_is_written_with_all_that_it_uses(data, notebook):
 
 def test_functions_of_a_script_of_several_files_are_written(data, monkeypatch, tmp_path):
     Path("parts.py").write_text("import torch\n\ndef half(x):\n    return x / 2\n")
+    Path("more.py").write_text("from parts import half\nfrom folder.deep import ONE\n")
+    Path("folder").mkdir()
+    Path("folder/deep.py").write_text("ONE = 1\n")
+    Path("folder/table.csv").write_text("1,2\n")
     Path("script.py").write_text(
-        "import pyro, pyro.distributions as dist, torch\nfrom parts import half\n\n"
+        "import pyro, pyro.distributions as dist, torch\nfrom parts import half\n"
+        "from pathlib import Path\nimport more, folder.deep as deep\n\n"
         "def model(x):\n    w = pyro.param('w', torch.ones(1, 8, 8))\n"
         "    with pyro.plate('data', len(x)):\n"
         "        z = pyro.sample('z', dist.Normal(x.new_zeros(()), 1.0))\n"
-        "        logits = half(w) * z[..., None, None, None]\n"
+        "        logits = more.half(half(w)) * deep.ONE * z[..., None, None, None]\n"
+        "        assert (Path('folder') / 'table.csv').name\n"
         "        pyro.sample('x', dist.Bernoulli(logits=logits).to_event(3), obs=x)\n\n"
         "def guide(x):\n    loc = pyro.param('loc', torch.zeros(()))\n"
         "    with pyro.plate('data', len(x)):\n"
@@ -169,7 +175,12 @@ def test_functions_of_a_script_of_several_files_are_written(data, monkeypatch, t
     monkeypatch.syspath_prepend(str(tmp_path))
     import script
 
-    fit = train(script.model, script.guide, data, out="run")
+    with pytest.warns(UserWarning, match=r"no copy of .*folder/table.csv, which model.py names: "):
+        fit = train(script.model, script.guide, data, out="run")
+    kept = {p.relative_to("run/programs").as_posix() for p in Path("run/programs").rglob("*.py")}
+    assert kept == {
+        "model.py", "guide.py", *(f"model/{n}.py" for n in ("parts", "more", "folder/deep"))
+    }  # fmt: skip
     text = Path("run/programs/model.py").read_text()
     assert "def half" in text
     assert "raise_if_executed" not in text
@@ -177,7 +188,7 @@ def test_functions_of_a_script_of_several_files_are_written(data, monkeypatch, t
     assert weights.keys() == fit.svi.pair.state_dict().keys()
     pyro.clear_param_store()
     assert run("evaluate", "run", "--samples", "4", "--no-diagnostics") == 0
-    for name in ("script", "parts"):
+    for name in ("script", "parts", "more", "folder", "folder.deep"):
         sys.modules.pop(name)
 
 

@@ -38,16 +38,20 @@ class Sources(NamedTuple):
         if not file.is_file():
             raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
         source, folder = file.read_bytes(), file.resolve().parent
-        modules: dict[str, bytes] = {}
-        waiting = [("", source)]
-        while waiting:
-            for stem in _imported(*waiting.pop()):
-                paths = (f"{stem}/__init__.py", f"{stem}.py")
-                found = next((path for path in paths if (folder / path).is_file()), "")
-                if found and found not in modules and not _is_installed(stem.partition("/")[0]):
-                    modules[found] = (folder / found).read_bytes()
-                    waiting.append((found, modules[found]))
-        return cls(source, file, modules, folder)
+        return cls(source, file, imported(source, folder), folder)
+
+    @property
+    def uncopied(self) -> list[str]:
+        """What these files use beside them that is none of the modules, in words."""
+        found: dict[str, None] = {}
+        for path, source in {getattr(self.file, "name", ""): self.source, **self.modules}.items():
+            for node in _walked(source):
+                name, line = _joined(node), f"line {getattr(node, 'lineno', 0)} of {path}"
+                if name is not None and _is_file(self.folder, name):
+                    found[f"{self.folder / name}, which {path} names"] = None
+                elif _is_import(node) and _literal(node) is None:
+                    found[f"what {line} imports by a name that is made as it runs"] = None
+        return [*found]
 
     def load(self, kind: str) -> ModuleType:
         """Execute the file as a module of its own, past any cache of bytecode.
@@ -119,6 +123,8 @@ class _Beside(Loader):
                 node.names = [new for each in node.names for new in self._renamed(each)]
             elif isinstance(node, ast.ImportFrom) and not node.level and self._has(node.module):
                 node.module = f"{self.package}.{node.module}"
+            elif isinstance(node, ast.Call) and self._has(name := _literal(node)):
+                node.args[0] = ast.Constant(f"{self.package}.{name}")
         return compile(ast.fix_missing_locations(tree), file, "exec", dont_inherit=True)
 
     def _has(self, name: str | None) -> bool:
@@ -134,19 +140,72 @@ class _Beside(Loader):
             yield ast.alias(f"{self.package}.{top}", top)
 
 
+def imported(source: bytes, folder: Path) -> dict[str, bytes]:
+    """The modules of a folder that a source imports, and that they import, by their paths there."""
+    modules: dict[str, bytes] = {}
+    waiting = [("", source)]
+    while waiting:
+        for stem in _imported(*waiting.pop()):
+            paths = (f"{stem}/__init__.py", f"{stem}.py")
+            found = next((path for path in paths if (folder / path).is_file()), "")
+            if found and found not in modules and not _is_installed(stem.partition("/")[0]):
+                modules[found] = (folder / found).read_bytes()
+                waiting.append((found, modules[found]))
+    return modules
+
+
+def _walked(source: bytes) -> list[ast.AST]:
+    with suppress(SyntaxError, ValueError):  # which executing it tells
+        return [*ast.walk(ast.parse(source))]
+    return []
+
+
+def _is_import(node: ast.AST) -> bool:
+    """Whether a node is a call of importlib's import_module."""
+    called = getattr(node, "func", None)
+    return getattr(called, "attr", getattr(called, "id", "")) == "import_module"
+
+
+def _literal(node: ast.AST) -> str | None:
+    """The name that import_module is called with, if it is written there."""
+    args = node.args if isinstance(node, ast.Call) and _is_import(node) else []
+    value = args[0].value if args and isinstance(args[0], ast.Constant) else None
+    return value if isinstance(value, str) else None
+
+
+def _joined(node: ast.AST) -> str | None:
+    """A string, or the path that the ends of ``folder / "parts" / "table.csv"`` make."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.Call) and len(node.args) == 1:  # Path("parts") / "table.csv"
+        return _joined(node.args[0])
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)):
+        return None
+    left, right = _joined(node.left), _joined(node.right)
+    return f"{left}/{right}" if left and right else right
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    with suppress(OSError, ValueError):  # too long for a name, or with a zero in it
+        return not name.endswith(".py") and (folder / name).is_file()
+    return False
+
+
 def _imported(path: str, source: bytes) -> Iterator[str]:
     """What the source of a module at a path may import of the folder: ``parts``, ``parts/net``."""
     package = ".".join(["_", *Path(path).parts[:-1]])
     names: list[str] = []
-    with suppress(SyntaxError, ValueError):  # which executing it tells
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names += [f"_.{each.name}" for each in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                name = "." * node.level + (node.module or "")
-                with suppress(ImportError):  # above the folder
-                    base = resolve_name(name, package) if node.level else f"_.{name}"
-                    names += [base, *(f"{base}.{each.name}" for each in node.names)]
+    for node in _walked(source):
+        name, ends = _literal(node), [""]
+        if isinstance(node, ast.Import):
+            names += [f"_.{each.name}" for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            ends += [f".{each.name}" for each in node.names]
+        if name:
+            with suppress(ImportError):  # above the folder
+                base = resolve_name(name, package) if name.startswith(".") else f"_.{name}"
+                names += [base + end for end in ends]
     for parts in (name.split(".")[1:] for name in names):
         yield from ("/".join(parts[:count]) for count in range(1, len(parts) + 1))
 

@@ -33,7 +33,14 @@ from pyrovae.runs.config import (
     RunConfig,
     Session,
 )
-from pyrovae.runs.programs import KINDS, Program, find_program, shipped, split_spec
+from pyrovae.runs.programs import (
+    KINDS,
+    Program,
+    find_program,
+    shipped,
+    split_spec,
+    warn_of_uncopied,
+)
 from pyrovae.training.distributed import join
 from pyrovae.training.loop import fit
 from pyrovae.training.monitor import Fit, OnEpoch, callbacks
@@ -201,6 +208,10 @@ def _train(
         state = run.load_checkpoint()
     else:
         run.require_new()
+        for kind in KINDS:
+            file, _ = split_spec(getattr(config, kind).name)
+            if file is not None:
+                warn_of_uncopied(Sources.read(file.expanduser(), kind), kind)
 
     def after_epoch(result: Fit) -> None:
         if not run.exists() or run.config != config:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyrovae._tools import InputError, did_you_mean
+from pyrovae._tools import InputError, did_you_mean, warn
 from pyrovae.runs.beside import Sources
 
 KINDS = {"model": "pyrovae.models", "guide": "pyrovae.guides"}
@@ -102,6 +102,15 @@ def find_program(spec: str, kind: str, copies: Sources | None = None) -> Program
         )
     module = importlib.import_module(f"{KINDS[kind]}.{spec}")
     return Program(kind, spec, None, _pick(module, kind, "", spec))
+
+
+def warn_of_uncopied(sources: Sources, kind: str) -> None:
+    """Say what of a program a run has no copy of, if there is such."""
+    if found := sources.uncopied:
+        warn(
+            f"The run has no copy of {'; nor of '.join(found)}: the {kind} needs that where it is. "
+            f"Import modules by their names, and keep numbers in a buffer or a parameter."
+        )
 
 
 def split_spec(spec: str) -> tuple[Path | None, str]:

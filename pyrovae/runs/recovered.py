@@ -21,8 +21,8 @@ from torch import nn
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded
-from pyrovae.runs.beside import INSTALLED, PREFIX, Sources
-from pyrovae.runs.programs import KINDS, Program, plain, shipped
+from pyrovae.runs.beside import INSTALLED, PREFIX, Sources, imported
+from pyrovae.runs.programs import KINDS, Program, plain, shipped, warn_of_uncopied
 
 HEAD = '"""Definitions of a {kind}, taken from where it was trained."""\n'
 TRIED = 2000  # constructions at most, in search of the settings
@@ -53,18 +53,24 @@ def recover(
     if folder == KINDS[kind] and name in shipped(kind):
         found = Program(kind, name, None, made)
     else:
-        source = (HEAD.format(kind=kind) + definitions(made)).encode()
-        spec = f"{kind}.py:{made.__name__}"
-        found = Program(kind, spec, source, vars(Sources(source).load(kind))[made.__name__])
+        text, modules = definitions(made)
+        source, place = (HEAD.format(kind=kind) + text).encode(), Path(_file(made)).resolve().parent
+        spec, sources = f"{kind}.py:{made.__name__}", Sources(source, None, modules, place)
+        found = Program(kind, spec, source, vars(sources.load(kind))[made.__name__], modules)
+        warn_of_uncopied(sources._replace(file=Path(f"{kind}.py")), kind)
     if not isinstance(program, nn.Module):
         return found, {}
     taken = {name: part for name, part in parts.items() if name in found.arguments()}
     return found, _settings(found, program, shape, taken)
 
 
-def definitions(made: Any) -> str:
-    """The source of a class or function with all that it uses of files that are not installed."""
+def definitions(made: Any) -> tuple[str, dict[str, bytes]]:
+    """The source of a class or function with all that it uses of files that are not installed.
+
+    Modules that it uses as such come beside it, by their paths.
+    """
     imports: dict[str, None] = {}
+    modules: dict[str, bytes] = {}
     constants: dict[str, str] = {}
     parts: dict[Any, str] = {}
 
@@ -79,8 +85,12 @@ def definitions(made: Any) -> str:
         parts[part] = parts.pop(part) or text  # behind what it uses
 
     def use(part: Any, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and not _is_local(value.__name__):
-            imports[f"import {value.__name__} as {name}"] = None
+        whole = isinstance(value, ModuleType) and value.__name__ != "__main__"
+        if whole and not value.__name__.startswith(PREFIX):
+            line = f"import {value.__name__} as {name}"
+            imports[line] = None
+            if _is_local(value.__name__):
+                modules.update(imported(line.encode(), _folder(value)))
         elif isinstance(value, type | FunctionType) and _is_local(value.__module__):
             if value.__name__ != name:
                 raise InputError(f"{part.__name__} uses {value.__qualname__} by the name {name}")
@@ -97,7 +107,13 @@ def definitions(made: Any) -> str:
     collect(made)
     lines = [f"{name} = {value}" for name, value in constants.items()]
     header = "\n".join(["from __future__ import annotations", "", *sorted(imports), "", *lines])
-    return "\n\n\n".join([header, *parts.values()]) + "\n"
+    return "\n\n\n".join([header, *parts.values()]) + "\n", modules
+
+
+def _folder(module: ModuleType) -> Path:
+    """The folder that a module's name begins in."""
+    file = Path(str(module.__file__)).resolve()
+    return file.parents[module.__name__.count(".") + (file.name == "__init__.py")]
 
 
 def _definition(part: Any) -> tuple[str, ast.AST]:

@@ -17,6 +17,8 @@ from pyrovae.objectives import OBJECTIVES
 from pyrovae.objectives.elbo import ESTIMATORS
 from pyrovae.reporting.posterior_figures import FINDING_PICTURES
 from pyrovae.runs import experiment
+from pyrovae.runs.beside import Sources
+from pyrovae.runs.programs import warn_of_uncopied
 
 PRIOR = "dist.Normal(self.zero, 1.0).to_event(1)"
 LIKELIHOOD = "dist.Bernoulli(logits=logits)"
@@ -176,6 +178,30 @@ def test_a_run_keeps_the_programs_that_it_was_trained_with(copied, capsys, monke
     assert not list(folder.rglob("__pycache__"))
 
 
+def test_what_a_run_cannot_copy_of_a_program_is_told(tmp_path):
+    """Data beside it, and what it imports by names that are not written in it."""
+    for name in ("table.csv", "parts/net.npy", "own.py", "named.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "own.py").write_text(
+        "import importlib\nfrom pathlib import Path\n\nNAME = 'named'\n"
+        "HERE = Path(__file__).parent\nTABLE = HERE / 'table.csv', HERE / 'parts' / 'net.npy'\n"
+        "importlib.import_module('named')\nimportlib.import_module(NAME)\n"
+    )
+    sources = Sources.read(tmp_path / "own.py", "model")
+    assert [*sources.modules] == ["named.py"]
+    first, *others = sorted(sources.uncopied)
+    assert first == f"{tmp_path}/parts/net.npy, which own.py names"
+    assert others == [
+        f"{tmp_path}/table.csv, which own.py names",
+        "what line 8 of own.py imports by a name that is made as it runs",
+    ]
+    with pytest.warns(UserWarning, match=r"no copy of .*; nor of .*: the model needs that where"):
+        warn_of_uncopied(sources, "model")
+    sources = Sources(b"x = 1")
+    assert sources.uncopied == []
+
+
 def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
     """Each folder has a helpers.py of its own, and a random.py that is not Python's."""
     model = copied.read_text().replace(
@@ -183,7 +209,9 @@ def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
     )
     sources = {
         "a/own.py": model.replace(PRIOR, "helpers.prior(self.zero)") + "import random, helpers\n",
-        "a/helpers.py": "import nets.mlp\nfrom nets import prior\nnet = nets.mlp.MLP\n",
+        "a/helpers.py": "import importlib, nets.mlp\nfrom nets import prior\nnet = nets.mlp.MLP\n"
+        "importlib.import_module('named').known\nimportlib.import_module('named')\n",
+        "a/named.py": "known = 1\n",
         "a/nets/__init__.py": "from .priors import prior\n",
         "a/nets/mlp.py": "from pyrovae.nn import MLP\n",
         "a/nets/priors.py": "def prior(zero):\n    import late\n    return late.prior(zero)\n",
