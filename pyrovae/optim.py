@@ -1,4 +1,8 @@
-"""Several torch optimizers as one, such as Muon for matrices beside Adam for the rest."""
+"""Several torch optimizers as one, such as Muon for matrices beside Adam for the rest.
+
+Gradients are normalized per tensor before any of them by ``normalize_gradients=True``, of
+:func:`pyrovae.fit` and of :class:`pyrovae.SVI`.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class SVI(infer.SVI):
         loss_and_grads: With a function as ``loss``: does the backward pass itself.
         num_samples, num_steps: For :meth:`run`, deprecated as in Pyro.
         clip_norm: The largest norm of the whole gradient; None clips nothing.
-        normalize_gradients: Divide the gradient of each parameter by its norm before the update.
+        normalize_gradients: Divide each parameter's gradient by its norm, before any optimizer.
         average: The decay of an exponential moving average of the weights; None keeps none.
         compile: Run the step as one graph, compiled for a shape of a batch: True from the second
             step on, False never, ``"auto"`` after 2,000 steps, or at once if ``steps`` are that

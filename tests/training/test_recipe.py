@@ -254,6 +254,26 @@ def test_a_normalized_gradient_has_length_one_for_each_parameter():
         _fit(epochs=1, normalize_gradients=True, clip_norm=1.0, **options)
 
 
+def test_gradients_of_svi_are_normalized_for_an_optimizer_of_pyros_and_of_torchs():
+    """The same step by either, and Adam's ε shows that its gradient was g / (‖g‖ + 1e-7)."""
+    options, found = {"lr": 0.1, "eps": 0.1}, []
+    for optim in (pyro.optim.Adam(options), partial(torch.optim.Adam, **options)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(11)
+        svi = pyrovae.SVI(*shipped_bernoulli(), optim, Trace_ELBO(), normalize_gradients=True)
+        svi.gradients(binary(16))
+        gradients = {name: leaf.grad.clone() for name, leaf in svi.pair.named().items()}
+        before = svi.pair.state_dict()
+        svi.trained.collect()
+        svi.apply_gradients()
+        found.append(svi.pair.state_dict())
+    assert _same(*found)
+    for name, gradient in gradients.items():
+        g = gradient / (gradient.norm() + 1e-7)
+        expected = before[name] - 0.1 * g / (g.abs() + 0.1)
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-4, atol=1e-6)
+
+
 def _rates(schedule, epochs, warm_up=0):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     made = make_schedule(schedule, optimizer, epochs, warm_up)
