@@ -14,6 +14,7 @@ from pyrovae.data import Dataset, load_data
 from pyrovae.diagnostics import Diagnosis, PosteriorCalibration, calibrate, diagnose
 from pyrovae.distributions import kl_standard_normal
 from pyrovae.evidence.annealing import annealed_log_likelihood
+from pyrovae.evidence.filtering import filtered_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.imputation import Imputation, impute
 from pyrovae.evidence.result import Comparison, Curve, LogLikelihood, compare_log_likelihood
@@ -62,6 +63,7 @@ __all__ = [
     "encode",
     "evaluate",
     "export",
+    "filtered_log_likelihood",
     "fit",
     "impute",
     "interpolate",

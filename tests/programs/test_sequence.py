@@ -96,12 +96,15 @@ def test_the_exact_posterior_has_equal_weights(exact):
     torch.testing.assert_close(found.log_prob, exact, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("estimate", ["importance", "refined", "annealed"])
+@pytest.mark.parametrize("estimate", ["importance", "refined", "annealed", "filtered"])
 def test_every_estimate_is_the_filters_within_its_error(exact, estimate):
     model, guide = linear(1.3)
     if estimate == "annealed":
         chains = {"num_chains": 64, "num_temperatures": 6}
         found = pyrovae.annealed_log_likelihood(model, guide, *batch(), **chains, seed=1)
+    elif estimate == "filtered":
+        few = {"num_filters": 20, "num_particles": 100}
+        found = pyrovae.filtered_log_likelihood(model, guide, *batch(), **few, seed=1)
     else:
         steps = 20 if estimate == "refined" else 0
         found = pyrovae.log_likelihood(
@@ -110,6 +113,31 @@ def test_every_estimate_is_the_filters_within_its_error(exact, estimate):
     z = (found.log_prob - exact) / found.standard_error.clamp(min=1e-4)
     assert z.square().mean().sqrt() < 2
     assert (found.log_prob - exact).abs().max() < 0.3
+
+
+def test_a_filter_refuses_what_is_no_chain_and_what_looks_back():
+    x, mask = batch()
+
+    def other(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., None, :] * C, R).mask(mask).to_event(2), obs=x)
+
+    def encoder(x, mask):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(pyrovae.InputError, match=r"one latent that is a chain.* got Normal"):
+        pyrovae.filtered_log_likelihood(other, encoder, x, mask)
+
+    def looking_back(x, mask):
+        with pyro.plate("data", len(x)):
+            prior = MarkovNormal(Walk(), torch.zeros(1), x.shape[:2])
+            z = pyro.sample("z", prior.mask(lasting(mask)).to_event(1))
+            pyro.sample("x", dist.Normal(z.cumsum(-2) * C, R).mask(mask).to_event(2), obs=x)
+
+    with pytest.raises(pyrovae.InputError, match=r"x_t to depend on z_t alone.*log_likelihood"):
+        pyrovae.filtered_log_likelihood(looking_back, linear()[1], x, mask)
 
 
 def test_a_guide_with_flows_is_within_its_error_of_the_filter():
@@ -133,6 +161,7 @@ def test_a_guide_with_flows_is_within_its_error_of_the_filter():
     for found in (
         pyrovae.log_likelihood(model, guide, x, mask, num_samples=4000, seed=1),
         pyrovae.annealed_log_likelihood(model, guide, x, mask, **chains),
+        pyrovae.filtered_log_likelihood(model, guide, x, mask, num_filters=20, seed=1),
     ):
         error = (found.log_prob - exact) / found.standard_error
         assert error.square().mean().sqrt() < 2
@@ -278,7 +307,7 @@ def test_where_chorales_belong(tmp_path, monkeypatch):
 
 def test_the_programs_of_its_page(repository, tmp_path, monkeypatch):
     text = (repository / "docs" / "sequences.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second, third = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     one = [[60, 64], [62], [64]]
     root = chorales(tmp_path, train=[one, one[:2]], valid=[one], test=[one, one[1:]])
     monkeypatch.setenv("PYROVAE_DATA", str(root))
@@ -289,6 +318,8 @@ def test_the_programs_of_its_page(repository, tmp_path, monkeypatch):
     exec(first, names)
     assert names["per_step"] < 0
     assert names["music"].shape == (2, 3, 88)
+    exec(third.replace("=100", "=2").replace("=64", "=3"), names)
+    assert names["ll"].log_prob.isfinite().all()
     monkeypatch.chdir(tmp_path)
     x, lengths = torch.rand(20, 4, 2).round(), torch.arange(20) % 4 + 1
     there = (torch.arange(4) < lengths[:, None])[..., None]
