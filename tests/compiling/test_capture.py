@@ -26,7 +26,7 @@ from pairs import (
     shipped_bernoulli,
     two_latents,
 )
-from pyrovae.compiling.graph import record, without_log1p
+from pyrovae.compiling.graph import drawn_at_once, record, without_log1p
 from pyrovae.compiling.update import Update, UpdateError
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
@@ -625,4 +625,25 @@ def test_no_compiled_step_has_a_bernoullis_log1p(monkeypatch):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normal_numbers_of_several_sites_are_drawn_at_once_and_are_the_same(dtype):
+    def drawn(x):
+        one, two, three = (torch.empty(16, n, dtype=dtype).normal_() for n in (1, 5, 2))
+        # Five numbers are no blocks; others between two draws come from the same stream.
+        few, later = torch.empty(5).normal_(), torch.empty(16).normal_()
+        uniform, last = torch.rand(3), [torch.empty(2, 8, n).normal_() for n in (2, 1)]
+        return [one + x.mean(), two.mul_(2), three.T, few, later, uniform, *last]
+
+    found = record(drawn, (X,), Pair(*shipped_bernoulli()))
+    fewer = drawn_at_once(copy.deepcopy(found))
+    normal = [len(g.graph.find_nodes(op="call_function", target=NORMAL)) for g in (found, fewer)]
+    assert normal == [7, 4]
+    for run in (found, fewer):
+        torch.manual_seed(1)
+        expected = drawn(X)
+        torch.manual_seed(1)
+        assert all(map(torch.equal, run(X), expected))
+
+
+NORMAL = torch.ops.aten.normal_.default
 LOSS = torch.ops.aten.binary_cross_entropy_with_logits.default
