@@ -339,9 +339,9 @@ def _draw_at_once(graph: GraphModule, draws: list[Node]) -> None:
             part = call(ATEN.view.default, (call(getitem, (parts, number)), list(value.shape)))
             node.replace_all_uses_with(part)
     for node in draws:
-        made = node.args[0]
-        graph.graph.erase_node(node)
-        graph.graph.erase_node(made)
+        unused = node.all_input_nodes
+        for each in (node, *unused):
+            graph.graph.erase_node(each)
 
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
