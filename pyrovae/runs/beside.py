@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,10 +20,14 @@ from pyrovae._tools.source_lines import error_place
 
 PREFIX = "pyrovae_program_"
 INSTALLED = {"site-packages", "dist-packages"}
+# Bytes of a file beside a program up to which a run has a copy of it: 16 MB.
+LARGEST = 2**24
+# What may stand between folders of such a file's path.
+PLAIN = re.compile(r"\w[\w.-]*\Z")
 
 
 class Sources(NamedTuple):
-    """The bytes of a program's file, and of the modules in a folder by their paths there."""
+    """The bytes of a program's file, and of modules and data in a folder by their paths there."""
 
     source: bytes
     file: Path | None = None
@@ -33,25 +38,52 @@ class Sources(NamedTuple):
     def read(cls, file: Path, kind: str) -> Self:
         """A file with what it imports of its own folder, and what that imports of it.
 
+        And with the data beside them that they name, where they say by ``__file__`` where they are.
         What Python or an installed package has a module of is never looked for in the folder.
         """
         if not file.is_file():
             raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
         source, folder = file.read_bytes(), file.resolve().parent
-        return cls(source, file, imported(source, folder), folder)
+        found = cls(source, file, imported(source, folder), folder)
+        data = {
+            name: (folder / name).read_bytes()
+            for path, name in found.data
+            if b"__file__" in found.modules.get(path, source)
+            and all(map(PLAIN.match, name.split("/")))
+            and (folder / name).stat().st_size <= LARGEST
+        }
+        return found._replace(modules={**found.modules, **data})
+
+    @property
+    def data(self) -> list[tuple[str, str]]:
+        """A file's path in the folder, empty for the program's, and that of a file it names."""
+        found = []
+        for path, node in self._nodes():
+            if name := _joined(node):
+                inner = Path(path).parent / name
+                found += [(path, inner.as_posix())] if _is_file(self.folder / inner) else []
+        return found
+
+    def _nodes(self) -> Iterator[tuple[str, ast.AST]]:
+        code = {path: source for path, source in self.modules.items() if path.endswith(".py")}
+        for path, source in {"": self.source, **code}.items():
+            yield from ((path, node) for node in _walked(source))
 
     @property
     def uncopied(self) -> list[str]:
-        """What these files use beside them that is none of the modules, in words."""
-        found: dict[str, None] = {}
-        for path, source in {getattr(self.file, "name", ""): self.source, **self.modules}.items():
-            for node in _walked(source):
-                name, line = _joined(node), f"line {getattr(node, 'lineno', 0)} of {path}"
-                if name is not None and _is_file(self.folder, name):
-                    found[f"{self.folder / name}, which {path} names"] = None
-                elif _is_import(node) and _literal(node) is None:
-                    found[f"what {line} imports by a name that is made as it runs"] = None
-        return [*found]
+        """What these files use beside them that is no part of this, in words."""
+        own = getattr(self.file, "name", "")
+        found = [
+            f"{self.folder / name}, which {path or own} names"
+            for path, name in self.data
+            if name not in self.modules
+        ]
+        found += [
+            f"what line {node.lineno} of {path or own} imports by a name that is made as it runs"
+            for path, node in self._nodes()
+            if isinstance(node, ast.Call) and _is_import(node) and _literal(node) is None
+        ]
+        return [*dict.fromkeys(found)]
 
     def load(self, kind: str) -> ModuleType:
         """Execute the file as a module of its own, past any cache of bytecode.
@@ -64,7 +96,8 @@ class Sources(NamedTuple):
         name = f"{PREFIX}{kind}_{digest.hexdigest()[:12]}"
         _forget(name)
         module, package = ModuleType(name), ModuleType(f"{name}_beside")
-        module.__file__ = str(self.file or name)
+        # Of a run's copy, data lie where modules do.
+        module.__file__ = str(self.folder.resolve() / self.file.name if self.file else name)
         sys.modules[name] = module
         loader = _Beside(package.__name__, self)
         if self.modules:
@@ -74,7 +107,7 @@ class Sources(NamedTuple):
             if _Beside not in sys.meta_path:
                 sys.meta_path.append(_Beside)
         try:
-            exec(loader.code(self.source, module.__file__), vars(module))
+            exec(loader.code(self.source, str(self.file or name)), vars(module))
         except (Exception, SystemExit) as error:
             _forget(name)
             reason = f"{type(error).__name__}: {error}"
@@ -88,7 +121,8 @@ class _Beside(Loader):
     """Finds and executes the modules beside a program in a package with a name of its own."""
 
     def __init__(self, package: str, sources: Sources) -> None:
-        self.package, self.modules = package, sources.modules
+        self.package = package
+        self.modules = {p: code for p, code in sources.modules.items() if p.endswith(".py")}
         self.folder = sources.folder.resolve()
         self.names = {path.partition("/")[0].removesuffix(".py") for path in self.modules}
 
@@ -185,9 +219,10 @@ def _joined(node: ast.AST) -> str | None:
     return f"{left}/{right}" if left and right else right
 
 
-def _is_file(folder: Path, name: str) -> bool:
+def _is_file(path: Path) -> bool:
     with suppress(OSError, ValueError):  # too long for a name, or with a zero in it
-        return not name.endswith(".py") and (folder / name).is_file()
+        # Without a suffix it may as well be a word that happens to be the name of a file.
+        return path.suffix not in ("", ".py") and path.is_file()
     return False
 
 

@@ -276,14 +276,14 @@ class RunConfig(Training, PairConfig):
 class ProgramRecord(Struct, frozen=True):
     """A program of a run: its name, its copy in the run with the digest, its settings.
 
-    ``modules`` are the digests of what it imports of its folder, by their paths there.
+    ``modules`` are the digests of what it imports or names of its folder, by their paths there.
     """
 
     name: str
     file: str | None
     settings: dict[str, Any]
     sha256: str | None = None
-    modules: dict[Annotated[str, Meta(pattern=r"^(\w+/)*\w+\.py\Z")], str] = {}
+    modules: dict[Annotated[str, Meta(pattern=r"^(\w[\w.-]*/)*\w[\w.-]*\Z")], str] = {}
 
     @property
     def copies(self) -> dict[str, str | None]:

@@ -179,27 +179,29 @@ def test_a_run_keeps_the_programs_that_it_was_trained_with(copied, capsys, monke
 
 
 def test_what_a_run_cannot_copy_of_a_program_is_told(tmp_path):
-    """Data beside it, and what it imports by names that are not written in it."""
+    """Data that it finds by the working folder, and imports by names that are not written in it."""
     for name in ("table.csv", "parts/net.npy", "own.py", "named.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    (tmp_path / "own.py").write_text(
+        (tmp_path / name).write_text("1")
+    text = (
         "import importlib\nfrom pathlib import Path\n\nNAME = 'named'\n"
-        "HERE = Path(__file__).parent\nTABLE = HERE / 'table.csv', HERE / 'parts' / 'net.npy'\n"
+        "TABLE = Path('table.csv'), Path('parts') / 'net.npy', '{}', 'no.csv', '..'\n"
         "importlib.import_module('named')\nimportlib.import_module(NAME)\n"
     )
+    (tmp_path / "own.py").write_text(text.format(""))
     sources = Sources.read(tmp_path / "own.py", "model")
     assert [*sources.modules] == ["named.py"]
-    first, *others = sorted(sources.uncopied)
-    assert first == f"{tmp_path}/parts/net.npy, which own.py names"
-    assert others == [
+    assert sorted(sources.uncopied) == [
+        f"{tmp_path}/parts/net.npy, which own.py names",
         f"{tmp_path}/table.csv, which own.py names",
-        "what line 8 of own.py imports by a name that is made as it runs",
+        "what line 7 of own.py imports by a name that is made as it runs",
     ]
     with pytest.warns(UserWarning, match=r"no copy of .*; nor of .*: the model needs that where"):
         warn_of_uncopied(sources, "model")
-    sources = Sources(b"x = 1")
-    assert sources.uncopied == []
+    (tmp_path / "own.py").write_text(text.format("__file__"))
+    sources = Sources.read(tmp_path / "own.py", "model")
+    assert sources.modules.keys() == {"named.py", "table.csv", "parts/net.npy"}
+    assert len(sources.uncopied) == 1
 
 
 def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
@@ -211,7 +213,8 @@ def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
         "a/own.py": model.replace(PRIOR, "helpers.prior(self.zero)") + "import random, helpers\n",
         "a/helpers.py": "import importlib, nets.mlp\nfrom nets import prior\nnet = nets.mlp.MLP\n"
         "importlib.import_module('named').known\nimportlib.import_module('named')\n",
-        "a/named.py": "known = 1\n",
+        "a/named.py": "from pathlib import Path\nknown = 1\n"
+        "assert (Path(__file__).parent / 'nets' / 'table.txt').read_text() == 'numbers'\n",
         "a/nets/__init__.py": "from .priors import prior\n",
         "a/nets/mlp.py": "from pyrovae.nn import MLP\n",
         "a/nets/priors.py": "def prior(zero):\n    import late\n    return late.prior(zero)\n",
@@ -225,6 +228,7 @@ def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
     for name, source in sources.items():
         (copied.parent / name).parent.mkdir(parents=True, exist_ok=True)
         (copied.parent / name).write_text(source)
+    (copied.parent / "a/nets/table.txt").write_text("numbers")
     for folder in "ab":
         (copied.parent / folder / "random.py").write_text("raise SystemExit\n")
     pair = ["--model", "a/own.py", "--guide", "b/own.py"]
