@@ -40,8 +40,36 @@ def sequences_time() -> str:
     return markdown(["229 chorales", "CPU seconds an epoch"], rows)
 
 
+def filtering() -> str:
+    """Filters beside other estimates, on the chorales."""
+    found = json.loads(RESULTS.with_name("filtering.json").read_text(encoding="utf-8"))
+    keys, specs = ("CPU seconds", "log p", "sd"), (".1f", ".3f", ".2f")
+    rows = [
+        [row["estimate"], *(f"{row[k]:{s}}" for k, s in zip(keys, specs, strict=True))]
+        for row in found["chorales"]["rows"]
+    ]
+    return markdown(["chorales", "CPU seconds", "nats per quarter", "sd over runs"], rows)
+
+
+def filtering_exact() -> str:
+    """The same where log p(x) is known."""
+    found = json.loads(RESULTS.with_name("filtering.json").read_text(encoding="utf-8"))
+    rows = found["linear"]["rows"]
+    guides = list(dict.fromkeys(row["guide"] for row in rows))
+    off = {(row["estimate"], row["guide"]): f"{row['off by']:.2f}" for row in rows}
+    body = [
+        [row["estimate"], f"{row['CPU seconds']:.2f}", *(off[row["estimate"], g] for g in guides)]
+        for row in rows
+        if row["guide"] == guides[0]
+    ]
+    head = ["walk of 100 steps", "CPU seconds", *(f"off by, guide {g}" for g in guides)]
+    return markdown(head, body)
+
+
 def _results(part: str) -> dict:
     return json.loads(RESULTS.read_text(encoding="utf-8"))[part]
 
 
-TABLES = {table.__name__: table for table in (sequences, sequences_time)}
+TABLES = {
+    table.__name__: table for table in (sequences, sequences_time, filtering, filtering_exact)
+}
