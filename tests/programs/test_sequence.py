@@ -267,6 +267,20 @@ def test_a_captured_step_does_not_unroll_time(monkeypatch, flows):
     assert called == pieces
 
 
+@pytest.mark.inductor
+def test_what_inductor_makes_of_cut_sequences_is_the_eager_run():
+    """It writes strides down; where a piece has others, the pair runs eagerly, with a warning."""
+    x, losses = torch.rand(3, 6, 2, generator=torch.Generator().manual_seed(0)).round(), []
+    mask = (torch.arange(6) < torch.tensor([4, 1, 3])[:, None])[..., None].expand_as(x)
+    for compile in (False, True):
+        pyro.set_rng_seed(0)
+        pair = Model((6, 2), 2, (), 2), Guide((6, 2), 2, 3)
+        optim = pyro.optim.Adam({"lr": 0.01})
+        svi = pyrovae.SVI(*pair, optim, pyro.infer.Trace_ELBO(), compile=compile, steps=10)
+        losses.append([svi.step(x, mask) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_generation_starts_at_the_beginning():
     x, mask = batch()
     model = Model((T, 2), 3, (5,), 4)
