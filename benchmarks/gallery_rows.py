@@ -11,6 +11,7 @@ GROUPS = {
     "binary": "Binary pixels, drawn anew from the grey levels in every epoch",
     "grey": "Grey levels between 0 and 1 as real numbers: densities, which may exceed one",
     "levels": "Grey levels as whole numbers: probabilities, in bits per dimension as well",
+    "colour": "Coloured shapes, 3x16x16",
     "counts": "Grey levels from 0 to 15 as counts",
     "labels": "Binary pixels with their labels",
 }
@@ -36,6 +37,7 @@ class Row:
     particles: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    source: str = "mnist"
     binarize: str = "dynamic"
     data: dict[str, Any] = field(default_factory=dict)
     counts: int = 0
@@ -43,6 +45,7 @@ class Row:
     base: str | None = None
     comparable: bool = True
     heavy: bool = False
+    lr: float = 1e-3
     epochs: int | None = None
     limit: int | None = None
     images: int | None = None
@@ -83,6 +86,15 @@ def _grey(name: str, model: str, line: str, paper: str, **more) -> Row:
     return Row(name, model=model, lines=(PRIOR, line), paper=paper, **options)
 
 
+def _colour(name: str, pair: tuple[str, str], line: str, paper: str, **more) -> Row:
+    options = {"group": "colour", "source": "shapes", "binarize": "none", "latent": 16}
+    effort = {"epochs": 150, "images": 200, "samples": 200, "comparable": False}
+    return Row(name, model=pair[0], guide=pair[1], lines=(PRIOR, line), paper=paper,
+               **options, **effort, **more)  # fmt: skip
+
+
+# A scale that starts wide explains the shapes away before z does: the KL's weight rises slowly.
+SLOWLY = {"lr": 2e-3, "objective": "beta_elbo", "options": {"warm_up": 600}}
 ROWS = (
     _binary("standard", "bernoulli", MODERN, (PRIOR, NORMAL), VAE),
     _binary("iwae-50", "bernoulli", MODERN, (PRIOR, NORMAL), IWAE, objective="iwae", particles=50,
@@ -136,6 +148,13 @@ ROWS = (
     _grey("categorical", "categorical", "x ~ Categorical over 256 levels", _arxiv("1601.06759"),
           group="levels", bits=True, epochs=1, limit=12_800, images=50, samples=50,
           heavy=True),
+    _colour("residual", ("residual", "residual"),
+            "x ~ DiscretizedLogistic(f(z)), by residual blocks", _arxiv("1606.04934"), bits=True,
+            **SLOWLY),
+    _colour("convolutional-gaussian", ("convolutional_gaussian", "convolutional"),
+            "x ~ Normal(f(z), σ of the channel)", _arxiv("2006.13202"), **SLOWLY),
+    _colour("convolutional-continuous", ("convolutional_continuous", "convolutional"),
+            "x ~ ContinuousBernoulli(f(z))", _arxiv("1907.06845"), lr=3e-3),
     _grey("poisson", "poisson", "x ~ Poisson(f(z))", _arxiv("1905.00616"),
           group="counts", guide="counts", counts=15),
     _grey("negative-binomial", "negative_binomial", "x ~ NegativeBinomial(f(z))",

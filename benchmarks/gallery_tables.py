@@ -32,8 +32,8 @@ def protocol() -> str:
     about = found["about"]["protocol"]
     common = {"epochs": about["epochs"], "test images": about["images"]}
     own = [
-        f"{name}: {row['epochs']} epochs on {row['training images']:,} images, log p(x) of "
-        f"{row['test images']} with K = {row['samples']}"
+        f"{name}: {row['epochs']} epochs on {row['training images']:,} images"
+        f"{_rate(row)}, log p(x) of {row['test images']} with K = {row['samples']}"
         for name, row in found["rows"].items()
         if row["samples"] != about["samples"] or any(row[k] != v for k, v in common.items())
     ]
@@ -44,18 +44,24 @@ def protocol() -> str:
     return "  \n".join([text, *(f"But {line}." for line in own)])
 
 
+def _rate(found: dict) -> str:
+    rate = found.get("lr", 1e-3)
+    return "" if rate == 1e-3 else f" at a rate of {rate:g}"
+
+
 def _cells(row: Row, found: dict, compared: bool) -> list[str]:
     objective = "" if row.objective == "trace_elbo" else f", trained by `{row.objective}`"
     particles = f" with {row.particles} particles" if row.particles > 1 else ""
     bits = found["bits per dimension"]
     value = f"{found['log p(x)']:.2f}" + ("" if bits is None else f" ({bits:.2f} bits/dim)")
+    width = 360 if row.group == "colour" else 120
     cells = [
         f"`{row.model}` × `{row.guide}`{objective}{particles}",
         "; ".join(row.lines).replace("|", "\\|"),
         row.paper,
         f"{found['ELBO']:.2f}",
         value,
-        f'<img src="figures/gallery/{row.name}.png" width="120" alt="samples of {row.name}">',
+        f'<img src="figures/gallery/{row.name}.png" width="{width}" alt="samples of {row.name}">',
     ]
     if compared:
         difference = found.get("difference")
