@@ -25,6 +25,8 @@ from pyrovae._tools import InputError, progress_bar
 MEMORY = 1.0
 # Batches that are read at once: as many as fit takes in one call of a compiled step.
 AT_ONCE = 100
+# Bytes that the number of a row takes in the batches of a part, their order, and the sorted order.
+NUMBERS = 6 * 8
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -78,8 +80,8 @@ class Disk:
         """Copies of all rows of some tensors, a part at a time, on the device."""
         count = max(1, self.memory // 4 // self.row)
         for start in range(0, len(tensors[0]), count):
-            rows = (each[start : start + count] for each in tensors)
-            copies = [each.clone(memory_format=torch.contiguous_format) for each in rows]
+            rows = [each[start : start + count] for each in tensors]
+            copies = [_room(len(each), each).copy_(each) for each in rows]
             self._release()
             yield tuple(each.to(self.device) for each in copies)
 
@@ -94,9 +96,10 @@ class Disk:
 
     def batches_at_once(self, size: int) -> int:
         """How many batches of a size are read together."""
-        # Four parts are there: at hand, being copied, ready, and being read. A quarter of it all
-        # is for pages, and one for what the allocator keeps.
-        return max(1, min(AT_ONCE, self.memory // 8 // (self.row * size)))
+        # Four parts are there: at hand, being copied, ready, and being read, each with the numbers
+        # of its rows, some of them sorted. A quarter of it all is for pages, and one for what the
+        # allocator keeps.
+        return max(1, min(AT_ONCE, self.memory // 8 // ((self.row + NUMBERS) * size)))
 
     def parts(
         self, batches: Sequence[Tensor], context: Sequence[Tensor]
@@ -118,12 +121,12 @@ class Disk:
             _advise(each, "MADV_DONTNEED")
 
 
-def _room(rows: int, like: Tensor, pinned: bool) -> Tensor:
+def _room(rows: int, like: Tensor, pinned: bool = False) -> Tensor:
     """A tensor for so many rows, whose memory is given back at once when it is not needed."""
     shape = rows, *like.shape[1:]
     if pinned:
         return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-    # glibc keeps what it has given out by parts of up to 32 MiB: a few of them for each thread.
+    # Once it was given back 32 MiB, glibc keeps twice as many for each thread.
     size = math.prod(shape) * like.dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).reshape(shape)
 

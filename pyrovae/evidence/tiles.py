@@ -97,7 +97,8 @@ class Evaluation:
             with seeded(self.seed, self.device):
                 inspect_evidence(self.pair, *self.first)
                 if len(self.rows[0]) > DATA_TILE:
-                    check_support(self.pair, *(tensor[DATA_TILE:] for tensor in self.rows))
+                    rest = (tensor[DATA_TILE:] for tensor in self.rows)
+                    check_support(self.pair, *rest, batch_size=max(DATA_TILE, self.max_rows))
             try:
                 with pyro.validation_enabled(False):
                     yield self

@@ -92,14 +92,14 @@ def build(
     files = {name: source for p in programs.values() for name, source in p.files.items()}
     records = {kind: program_record(program, settings[kind]) for kind, program in programs.items()}
     records |= {k: getattr(run.config, k) for k in KINDS if run is not None and k in given}
-    told = data_record(data)
+    told = data_record(data, just_loaded="data" not in given)
     config = PairRecord(**records, data=told, device=str(device), seed=options.seed)
     return Experiment(config, model, guide, data.to(device), {} if run else files)
 
 
-def data_record(data: Dataset) -> DataRecord:
+def data_record(data: Dataset, just_loaded: bool = False) -> DataRecord:
     """What a run keeps of its data: where to load them from, or a digest of what was in memory."""
-    if data.loaded is not None and _is_as_loaded(data):
+    if data.loaded is not None and (just_loaded or _is_as_loaded(data)):
         load, root = data.loaded
         load = load if load in DATASETS else _absolute(load)
         return DataRecord.of(load, root and _absolute(root), data.provenance)

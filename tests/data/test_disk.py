@@ -66,6 +66,9 @@ def test_a_memmap_with_context(file):
     rows = [load(index) for batches in parts for index in batches]
     assert torch.equal(torch.cat([each for _, each in rows]), order)
     assert torch.equal(torch.cat([each for each, _ in rows]), torch.from_numpy(x[order]))
+    split = pyrovae.load_data(x, memory=SMALL, context="5")
+    assert split.disk is not None
+    assert torch.equal(split.train, torch.from_numpy(x[:280, :5]))
 
 
 def in_memory(path, x, **more):

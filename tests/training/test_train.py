@@ -19,7 +19,7 @@ from pyrovae._tools.precision import matmul_precision
 from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
-from pyrovae.training.monitor import NonFiniteLoss
+from pyrovae.training.monitor import Monitor, NonFiniteLoss
 
 X = binary(40)
 
@@ -269,6 +269,18 @@ def test_the_gradient_is_clipped_as_a_whole():
     moved = zip((*model.parameters(), *guide.parameters()), before, strict=True)
     norm = torch.cat([(p.detach() - q).flatten() for p, q in moved]).norm().item()
     assert norm == pytest.approx(0.01, rel=1e-3)
+
+
+def test_losses_of_many_steps_are_few_tensors():
+    """Each tensor that stays costs kilobytes of memory that cannot be used beside it."""
+    monitor = Monitor(None, None, 1)
+    for step in range(250):
+        site = ["x"] if step < 130 else ["x", "z"]  # a later batch has another site
+        monitor._keep(["loss", *site], torch.full((1, 1 + len(site)), float(step)), 1.0)
+    assert len(monitor.values) == 52
+    assert monitor.totals() == {"loss": 31125, "x": 31125, "z": sum(range(130, 250))}
+    with pytest.raises(NonFiniteLoss, match="epoch 1, step 251"):
+        monitor._keep(["loss", "x", "z"], torch.full((1, 3), torch.nan), 1.0)
 
 
 @pytest.mark.filterwarnings("ignore:No other site of the model depends on latent z")
