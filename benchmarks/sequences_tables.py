@@ -40,6 +40,15 @@ def sequences_time() -> str:
     return markdown(["229 chorales", "CPU seconds an epoch"], rows)
 
 
+def sequences_flows() -> str:
+    """The validation bound of the guide without a flow and with one."""
+    rows = [
+        [str(row["settings"]["flows"]), f"{row['valid bound']:.3f}", f"{row['CPU seconds']:.0f}"]
+        for row in _results("flows")["rows"]
+    ]
+    return markdown(["flows", "validation bound, nats per quarter", "CPU seconds"], rows)
+
+
 def filtering() -> str:
     """Filters beside other estimates, on the chorales."""
     found = json.loads(RESULTS.with_name("filtering.json").read_text(encoding="utf-8"))
@@ -71,5 +80,6 @@ def _results(part: str) -> dict:
 
 
 TABLES = {
-    table.__name__: table for table in (sequences, sequences_time, filtering, filtering_exact)
+    table.__name__: table
+    for table in (sequences, sequences_time, sequences_flows, filtering, filtering_exact)
 }
