@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from tables import markdown
 
@@ -15,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "sources.json"
 
 def sources_memory() -> str:
     """The peak of memory, and what of it is the order of an epoch's rows."""
-    head = ["`memory=`", "file", "peak above that of 2,000 rows", "order of the rows", "all else"]
+    head = ["`memory=`", "file", "peak above that of 8,192 rows", "order of the rows", "all else"]
     body = []
     for row in _rows("memory"):
         order, more = row["order of an epoch, GiB"], row["difference, GiB"]
@@ -24,8 +25,30 @@ def sources_memory() -> str:
     return markdown(head, body)
 
 
+def sources_epochs() -> str:
+    """Processor time of an epoch from disk, and its ratio to one of the same rows in memory."""
+    names = [f"{how} / memory, {kind}" for how in ("disk", "cold disk") for kind in ("CPU", "time")]
+    head = ["source", "rows", "in memory, CPU s", *(name.replace(" / ", " ÷ ") for name in names)]
+    body = []
+    for row in _rows("epochs"):
+        ratios = [f"{row[name]:.2f}" if name in row else "–" for name in names]
+        size, lone = f"{row['rows']:,} × {row['columns']}", median(row["memory, CPU s"])
+        body.append([f"`{row['source']}`", size, f"{lone:.1f}", *ratios])
+    return markdown(head, body)
+
+
+def sources_first() -> str:
+    """When an evaluation shows its bar, and when its first data are done."""
+    names = [f"{what}, {unit}" for what in ("bar", "first data") for unit in ("CPU s", "s")]
+    rows = _rows("first")
+    cells = [f"{median(row[name] for row in rows):.1f}" for name in names]
+    return markdown(["rows", *names], [[f"{rows[0]['rows']:,}", *cells]])
+
+
 def _rows(part: str) -> list[dict]:
     return json.loads(RESULTS.read_text(encoding="utf-8"))[part]["rows"]
 
 
-TABLES: dict[str, Callable[[], str]] = {"sources_memory": sources_memory}
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (sources_memory, sources_epochs, sources_first)
+}
