@@ -210,7 +210,8 @@ class Training(Options):
 
     recipe: str = option(
         "options for a long training: "
-        + ", ".join(f"{name}={value}" for name, value in RECIPES["long"].items()),
+        + ", ".join(f"{name}={value}" for name, value in RECIPES["long"].items())
+        + ", and model.mean=data where the model takes a mean",
         "none",
         choices=tuple(RECIPES),
     )

@@ -76,7 +76,7 @@ def build(
     with seeded(subseed(options.seed, PROGRAM_STREAM, 0)):
         wanted = [kind for kind in KINDS if kind not in given]
         programs = {kind: _program(getattr(options, kind), kind, run) for kind in wanted}
-    settings = {k: p.settings(options.settings.get(k, {})) for k, p in programs.items()}
+    settings = {k: p.settings(_given(options, p, run)) for k, p in programs.items()}
     if "data" in given:
         data = Dataset.of(given["data"])
     elif options.data == IN_MEMORY:
@@ -340,6 +340,17 @@ def build_pair(
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
+
+
+def _given(options: PairConfig, program: Program, run: Run | None) -> dict[str, Any]:
+    """The settings that are given for a program, and what a recipe adds to those of a model."""
+    given = options.settings.get(program.kind, {})
+    if program.kind != "model" or getattr(options, "recipe", "none") != "long":
+        return given
+    mean = program.arguments().get("mean")
+    # A run of before the recipe had it goes on as it was made.
+    older = run is not None and run.config.model.settings.get("mean") != "data"
+    return given if older or mean is None or mean.default is not None else {"mean": "data"} | given
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:

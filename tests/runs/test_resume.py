@@ -179,6 +179,8 @@ def test_a_recipe_is_recorded_as_the_options_that_it_stands_for(workspace):
     found = config(workspace / "r")
     assert found["recipe"] == "long"
     assert (found["schedule"], found["lr_warm_up"], found["average"]) == ("cosine", 1, 0.9)
+    assert found["model"]["settings"]["mean"] == "data"
+    assert run(*TRAIN, "--recipe", "long", "--average", "0.9", "--out", "r", "--resume") == 0
     state = Run("r").load_checkpoint()
     assert alike(Run("r").load_weights(), state["average"])
     assert not alike(state["average"], state["weights"])
