@@ -30,12 +30,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
             worth.errorbar(value, place, xerr=2 * row["±"], fmt="o", capsize=2,
                            color=BETTER if value < 0 else WORSE)  # fmt: skip
         worth.set_yticks(range(len(order)), [row["title"] for row in order])
-        # Linear within a nat: one variant may be twenty off, and others a few tenths.
-        worth.set_xscale("symlog", linthresh=1)
-        ticks = [-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30]
         low, high = worth.get_xlim()
-        shown = [tick for tick in ticks if low <= tick <= high]
-        worth.set_xticks(shown, [f"{tick:g}" for tick in shown])
+        if max(-low, high) > 5:
+            # Linear within a nat: one variant may be twenty off, and others a few tenths.
+            worth.set_xscale("symlog", linthresh=1)
+            ticks = [-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30]
+            shown = [tick for tick in ticks if low <= tick <= high]
+            worth.set_xticks(shown, [f"{tick:g}" for tick in shown])
         worth.set(xlabel="validation NLL less the recipe's, nats (± 2 standard errors, paired)")
         budget = f"{found['epochs']} epochs at {found['learning rate']:g}"
         worth.set_title(f"After {budget}: to the left is better")
