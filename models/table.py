@@ -1,5 +1,6 @@
 """Tables of mixed columns, with gaps and covariates: each column a likelihood in its own units."""
 
+import math
 from collections.abc import Sequence
 
 import pyro
@@ -9,12 +10,10 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyrovae.nn import MLP
+from pyrovae.nn import MLP, Column, Units
 
 __all__ = ["Table"]
 
-# One column: its name, its kind, its categories, and mean and standard deviation of what it holds.
-Column = tuple[str, str, Sequence[str], float, float]
 # A density of a column that repeats its values would grow without bound below such a scale.
 LEAST = 0.05
 
@@ -63,16 +62,6 @@ LIKELIHOODS = {
 }
 
 
-def _covariates(columns: Sequence[Column], context: Sequence[Tensor]) -> list[Tensor]:
-    """Context ``[N]`` as numbers of about unit size, ``[N, 1]``; C categories are ``[N, C]``."""
-    found = []
-    for (_, _, categories, loc, scale), value in zip(columns, context, strict=True):
-        codes = torch.arange(len(categories), device=value.device)
-        number = (value[:, None] - loc) / scale
-        found.append((value[:, None] == codes).to(number) if categories else number)
-    return found
-
-
 class Table(PyroModule):
     r"""A VAE for tables of mixed columns.
 
@@ -109,38 +98,30 @@ class Table(PyroModule):
         context_columns: Sequence[Column] = (),
     ) -> None:
         super().__init__()
-        if columns is None and len(shape) == 1:
-            columns = [(f"{j}", "real", (), 0.0, 1.0) for j in range(shape[0])]
-        kinds = [kind for _, kind, *_ in columns or ()]
+        if columns is None:
+            columns = [(f"{j}", "real", (), 0.0, 1.0) for j in range(math.prod(shape))]
+        kinds = [kind for _, kind, *_ in columns]
         if [len(kinds)] != list(shape) or not LIKELIHOODS.keys() >= {*kinds}:
             raise ValueError(
                 f"Expected columns for data of shape {list(shape)}, each of a kind among "
                 f"{', '.join(LIKELIHOODS)}, got {kinds}: give columns=data.columns."
             )
-        self.columns, self.context = list(columns or ()), list(context_columns)
+        self.columns, self.context = list(columns), Units(context_columns)
         sizes = {"binary": lambda c: 1, "categorical": len, "ordinal": lambda c: len(c) - 1}
         self.sizes = [sizes.get(kind, lambda c: 2)(c) for _, kind, c, _, _ in self.columns]
-        width = sum(max(len(categories), 1) for _, _, categories, _, _ in self.context)
-        self.decoder = MLP(latent + width, sum(self.sizes), hidden, activation)
+        self.decoder = MLP(latent + self.context.width, sum(self.sizes), hidden, activation)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
 
-    def forward(self, x: Tensor, *context: Tensor) -> None:
+    def forward(self, x: Tensor, *context: Tensor, mask: Tensor | bool = True) -> None:
         """Sample ``z`` ``[N, latent]`` and observe the columns of ``x`` ``[N, D]``.
 
-        ``context`` are the covariates ``[N]``, and after them the mask ``[N, D]`` if there is one.
+        ``context`` are the covariates ``[N]``, and the mask ``[N, D]`` if it has no name.
         """
-        masked = bool(context) and context[-1].shape == x.shape
-        given = context[:-1] if masked else context
-        if len(given) != len(self.context):
-            raise ValueError(
-                f"Expected context {[name for name, *_ in self.context]} and perhaps a mask of x, "
-                f"got {len(given)} columns: give context_columns=data.context_columns."
-            )
-        seen = context[-1] if masked else torch.ones_like(x, dtype=torch.bool)
+        c, seen = self.context.beside(x, *context, mask=mask)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
-            c = [each.expand(*z.shape[:-1], -1) for each in _covariates(self.context, given)]
-            outputs = self.decoder(torch.cat([z, *c], -1)).split(self.sizes, -1)
+            inputs = torch.cat([z, c.expand(*z.shape[:-1], -1)], -1)
+            outputs = self.decoder(inputs).split(self.sizes, -1)
             for j, (name, kind, _, loc, scale) in enumerate(self.columns):
                 likelihood = LIKELIHOODS[kind](outputs[j], loc, scale)
                 pyro.sample(f"x.{name}", likelihood.mask(seen[..., j]), obs=x[..., j])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 from typing import cast
@@ -14,7 +14,16 @@ from torch.nn.functional import pad
 from pyrovae._tools import InputError
 from pyrovae._tools.whole import longest, whole
 
-__all__ = ["BackwardGRU", "ConvDecoder", "ConvEncoder", "MLP", "lasting", "whole"]
+__all__ = ["BackwardGRU", "ConvDecoder", "ConvEncoder", "MLP", "Units", "lasting", "whole"]
+
+# One column: its name, its kind, its categories, and mean and standard deviation in its units.
+Column = tuple[str, str, Sequence[str], float, float]
+# In which units a number is about normal.
+UNITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "real": torch.clone,
+    "positive": torch.log,
+    "count": torch.log1p,
+}
 
 
 class MLP(nn.Module):
@@ -217,6 +226,56 @@ class BackwardGRU(nn.Module):
         turned = torch.where(steps < lengths, lengths - 1 - steps, steps)[..., None]
         seen = whole(_read, self.gru, x.gather(1, turned.expand_as(x)), lengths.to(x.dtype))
         return seen.gather(1, turned.expand_as(seen))
+
+
+class Units(nn.Module):
+    """The columns of a table as numbers of about unit size, C categories as one number each.
+
+    Real columns are standardized, positive ones and counts by their logarithms.
+
+    Args:
+        columns: ``data.columns``, or ``data.context_columns``.
+
+    Example:
+        >>> columns = [("age", "real", (), 50.0, 10.0), ("sex", "binary", ("F", "M"), 0.0, 1.0)]
+        >>> Units(columns)(torch.tensor([[60.0, 1.0]]))
+        tensor([[1., 0., 1.]])
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        super().__init__()
+        self.columns = list(columns)
+        self.width = sum(max(len(categories), 1) for _, _, categories, _, _ in columns)
+
+    def forward(self, x: Tensor, mask: Tensor | bool = True) -> Tensor:
+        """Map ``[..., D]`` to ``[..., width]``, 0 where ``mask`` is false."""
+        mask = torch.ones_like(x, dtype=torch.bool) & mask
+        # 1 is possible in every column, and no logarithm of it is infinite.
+        values, parts = x.masked_fill(~mask, 1.0)[..., None], [x[..., :0]]
+        for j, (_, kind, categories, loc, scale) in enumerate(self.columns):
+            if categories:
+                value = values[..., j, :] == torch.arange(len(categories), device=x.device)
+            else:
+                value = (UNITS.get(kind, torch.clone)(values[..., j, :]) - loc) / scale
+            parts.append(value * mask[..., j, None])
+        return torch.cat(parts, -1)
+
+    def beside(
+        self, x: Tensor, *context: Tensor, mask: Tensor | bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The covariates ``[N, width]`` of what programs take beside x ``[N, D]``, and the mask.
+
+        ``context`` are these columns ``[N]``, and the mask ``[N, D]`` if it has no name.
+        """
+        if mask is True and context and context[-1].shape == x.shape:
+            context, mask = context[:-1], context[-1]
+        if len(context) != len(self.columns):
+            raise InputError(
+                f"Expected context {[name for name, *_ in self.columns]} and perhaps a mask of x, "
+                f"got {len(context)} columns: give context_columns=data.context_columns."
+            )
+        covariates = torch.cat([x[:, :0], *(value[:, None] for value in context)], -1)
+        return self(covariates), torch.ones_like(x, dtype=torch.bool) & mask
 
 
 class _GRU(nn.Module):

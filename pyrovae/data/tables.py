@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, did_you_mean
+from pyrovae.nn import UNITS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 LABELLED = ("labels",)
 LABELS = ("label", "labels", "y", "target", "class")
 KINDS = ("real", "positive", "count", "binary", "categorical", "ordinal")
-# In which units a number is about normal.
-UNITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "real": torch.clone,
-    "positive": torch.log,
-    "count": torch.log1p,
-}
 # Bytes of a compressed column of Parquet that are read at once.
 BUFFER = 2**18
 # Rows by which a header is told from a datum.

@@ -9,9 +9,10 @@ from commands import run
 from zoo import table
 
 import pyrovae
-from pyrovae.data.tables import Column
+from pyrovae.data.tables import Column, measured
 from pyrovae.guides.table import Table as TableGuide
 from pyrovae.models.table import LIKELIHOODS, Table
+from pyrovae.nn import Units
 
 
 def test_log_p_is_in_the_units_of_the_data():
@@ -103,7 +104,7 @@ def test_a_table_with_gaps_goes_from_a_file_to_a_report(tmp_path, monkeypatch):
     assert run("report", "run") == 0
     assert run("sample", "run", "-n", "4") == 0
     opened = pyrovae.load("run")
-    assert [column.name for column in opened.model.context] == ["years", "site"]
+    assert [column.name for column in opened.model.context.columns] == ["years", "site"]
     shown = dict(opened.data._told().rows)
     assert (shown["columns"], shown["context"]) == ("age, size, sex", "years, site, mask")
 
@@ -134,6 +135,14 @@ def test_covariates_are_given_to_both_programs_and_explained_by_none():
     loc = model.decoder(joined)[:, 0]
     h = traced.trace.nodes["x.h"]["fn"].base_dist
     torch.testing.assert_close(h.loc, data.columns[0].loc + data.columns[0].scale * loc)
+    for program in (model, guide):
+        one, two = (
+            pyro.poutine.trace(pyro.poutine.condition(program, data={"z": z})).get_trace(*rows, **k)
+            for rows, k in (((x, years, place, mask), {}), ((x, years, place), {"mask": mask}))
+        )
+        assert torch.equal(one.log_prob_sum(), two.log_prob_sum())
+        unseen = pyro.poutine.trace(pyro.poutine.condition(program, data={"z": z}))
+        assert not torch.equal(one.log_prob_sum(), unseen.get_trace(x, years, place).log_prob_sum())
     codes = pyrovae.encode(guide, x, years, place, mask)["z"]
     for other in ((years + 9, place), (years, (place + 1) % 3)):
         assert not torch.allclose(pyrovae.encode(guide, x, *other, mask)["z"], codes)
@@ -145,6 +154,24 @@ def test_covariates_are_given_to_both_programs_and_explained_by_none():
     plain = Plain(data.shape, data.columns), lambda x, mask: None
     with pytest.raises(ValueError, match=r"write forward\(self, x, age, site, mask=True\)"):
         pyrovae.fit(*plain, data)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_units_are_standardized_and_gaps_are_zero(scale):
+    """Each kind of column has mean 0 and standard deviation 1 in the units of its data."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator).exp() * scale
+    x[:, 2] = x[:, 2].round()
+    schema = tuple(Column(kind, kind) for kind in ("real", "positive", "count"))
+    columns = [*measured(schema, x, None), Column("site", "categorical", tuple("abc"))]
+    codes = torch.arange(500.0)[:, None] % 3
+    units = Units(columns)(torch.cat([x, codes], 1))
+    torch.testing.assert_close(units[:, :3].mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(units[:, :3].std(0, correction=0), torch.ones(3))
+    assert torch.equal(units[:, 3:], torch.eye(3)[codes[:, 0].long()])
+    mask = torch.rand(500, 4, generator=generator) > 0.5
+    gaps = Units(columns)(torch.cat([x, codes], 1).where(mask, torch.nan), mask)
+    assert torch.equal(gaps, units * mask[:, [0, 1, 2, 3, 3, 3]])
 
 
 class Plain(Table):
