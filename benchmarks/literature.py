@@ -4,9 +4,10 @@
 
 MNIST, binarized anew at each use in training, the test images binarized once. Batch 100, Adam, one
 cosine of the learning rate with an epoch of warm-up, averaged weights, and the logits' bias set
-from the pixels' means; literature_rows.py says what else. Each row trains into a run directory
-under runs/literature, with a checkpoint after each epoch, and is then evaluated part by part: a
-stopped run goes on where it was. Writes results/literature.json row by row, in nats per datum.
+from the pixels' means; literature_rows.py says what else, and which row another begins with. Each
+row trains into a run directory under runs/literature, with a checkpoint after each epoch, and is
+then evaluated part by part: a stopped run goes on where it was. Writes results/literature.json row
+by row, in nats per datum.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ REFINED = {"num_samples": 100, "refine_steps": 200}
 def main() -> None:
     options = _options().parse_args()
     for name in options.only or [row.name for row in ROWS]:
-        row = next(row for row in ROWS if row.name == name)
+        row = _asked(name, options)
         print(f"{row.name}, seed {options.seed}: {row.model} and {row.guide}", flush=True)
-        found = run(_small(row) if options.small else row, options)
+        found = run(row, options)
         rows = _add(options.out, f"{row.name}/{options.seed}", found)
     names = ("published", "aim", "NLL", "±", "annealed NLL", "ELBO", "epochs", "hours")
     show([{"row": key} | {n: r[n] for n in names} for key, r in rows.items()], ".2f")
@@ -58,6 +59,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=names, help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="instead of the row's own")
+    parser.add_argument("--before", type=int, help="epochs of the row that it begins with")
     parser.add_argument("--all", action="store_true", help="train on 60,000 images, 50,000 if not")
     parser.add_argument("--test", type=int, help="so many test images, all if not given")
     parser.add_argument("--samples", type=int, default=5000, help="of log p(x)")
@@ -74,11 +76,9 @@ def _options() -> argparse.ArgumentParser:
 
 def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     """Train a row and measure it, or go on with that."""
-    epochs = options.epochs or row.epochs
-    split = "all" if options.all else "split"
-    folder = Run(options.runs / f"{row.name}-{split}-{epochs}-{options.seed}")
+    folder = _folder(row, options)
     made, history = train(row, folder, options)
-    cost, steps = folder.read_json("cost.json"), -(-len(made.data.train) // 100)
+    steps = -(-len(made.data.train) // 100)
     return {
         "title": row.title,
         "published": row.published,
@@ -89,15 +89,17 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in row.options.items()},
         "objective": row.objective,
         "particles": row.particles,
-        "KL warm-up": _warm_up(row, epochs),
+        "KL warm-up": _warm_up(row),
         "learning rate": row.lr,
         "data": f"{made.data.name}, {len(made.data.train)} to train on",
         "seed": options.seed,
-        "epochs": epochs,
-        "steps": epochs * steps,
+        "begins with": row.begins if row.before else None,
+        "epochs before": row.before,
+        "epochs": row.epochs,
+        "steps": (row.before + row.epochs) * steps,
         "parameters": _parameters(made.model, made.guide),
-        "hours": sum(r["seconds"] for r in history) / 3600,
-        "CPU hours": cost["cpu"] / 3600,
+        "hours": _spent(row, folder, options, "clock") / 3600,
+        "CPU hours": _spent(row, folder, options, "cpu") / 3600,
         "curve of training": _thinned(history),
         **measure(made, folder, options),
     }
@@ -105,7 +107,7 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
 
 def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experiment, list[dict]]:
     """Train a row into its run directory, from its last checkpoint if there is one."""
-    epochs, resumed = options.epochs or row.epochs, folder.exists()
+    resumed = folder.exists()
     given: dict[str, Any] = {
         "model": row.model,
         "guide": row.guide,
@@ -116,33 +118,51 @@ def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experimen
         "settings": [f"{name}={value!r}" for name, value in row.options.items()],
         "objective": row.objective,
         "particles": row.particles,
-        "epochs": epochs,
+        "epochs": row.epochs,
         "batch_size": 100,
         "lr": row.lr,
         "recipe": "long",
-        "lr_warm_up": min(1, epochs - 1),
+        "lr_warm_up": min(1, row.epochs - 1),
     }
     asked = RunConfig.of(given)
     made = resolve(asked, " ".join(sys.argv), folder if resumed else None)
     data = _all(made.data) if options.all else made.data
     if row.warm_up:
-        steps = -(-len(data.train) // 100) * _warm_up(row, epochs)
+        steps = -(-len(data.train) // 100) * _warm_up(row)
         config = replace(made.config, objective_settings={"warm_up": steps})
         made = made._replace(config=config)
-    # The pixels start at their means: one visible line. A checkpoint takes its place on resuming.
-    made.model.decoder.last.bias.data = data.train.mean(0).flatten().logit(eps=1e-3)
+    # A checkpoint takes the place of what a row begins with on resuming.
+    if row.before:
+        begin(made, data.train, row, options)
+    else:
+        # The pixels start at their means: one visible line.
+        made.model.decoder.last.bias.data = data.train.mean(0).flatten().logit(eps=1e-3)
     made = made._replace(data=data)
     before, started = _cost(folder), time.process_time()
 
     def after(fit: pyrovae.Fit) -> None:
-        last = fit.history[-1]
+        last, clock = fit.history[-1], sum(each["seconds"] for each in fit.history)
         spent = before + time.process_time() - started
-        folder.write_json("cost.json", {"epochs": len(fit.history), "cpu": spent})
-        print(f"epoch {last['epoch']}/{epochs}  loss {last['train_loss']:.2f}  "
+        folder.write_json("cost.json", {"epochs": len(fit.history), "cpu": spent, "clock": clock})
+        print(f"epoch {last['epoch']}/{row.epochs}  loss {last['train_loss']:.2f}  "
               f"ELBO {fit.elbo:.2f}  {last['seconds']:.1f} s", flush=True)  # fmt: skip
 
     fit = train_run(folder, made, resume=resumed, on_epoch=after)
     return made, fit.history
+
+
+def begin(made: Experiment, x: Tensor, row: Row, options: argparse.Namespace) -> None:
+    """Give a pair the networks of the row that it begins with, trained if need be."""
+    other = _begun(row, options)
+    print(f"begins with {other.name}, {other.epochs} epochs", flush=True)
+    found, _ = train(other, _folder(other, options), options)
+    made.guide.load_state_dict(found.guide.state_dict())
+    made.model.decoder.load_state_dict(found.model.decoder.state_dict())
+    if row.model == "vamp_prior":
+        # Pseudo-inputs start at images, as in the paper's code.
+        made.model.pseudo = x[: len(made.model.pseudo)].clamp(0.01, 0.99)
+    else:
+        made.model.load_state_dict(found.model.state_dict())
 
 
 def measure(made: Experiment, folder: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -258,9 +278,31 @@ def _all(data: pyrovae.Dataset) -> pyrovae.Dataset:
     return replace(data, train=torch.cat([data.train, data.valid]), valid=None, intensities=levels)
 
 
-def _warm_up(row: Row, epochs: int) -> int:
+def _warm_up(row: Row) -> int:
     """Epochs in which the weight of the KL rises, at most a quarter of all."""
-    return min(row.warm_up, epochs // 4)
+    return min(row.warm_up, row.epochs // 4)
+
+
+def _folder(row: Row, options: argparse.Namespace) -> Run:
+    epochs = f"{row.before}+{row.epochs}" if row.before else f"{row.epochs}"
+    split = "all" if options.all else "split"
+    return Run(options.runs / f"{row.name}-{split}-{epochs}-{options.seed}")
+
+
+def _begun(row: Row, options: argparse.Namespace) -> Row:
+    """The row that another begins with, for as many epochs as that one asks for."""
+    other = next(each for each in ROWS if each.name == row.begins)
+    other = _small(other) if options.small else other
+    return replace(other, epochs=row.before, before=0)
+
+
+def _spent(row: Row, folder: Run, options: argparse.Namespace, what: str) -> float:
+    """Seconds of all epochs, with those of the row that it begins with."""
+    first = 0.0
+    if row.before:
+        other = _begun(row, options)
+        first = _spent(other, _folder(other, options), options, what)
+    return first + folder.read_json("cost.json")[what]
 
 
 def _cost(folder: Run) -> float:
@@ -298,6 +340,16 @@ def _place(key: str, order: Iterable[str]) -> tuple[int, int]:
     return list(order).index(name), int(seed)
 
 
+def _asked(name: str, options: argparse.Namespace) -> Row:
+    """A row for the epochs that are asked for."""
+    row = next(row for row in ROWS if row.name == name)
+    row = _small(row) if options.small else row
+    epochs = options.epochs or row.epochs
+    return replace(
+        row, epochs=epochs, before=row.before if options.before is None else options.before
+    )
+
+
 def _small(row: Row) -> Row:
     """The same row with narrow networks and few samples."""
 
@@ -307,7 +359,8 @@ def _small(row: Row) -> Row:
         return min(value, 4) if isinstance(value, int) else value
 
     options = {name: narrow(value) for name, value in row.options.items()}
-    return replace(row, options=options, particles=min(row.particles, 3), epochs=2)
+    return replace(row, options=options, particles=min(row.particles, 3), epochs=2,
+                   before=min(row.before, 1))  # fmt: skip
 
 
 if __name__ == "__main__":

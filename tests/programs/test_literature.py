@@ -34,8 +34,10 @@ def _lasting(row):
 def test_a_row_has_every_number_of_its_table(rows):
     found = rows("--only", "gated-vamp", "iwae-5")
     assert list(found) == ["iwae-5/0", "gated-vamp/0"]
+    # The one begins with an epoch of another row.
+    assert [row["steps"] for row in found.values()] == [26, 39]
+    assert found["gated-vamp/0"]["begins with"] == "gated-vae"
     for row in found.values():
-        assert row["steps"] == 26
         assert row["NLL"] == row["curve"]["NLL"][-1] < row["curve"]["NLL"][0]
         assert -row["ELBO"] == pytest.approx(row["rate"] + row["distortion"], rel=1e-4)
         assert row["curve of training"]["epoch"] == [1, 2]
@@ -84,3 +86,28 @@ def test_the_logits_start_at_the_means_of_all_that_is_trained_on(rows, monkeypat
     assert (mean - expected).abs().max() < 1e-5
     grey = made.data.intensities.double().mean((0, 1, 2, 3)) / made.data.scale
     assert abs(grey - made.data.train.double().mean()) < 0.01
+
+
+def test_a_row_begins_with_what_another_has_learned(rows, monkeypatch, tmp_path):
+    seen, train = [], literature.train_run
+
+    def spy(run, made, **options):
+        before = [each.detach().clone() for each in made.guide.parameters()]
+        before += [each.detach().clone() for each in made.model.decoder.parameters()]
+        seen.append((run.path.name, before, made))
+        return train(run, made, **options)
+
+    monkeypatch.setattr(literature, "train_run", spy)
+    row = rows("--only", "gated-vamp", "--epochs", "2", "--before", "3")["gated-vamp/0"]
+    (first, _, other), (second, begun, made) = seen
+    assert (first, second) == ("gated-vae-split-3-0", "gated-vamp-split-3+2-0")
+    learned = [*other.guide.parameters(), *other.model.decoder.parameters()]
+    assert all(map(torch.equal, begun, learned))
+    assert row["steps"] == 13 * (3 + 2)
+    costs = [Run(tmp_path / "runs" / name).read_json("cost.json") for name in (first, second)]
+    assert row["hours"] == pytest.approx(sum(each["clock"] for each in costs) / 3600, rel=1e-3)
+    assert row["CPU hours"] == pytest.approx(sum(each["cpu"] for each in costs) / 3600, rel=1e-3)
+    # A resumed row is not begun again: it has weights of its own.
+    again = rows("--only", "gated-vamp", "--epochs", "2", "--before", "3")["gated-vamp/0"]
+    assert _lasting(again) == _lasting(row)
+    assert not all(map(torch.equal, made.guide.parameters(), other.guide.parameters()))
