@@ -219,6 +219,12 @@ def _recorded(task: Task, size: int) -> tuple[GraphModule, list[Tensor]]:
     graph, held = lift(record(run, args, task.pair, calls=1))
     # Where nothing is written in place, what no output depends on can be left out.
     graph = make_fx(torch.func.functionalize(graph))(*held, *args)
+    # What squeezes every dimension of size 1 (Pyro's sums over enumerated latents do) would take
+    # a batch of one datum with it.
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.default):
+        shape = node.args[0].meta["tensor_meta"].shape
+        node.target = torch.ops.aten.squeeze.dims
+        node.args = node.args[0], [dim for dim, size in enumerate(shape) if size == 1]
     graph.graph.eliminate_dead_code()
     return graph, held
 

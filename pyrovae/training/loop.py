@@ -22,7 +22,7 @@ from pyrovae.data import Dataset
 from pyrovae.objectives import Objective, make_objective
 from pyrovae.pairs.contract import check_objective, check_support, inspect_pair
 from pyrovae.training.distributed import join
-from pyrovae.training.monitor import Fit, Monitor, OnEpoch, callbacks, entered, recorder
+from pyrovae.training.monitor import Fit, Monitor, OnEpoch, attempt, callbacks, entered, recorder
 from pyrovae.training.optimizer import make_optim
 from pyrovae.training.schedules import make_schedule
 from pyrovae.training.svi import SVI, with_gradients
@@ -202,7 +202,7 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
             loss.prepare(pair, first, steps)
         elif isinstance(loss, ELBO) and loss.max_plate_nesting == math.inf:
             loss.max_plate_nesting = -layout.particle_dim
-        svi.build(*first)
+        attempt(svi, data, batch_size)
 
 
 def _check_sizes(data: Dataset, batch_size: int, lr: float, asked: dict, *counts: str) -> None:

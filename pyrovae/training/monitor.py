@@ -15,15 +15,18 @@ import torch
 from pyro import infer
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyrovae._tools import InputError
 from pyrovae._tools.seeding import subseed, undone
 from pyrovae._tools.shown import Shown, Told, counted, figures
+from pyrovae.data import Dataset
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives import Estimate
 from pyrovae.objectives.elbo import elbo
 from pyrovae.optim import place_counts
-from pyrovae.pairs.contract import plate_scale
+from pyrovae.pairs.contract import plate_scale, sentence
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
@@ -217,6 +220,23 @@ def entered(calls: list[OnEpoch]) -> Iterator[list[OnEpoch]]:
             if isinstance(call, AbstractContextManager):
                 stack.enter_context(call)
         yield calls
+
+
+def attempt(svi: SVI, data: Dataset, batch_size: int) -> None:
+    """Try the first batch, and the last where it is one row that is to be normalized."""
+    svi.build(*data.head(batch_size))
+    alone = batch_size == 1 or len(data.train) % batch_size == 1
+    if not alone or not any(isinstance(module, _BatchNorm) for module in svi.pair.modules):
+        return
+    try:
+        with svi.pair.mode(training=True):
+            svi.build(*data.head(1))
+    except ValueError as error:
+        raise InputError(
+            f"Of {len(data.train)} training data in batches of {batch_size} the last is a batch of "
+            f"its own, and batch normalization needs two rows ({sentence(error)}): choose another "
+            f"batch_size."
+        ) from error
 
 
 def recorder() -> Any:

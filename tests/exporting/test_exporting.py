@@ -1,6 +1,7 @@
 """Exported programs run without this package and give what the pair gives, or are refused."""
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -79,6 +80,35 @@ def test_log_p_in_onnxruntime_agrees_within_its_error_with_the_exact_value(tmp_p
     # The stated errors are those by which the batches differ.
     ratio = stated.square().mean(0).sqrt() / weights.std(0) * weights.mean(0)
     assert bool(((ratio > 0.5) & (ratio < 2)).all())
+
+
+PLACES, NOISE = torch.tensor([-2.0, 1.0, 3.0]), 0.5
+
+
+def clusters(x):
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(x.new_ones(3)), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(PLACES[c], 1.0))
+        pyro.sample("x", dist.Normal(z[..., None], NOISE).to_event(1), obs=x)
+
+
+def near(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.6))
+
+
+def test_log_p_with_a_latent_summed_out_is_exact_of_one_datum_and_of_many(tmp_path):
+    x = torch.tensor([[-1.5], [0.4], [2.0], [0.0], [1.0], [3.3]])
+    path = pyrovae.export(
+        clusters, near, x, what="log_likelihood", samples=400, out=tmp_path / "l.pt2"
+    )
+    program, _ = opened(path)
+    exact = dist.Normal(PLACES, (1 + NOISE**2) ** 0.5).log_prob(x).logsumexp(1) - math.log(3)
+    noise = torch.randn(6, 400, 1)
+    for size in (1, 6):
+        found = program(x[:size], noise[:size])
+        off = (found["log_prob"] - exact[:size]).abs()
+        assert bool((off < 4 * found["standard_error"]).all())
 
 
 def test_a_latent_below_others_is_conditioned_on_draws_from_the_noise(tmp_path):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 import pyrovae
 from pairs import LATENT, SHAPE, binary, discrete, functions, shipped_bernoulli, shipped_gaussian
-from pyrovae._tools import precision
+from pyrovae._tools import InputError, precision
 from pyrovae._tools.precision import matmul_precision
 from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
@@ -358,6 +358,34 @@ def test_modules_train_in_train_mode_and_are_scored_in_eval_mode():
     assert not any(seen)
     assert watched.training
     assert watched.norm.num_batches_tracked.item() == count
+
+
+class Normalizing(nn.Module):
+    """A shipped program behind batch normalization of the data."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.norm = inner, nn.BatchNorm1d(16, affine=False)
+
+    def forward(self, x):
+        self.norm(x.flatten(1))
+        self.inner(x)
+
+
+@pytest.mark.parametrize("batch_size", [13, 39, 1])
+def test_a_last_batch_of_one_row_is_refused_before_the_epoch_that_batch_norm_would_end(batch_size):
+    model, guide = shipped_bernoulli()
+    seen = []
+    with pytest.raises(InputError, match=r"Of 40 .*: choose another batch_size\.$"):
+        pyrovae.fit(
+            model, Normalizing(guide), X, epochs=1, batch_size=batch_size, seed=0,
+            on_epoch=seen.append,
+        )  # fmt: skip
+    assert not seen
+    normalizing = Normalizing(guide)
+    pyrovae.fit(model, normalizing, X, epochs=1, batch_size=20, seed=0)
+    pyrovae.fit(model, guide, X, epochs=1, batch_size=batch_size, seed=0)
+    assert normalizing.norm.num_batches_tracked.item() == 2
 
 
 def test_enumeration_trains_with_pyros_own_objective():
