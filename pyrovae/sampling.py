@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae._tools import InputError, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import data_tensors, takes_data
-from pyrovae.pairs.contract import blames_data, inspect_pair
+from pyrovae.pairs.contract import blames_data, check_order, inspect_pair
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, is_bookkeeping, observed, samples
 
 # Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
 PAYS_AFTER = 500_000
@@ -186,8 +187,7 @@ def encode(
 
     def read(*rows: Tensor) -> dict[str, Site]:
         with blames_data(rows[0]):
-            sites = samples(pair.trace_guide(*rows))
-        return {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
+            return _latents(pair.trace_guide(*rows))
 
     return _forward(pair, read, rows, True, seed, compile, size)
 
@@ -317,8 +317,8 @@ def classify(
         trace = pair.trace_guide(*rows)
     found = {
         name: node["fn"]
-        for name, node in samples(trace).items()
-        if not node["is_observed"] and node["fn"].has_enumerate_support
+        for name, node in _latents(trace).items()
+        if node["fn"].has_enumerate_support
     }
     if site is None and len(found) == 1:
         (site,) = found
@@ -329,6 +329,13 @@ def classify(
         )
     log_prob = found[site].log_prob(found[site].enumerate_support())
     return log_prob.exp().movedim(0, -1).to(x.device)
+
+
+def _latents(trace: Trace) -> dict[str, Site]:
+    """What a guide samples, but for what it alone has."""
+    found = {n: s for n, s in samples(trace).items() if not s["infer"].get("is_auxiliary")}
+    check_order(observed(found))
+    return found
 
 
 def _generate(
@@ -357,11 +364,16 @@ def _generate(
         with blames_data(rows[0]) if simulator.reads is None else nullcontext():
             sites, _ = simulator.draw(rows[:split], values)
         free = {n: s for n, s in sites.items() if not s["is_observed"]}
-        observed = {n: s for n, s in free.items() if s["infer"].get("was_observed")}
-        hidden = free.keys() - observed.keys()
+        drawn = {n: s for n, s in free.items() if s["infer"].get("was_observed")}
+        hidden = free.keys() - drawn.keys()
         if unknown := sorted(values.keys() - hidden):
             raise InputError(f"No latent sites {unknown}; the model has {sorted(hidden)}.")
-        return {n: s | {"reads": simulator.reads} for n, s in observed.items()}
+        if not drawn:
+            raise InputError(
+                f"Expected a model that observes data, got a program that samples {sorted(hidden)} "
+                f"alone: give the model, and in it the site of the data obs=x."
+            )
+        return {n: s | {"reads": simulator.reads} for n, s in drawn.items()}
 
     return _forward(pair, read, (*rows, *latents.values()), size=size, **options)
 

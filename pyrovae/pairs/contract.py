@@ -31,6 +31,7 @@ from pyrovae.pairs.traces import (
     drawn,
     is_bookkeeping,
     is_factor,
+    observed,
     samples,
     scored,
 )
@@ -61,6 +62,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     hidden = {name: site for name, site in sites.items() if not site["is_observed"]}
     enumerated = tuple(n for n, s in hidden.items() if n not in guide_sites and enumerates(s))
     latents = tuple(name for name in hidden if name not in enumerated)
+    check_order(observed(guide_sites), observed(sites))
     check_sites(latents, guide_sites)
     for name in latents:
         check_event(name, hidden[name], guide_sites[name])
@@ -71,8 +73,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     frame = batch_frame(dense, fitting[0])
     _check_observed(dense)
     dims = [f.dim for s in (*sites.values(), *guide_sites.values()) for f in plates(s).values()]
-    observed = tuple(name for name in sites if name not in hidden)
-    layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
+    seen = tuple(name for name in sites if name not in hidden)
+    layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, seen)
     every = [item for found in (sites, guide_sites) for item in found.items()]
     own = [item for item in dense if item[1] is guide_sites.get(item[0])]  # the guide's
     inner = [f for _, s in dense for name, f in plates(s).items() if name != frame.name]
@@ -216,7 +218,8 @@ def check_step(pair: Pair, surrogate: Tensor | None, args: Any) -> None:
 
 
 def _check_strangers(pair: Pair) -> None:
-    """Refuse programs that have each drawn a latent which the other does not know."""
+    """Refuse programs that are exchanged, or have each drawn a latent the other does not know."""
+    check_order(*reversed(pair.observed))
     model, guide = pair.drawn
     extra = [name for name, infer in guide.items() if not infer.get("is_auxiliary")]
     extra = sorted(name for name in extra if name not in model)
@@ -432,6 +435,16 @@ def check_programs(*programs: Any) -> None:
             raise InputTypeError(f"Expected a program as the {kind}, got {program!r}.")
 
 
+def check_order(guide_observes: Iterable[str], model_observes: Iterable[str] = ()) -> None:
+    """Refuse a model in the place of the guide: it observes data that no model does."""
+    seen = sorted(guide_observes)
+    if seen and not [*model_observes]:
+        raise InputError(
+            f"Expected the model before the guide, got a guide that observes {seen[0]!r}, as a "
+            f"model does: exchange the two."
+        )
+
+
 def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
     """Check that the guide samples the model's latents, and no others."""
     for name in latents:
@@ -449,8 +462,7 @@ def check_sites(latents: Iterable[str], guide_sites: dict[str, Site]) -> None:
             continue
         raise InputError(
             f"The guide samples {name!r}, which is no latent site of the model (its latents are "
-            f"{sorted(latents)}): remove it, mark it with infer={{'is_auxiliary': True}}, or "
-            f"exchange model and guide if they are the wrong way round"
+            f"{sorted(latents)}): remove it, or mark it with infer={{'is_auxiliary': True}}"
             f"{did_you_mean(name, latents)}."
         )
 

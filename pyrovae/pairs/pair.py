@@ -22,7 +22,7 @@ from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
 from pyrovae.pairs.folding import Fold
 from pyrovae.pairs.parameters import Parameters, Program
-from pyrovae.pairs.traces import Layout, Site, Values, site_scores, without_factors
+from pyrovae.pairs.traces import Layout, Site, Values, is_bookkeeping, site_scores, without_factors
 
 
 class Pair(Parameters):
@@ -204,6 +204,7 @@ class OwnParameters(Messenger):
         super().__init__()
         self.pair, self.modules = pair, pair.owned[program]
         self.found, self.drawn = pair.found[program], pair.drawn[program]
+        self.observed = pair.observed[program]
         self._owned = [p for module in self.modules for p in module.parameters()]
 
     def __enter__(self) -> OwnParameters:
@@ -261,8 +262,8 @@ class OwnParameters(Messenger):
         self.pair.met.add(leaf)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
-            self.drawn[msg["name"]] = msg["infer"]
+        if not site_is_subsample(msg) and not is_bookkeeping(msg):
+            (self.observed if msg["is_observed"] else self.drawn)[msg["name"]] = msg["infer"]
 
 
 def _pyro_param_names(modules: list[nn.Module]) -> list[str]:

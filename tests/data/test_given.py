@@ -1,6 +1,8 @@
 """Data as people have them give the numbers that the same tensors give."""
 
 import functools
+import inspect
+import re
 
 import numpy as np
 import pandas as pd
@@ -126,6 +128,45 @@ def test_every_function_gives_the_same_numbers(x):
     assert torch.equal(one, pyrovae.traverse(model, guide, x[:2], "z", 0, torch.tensor(values)))
     one, two = (calls["fit"](model, guide, each, seed=0) for each in (given, x))
     assert one.history[0]["train_loss"] == pytest.approx(two.history[0]["train_loss"], rel=1e-6)
+
+
+def takes_a_pair(name):
+    """Whether a public function takes a model and a guide, or a guide after a model."""
+    function = getattr(pyrovae, name)
+    first = [*inspect.signature(function).parameters][:2] if inspect.isfunction(function) else []
+    return first in (["model", "guide"], ["guide", "x"])
+
+
+PAIRED = [name for name in pyrovae.__all__ if takes_a_pair(name)]
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_guide_before_its_model_is_refused_by_one_sentence(x, name):
+    model, guide = Gaussian((3,), latent=2), MeanField((3,), latent=2)
+    data = {"interpolate": (x[:2], x[2:4]), "traverse": (x, "z", 0, torch.ones(2))}.get(name, (x,))
+    more = {"calibrate": {"n": 50}, "bidirectional": {"like": x}}.get(name, {})
+    data = () if "like" in more else data
+    sentence = r"^Expected the model before the guide, got a guide that observes 'x', as a model"
+    if name == "check":
+        row = pyrovae.check(guide, model, x)["sites"]
+        assert row.status == "failed"
+        assert re.match(sentence, row.message)
+        return
+    with pytest.raises(pyrovae.InputError, match=sentence):
+        getattr(pyrovae, name)(guide, model, *data, **more)
+
+
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide:UserWarning")
+def test_a_guide_before_its_model_is_not_trained(x):
+    model, guide = Gaussian((3,), latent=2), MeanField((3,), latent=2)
+    svi = pyrovae.SVI(guide, model, pyro.optim.Adam({"lr": 1e-3}), loss=pyro.infer.Trace_ELBO())
+    with pytest.raises(pyrovae.InputError, match="Expected the model before the guide"):
+        svi.step(x)
+
+
+def test_a_guide_alone_draws_no_data(x):
+    with pytest.raises(pyrovae.InputError, match=r"a program that samples \['z'\] alone"):
+        pyrovae.sample(MeanField((3,), latent=2), like=x)
 
 
 def test_what_stands_in_the_wrong_place_is_named(x):

@@ -715,7 +715,7 @@ def one_of_two_observations_forgotten():
     return with_model(likelihood)
 
 
-@broken("sites", r"exchange model and guide if they are the wrong way round", '"x"')
+@broken("sites", r"guide that observes 'x', as a model does: exchange the two", '"x"')
 def model_and_guide_exchanged():
     return PlainGuide(), PlainModel()
 
