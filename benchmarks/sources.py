@@ -9,7 +9,7 @@ calls the maximum resident set) of a process that trains on a memmap of 20 milli
 values of memory=, less that of the same process on 8,192 rows, in batches of the same size. How
 long `pyrovae evaluate` takes on 400,000 rows until its bar shows, and until the first data are
 done. Needs 8 GB of disk in --folder.
-Writes results/sources.json.
+Writes results/sources.json; epochs of other sources and sizes stay in it.
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             options.temporary = Path(folder)
             rows = {"epochs": epochs, "memory": memory, "first": first}[part](options)
-            results = results | {part: {"about": machine(), "rows": rows}}
-            write(RESULTS, results)
             for row in rows:
                 show([row], ".3f")
+            if part == "epochs":
+                known = [*results.get(part, {}).get("rows", ()), *rows]
+                of = {(-row["rows"], row["source"]): row for row in known}
+                rows = [of[key] for key in sorted(of)]
+            results = results | {part: {"about": machine(), "rows": rows}}
+            write(RESULTS, results)
 
 
 def epochs(options) -> list[dict]:
@@ -160,12 +164,12 @@ def memory(options) -> list[dict]:
             array[start:stop] = rng.random((stop - start, options.width), np.float32)
         del array
     asked = [(few, 1e-6), (many, 0.125), (many, 0.5)]
-    command = [sys.executable, __file__, "--peak-of"]
-    running = [
-        subprocess.Popen([*command, str(path), str(gib)], stdout=subprocess.PIPE, text=True)
-        for path, gib in asked
-    ]
-    base, *peaks = (json.loads(each.communicate()[0].splitlines()[-1]) for each in running)
+    found = []
+    for path, gib in asked:
+        command = [sys.executable, __file__, "--peak-of", str(path), str(gib)]
+        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        found.append(json.loads(told.splitlines()[-1]))
+    base, *peaks = found
     rows = []
     for (_, gib), peak in zip(asked[1:], peaks, strict=True):
         row = {"rows": options.many, "columns": options.width}

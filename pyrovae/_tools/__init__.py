@@ -49,13 +49,14 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require_memory(what: str, like: Tensor, count: int) -> None:
+def require_memory(what: str, like: Tensor, count: int, mend: str = "ask for fewer") -> None:
     """Refuse to hold so many tensors of a shape at once, where memory cannot.
 
     Args:
         what: What asks for them, as the beginning of a sentence.
         like: One of them, on the device that is to hold them.
         count: How many.
+        mend: How to fix it.
     """
     size = like.numel() * like.element_size() * count
     have = physical_memory()
@@ -64,7 +65,7 @@ def require_memory(what: str, like: Tensor, count: int) -> None:
     if size > have:
         raise InputError(
             f"{what} would take {size / 2**30:,.0f} GiB of memory at least, and there are "
-            f"{have / 2**30:,.0f}: ask for fewer."
+            f"{have / 2**30:,.0f}: {mend}."
         )
 
 

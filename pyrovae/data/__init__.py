@@ -334,14 +334,16 @@ def load_data(
         columns: The kind of some columns of a table, by name: real, positive, count, binary,
             categorical or ordinal; others are told by their dtype, as
             :func:`pyrovae.data.tables.read_table` says. ``.columns`` has all of them.
-        memory: A ``.npy``, ``.parquet`` or ``.zarr`` file, a memmap or a torch data set, whose
-            rows take more than so many GiB as float32, by default half of the machine's memory,
-            stays on disk, and no more than that of it is in memory while :func:`pyrovae.fit`
-            trains. Rows that are not mapped as they are go to a temporary file, as
-            :func:`pyrovae.data.large.open_large` says: all but a ``.npy`` of float32 whose gaps
-            are no mask, and which is not binarized for good. The last rows are for validation and
-            test, a tenth and a fifth of them, 10,000 and 20,000 at most: shuffle what is sorted
-            first. Dynamic draws are from float32 intensities, also where uint8 in memory are not.
+        memory: Data whose rows take more than so many GiB as float32, by default half of the
+            machine's memory, stay on disk, and no more than that of them is in memory while
+            :func:`pyrovae.fit` trains: a ``.npy``, ``.npz`` (of one ``x``), ``.zarr``, ``.parquet``
+            or ``.h5ad`` file, a memmap, a torch data set, a sparse matrix, an AnnData whose X is
+            sparse or on disk, an array of Zarr, h5py or xarray. Rows that are not mapped as they
+            are go to a temporary file, as :func:`pyrovae.data.large.open_large` says: all but a
+            ``.npy`` of float32 whose gaps are no mask, and which is not binarized for good. The
+            last rows are for validation and test, a tenth and a fifth of them, 10,000 and 20,000 at
+            most: shuffle what is sorted first. Dynamic draws are from float32 intensities, also
+            where uint8 in memory are not.
         shape: The event shape, where it is not the one that a file's is read as: ``"129,88"`` or
             ``[129, 88]`` for sequences of 129 steps, which would be images, ``"28,28"`` for rows
             of 784 columns.

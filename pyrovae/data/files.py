@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 
@@ -125,10 +126,18 @@ def matrix_arrays(
     x: np.ndarray, about: pd.DataFrame, path: Path, missing: str, context: Sequence[str]
 ) -> Arrays:
     """The rows of a matrix, with labels and context from a table about its rows."""
+    y, taken = beside_matrix(about, path, context)
+    arrays = {"x": x} | ({} if y is None else {"y": y})
+    return checked(arrays, path, missing)._replace(context=taken)
+
+
+def beside_matrix(
+    about: pd.DataFrame, path: Path, context: Sequence[str]
+) -> tuple[np.ndarray | None, Context]:
+    """The labels and the context that a table about the rows of a matrix has."""
     rest, taken = take_context(about, context, f"obs of {path}")
     labels = [name for name in rest.columns if str(name).strip().lower() in LABELS]
-    arrays = {"x": x} | ({"y": labels_of(rest[labels[0]], str(path))} if labels else {})
-    return checked(arrays, path, missing)._replace(context=taken)
+    return (labels_of(rest[labels[0]], str(path)) if labels else None), taken
 
 
 def table_arrays(table: Table, path: Path, missing: str) -> Arrays:
@@ -281,6 +290,33 @@ def channels_first(x: np.ndarray) -> np.ndarray:
     return x
 
 
+class Member:
+    """An array in a ``.npz`` file, of which some rows are read at a time."""
+
+    def __init__(self, archive: ZipFile, name: str, path: Path) -> None:
+        self.path, self.file = path, archive.open(name)
+        self.shape, fortran, self.dtype = _header(self.file, path)
+        if fortran:
+            raise ValueError(f"{name} of {path} has no row in one place")
+        self.begin, self.ndim, self.chunks = self.file.tell(), len(self.shape), (1,)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            self.file.seek(self.begin + start * row)
+            found = np.frombuffer(self.file.read((stop - start) * row), self.dtype)
+            return found.reshape(stop - start, *self.shape[1:])
+        except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+            raise _unreadable(self.path, error) from error
+
+
+def open_npz(path: Path) -> dict[str, Member]:
+    """The arrays of a ``.npz`` file by name; nothing of them is read."""
+    archive = ZipFile(path)
+    return {name.removesuffix(".npy"): Member(archive, name, path) for name in archive.namelist()}
+
+
 def open_zarr(path: Path) -> dict[str, Any]:
     """The arrays of a Zarr group by name, or the only one as ``""``; nothing of them is read."""
     try:
@@ -315,7 +351,7 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
                 return {"": _array(file, path)}
         with ZipFile(path) as archive:
             names = archive.namelist()
-            check_memory(sum(_header(archive.open(n), path) for n in names), path)
+            check_memory(sum(_size(archive.open(n), path) for n in names), path)
             return {n.removesuffix(".npy"): _array(archive.open(n), path) for n in names}
     except InputError:
         raise
@@ -325,22 +361,28 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
 
 def _array(file: IO[bytes], path: Path) -> np.ndarray:
     """An array in NumPy's own format."""
-    check_memory(_header(file, path), path)
+    check_memory(_size(file, path), path)
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _header(file: IO[bytes], path: Path) -> int:
-    """The bytes that an array takes; its header says whether it would have to be unpickled."""
+def _size(file: IO[bytes], path: Path) -> int:
+    """The bytes that an array takes."""
+    shape, _, dtype = _header(file, path)
+    return math.prod(shape) * dtype.itemsize
+
+
+def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran's order and type of an array, if it need not be unpickled."""
     first = np.lib.format.read_magic(file) == (1, 0)
     header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(file)
+    shape, fortran, dtype = header(file)
     if dtype.hasobject:
         raise InputError(
             f"Expected arrays of numbers in {path}, got Python objects, which are never unpickled; "
             f"save np.asarray(x, dtype=np.float32) instead."
         )
-    return math.prod(shape) * dtype.itemsize
+    return shape, fortran, dtype
 
 
 def check_memory(size: int, path: Path) -> None:

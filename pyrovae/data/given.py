@@ -27,6 +27,8 @@ T = TypeVar("T")
 EXACT = 2**24
 # Data of a torch data set that are read at once where no loader says how many.
 AT_ONCE = 256
+# How to fix data that memory cannot hold.
+TO_DISK = "pyrovae.load_data(..., memory=) keeps them on disk"
 
 
 def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
@@ -137,6 +139,7 @@ def _numbers(value: Any, first: bool) -> Any:
         return value
     package = package_of(value)
     if package == "anndata":
+        value = value.to_memory() if value.isbacked else value
         value, package = value.X, package_of(value.X)
     if package == "pyarrow" and hasattr(value, "to_pandas"):
         value, package = value.to_pandas(), "pandas"
@@ -149,9 +152,8 @@ def _numbers(value: Any, first: bool) -> Any:
     if hasattr(value, "__array__") and not isinstance(value, np.ndarray) and value.shape:
         # Of zarr, h5py, xarray, …: it may be on disk.
         like = torch.empty(value.shape[1:], device="meta")
-        require_memory(
-            f"The {type(value).__name__} of shape {[*value.shape]}", like, value.shape[0]
-        )
+        what = f"The {type(value).__name__} of shape {[*value.shape]}"
+        require_memory(what, like, value.shape[0], TO_DISK)
         value = np.asarray(value)
     return _array(value, first) if isinstance(value, np.ndarray) else value
 
@@ -160,7 +162,7 @@ def dense(matrix: Any) -> np.ndarray:
     """A sparse matrix as float32 ``[N, D]``, if that fits into memory."""
     like = torch.empty(matrix.shape[1], dtype=torch.float32, device="meta")
     what = f"A sparse matrix of shape {list(matrix.shape)}, made dense,"
-    require_memory(what, like, matrix.shape[0])
+    require_memory(what, like, matrix.shape[0], TO_DISK)
     return matrix.astype(np.float32).toarray()
 
 

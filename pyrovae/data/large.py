@@ -6,18 +6,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyrovae._tools import InputError
+from pyrovae.data.annotated import open_h5ad, read_obs, row_reader, shape_of, split_layer
 from pyrovae.data.disk import MEMORY, is_on_disk, written
 from pyrovae.data.files import (
     Arrays,
-    as_events,
+    beside_matrix,
     checked_labels,
     encoded,
     ends_inside,
+    open_npz,
     open_zarr,
     plain,
     roles,
@@ -25,8 +29,8 @@ from pyrovae.data.files import (
     take_columns,
     title_of,
 )
-from pyrovae.data.given import exceeds, is_torch_data, read_items
-from pyrovae.data.sources import split_end
+from pyrovae.data.given import dense, exceeds, is_torch_data, package_of, read_items
+from pyrovae.data.sources import no_columns, split_end, type_name
 from pyrovae.data.tables import (
     Column,
     Context,
@@ -48,19 +52,25 @@ Kinds = Mapping[str, str] | None
 class Packed(NamedTuple):
     """Rows that have to be decoded: ``[N, ...]``, ``step`` of them together at least.
 
-    ``blocks(count)`` yields about so many at a time, ``beside()`` reads labels and context, and
+    ``take(start, stop)`` decodes some of them, ``beside()`` reads labels and context, and
     uint8 have to be told from numbers that are taken as they are. ``mask`` is true where sequences
     have not ended, ``array`` are the rows where they can be mapped as they are.
     """
 
     shape: tuple[int, ...]
-    step: int
     dtype: Any
-    blocks: Callable[[int], Iterator[np.ndarray]]
-    beside: Callable[[], tuple[np.ndarray | None, Context]]
+    take: Callable[[int, int], np.ndarray]
+    beside: Callable[[], tuple[np.ndarray | None, Context]] = lambda: (None, {})
+    step: int = 1
     columns: Schema | None = None
     mask: np.ndarray | None = None
     array: np.memmap | None = None
+
+    def blocks(self, count: int) -> Iterator[np.ndarray]:
+        """All rows, about so many at a time."""
+        rows, count = self.shape[0], max(self.step, count // self.step * self.step)
+        for start in range(0, rows, count):
+            yield self.take(start, min(start + count, rows))
 
 
 def open_large(
@@ -72,10 +82,11 @@ def open_large(
 ) -> tuple[Arrays, str] | None:
     """Data whose rows stay on disk: of more than ``memory`` GiB, or a limit in bytes.
 
-    A ``.npy`` file of float32 is mapped. Parquet and Zarr decode whole row groups and chunks, and
-    a torch data set every datum by itself: of these an epoch in a random order would need all for
-    each batch, so their rows are unpacked once, as float32, into a file without a name, in the
-    folder that ``TMPDIR`` names. It is gone when the last array of it is.
+    A ``.npy`` file of float32 is mapped. Parquet, Zarr and HDF5 decode whole row groups and chunks,
+    a compressed ``.npz`` all that is before a row, and a torch data set every datum by itself: of
+    these an epoch in a random order would need all for each batch, so their rows are unpacked once,
+    as float32, into a file without a name, in the folder that ``TMPDIR`` names. It is gone when the
+    last array of it is. Tables of text, whose columns nobody knows before the end, are refused.
 
     Returns:
         The arrays, x a memmap, and how they were scaled; or None where they are smaller, or are of
@@ -84,13 +95,13 @@ def open_large(
     most = limit if memory is None else int(memory * 2**30)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        suffix = path.suffix.lower()
-        if suffix not in OPENERS or not path.exists():
-            return None
-        packed = OPENERS[suffix](path, context, most, kinds)
+        file, _ = split_layer(str(path))
+        opener = OPENERS.get(file.suffix.lower())
+        packed = opener(path, context, most, kinds) if opener and file.exists() else None
     else:
         path = Path(f"the {type(source).__name__}")
-        found = _memmap if isinstance(source, np.memmap) else _items
+        found = _memmap if isinstance(source, np.memmap) else _sliced
+        found = _items if is_torch_data(source) else found
         packed = found(source, path, context, most, kinds)
     if packed is None:
         return None
@@ -131,9 +142,43 @@ def _memmap(
     return _mapped(array, rest, lambda: (None, taken))
 
 
+def _sliced(
+    data: Any, path: Path, context: Sequence[str], most: int, kinds: Kinds
+) -> Packed | None:
+    """An AnnData, a sparse matrix, or an array of Zarr, h5py or xarray, by slices of its rows."""
+    kind, shape = package_of(data), tuple(getattr(data, "shape", ()))
+    known = kind in ("", "scipy", "anndata") and not isinstance(data, Tensor)
+    if not known or len(shape) < 2 or 4 * math.prod(shape) <= most:
+        return None
+    cells = kind == "anndata"
+    if cells and not data.isbacked and isinstance(data.X, np.ndarray):
+        return None
+    if cells and data.isbacked and data.is_view:
+        raise InputError(
+            f"Expected an AnnData whose rows can be read by slices, got {list(shape)} of them as a "
+            f"view of one on disk: write it with .copy(filename), or give a larger memory."
+        )
+    _no_kinds(kinds, path)
+    if context and not cells:
+        raise no_columns(context, type_name(data))
+    rows = data.tocsr() if kind == "scipy" else data
+
+    def take(start: int, stop: int) -> np.ndarray:
+        block = rows[start:stop].X if cells else rows[start:stop]
+        return dense(block) if hasattr(block, "toarray") else np.asarray(block)
+
+    def beside() -> tuple[np.ndarray | None, Context]:
+        return beside_matrix(data.obs, path, context) if cells else (None, {})
+
+    # Of each axis one size, or in xarray those of all chunks.
+    chunks = getattr(data, "chunks", None)
+    step = int(np.max(chunks[0])) if chunks else 1
+    return Packed(shape, take(0, 1).dtype, take, beside, step)
+
+
 def _items(data: Any, path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
     """The data of a torch data set, of x or of x and a label."""
-    if not is_torch_data(data) or not exceeds(data, most):
+    if not exceeds(data, most):
         return None
     _no_kinds(kinds, path)
     if context:
@@ -153,14 +198,13 @@ def _items(data: Any, path: Path, context: Sequence[str], most: int, kinds: Kind
 def _mapped(array: Any, columns: Sequence[int] | None, beside: Callable) -> Packed:
     """Rows that are on disk already, or some columns of them."""
 
-    def blocks(count: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(array), count):
-            block = np.asarray(array[start : start + count])
-            yield block if columns is None else block[:, columns]
+    def take(start: int, stop: int) -> np.ndarray:
+        block = np.asarray(array[start:stop])
+        return block if columns is None else block[:, columns]
 
     shape = array.shape if columns is None else (len(array), len(columns))
     ready = array if columns is None and is_on_disk(array) else None
-    return Packed(shape, 1, array.dtype, blocks, beside, array=ready)
+    return Packed(shape, array.dtype, take, beside, array=ready)
 
 
 def _parquet(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
@@ -197,22 +241,39 @@ def _parquet(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Pac
     # A column at a time, as its kind is told by all of its values.
     (by_column,) = written(numbers(), len(of_x), f"the columns of {path.name}")
 
-    def blocks(count: int) -> Iterator[np.ndarray]:
-        for start in range(0, rows, count):
-            yield by_column[:, start : start + count].T
-
     def beside() -> tuple[np.ndarray | None, Context]:
         rest, taken = take_context(frame([*labels, *context]), context, str(path))
         return (labels_of(rest[labels[0]], str(path)) if labels else None), taken
 
-    return Packed((rows, len(of_x)), 1, np.float32, blocks, beside, tuple(columns))
+    shape = rows, len(of_x)
+    return Packed(
+        shape, np.float32, lambda start, stop: by_column[:, start:stop].T, beside,
+        columns=tuple(columns),
+    )  # fmt: skip
 
 
-def _zarr(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
-    """The rows of a Zarr array, or of x in a group that may have labels and context."""
+def _h5ad(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
+    """The rows of X of a ``.h5ad`` file, or of a layer of it, with obs beside them."""
     try:
-        arrays: dict[str, Any] = open_zarr(path)
+        found, obs = open_h5ad(*split_layer(str(path)))
+        shape = shape_of(found)
     except (OSError, ValueError, KeyError):
+        return None  # as above
+    if 4 * math.prod(shape) <= most:
+        return None
+    _no_kinds(kinds, path)
+    step = (getattr(found, "chunks", None) or (1,))[0]
+    dtype = getattr(found, "dtype", np.float32)
+
+    take = row_reader(found, str(path))
+    return Packed(shape, dtype, take, lambda: beside_matrix(read_obs(obs), path, context), step)
+
+
+def _arrays(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed | None:
+    """The rows of x of a ``.npz`` file or of Zarr, which may have labels and context."""
+    try:
+        arrays: Mapping[str, Any] = (open_npz if path.suffix.lower() == ".npz" else open_zarr)(path)
+    except (OSError, ValueError, KeyError, BadZipFile):
         return None  # as above
     apart = {name: each for name, each in arrays.items() if name not in context}
     names = roles(apart, path)
@@ -230,27 +291,35 @@ def _zarr(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Packed
     mask = None
     if "lengths" in arrays:
         mask = ends_inside({name: x, "lengths": plain(arrays["lengths"])}, name, path)
-    as_they_are = None if mask is None else x.shape[1:]
-    shape = as_events(np.empty((0, *x.shape[1:]), bool), as_they_are, name).shape[1:]
-    step = x.chunks[0]
-
-    def blocks(count: int) -> Iterator[np.ndarray]:
-        count = max(step, count // step * step)
-        for start in range(0, x.shape[0], count):
-            yield as_events(x[start : start + count], as_they_are, name)
 
     def beside() -> tuple[np.ndarray | None, Context]:
         given = {each: array for each, array in arrays.items() if each in context}
         taken = take_arrays({**apart, **given}, context, path, plain)
         return (plain(arrays[labels]) if labels else None), taken
 
-    return Packed((x.shape[0], *shape), step, x.dtype, blocks, beside, mask=mask)
+    return Packed(
+        tuple(x.shape), x.dtype, lambda start, stop: x[start:stop], beside, x.chunks[0], mask=mask
+    )
+
+
+def _text(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> None:
+    """Refuse a table of text that is larger: what its columns are, its last row may change."""
+    if (size := path.stat().st_size) > most:
+        raise InputError(
+            f"Expected a {path.suffix} file that fits into memory, of {most / 2**30:.3g} GiB at "
+            f"most, got {path} of {size / 2**30:.3g} GiB: write it as .parquet, which stays on "
+            f"disk, or give a larger memory."
+        )
 
 
 OPENERS: Mapping[str, Callable[[Path, Sequence[str], int, Kinds], Packed | None]] = {
     ".npy": _npy,
+    ".npz": _arrays,
     ".parquet": _parquet,
-    ".zarr": _zarr,
+    ".zarr": _arrays,
+    ".h5ad": _h5ad,
+    ".csv": _text,
+    ".arff": _text,
 }
 
 

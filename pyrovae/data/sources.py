@@ -127,7 +127,7 @@ def _read(
     path = Path(name).expanduser()
     suffix = split_layer(str(path))[0].suffix.lower()
     if context and (str(name) in DATASETS or (path.is_dir() and suffix not in SUFFIXES)):
-        raise _no_columns(context, str(name))
+        raise no_columns(context, str(name))
     if str(name) == "digits":
         from sklearn.datasets import load_digits
 
@@ -178,10 +178,11 @@ def _in_memory(
     if kinds:
         raise InputError(f"Expected a table for columns={dict(kinds)}, got {title}.")
     if kind == "anndata":
+        data = data.to_memory() if data.isbacked else data
         x = data.X if isinstance(data.X, np.ndarray) else dense(data.X)
         return _hashed("anndata", matrix_arrays(x, data.obs, where, missing, context), title)
     if context:
-        raise _no_columns(context, title)
+        raise no_columns(context, title)
     if isinstance(data, np.ndarray):
         return _hashed("array", checked({"x": data}, where, missing), title)
     x, *more = as_tensors(data)
@@ -215,7 +216,8 @@ def _scaled(name: str, arrays: Arrays, origin: dict[str, str]) -> Source:
     return Source(name, arrays, scale, scaling, origin)
 
 
-def _no_columns(context: Sequence[str], name: str) -> InputError:
+def no_columns(context: Sequence[str], name: str) -> InputError:
+    """What to say where names of columns are asked of data that have none."""
     return InputError(
         f"Expected a table, a .npz, .zarr or .h5ad file for context={','.join(context)!r}, which "
         f"names columns, got {name}."

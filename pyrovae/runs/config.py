@@ -142,8 +142,8 @@ class PairConfig(Options):
         "the kind of a column: age=positive", dict, metavar="NAME=KIND", said="by its numbers"
     )
     memory: float | None = option(
-        "keep a .npy, .parquet or .zarr of more than so many GiB on disk, and so many of it in "
-        "memory at most",
+        "keep data of more than so many GiB on disk (of a file of arrays, a .parquet or a .h5ad), "
+        "and so many of them in memory at most",
         None,
         metavar="GIB",
         said="half of the machine's",

@@ -2,11 +2,14 @@
 
 import sys
 
+import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from commands import refusal, run
+from scipy import sparse
 from test_disk import SMALL, same, trained
 
 import pyrovae
@@ -50,7 +53,33 @@ def zarred(folder, x, **more):
     return path
 
 
-WRITERS = [parquet, parts, zarred]
+def zipped(folder, x, **more):
+    np.savez_compressed(folder / "x.npz", x=x, **more)
+    return folder / "x.npz"
+
+
+def cells(folder, x, **more):
+    """An AnnData whose X is sparse, with all of the numbers, and a layer that is not."""
+    obs = {name: values.astype(np.int64) for name, values in more.items()}
+    obs = pd.DataFrame(obs, index=[f"cell {i}" for i in range(len(x))])
+    found = anndata.AnnData(sparse.csr_matrix(x), obs=obs, layers={"dense": x})
+    found.write_h5ad(folder / "x.h5ad")
+    return folder / "x.h5ad"
+
+
+def layer(folder, x, **more):
+    return f"{cells(folder, x, **more)}:dense"
+
+
+def backed(folder, x, **more):
+    return anndata.read_h5ad(cells(folder, x, **more), backed="r")
+
+
+def annotated(folder, x, **more):
+    return anndata.read_h5ad(cells(folder, x, **more))
+
+
+WRITERS = [parquet, parts, zarred, zipped, cells, layer, backed, annotated]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -68,8 +97,9 @@ def test_the_same_rows_and_weights_as_of_a_npy_on_disk(write, x, tmp_path):
     assert int((data.context.train[0] >= 0).sum()) == 9
 
 
-def test_a_run_goes_on_to_the_last_bit_when_the_file_is_unpacked_again(x, tmp_path):
-    path = parquet(tmp_path, x)
+@pytest.mark.parametrize("write", [parquet, zipped, cells])
+def test_a_run_goes_on_to_the_last_bit_when_the_file_is_unpacked_again(write, x, tmp_path):
+    path = write(tmp_path, x)
     data, again = load_data(path, memory=SMALL), load_data(path, memory=SMALL)
     held = pyrovae.Dataset("x", data.shape, data.train.clone(), data.valid)
     first, _ = trained(data, epochs=1)
@@ -136,6 +166,8 @@ def test_zarr_in_memory_is_the_array_that_it_is(tmp_path):
     larger = load_data(path, memory=SMALL)
     assert torch.equal(larger.train, torch.from_numpy(x[:28]).movedim(-1, 1) / 255)
     assert larger.provenance["scaling"] == "uint8 / 255"
+    larger = load_data(path, memory=SMALL, shape=(5, 4, 3))
+    assert torch.equal(larger.train, torch.from_numpy(x[:28]) / 255)
     zarr.save_array(tmp_path / "only.zarr", x.astype(np.float32))
     assert load_data(tmp_path / "only.zarr", shape=(5, 4, 3)).shape == (5, 4, 3)
 
@@ -152,8 +184,44 @@ def test_sequences_on_disk_end_where_their_lengths_say(tmp_path, x):
         assert [*map(torch.equal, one.split(split), two.split(split))] == [True, True]
 
 
+def test_what_gives_rows_by_slices_goes_to_the_disk(tmp_path, x):
+    np.save(tmp_path / "x.npy", x)
+    expected = load_data(tmp_path / "x.npy", memory=SMALL)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=x, chunks=(30, 2))
+        array = zarr.open(zarred(tmp_path, x), mode="r")["x"]
+        for given in (array, file["x"], sparse.csc_matrix(x), sparse.coo_array(x)):
+            data = load_data(given, memory=SMALL)
+            assert data.disk is not None
+            assert torch.equal(data.train, expected.train)
+            assert torch.equal(data.test, expected.test)
+            with pytest.raises(pyrovae.InputError, match=r"for context='age'"):
+                load_data(given, memory=SMALL, context="age")
+    for given in (sparse.csr_matrix(x), backed(tmp_path, x)):
+        assert load_data(given).disk is None
+        assert torch.equal(as_tensors(given)[0], torch.from_numpy(x))
+
+
+def test_members_of_a_npz_that_stay_on_disk(tmp_path, x):
+    """Stored or compressed; of Fortran's order, whose rows are nowhere together, in memory."""
+    for save, rows in ((np.savez, x), (np.savez_compressed, np.asfortranarray(x))):
+        save(tmp_path / "x.npz", x=rows, lengths=np.full(N, 2))
+        with pytest.raises(pyrovae.InputError, match=r"x \[N, T, D\] in 'lengths'"):
+            load_data(tmp_path / "x.npz", memory=SMALL)
+        save(tmp_path / "x.npz", rows)
+        data = load_data(tmp_path / "x.npz", memory=SMALL)
+        assert (data.disk is None) == (rows is not x)
+        rows = torch.cat([*data.split("train"), *data.split("valid"), *data.split("test")])
+        assert torch.equal(rows.sort(0).values, torch.from_numpy(x).sort(0).values)
+    np.savez_compressed(tmp_path / "x.npz", x)
+    damaged = bytearray((tmp_path / "x.npz").read_bytes())
+    damaged[900:960] = bytes(60)
+    (tmp_path / "x.npz").write_bytes(damaged)
+    with pytest.raises(pyrovae.InputError, match=r"readable .npz file"):
+        load_data(tmp_path / "x.npz", memory=SMALL)
+
+
 def test_arrays_of_other_packages_and_arrow_tables(tmp_path, x):
-    h5py = pytest.importorskip("h5py")
     array = zarr.open(zarred(tmp_path, x), mode="r")["x"]
     table = pyarrow.Table.from_pandas(pd.DataFrame(x))
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -222,6 +290,25 @@ def two(path, x):
     return path / "x.zarr"
 
 
+def text(path, x):
+    pd.DataFrame(x).to_csv(path / "x.csv", index=False)
+    return path / "x.csv"
+
+
+def by_columns(path, x):
+    anndata.AnnData(sparse.csc_matrix(x)).write_h5ad(path / "x.h5ad")
+    return path / "x.h5ad"
+
+
+def viewed(path, x):
+    return backed(path, x)[::2]
+
+
+def splits(path, x):
+    np.savez(path / "x.npz", x_train=x, x_test=x)
+    return path / "x.npz"
+
+
 def strange(path, x):
     (path / "x.zarr").mkdir()
     return path / "x.zarr"
@@ -236,6 +323,14 @@ def strange(path, x):
         (damaged, SMALL, "readable .parquet file"),
         (two, SMALL, "one array x .* got x_train, x_test"),
         (strange, None, "readable .zarr file"),
+        (
+            text,
+            SMALL,
+            r"a .csv file that fits into memory, of 7.63e-06 GiB .* write it as .parquet",
+        ),
+        (by_columns, SMALL, r"csr_matrix in .* got a csc_matrix: write it as X.tocsr"),
+        (viewed, SMALL / 2, r"\[200, 6\] of them as a view of one on disk: .*copy"),
+        (splits, SMALL, "one array x .* got x_train, x_test"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_a_sentence(write, memory, sentence, x, tmp_path):
