@@ -18,7 +18,7 @@ from pyrovae.data.given import data_tensors, takes_data
 from pyrovae.pairs.contract import blames_data, check_order, inspect_pair
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, is_bookkeeping, observed, samples
+from pyrovae.pairs.traces import Site, is_bookkeeping, samples
 
 # Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
 PAYS_AFTER = 500_000
@@ -334,7 +334,7 @@ def classify(
 def _latents(trace: Trace) -> dict[str, Site]:
     """What a guide samples, but for what it alone has."""
     found = {n: s for n, s in samples(trace).items() if not s["infer"].get("is_auxiliary")}
-    check_order(observed(found))
+    check_order(found, {})
     return found
 
 

@@ -25,7 +25,7 @@ from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import check_programs, check_tensor, inspect_pair
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, Values, drawn, observed, samples
+from pyrovae.pairs.traces import Site, Values, drawn, is_bookkeeping, samples
 
 # Batch sizes that few dimensions of data or networks share, so that a dimension is not taken for
 # the batch; with data of other sizes than these, as many rows.
@@ -123,7 +123,8 @@ class Case:
 
     def observed(self) -> dict[str, Site]:
         """The model's observed sites, without a factor or a deterministic."""
-        return observed(self.sites["model"])
+        found = self.sites["model"].items()
+        return {n: s for n, s in found if s["is_observed"] and not is_bookkeeping(s)}
 
     def latents(self) -> dict[str, tuple[Site, Site]]:
         """The sites of model and guide for each latent."""

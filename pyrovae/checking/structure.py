@@ -13,7 +13,7 @@ from pyrovae._tools import InputError
 from pyrovae._tools.source_lines import error_place
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.pairs import contract
-from pyrovae.pairs.traces import is_bookkeeping, is_factor, observed
+from pyrovae.pairs.traces import is_bookkeeping, is_factor
 
 
 def programs_run(case: Case) -> Row:
@@ -34,9 +34,9 @@ def sites_match(case: Case) -> Row:
     latents = [name for name in hidden if name not in summed]
     contract.check_kinds(case.sites["guide"])
     contract.check_kinds(model)
-    seen = [name for name, site in model.items() if site["is_observed"]]
-    contract.check_order(observed(case.sites["guide"]), seen)
-    if not seen:
+    contract.check_order(case.sites["guide"], model)
+    observed = [name for name, site in model.items() if site["is_observed"]]
+    if not observed:
         return failed(
             f"The model observes nothing (it samples {hidden}): give the site of the data obs=x.",
             *case.where(*[n for n in hidden if n not in case.sites["guide"]] or hidden[-1:]),
@@ -49,7 +49,7 @@ def sites_match(case: Case) -> Row:
             *case.where(*factors),
         )
     rest = f"; summed over {', '.join(summed)}" if summed else ""
-    return passed(f"latents {', '.join(latents) or 'none'}; observed {', '.join(seen)}{rest}")
+    return passed(f"latents {', '.join(latents) or 'none'}; observed {', '.join(observed)}{rest}")
 
 
 def plates_and_events(case: Case) -> Row:

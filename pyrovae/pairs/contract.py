@@ -31,11 +31,13 @@ from pyrovae.pairs.traces import (
     drawn,
     is_bookkeeping,
     is_factor,
-    observed,
     samples,
     scored,
 )
 from pyrovae.pairs.trial import takes_a_plate
+
+# What Pyro (1.9.2) marks a factor and a deterministic with, which observe no data.
+BESIDE = {"is_auxiliary", "_deterministic"}
 
 
 def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
@@ -62,7 +64,7 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     hidden = {name: site for name, site in sites.items() if not site["is_observed"]}
     enumerated = tuple(n for n, s in hidden.items() if n not in guide_sites and enumerates(s))
     latents = tuple(name for name in hidden if name not in enumerated)
-    check_order(observed(guide_sites), observed(sites))
+    check_order(guide_sites, sites)
     check_sites(latents, guide_sites)
     for name in latents:
         check_event(name, hidden[name], guide_sites[name])
@@ -73,8 +75,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     frame = batch_frame(dense, fitting[0])
     _check_observed(dense)
     dims = [f.dim for s in (*sites.values(), *guide_sites.values()) for f in plates(s).values()]
-    seen = tuple(name for name in sites if name not in hidden)
-    layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, seen)
+    observed = tuple(name for name in sites if name not in hidden)
+    layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
     every = [item for found in (sites, guide_sites) for item in found.items()]
     own = [item for item in dense if item[1] is guide_sites.get(item[0])]  # the guide's
     inner = [f for _, s in dense for name, f in plates(s).items() if name != frame.name]
@@ -219,8 +221,12 @@ def check_step(pair: Pair, surrogate: Tensor | None, args: Any) -> None:
 
 def _check_strangers(pair: Pair) -> None:
     """Refuse programs that are exchanged, or have each drawn a latent the other does not know."""
-    check_order(*reversed(pair.observed))
-    model, guide = pair.drawn
+    model, guide = pair.sites
+    check_order(guide, model)
+    model, guide = (
+        {name: site["infer"] for name, site in sites.items() if not site["is_observed"]}
+        for sites in pair.sites
+    )
     extra = [name for name, infer in guide.items() if not infer.get("is_auxiliary")]
     extra = sorted(name for name in extra if name not in model)
     missing = sorted(n for n, infer in model.items() if n not in guide and "enumerate" not in infer)
@@ -435,10 +441,13 @@ def check_programs(*programs: Any) -> None:
             raise InputTypeError(f"Expected a program as the {kind}, got {program!r}.")
 
 
-def check_order(guide_observes: Iterable[str], model_observes: Iterable[str] = ()) -> None:
-    """Refuse a model in the place of the guide: it observes data that no model does."""
-    seen = sorted(guide_observes)
-    if seen and not [*model_observes]:
+def check_order(guide: dict[str, Site], model: dict[str, Site]) -> None:
+    """Refuse a model in the place of the guide: that one observes data, and the other none."""
+    seen, data = (
+        [n for n, s in sites.items() if s["is_observed"] and not BESIDE & s["infer"].keys()]
+        for sites in (guide, model)
+    )
+    if seen and not data:
         raise InputError(
             f"Expected the model before the guide, got a guide that observes {seen[0]!r}, as a "
             f"model does: exchange the two."

@@ -18,7 +18,7 @@ from torch.distributions import Independent
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import draw_seed, seeded
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, Values, is_bookkeeping, observed, samples
+from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
 # Wrappers that leave the distribution of each element as it is.
 WRAPPERS = (Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
@@ -359,7 +359,7 @@ def _observed(pair: Pair, rows: tuple) -> Values:
     """What the model's sites observe."""
     with seeded(0, rows[0].device):
         sites = samples(pair.trace_given(pair.run_model, rows))
-    return {name: site["value"] for name, site in observed(sites).items()}
+    return {n: s["value"] for n, s in sites.items() if s["is_observed"] and not is_bookkeeping(s)}
 
 
 def _shared(value: Tensor, rows: tuple) -> Source | None:

@@ -22,7 +22,7 @@ from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
 from pyrovae.pairs.folding import Fold
 from pyrovae.pairs.parameters import Parameters, Program
-from pyrovae.pairs.traces import Layout, Site, Values, is_bookkeeping, site_scores, without_factors
+from pyrovae.pairs.traces import Layout, Site, Values, site_scores, without_factors
 
 
 class Pair(Parameters):
@@ -203,8 +203,7 @@ class OwnParameters(Messenger):
     def __init__(self, pair: Parameters, program: int) -> None:
         super().__init__()
         self.pair, self.modules = pair, pair.owned[program]
-        self.found, self.drawn = pair.found[program], pair.drawn[program]
-        self.observed = pair.observed[program]
+        self.found, self.sites = pair.found[program], pair.sites[program]
         self._owned = [p for module in self.modules for p in module.parameters()]
 
     def __enter__(self) -> OwnParameters:
@@ -262,8 +261,8 @@ class OwnParameters(Messenger):
         self.pair.met.add(leaf)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) and not is_bookkeeping(msg):
-            (self.observed if msg["is_observed"] else self.drawn)[msg["name"]] = msg["infer"]
+        if not site_is_subsample(msg):
+            self.sites[msg["name"]] = {key: msg[key] for key in ("is_observed", "infer")}
 
 
 def _pyro_param_names(modules: list[nn.Module]) -> list[str]:

@@ -40,9 +40,8 @@ class Parameters:
     ``owned`` are the modules of each program, ``roots`` those of both by prefix, as
     :func:`find_roots` has it, and ``module.…`` that a program registers as it runs; ``found`` has,
     for each program, the leaf of every parameter statement that was met, by Pyro's name for it,
-    ``drawn`` and ``observed`` the ``infer`` of every site of these kinds; ``met`` the leaves that
-    were met since it was last cleared, ``blocked`` those of statements that
-    :func:`pyro.poutine.block` hid.
+    ``sites`` of every site whether it is observed, and its ``infer``; ``met`` the leaves that were
+    met since it was last cleared, ``blocked`` those that :func:`pyro.poutine.block` hid.
     """
 
     def __init__(self, model: Program, guide: Program) -> None:
@@ -51,8 +50,7 @@ class Parameters:
         self.roots = find_roots(*owned)
         self.owned = tuple([m for root in each for m in (root, *_all_held(root))] for each in owned)
         self.found: tuple[dict[str, Tensor], ...] = ({}, {})
-        self.drawn: tuple[dict[str, Any], ...] = ({}, {})
-        self.observed: tuple[dict[str, Any], ...] = ({}, {})
+        self.sites: tuple[dict[str, Any], ...] = ({}, {})
         self.met: set[Tensor] = set()
         self.blocked: set[Tensor] = set()
         self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []

@@ -137,11 +137,6 @@ def drawn(trace: Trace) -> dict[str, Site]:
     return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
 
 
-def observed(sites: dict[str, Site]) -> dict[str, Site]:
-    """The sites that observe data."""
-    return {n: s for n, s in sites.items() if s["is_observed"] and not is_bookkeeping(s)}
-
-
 def is_bookkeeping(site: Site) -> bool:
     """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data."""
     return bool(site["infer"].get("_deterministic")) or is_factor(site)
