@@ -147,7 +147,7 @@ class _Filter:
         whole = self._observed(self.rows, 1, values)
         steps = values[self.name].unbind(-2)
         parts = torch.stack([self.likelihood(z, t) for t, z in enumerate(steps)]).sum(0)
-        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3):
+        if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise InputError(
                 f"Expected x_t to depend on z_t alone, got {whole[0, 0]:.4g} nats for a sequence "
                 f"as a whole and {parts[0, 0]:.4g} step by step: use pyrovae.log_likelihood."
@@ -178,8 +178,9 @@ class _Filter:
             for bend in self.guide.bends:
                 bent = bend(z)
                 log_q, z = log_q - bend.log_abs_det_jacobian(z, bent), bent
-            gain = prior.log_prob(z).sum(-1) * self.model.counted[:, t] + self.likelihood(z, t)
-            gain = gain - log_q * self.guide.counted[:, t]
+            # A product with the mask would be NaN where a step that does not count is impossible.
+            log_p = prior.log_prob(z).sum(-1).where(self.model.counted[:, t], 0.0)
+            gain = log_p + self.likelihood(z, t) - log_q.where(self.guide.counted[:, t], 0.0)
             log_weight = log_weight + gain.unflatten(0, (filters, particles))
             weight = log_weight.softmax(1)
             few = weight.square().sum(1, keepdim=True) * particles > 1 / ENOUGH

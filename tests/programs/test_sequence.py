@@ -139,6 +139,66 @@ def test_a_filter_refuses_what_is_no_chain_and_what_looks_back():
     with pytest.raises(pyrovae.InputError, match=r"x_t to depend on z_t alone.*log_likelihood"):
         pyrovae.filtered_log_likelihood(looking_back, linear()[1], x, mask)
 
+    def undefined(x, mask):
+        with pyro.plate("data", len(x)):
+            prior = MarkovNormal(Walk(), torch.zeros(1), x.shape[:2])
+            z = pyro.sample("z", prior.mask(lasting(mask)).to_event(1))
+            likelihood = dist.Bernoulli(logits=z * C - torch.inf).mask(mask).to_event(2)
+            pyro.sample("x", likelihood, obs=0 * x)
+
+    with pytest.raises(pyrovae.InputError, match=r"weight is NaN: pyrovae\.check says which"):
+        pyrovae.filtered_log_likelihood(undefined, linear()[1], x, mask)
+
+
+class Rigid(nn.Module):
+    """A walk that goes nowhere near the guide's."""
+
+    def forward(self, z):
+        return A * z + 5, torch.full_like(z, 1e-30)
+
+
+class Near(dist.Normal):
+    """A normal that gives no density to what is more than 9 off."""
+
+    def log_prob(self, value):
+        return super().log_prob(value).where((value - self.loc).abs() < 9, -torch.inf)
+
+    def expand(self, shape, _instance=None):
+        return super().expand(shape, _instance=self._get_checked_instance(Near, _instance))
+
+
+def test_a_sequence_that_no_particle_makes_has_log_p_of_minus_infinity():
+    """As importance sampling says it; the other sequences are untouched."""
+    x, mask = batch()
+    impossible = x.clone()
+    impossible[2, 1] = 1e3
+
+    def pair(walk):
+        def model(x, mask):
+            with pyro.plate("data", len(x)):
+                prior = MarkovNormal(walk, torch.zeros(1), x.shape[:2])
+                z = pyro.sample("z", prior.mask(lasting(mask)).to_event(1))
+                pyro.sample("x", Near(z * C, R).mask(mask).to_event(2), obs=x)
+
+        return model, linear(1.3)[1]
+
+    few = {"num_filters": 10, "num_particles": 20, "seed": 0}
+    before, after = (
+        pyrovae.filtered_log_likelihood(*pair(Walk()), each, mask, **few)
+        for each in (x, impossible)
+    )
+    assert after.log_prob[2] == -torch.inf
+    assert after.ess[2] == 0
+    others = torch.arange(N) != 2
+    assert torch.equal(after.log_prob[others], before.log_prob[others])
+    assert before.log_prob.isfinite().all()
+    # Neither where the steps behind the end, which do not count, are impossible too.
+    for found in (
+        pyrovae.filtered_log_likelihood(*pair(Rigid()), x, mask, **few),
+        pyrovae.log_likelihood(*pair(Rigid()), x, mask, num_samples=10, seed=0),
+    ):
+        assert torch.equal(found.log_prob, torch.full((N,), -torch.inf).double())
+
 
 def test_a_guide_with_flows_is_within_its_error_of_the_filter():
     """Two walks at once, for a flow has two dimensions at least."""
