@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
@@ -19,8 +20,8 @@ from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import Evaluation, at_least, require_rows, tile_rows
 from pyrovae.pairs.generation import Simulator
-from pyrovae.pairs.pair import Given
-from pyrovae.pairs.traces import Layout, Site, Values
+from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.traces import Layout, Site, Values, is_factor, samples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,9 +120,9 @@ def bidirectional(
         num_chains: As in :func:`pyrovae.annealed_log_likelihood`, as are all other arguments.
 
     Raises:
-        ValueError: As there; if no site of the model observes x, or the model reads the x that it
-            observes and there is no order to draw it in; and if the upper bound is below the
-            lower one by more than chance.
+        ValueError: As there; if no site of the model observes x, the model weighs its draws by a
+            factor, or reads the x that it observes and there is no order to draw it in; and if
+            the upper bound is below the lower one by more than chance.
 
     References:
         Grosse, Ghahramani and Adams, Sandwiching the marginal likelihood using bidirectional
@@ -162,9 +163,8 @@ def _ordered(found: Bidirectional) -> Bidirectional:
     if gap < -max(CHANCE * error, ROUNDING):
         raise InputError(
             f"The upper bound is {-gap:.3f} ± {error:.3f} nats per datum below the lower one, so "
-            f"that the data are no draws from the density that was annealed: look for a "
-            f"pyro.factor in the model, which no draw follows, or for something that changes "
-            f"between two calls of a program."
+            f"that the data are no draws from the density that was annealed: look for something "
+            f"that changes between two calls of a program."
         )
     return found
 
@@ -176,6 +176,7 @@ def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     tiles take them along.
     """
     pair, rows, layout = task.pair, task.rows, task.pair.known
+    _refuse_factors(pair, rows)
     sites, args = Simulator(pair, keep=False).draw(rows)
     axes = {
         name: layout.dim - sites[name]["fn"].event_dim for name in layout.observed if name in sites
@@ -190,6 +191,20 @@ def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     pair.guide = lambda *given: guide(*given[: len(rows)])
     task.set_rows((*args, *data))
     return {name: _as_particle(sites[name], layout) for name in layout.latents}
+
+
+def _refuse_factors(pair: Pair, rows: tuple) -> None:
+    """Refuse factors that weigh what a model draws: no draw follows them."""
+    with seeded(0, rows[0].device):
+        found = [samples(poutine.trace(pair.run_model).get_trace(*rows)) for _ in range(2)]
+    for name in [name for name, site in found[0].items() if is_factor(site)]:
+        one, two = (sites[name]["fn"].log_factor for sites in found)
+        if not torch.equal(one, two):
+            raise InputError(
+                f"The factor {name!r} of the model changes with what is drawn, and no draw follows "
+                f"a pyro.factor, so that latents and data drawn from the model are not those of "
+                f"p(z, x): write it as a distribution that is sampled or observed."
+            )
 
 
 def _as_particle(site: Site, layout: Layout) -> Tensor:

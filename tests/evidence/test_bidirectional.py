@@ -8,7 +8,10 @@ import pytest
 import torch
 from oracles import ORACLES, linear_gaussian
 
+import pyrovae
 from pairs import LATENT, SHAPE, binary, discrete, published_example, shipped_bernoulli, two_latents
+from pyrovae._tools import InputError
+from pyrovae.evidence import sandwich
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.sandwich import bidirectional
@@ -155,17 +158,40 @@ def test_what_cannot_be_simulated_is_named():
         bidirectional(*shipped_bernoulli(), like=X, num_chains=0)
 
 
-def test_bounds_in_the_wrong_order_are_an_error():
+def tilted(tilt, scale=7**-0.5):
+    """A conjugate pair whose model weighs z or x by a factor, and its exact guide for ``-z²``."""
+
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.factor("tilt", -5 * z**2)
+            pyro.factor("tilt", tilt(z, x))
             pyro.sample("x", dist.Normal(z[..., None], 0.5).to_event(1), obs=x)
 
     def guide(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.27 * x[:, 0], 0.26))
+            pyro.sample("z", dist.Normal(4 / 7 * x[:, 0], scale))
 
+    return model, guide
+
+
+@pytest.mark.parametrize("ask", [bidirectional, pyrovae.calibrate])
+def test_a_factor_that_weighs_draws_is_refused_where_data_are_simulated(ask):
+    """Called too narrow otherwise, or bounds that are none, though the guide is exact."""
+    few = {"num_chains": 4, "num_temperatures": 0} if ask is bidirectional else {}
+    model, guide = tilted(lambda z, x: -(z**2))
+    with pytest.raises(InputError, match="factor 'tilt' of the model changes with what is drawn"):
+        ask(model, guide, like=torch.zeros(1, 1), n=60, seed=0, **few)
+    # One that no draw changes weighs nothing against anything else.
+    model, guide = tilted(lambda z, x: -x[:, 0].square())
+    ask(model, guide, like=torch.zeros(1, 1), n=60, seed=0, **few)
+
+
+def test_bounds_in_the_wrong_order_are_an_error(monkeypatch):
+    def simulate(*args):
+        return {name: value.roll(1, 1) for name, value in simulated(*args).items()}
+
+    simulated = sandwich.simulate
+    monkeypatch.setattr(sandwich, "simulate", simulate)
     how = {"num_chains": 8, "num_temperatures": 0, "seed": 0}
-    with pytest.raises(ValueError, match=r"upper bound is .* below the lower one.*pyro\.factor"):
-        bidirectional(model, guide, like=torch.zeros(1, 1), n=100, **how)
+    with pytest.raises(InputError, match=r"upper bound is .* below the lower one.*changes between"):
+        bidirectional(*tilted(lambda z, x: 0 * z, 0.8), like=torch.zeros(1, 1), n=100, **how)
