@@ -128,19 +128,25 @@ def moments(ranks: Tensor, most: int) -> tuple[float, float]:
     return u.mean().item() * math.sqrt(12 * n), spread * math.sqrt(180 * n)
 
 
-def reliability(probs: Tensor, came: Tensor) -> Reliability:
-    """Hold probabilities ``[N]`` against what came true, zeros and ones ``[N]``."""
-    probs, came = probs.double(), came.double()
-    place = (probs * BINS).long().clamp(max=BINS - 1)
+def reliability(placed: Tensor, probs: Tensor, came: Tensor) -> Reliability:
+    """Hold probabilities against what came true, 0 or 1, ``[N, E]`` for E events of a datum.
+
+    ``placed`` are the same probabilities, which choose the bin: where both are averages of draws,
+    those of one would otherwise be too large in the upper bins by chance. A bin's events of one
+    datum need not be independent.
+    """
+    placed, probs, came = placed.double(), probs.double(), came.double()
+    place = (placed * BINS).long().clamp(max=BINS - 1)
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(BINS).index_add_(0, place, values)
+        return values.new_zeros(len(values), BINS).scatter_add_(1, place, values)
 
-    count, said, seen = total(torch.ones_like(probs)), total(probs), total(came)
-    variance = total(probs * (1 - probs))
-    z = torch.where(variance >= LEAST_VARIANCE, (seen - said) / variance.sqrt(), 0.0)
+    count, said, seen = (total(v).sum(0) for v in (torch.ones_like(probs), probs, came))
+    variance = total(probs * (1 - probs)).sum(0)
+    spread = torch.maximum(variance, total(came - probs).square().sum(0))
+    z = torch.where(variance >= LEAST_VARIANCE, (seen - said) / spread.sqrt(), 0.0)
     worst = min(1.0, BINS * math.erfc(z.abs().max().item() / math.sqrt(2)))
-    slope = ((came - probs) * (probs - probs.mean())).sum()
+    slope = ((came - probs) * (placed - placed.mean())).sum()
     shape: Shape = "too narrow" if slope < 0 else "too wide"
     return Reliability(said / count, seen / count, count, worst, shape)
 

@@ -248,9 +248,9 @@ def calibrate(
         Ranks by site, and a verdict: fine, too narrow, too wide or biased.
 
     Raises:
-        ValueError: If n is below 50, no site of the model observes x, the model reads the x that it
-            observes and there is no order to draw it in, or the guide has no density and
-            ``corrected`` asks for weights.
+        ValueError: If n is below 50, no site of the model observes x, the model weighs its draws by
+            a factor, or reads the x that it observes and there is no order to draw it in, or the
+            guide has no density and ``corrected`` asks for weights.
 
     References:
         Talts et al., Validating Bayesian Inference Algorithms with Simulation-Based Calibration
@@ -291,7 +291,7 @@ def calibrate(
         ranks=joined["ranks"],
         corrected=joined["corrected"] if corrected else None,
         khat=joined["khat"]["khat"] if corrected else None,
-        reliability={n: reliability(*said.unbind(1)) for n, said in joined["said"].items()},
+        reliability={n: reliability(*said.unbind(-1)) for n, said in joined["said"].items()},
         seed=task.seed,
     )
 
@@ -314,7 +314,7 @@ def _rank(
     """The ranks ``[N, D]`` of some data's latents by statistic, and what is beside them."""
     pair, layout = task.pair, task.pair.known
     rows = tuple(tensor[index] for tensor in task.rows)
-    sites = _sites(pair, rows, num_samples)
+    sites = _sites(pair, rows, max(num_samples, 2))
     count = num_samples * (POOL if corrected else 1)
     values, scores = pair.draw(rows, count)
     true = {
@@ -338,7 +338,7 @@ def _rank(
 
     parts = {"ranks": ranks({name: each[:num_samples] for name, each in drawn.items()})}
     parts["said"] = {
-        name: said[used[name].repeat_interleave(len(said) // len(index))]
+        name: said[used[name]]
         for name in layout.latents
         if (said := _said(layout, sites[name], true[name])) is not None
     }
@@ -393,9 +393,10 @@ def _used(layout: Layout, site: Site, num_data: int) -> Tensor:
 
 
 def _said(layout: Layout, site: Site, value: Tensor) -> Tensor | None:
-    """The mean probability of each value of a discrete latent, and whether it is the true one.
+    """The probability of each value of a discrete latent, twice, and whether it is the true one.
 
-    ``[N * D * C, 2]``, or None where the guide does not say.
+    Each probability is a mean over half of the draws of what it depends on. ``[N, D * C, 3]``, or
+    None where the guide does not say.
     """
     fn, base = site["fn"], coordinate(site["fn"])
     size, events = (len(site["value"]), value.shape[layout.dim - fn.event_dim]), fn.event_dim
@@ -404,9 +405,10 @@ def _said(layout: Layout, site: Site, value: Tensor) -> Tensor | None:
         events += 1
     elif not isinstance(base, (Bernoulli, *CHOICES)):
         return None
-    probs = by_datum(base.probs, events, layout, size).mean(0)
+    probs = by_datum(base.probs, events, layout, size)
+    halves = [half.mean(0) for half in probs.tensor_split(2)]
     came = by_datum(value, events, layout, (1, size[1]))[0].to(probs)
-    return torch.stack([probs.flatten(), came.flatten()], 1)
+    return torch.stack([*halves, came], -1)
 
 
 def _smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,6 +201,29 @@ def test_probabilities_of_a_class_are_held_against_what_came_true(sharpness, sha
         assert found.corrected_shape == "fine"
 
 
+def test_an_exact_guide_of_dependent_discrete_latents_is_doubted_at_the_stated_rate():
+    """Its probabilities are averages over draws, and what comes true comes true together."""
+
+    def bits(x):
+        c = pyro.sample("c", dist.Bernoulli(x.new_full((len(x),), 0.5)))
+        probs = (0.05 + 0.9 * c)[..., None].expand(*c.shape, 8)
+        pyro.sample("z", dist.Bernoulli(probs).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            bits(x)
+            pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            bits(x)
+
+    how = {"like": torch.zeros(1, 1), "n": 300, "num_samples": 19, "corrected": False}
+    found = [pyrovae.calibrate(model, guide, seed=seed, **how) for seed in range(10)]
+    assert sum(each.reliability["z"].p_value < 0.05 for each in found) <= 2
+    assert sum(each.shape != "fine" for each in found) <= 2
+
+
 def test_data_reach_the_guide_with_their_context():
     def above(x, level):
         with pyro.plate("data", len(x)):
