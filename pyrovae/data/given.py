@@ -60,7 +60,8 @@ def as_tensors(x: Any, *context: Any) -> tuple[Any, ...]:
 def takes_data(function: Callable[P, T]) -> Callable[P, T]:
     """A function ``(*programs, x, *context, ...)`` that takes data as :func:`as_tensors` does.
 
-    One of a guide alone may be given the model before it, in the order of the other functions.
+    One of a guide alone may be given the model before it, in the order of the other functions, and
+    one that takes ``columns`` is told what a frame's are called.
     """
     names = inspect.signature(function).parameters
     programs = [name for name in ("model", "guide") if name in names]
@@ -80,6 +81,8 @@ def takes_data(function: Callable[P, T]) -> Callable[P, T]:
                 )
         own: Any = args[extra:]
         given = own[count:]
+        if "columns" in names and kwargs.get("columns") is None:
+            kwargs["columns"] = column_names(given[0] if given else kwargs.get(first))
         if not given and first in kwargs:
             kwargs[first], *context = data_tensors(kwargs[first])
             # Where a datum holds context too, the programs' arguments are told by their places.
@@ -108,6 +111,17 @@ def package_of(value: Any) -> str:
     known = ("pandas", "polars", "scipy", "anndata", "numpy", "datasets", "pyarrow")
     packages = (base.__module__.partition(".")[0] for base in type(value).__mro__)
     return next((name for name in packages if name in known), "")
+
+
+def column_names(value: Any) -> Sequence[str] | None:
+    """What the columns of a frame, a table or an AnnData are called; None for other data."""
+    package = package_of(value)
+    if package == "anndata":
+        return [*map(str, value.var_names)]
+    if package == "pyarrow" and hasattr(value, "column_names"):
+        return value.column_names
+    framed = package in ("pandas", "polars") and hasattr(value, "columns")
+    return [*map(str, value.columns)] if framed else None
 
 
 def frame_schema(frame: Any) -> tuple[np.ndarray, Schema]:

@@ -49,6 +49,7 @@ class Imputation(Shown):
         probabilities: For each site of categories their probabilities, ``[N, ..., C]``.
         mask: True where x is observed, ``[N, *shape]``.
         log_likelihood: log p(x_observed), with its error, ESS and k-hat.
+        columns: What the D entries of a datum are called, if that is known.
     """
 
     filled: Tensor
@@ -60,6 +61,7 @@ class Imputation(Shown):
     probabilities: Values
     mask: Tensor
     log_likelihood: LogLikelihood
+    columns: tuple[str, ...] | None = None
 
     @property
     def ess(self) -> Tensor:
@@ -94,6 +96,7 @@ def impute(
     num_draws: int = 10,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     site: str | None = None,
+    columns: Sequence[Any] | None = None,
     max_rows: int | None = None,
     seed: int | None = None,
     progress: bool = False,
@@ -123,6 +126,8 @@ def impute(
         num_draws: The number M of completed data sets to return.
         quantiles: Which quantiles to return, from 0 to 1.
         site: A latent of the shape of x that stands for it where it is missing.
+        columns: ``data.columns`` or what they are called, for the plot; by default the names of a
+            frame's, or of sites that observe a number each.
         max_rows: The largest number of (particle, datum) pairs that the model scores at once.
         seed: Seeds the draws; None draws a seed from torch's global stream.
         progress: Show a bar with an estimate of the time left.
@@ -156,7 +161,8 @@ def impute(
     with task.opened():
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             uncovered = uncovered_share(task.pair, task.first)
-            _check(task.pair, task.first, site)
+            sites = _check(task.pair, task.first, site)
+        names = _names(x, sites, columns)
         sampler = Sampler(task.pair, task.tile, task.chunk)
         for index, tile in task.tiles(num_samples, progress):
             stream, sums = subseed(task.seed, index), Sums(num_samples, points, tile[0])
@@ -177,7 +183,7 @@ def impute(
         found = task.found()
         told = {name: found.pop(name) for name in [*found] if name.startswith((FIELD, SHARES))}
         ll = task.estimate(points, "importance sampling from the guide", uncovered, found)
-    return _result(told, x.shape, rows[-1], levels, ll)
+    return _result(told, x.shape, rows[-1], levels, ll, names)
 
 
 def _masked(x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -197,7 +203,21 @@ def _masked(x: Tensor, context: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.where(missing, filler, x), *context
 
 
-def _check(pair: Pair, rows: tuple, latent: str | None) -> None:
+def _names(
+    x: Tensor, sites: dict[str, Site], columns: Sequence[Any] | None
+) -> tuple[str, ...] | None:
+    """What the entries of a datum are called."""
+    if columns is None:
+        return tuple(sites) if len(sites) == x[0].numel() > 1 else None
+    if len(columns) != x[0].numel():
+        raise InputError(
+            f"Expected columns=data.columns, of each of the {x[0].numel()} entries of a datum, got "
+            f"{len(columns)}."
+        )
+    return tuple(str(getattr(column, "name", column)) for column in columns)
+
+
+def _check(pair: Pair, rows: tuple, latent: str | None) -> dict[str, Site]:
     """Refuse a model that scores missing entries, or whose sites are not x entry by entry."""
     x, *rest, mask = rows
     values, _ = pair.draw(rows, 1)
@@ -218,7 +238,7 @@ def _check(pair: Pair, rows: tuple, latent: str | None) -> None:
                 f"Expected site={latent!r} to name a latent of the shape {list(x.shape)} of x, "
                 f"which the model draws where x is missing: it does not."
             )
-        return
+        return sites
     seen = torch.cat([site["value"].reshape(len(x), -1) for site in sites.values()], -1)
     flat, known = x.flatten(1), mask.flatten(1)
     if seen.shape != flat.shape or not torch.equal(seen[known].to(flat.dtype), flat[known]):
@@ -226,6 +246,7 @@ def _check(pair: Pair, rows: tuple, latent: str | None) -> None:
             f"Expected the sites {list(sites)} to observe the entries of x one after another, as "
             f"x or as x[:, 0], x[:, 1], …, so that it is known which entry is which: they do not."
         )
+    return sites
 
 
 def _trace(pair: Pair, rows: tuple, particles: int, values: Values) -> Trace:
@@ -364,16 +385,24 @@ def _mean(fn: Any) -> Tensor | None:
 
 
 def _result(
-    found: Found, shape: torch.Size, mask: Tensor, levels: tuple[float, ...], ll: LogLikelihood
+    found: Found,
+    shape: torch.Size,
+    mask: Tensor,
+    levels: tuple[float, ...],
+    ll: LogLikelihood,
+    columns: tuple[str, ...] | None,
 ) -> Imputation:
-    fields = {n.removeprefix(FIELD): v for n, v in found.items() if n.startswith(FIELD)}
+    fields: dict[str, Any] = {
+        n.removeprefix(FIELD): v for n, v in found.items() if n.startswith(FIELD)
+    }
     for name in ("quantiles", "draws"):
         fields[name] = fields[name].movedim(1, 0)
     shares = {n.removeprefix(SHARES): v for n, v in found.items() if n.startswith(SHARES)}
     return Imputation(
-        **{name: value.reshape(*value.shape[:-2], *shape) for name, value in fields.items()},
+        **{n: v.reshape(*v.shape[:-2], *shape) for n, v in fields.items()},
         levels=levels,
         probabilities={name: value.squeeze(1) for name, value in shares.items()},
         mask=mask.to(ll.log_prob.device),
         log_likelihood=ll,
+        columns=columns,
     )

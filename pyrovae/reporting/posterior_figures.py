@@ -365,7 +365,8 @@ def _intervals(found: Imputation, missing: Tensor) -> Figure:
             axes.vlines(place, *box, color=BLUE, alpha=0.4, lw=2, label=name)
         axes.plot(place, filled[rows, j], "o", color=BLUE, ms=3, label="filled in")
         index = np.unravel_index(j, found.filled.shape[1:] or (1,))
-        axes.set(title=f"x[{', '.join(map(str, index))}], {int(count[j])} missing")
+        name = found.columns[j] if found.columns else f"x[{', '.join(map(str, index))}]"
+        axes.set(title=f"{name}, {int(count[j])} missing")
         axes.set_xticks([])
         axes.grid(True, axis="y")
     figure.supxlabel(

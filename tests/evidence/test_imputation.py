@@ -2,14 +2,18 @@
 
 import math
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroModule
+from zoo import table
 
 import one_layer
 import pyrovae
+from pyrovae.guides.mean_field import MeanField
+from pyrovae.models.gaussian import Gaussian
 from pyrovae.models.linear_gaussian import LinearGaussian
 
 N, D, K = 60, 5, 4000
@@ -177,6 +181,28 @@ def test_sites_that_are_not_x_entry_by_entry_are_refused(linear):
 
     with pytest.raises(pyrovae.InputError, match="entries of x one after another"):
         pyrovae.impute(turned, Exact(model), x, mask, num_samples=2)
+
+
+def test_panels_are_called_what_the_columns_are():
+    """Of a frame, of data.columns, or of sites that observe a column each."""
+    model, guide, (x, mask) = table()
+    gaps = pd.DataFrame(torch.where(mask, x, torch.nan).numpy(), columns=list("abcdef"))
+    plain = Gaussian((6,), latent=2), MeanField((6,), latent=2)
+
+    def titles(found):
+        return {axes.get_title(loc="left").partition(", ")[0] for axes in found.plot().axes}
+
+    few = {"num_samples": 5, "num_draws": 1, "seed": 0}
+    assert titles(pyrovae.impute(*plain, gaps, **few)) == {*"abcdef"}
+    assert titles(pyrovae.impute(*plain, x=gaps, **few)) == {*"abcdef"}
+    named = pyrovae.impute(*plain, x, mask, columns=model.columns, **few)
+    assert titles(named) == {"real", "positive", "count", "binary", "categorical", "ordinal"}
+    assert titles(pyrovae.impute(model, guide, x, mask, **few)) == {
+        f"x.{column.name}" for column in model.columns
+    }
+    assert titles(pyrovae.impute(*plain, x, mask, **few)) == {f"x[{j}]" for j in range(6)}
+    with pytest.raises(pyrovae.InputError, match=r"each of the 6 entries .* got 2"):
+        pyrovae.impute(*plain, x, mask, columns=["a", "b"], **few)
 
 
 def test_columns_of_one_latent_class_have_exact_probabilities():
