@@ -15,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
@@ -157,7 +158,7 @@ class VAE(TransformerMixin, BaseEstimator):
         """The posterior means ``[N, L]``, the latent sites side by side."""
         check_is_fitted(self)
         codes = encode(self.guide_, self._rows(X), seed=self.seed_)
-        found = torch.cat([z.flatten(1).float() for z in codes.values()], 1).cpu().numpy()
+        found = torch.cat([z.reshape(len(z), -1).float() for z in codes.values()], 1).cpu().numpy()
         kind = np.float64 if getattr(X, "dtype", None) == np.float64 else np.float32
         return found.astype(kind, copy=False)
 
@@ -312,11 +313,18 @@ def _program(given: str | type | Callable, kind: str) -> Program:
         return find_program(given, kind)
     if inspect.isclass(given):
         return Program(kind, given.__name__, None, given)
-    made = copy.deepcopy(given) if isinstance(given, nn.Module) else given
+    made = _copied(given) if isinstance(given, nn.Module) else given
     return Program(kind, type(given).__name__, None, made)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy, also of modules that remember a value of theirs, as Pyro's flows do."""
+    leaves = tree_leaves([list(vars(child).values()) for child in module.modules()])
+    made = {id(leaf): leaf.detach() for leaf in leaves if torch.is_tensor(leaf) and leaf.grad_fn}
+    return copy.deepcopy(module, made)
 
 
 def _columns(x: Tensor | dict[str, Tensor]) -> np.ndarray:
     """Values of the observed sites side by side, ``[N, D]``."""
     sites = [x] if isinstance(x, Tensor) else list(x.values())
-    return torch.cat([each.flatten(1) for each in sites], 1).cpu().numpy()
+    return torch.cat([each.reshape(len(each), -1) for each in sites], 1).cpu().numpy()

@@ -5,13 +5,18 @@ import pickle
 import warnings
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import affine_autoregressive
+from pyro.nn import PyroModule
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Binarizer, FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
+from torch import nn
 
 import pyrovae
 from pyrovae.models.linear_gaussian import LinearGaussian
@@ -132,6 +137,41 @@ def test_programs_are_classes_and_copies(normal):
     assert by_class.transform(x[:5]).shape == (5, 3)
     pipe = make_pipeline(FunctionTransformer(), by_class)
     assert pipe.transform(x[:5]).shape == (5, 3)
+
+
+class Scalar(PyroModule):
+    """A latent number of each datum, and two that the guide draws from a flow, which remembers."""
+
+    def __init__(self, encodes):
+        super().__init__()
+        self.encodes = encodes
+        if encodes:
+            self.flow = affine_autoregressive(2, hidden_dims=[4])
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        normal = dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1)
+        with pyro.plate("data", len(x)):
+            if self.encodes:
+                pyro.sample("c", dist.Normal(x.mean(-1), self.scale.exp()))
+                pyro.sample("w", dist.TransformedDistribution(normal, self.flow))
+            else:
+                c = pyro.sample("c", dist.Normal(x.new_zeros(len(x)), 1.0))
+                w = pyro.sample("w", normal)
+                loc = (c + w.sum(-1))[..., None].expand(*c.shape, 4)
+                pyro.sample("x", dist.Normal(loc, self.scale.exp()).to_event(1), obs=x)
+
+
+def test_programs_may_have_scalar_latents_and_have_been_used(normal):
+    x, _ = normal
+    model, guide = Scalar(False), Scalar(True)
+    pyrovae.fit(model, guide, x[:40], epochs=1, seed=0, progress=False)
+    vae = pyrovae.VAE(model, guide, objective="trace_elbo", epochs=1, random_state=0).fit(x[:40])
+    assert list(vae.get_feature_names_out()) == ["c_0", "w_0", "w_1"]
+    codes = vae.transform(x[:5])
+    assert codes.shape == (5, 3)
+    assert np.allclose(codes[:, 0], np.asarray(x[:5]).mean(1), atol=1e-6)
+    assert np.allclose(vae.inverse_transform(codes)[:, 0], codes.sum(1), atol=1e-5)
 
 
 def test_the_threshold_keeps_its_false_alarm_rate(normal):
