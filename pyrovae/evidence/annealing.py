@@ -146,7 +146,7 @@ def annealed_log_likelihood(
         >>> few = {"num_chains": 4, "num_temperatures": 20}  # 16 and 500 where nothing is said
         >>> ll = pyrovae.annealed_log_likelihood(model, guide, data.test[:10], seed=0, **few)
         >>> print(f"{ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per datum. {ll.verdict}")
-        -2... ± 0... nats per datum. At least ... of 4 chains count for every datum. ...
+        -2... ± 0... nats per datum. 4 chains are too few to tell whether the errors hold: ...
     """
     settings = Settings(num_chains, num_temperatures, num_steps, initial)
     options = settings.options(len(x), compile)

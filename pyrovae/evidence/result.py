@@ -224,7 +224,12 @@ class LogLikelihood(Shown):
         """The same of data whose sum few chains make up."""
         least = min(FEW, self.num_samples / 2)
         few = int((self.ess < least).sum())
-        if few == 0:
+        if few == 0 and self.num_samples < FEW:
+            text = (
+                f"{self.num_samples} {'chain is' if self.num_samples == 1 else 'chains are'} too "
+                f"few to tell whether the errors hold: take 16 or more."
+            )
+        elif few == 0:
             text = (
                 f"At least {self.ess.min():.1f} of {self.num_samples} chains count for every "
                 f"datum. pyrovae.bidirectional says how far such a run is below log p(x)."
@@ -236,7 +241,7 @@ class LogLikelihood(Shown):
                 f"too small. Take more temperatures, and check with pyrovae.bidirectional whether "
                 f"they are enough."
             )
-        return few, True, text
+        return few, self.num_samples >= FEW, text
 
 
 class Comparison(NamedTuple):
@@ -282,12 +287,16 @@ class Comparison(NamedTuple):
             second: What the second one is called there.
             both: What the two together are called there.
         """
+        from scipy.stats import t
+
         size, error = abs(self.difference), self.standard_error
+        # Of few data the error is itself a rough estimate.
+        most = max(2.0, float(t.ppf(0.975, len(self.each) - 1)))
         told = f"by {size:.3f} ± {error:.3f} nats per datum, paired over {len(self.each)} data."
         if not math.isfinite(error):
             text = f"the difference is {self.difference:.3f}, its standard error unknown."
             return Verdict("unknown", f"{both} cannot be told apart: {text}")
-        if size <= 2 * error:
+        if size <= most * error:
             return Verdict("tied", f"{both} cannot be told apart: they differ {told}")
         if self.difference > 0:
             return Verdict("first", f"{first} is better {told}")

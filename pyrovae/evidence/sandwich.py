@@ -76,6 +76,11 @@ class Bidirectional(Shown):
     def verdict(self) -> str:
         """In words: how tight the two bounds are."""
         low, high, error = self.lower.mean, self.upper.mean().item(), self.mean_gap_standard_error
+        if len(self.gap) == 1:
+            return (
+                f"On one datum of the model's own, log p(x) is {low:.3f} from below and {high:.3f} "
+                f"from above, which are bounds in expectation alone: take more data, such as n=64."
+            )
         found = (
             f"On {len(self.gap)} data of the model's own, mean log p(x) lies between {low:.3f} and "
             f"{high:.3f}, bounds that are {self.mean_gap:.3f} ± {error:.3f} nats per datum apart: "

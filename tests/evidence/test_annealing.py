@@ -429,3 +429,11 @@ def test_each_state_is_weighed_by_the_gap_that_it_stands_in():
     assert accepted.item() == pytest.approx(0.5)
     backward, _ = anneal(*at, backward=True)
     assert backward.item() == pytest.approx(0.6 * 10 + 0.3 * 0.4 + 0.1 * 0.1)
+
+
+@pytest.mark.parametrize(("chains", "kind"), [(1, "fair"), (4, "fair"), (8, "good")])
+def test_few_chains_cannot_tell_whether_their_errors_hold(chains, kind):
+    model, guide, x, _ = linear_gaussian(latent=2, pixels=3, n=2, stretch=1.1, shift=0.0)
+    found = annealed_log_likelihood(model, guide, x, num_chains=chains, num_temperatures=2, seed=0)
+    assert found.verdict.kind == kind
+    assert ("too few to tell" in found.verdict) == (kind == "fair")

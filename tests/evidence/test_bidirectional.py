@@ -195,3 +195,9 @@ def test_bounds_in_the_wrong_order_are_an_error(monkeypatch):
     how = {"num_chains": 8, "num_temperatures": 0, "seed": 0}
     with pytest.raises(InputError, match=r"upper bound is .* below the lower one.*changes between"):
         bidirectional(*tilted(lambda z, x: 0 * z, 0.8), like=torch.zeros(1, 1), n=100, **how)
+
+
+def test_one_datum_says_nothing_of_chance():
+    found = bidirectional(*shipped_bernoulli(), like=X, n=1, seed=0, **CHEAP)
+    assert "nan" not in found.verdict
+    assert "bounds in expectation alone" in found.verdict

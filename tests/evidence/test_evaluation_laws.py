@@ -487,3 +487,17 @@ def test_several_processes_find_what_one_does(tmp_path):
     whole = log_likelihood(*shipped_bernoulli(), binary(200), num_samples=40, seed=seed)
     assert torch.equal(found, whole.log_prob)
     assert {path.name for path in tmp_path.iterdir()} >= {"file.0", "file.1"}
+
+
+@pytest.mark.parametrize("n", [2, 4, 100])
+def test_runs_that_are_alike_are_told_apart_at_the_stated_rate(n):
+    """Twice the standard error of two differences is exceeded by 30% of them."""
+    one, rest = torch.ones(n), {"num_samples": 10}
+    estimates = torch.randn(600, 2, n, generator=torch.Generator().manual_seed(0)).unbind(1)
+    found = [
+        compare_log_likelihood(
+            *(LogLikelihood(each, 0 * one, 10 * one, 0 * one, **rest) for each in both)
+        ).verdict.kind
+        for both in zip(*estimates, strict=True)
+    ]
+    assert 0.02 < sum(kind != "tied" for kind in found) / 600 < 0.08
