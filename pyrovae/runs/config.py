@@ -13,7 +13,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import UnionType
-from typing import Annotated, Any, Self, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, Self, get_args, get_type_hints
 
 from msgspec import Meta, Struct, convert
 
@@ -197,10 +197,30 @@ class PairConfig(Options):
         }
 
 
-# Options that --recipe stands for; those that are given beside it count.
-RECIPES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "long": {"schedule": "cosine", "lr_warm_up": 1, "average": 0.999},
+class Recipe(NamedTuple):
+    """What --recipe stands for, where nothing else is given: options, and settings by program.
+
+    A setting is for programs that have it and leave it open, with None for a default.
+    """
+
+    options: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+
+    def __str__(self) -> str:
+        options = [f"{name}={value}" for name, value in self.options.items()]
+        settings = [
+            f"and {kind}.{name}={value} where the {kind} takes a {name}"
+            for kind, values in self.settings.items()
+            for name, value in values.items()
+        ]
+        return ", ".join([*options, *settings])
+
+
+RECIPES = {
+    "none": Recipe({}, {}),
+    "long": Recipe(
+        {"schedule": "cosine", "lr_warm_up": 1, "average": 0.999}, {"model": {"mean": "data"}}
+    ),
 }
 
 
@@ -209,9 +229,7 @@ class Training(Options):
     """How a pair is trained."""
 
     recipe: str = option(
-        "options for a long training: "
-        + ", ".join(f"{name}={value}" for name, value in RECIPES["long"].items())
-        + ", and model.mean=data where the model takes a mean",
+        f"options for a long training: {RECIPES['long']}",
         "none",
         choices=tuple(RECIPES),
     )
@@ -264,7 +282,7 @@ class RunConfig(Training, PairConfig):
     @classmethod
     def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for, with the options that a recipe stands for."""
-        return super().of(RECIPES[given.get("recipe", "none")] | dict(given), stored)
+        return super().of(RECIPES[given.get("recipe", "none")].options | dict(given), stored)
 
     def stored(self, num_data: int) -> dict[str, Any]:
         """The entries of ``config.json`` that say how to train on so many data."""

@@ -24,6 +24,7 @@ from pyrovae.pairs.pair import Pair
 from pyrovae.runs import Run
 from pyrovae.runs.beside import Sources
 from pyrovae.runs.config import (
+    RECIPES,
     SHOWN,
     Config,
     DataRecord,
@@ -343,14 +344,15 @@ def _absolute(path: str) -> str:
 
 
 def _given(options: PairConfig, program: Program, run: Run | None) -> dict[str, Any]:
-    """The settings that are given for a program, and what a recipe adds to those of a model."""
-    given = options.settings.get(program.kind, {})
-    if program.kind != "model" or getattr(options, "recipe", "none") != "long":
-        return given
-    mean = program.arguments().get("mean")
-    # A run of before the recipe had it goes on as it was made.
-    older = run is not None and run.config.model.settings.get("mean") != "data"
-    return given if older or mean is None or mean.default is not None else {"mean": "data"} | given
+    """The settings that are given for a program, and those that a recipe adds."""
+    recipe, arguments = RECIPES[getattr(options, "recipe", "none")], program.arguments()
+    added = recipe.settings.get(program.kind, {})
+    added = {n: v for n, v in added.items() if n in arguments and arguments[n].default is None}
+    if run is not None and added:
+        # A run of before the recipe had a setting goes on as it was made.
+        made = getattr(run.config, program.kind).settings
+        added = {name: value for name, value in added.items() if made.get(name) == value}
+    return added | options.settings.get(program.kind, {})
 
 
 def _program(name: str, kind: str, run: Run | None) -> Program:

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from forks import Fork, run_command
 
 import pyrovae
 from pyrovae.runs import Run, experiment
-from pyrovae.runs.config import RunConfig
+from pyrovae.runs.config import RECIPES, Recipe, RunConfig
 
 VARIANTS = {
     "adam": [],
@@ -186,6 +187,19 @@ def test_a_recipe_is_recorded_as_the_options_that_it_stands_for(workspace):
     assert not alike(state["average"], state["weights"])
     (workspace / "r" / "weights.safetensors").unlink()
     assert alike(Run("r").load_weights(), state["average"])
+
+
+def test_a_recipe_says_in_one_place_what_it_stands_for(monkeypatch):
+    """The option's words are its own, and a setting is added where a program leaves it open."""
+    words = {each.name: each for each in fields(RunConfig)}["recipe"].metadata["help"]
+    assert words.endswith(str(RECIPES["long"]))
+    assert "average=0.999, and model.mean=data where the model takes a mean" in words
+    asked = {"data": "digits", "binarize": "dynamic", "recipe": "long"}
+    for settings, expected in ({"mean": "data"}, "data"), ({}, None), ({"latent": 3}, None):
+        monkeypatch.setitem(RECIPES, "long", Recipe({"lr": 0.1}, {"model": settings}))
+        options = RunConfig.of(asked | {"model": "bernoulli", "guide": "mean_field"})
+        made = experiment.build(options).config.model.settings
+        assert (options.lr, made["mean"], made["latent"]) == (0.1, expected, 20)
 
 
 def test_the_pixels_start_at_the_mean_of_the_training_data(workspace, capsys):
