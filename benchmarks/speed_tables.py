@@ -284,11 +284,13 @@ def _blocks(section: str, block: Callable[[dict], tuple[list[str], list[list[str
 
 
 def _conditions(found: dict, section: str) -> str:
-    about = next(part["about"] for name, part in found.items() if name.startswith(section))
+    parts = [part["about"] for name, part in found.items() if name.startswith(section)]
+    about, counts = parts[0], sorted({part["rounds"] for part in parts})
     versions = about["versions"]
     others = [f"{n} {v}" for n, v in versions.items() if n in ("torch", "jax", "pythae")]
     threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
-    rounds = f"{about['rounds']} round{'s' * (about['rounds'] > 1)}"
+    span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    rounds = f"{span} round{'s' * (counts[-1] > 1)}"
     where = about.get("gpu", f"{about['processor']}, {threads}")
     return f"{where}, {about['dtype']}, {rounds}, {', '.join(others)}"
 
