@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.distributions import constraints
 
 from pyrovae import distributions
 from pyrovae.nn import ConvDecoder
@@ -19,10 +19,12 @@ class Residual(PyroModule):
     r"""A VAE for 8-bit images in colour with a residual decoder.
 
     .. math:: z \sim \mathcal{N}(0, I), \qquad
-              x_d \mid z \sim \mathrm{Logistic}(\mu_d, s_d) \text{ rounded to the levels}
+              x_d \mid z \sim \mathrm{Logistic}(f_d(z), s_c) \text{ rounded to the levels}
 
-    with μ and s read off f(z). The data are on the grid k / (L - 1): 8-bit images over 255. The
-    log-likelihood is of the whole numbers k, nothing is added to them, and
+    with one scale s for each channel c, learned from 0.1 on. (Scales that depend on z hide the
+    hues: where an object's colour is unknown they grow until half of a pixel's mass lies on either
+    end, and there the means learn nothing.) The data are on the grid k / (L - 1): 8-bit images over
+    255. The log-likelihood is of the whole numbers k, nothing is added to them, and
     :math:`-\ln p(x) / (D \ln 2)` is in bits per dimension, D counting the channels. Channels are
     independent given z.
 
@@ -37,7 +39,8 @@ class Residual(PyroModule):
 
     References:
         Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow
-        (arXiv 1606.04934); He et al. (arXiv 1603.05027), for the blocks.
+        (arXiv 1606.04934); He et al. (arXiv 1603.05027), for the blocks; Rybkin, Daniilidis and
+        Levine (arXiv 2006.13202), for learned scales that z does not set.
     """
 
     def __init__(
@@ -52,17 +55,17 @@ class Residual(PyroModule):
     ) -> None:
         super().__init__()
         self.levels = levels
-        wide = (2 * shape[0], *shape[1:])
-        self.decoder = ConvDecoder(latent, wide, channels, hidden, activation, blocks)
+        self.decoder = ConvDecoder(latent, shape, channels, hidden, activation, blocks)
         self.register_buffer("zero", torch.zeros(latent), persistent=False)
+        # Pyro gives a PyroParam back as a tensor that satisfies its constraint.
+        self.scale: Tensor = PyroParam(  # type: ignore[assignment]
+            torch.full((shape[0], 1, 1), 0.1), constraint=constraints.positive
+        )
 
     def forward(self, x: Tensor, mask: Tensor | bool = True) -> None:
         """Sample ``z`` ``[N, latent]`` and observe ``x`` ``[N, *shape]`` where ``mask`` is true."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
-            raw_loc, raw = self.decoder(z).chunk(2, -3)
-            # At first mid-grey, an eighth of the range wide; the floor, half a level, keeps
-            # the scale of a pixel that never varies from vanishing.
-            loc, scale = 0.5 + raw_loc, softplus(raw - 2) + 0.5 / self.levels
-            likelihood = distributions.DiscretizedLogistic(loc, scale, self.levels)
+            loc = 0.5 + self.decoder(z)  # at first mid-grey
+            likelihood = distributions.DiscretizedLogistic(loc, self.scale, self.levels)
             pyro.sample("x", likelihood.mask(mask).to_event(x.dim() - 1), obs=x)
