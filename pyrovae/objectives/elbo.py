@@ -208,8 +208,8 @@ def elbo(
     """
     if objective not in ESTIMATORS:
         raise InputError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
-    if particles < 1:
-        raise InputError(f"Expected particles >= 1, got {particles}.")
+    if not isinstance(particles, int) or particles < 1:
+        raise InputError(f"Expected an integer particles >= 1, got {particles}.")
     analytic = objective == "trace_mean_field_elbo"
     pair = Pair(model, guide)
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))

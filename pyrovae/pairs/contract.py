@@ -76,6 +76,12 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     _check_observed(dense)
     dims = [f.dim for s in (*sites.values(), *guide_sites.values()) for f in plates(s).values()]
     observed = tuple(name for name in sites if name not in hidden)
+    for name in observed:
+        if sites[name]["value"] is x and sites[name]["fn"].event_dim >= x.dim():
+            raise InputError(
+                f"Site {name!r} observes all of x, {list(x.shape)}, as one datum: give a batch "
+                f"[N, ...], such as x[None] for N = 1."
+            )
     layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
     every = [item for found in (sites, guide_sites) for item in found.items()]
     own = [item for item in dense if item[1] is guide_sites.get(item[0])]  # the guide's
@@ -293,6 +299,8 @@ def check_tensor(x: Any) -> None:
             f"Expected a tensor [N, ...], got {type(x).__name__}: a data set's are .train, .valid "
             f"and .test."
         )
+    if not len(x):
+        raise InputError("Expected at least one datum, got an empty tensor.")
 
 
 @contextmanager

@@ -207,9 +207,9 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
 
 def _check_sizes(data: Dataset, batch_size: int, lr: float, asked: dict, *counts: str) -> None:
     for name in counts:
-        if asked[name] is not None and asked[name] < 1:
-            raise InputError(f"Expected {name} >= 1, got {asked[name]}.")
-    if not 1 <= batch_size <= len(data.train):
+        if asked[name] is not None and not (hasattr(asked[name], "__index__") and asked[name] >= 1):
+            raise InputError(f"Expected an integer {name} >= 1, got {asked[name]}.")
+    if not (hasattr(batch_size, "__index__") and 1 <= batch_size <= len(data.train)):
         raise InputError(
             f"Expected a batch size between 1 and the {len(data.train)} training data, got "
             f"{batch_size}: choose another."

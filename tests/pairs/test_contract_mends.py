@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyrovae
 from pyrovae.checking import quick
 from pyrovae.pairs.contract import check_arguments, check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -80,6 +81,32 @@ def test_a_signature_is_told_with_all_that_is_given(context):
     found = re.escape(f"forward(self, {'x, y1' if context else 'x'}, mask=True)")
     with pytest.raises(ValueError, match=found):
         check_arguments(Pair(model if context else short, short), *rows, torch.ones(5).bool())
+
+
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.zeros(3), r"'x' observes all of x, \[3\], as one datum: give a batch"),
+        (torch.zeros(0, 3), "at least one datum"),
+    ],
+)
+@pytest.mark.parametrize("ask", [pyrovae.elbo, pyrovae.log_likelihood])
+def test_one_datum_is_no_batch_and_none_is_none(ask, x, found):
+    """Each of the three values of a datum would stand for a datum, scored by all of them."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 3), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.mean(-1), 1.0))
+
+    with pytest.raises(ValueError, match=found):
+        ask(model, guide, x, seed=0)
+    found = ask(model, guide, torch.zeros(3)[None], seed=0)
+    assert (found.elbo if ask is pyrovae.elbo else found.log_prob).shape == (1,)
 
 
 def test_other_errors_keep_their_text():

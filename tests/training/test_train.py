@@ -407,6 +407,8 @@ def test_enumeration_trains_with_pyros_own_objective():
         ({"batch_size": 0}, "batch size between 1 and the 40"),
         ({"batch_size": 41}, "batch size between 1 and the 40"),
         ({"epochs": 0}, "epochs >= 1"),
+        ({"epochs": 2.0}, r"an integer epochs >= 1, got 2\.0"),
+        ({"batch_size": 8.0}, r"batch size between 1 and the 40 .*, got 8\.0"),
         ({"particles": 0}, "particles >= 1"),
         ({"patience": 0}, "patience >= 1"),
         ({"lr": 0.0}, "learning rate > 0"),
