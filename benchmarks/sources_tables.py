@@ -28,13 +28,14 @@ def sources_memory() -> str:
 def sources_epochs() -> str:
     """Processor time of an epoch from disk, and its ratio to one of the same rows in memory."""
     names = [f"{how} / memory, {kind}" for how in ("disk", "cold disk") for kind in ("CPU", "time")]
-    head = ["source", "rows", "in memory, CPU s", *(name.replace(" / ", " ÷ ") for name in names)]
+    head = ["source", "rows", "load_data, CPU s", "an epoch in memory, CPU s"]
     body = []
     for row in _rows("epochs"):
         ratios = [f"{row[name]:.2f}" if name in row else "–" for name in names]
         size, lone = f"{row['rows']:,} × {row['columns']}", median(row["memory, CPU s"])
-        body.append([f"`{row['source']}`", size, f"{lone:.1f}", *ratios])
-    return markdown(head, body)
+        seconds = f"{row['load_data, CPU s']:.1f}", f"{lone:.1f}"
+        body.append([f"`{row['source']}`", size, *seconds, *ratios])
+    return markdown([*head, *(name.replace(" / ", " ÷ ") for name in names)], body)
 
 
 def sources_first() -> str:

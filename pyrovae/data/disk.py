@@ -23,7 +23,7 @@ from pyrovae._tools import InputError, progress_bar
 
 # GiB of an array that are in memory at once where nothing is said.
 MEMORY = 1.0
-# Batches that are read at once: as many as fit takes in one call of a compiled step.
+# Batches that are read together are a multiple of what fit takes in one call of a compiled step.
 AT_ONCE = 100
 # Bytes that the number of a row takes in the batches of a part, their order, and the sorted order.
 NUMBERS = 6 * 8
@@ -61,20 +61,26 @@ class Disk:
         """The same arrays for another device."""
         return Disk(self.array, self.gib, device, self.beside)
 
-    def read(self, index: Tensor, context: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-        """Copies of some rows ``[M, ...]``, in pinned memory where they go to a GPU."""
+    def read(
+        self, index: Tensor, context: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Copies of some rows in the order of the file, and where among them each is ``[M]``.
+
+        They are in pinned memory where they go to a GPU.
+        """
         sources = mapped(self.array), *context
         found = [_room(len(index), each, self.device.type == "cuda") for each in sources]
-        # In the order of the file and a range of it at a time, as a page fault maps what lies
-        # around a row: 64 KiB in Linux before 6.18, and since then up to 2 MiB.
-        rows, places = index.sort()
+        # A range of the file at a time, as a page fault maps what lies around a row: 64 KiB in
+        # Linux before 6.18, and since then up to 2 MiB.
+        rows, order = index.sort()
         span = max(1, self.memory // 4 // self.row)
         counts = torch.unique_consecutive(rows // span, return_counts=True)[1].tolist()
-        for part, place in zip(rows.split(counts), places.split(counts), strict=True):
-            for target, source in zip(found, sources, strict=True):
-                target.index_copy_(0, place, source.index_select(0, part))
+        parts = zip(rows.split(counts), *(each.split(counts) for each in found), strict=True)
+        for part, *targets in parts:
+            for target, source in zip(targets, sources, strict=True):
+                torch.index_select(source, 0, part, out=target)
             self._release()
-        return tuple(found)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order))), tuple(found)
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Copies of all rows of some tensors, a part at a time, on the device."""
@@ -98,8 +104,9 @@ class Disk:
         """How many batches of a size are read together."""
         # Four parts are there: at hand, being copied, ready, and being read, each with the numbers
         # of its rows, some of them sorted. A quarter of it all is for pages, and one for what the
-        # allocator keeps.
-        return max(1, min(AT_ONCE, self.memory // 8 // ((self.row + NUMBERS) * size)))
+        # allocator keeps. The more of them, the fewer times are the pages of the file mapped.
+        count = min(self.memory // 8 // ((self.row + NUMBERS) * size), -(-len(self.array) // size))
+        return max(1, count // AT_ONCE * AT_ONCE or count)
 
     def parts(
         self, batches: Sequence[Tensor], context: Sequence[Tensor]
@@ -110,10 +117,11 @@ class Disk:
         # One after the other: all together are as large as the order of all rows.
         groups = (torch.cat([*batches[i : i + count]]) for i in range(0, len(batches), count))
         held = self.held(count * size, context)
-        for rows in ahead(lambda index: self.read(index.cpu(), context), groups):
+        for places, rows in ahead(lambda index: self.read(index.cpu(), context), groups):
             for place, new in zip(held, rows, strict=True):
                 place[: len(new)].copy_(new, non_blocking=True)
-            yield torch.arange(len(rows[0]), device=self.device).split(size)
+            # In the order of the batches here, which is a copy less than in that of the rows.
+            yield places.to(self.device).split(size)
 
     def _release(self) -> None:
         """Give back what is mapped: else it counts as memory until somebody else needs it."""

@@ -265,19 +265,25 @@ def test_numbers_of_rows_are_joined_a_part_at_a_time(file):
     assert len([*parts]) > 3
 
 
+def test_batches_are_read_together_as_memory_allows(file):
+    """By hundreds, as steps are taken, or fewer; never more than there are."""
+    array = np.load(file, mmap_mode="r")
+    sizes = {gib: Disk(array, gib).batches_at_once(1) for gib in (2**-30, SMALL, 2**-14, 1)}
+    assert [*sizes.values()] == [1, 14, 100, 400]
+
+
 def test_rows_are_read_from_a_range_of_the_file_at_a_time(file, monkeypatch):
     """However much the system maps around each row, it is no more than that range."""
     x, spans = torch.from_numpy(np.load(file)), []
 
-    class Source:
-        shape, dtype = x.shape, x.dtype
+    def select(source, dim, part, *, out):
+        spans.append(int(part.max() - part.min() + 1) * 24)
+        return out.copy_(source[part])
 
-        def index_select(self, dim, part):
-            spans.append(int(part.max() - part.min() + 1) * 24)
-            return x.index_select(dim, part)
-
-    monkeypatch.setattr("pyrovae.data.disk.mapped", lambda array: Source())
-    disk, index = Disk(np.load(file, mmap_mode="r"), SMALL), torch.randint(400, (300,))
-    assert torch.equal(disk.read(index)[0], x[index])
+    monkeypatch.setattr("torch.index_select", select)
+    disk, index = Disk(np.load(file, mmap_mode="r"), SMALL), torch.randperm(400)[:300]
+    places, (rows,) = disk.read(index)
+    assert torch.equal(rows[places], x[index])
+    assert torch.equal(rows, x[index.sort()[0]])
     assert max(spans) <= disk.memory // 4
     assert len(spans) == 5
