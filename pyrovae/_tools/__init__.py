@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -42,6 +47,18 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def plain_numbers(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, given NumPy's numbers as Python's: torch takes them for no sizes."""
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in kwargs.items():
+            kwargs[name] = value.item() if isinstance(value, np.generic) else value
+        return function(*args, **kwargs)
+
+    return plain
 
 
 def physical_memory() -> int:

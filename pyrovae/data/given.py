@@ -13,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, physical_memory, require_memory
+from pyrovae._tools import (
+    InputError,
+    InputTypeError,
+    physical_memory,
+    plain_numbers,
+    require_memory,
+)
 from pyrovae.data.disk import mapped, written
 from pyrovae.data.tables import Schema, read_table, to_pandas
 
@@ -67,6 +73,7 @@ def takes_data(function: Callable[P, T]) -> Callable[P, T]:
     programs = [name for name in ("model", "guide") if name in names]
     first = "like" if "like" in names else "x"
 
+    @plain_numbers
     @functools.wraps(function)
     def taking(*args: P.args, **kwargs: P.kwargs) -> T:
         leading = next((i for i, arg in enumerate(args) if not callable(arg)), len(args))

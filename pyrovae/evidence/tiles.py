@@ -278,7 +278,7 @@ def at_least(least: dict[str, int], *values: int) -> None:
     """Refuse values that are no integers, or less than the least one of that name."""
     for (name, low), value in zip(least.items(), values, strict=True):
         if not isinstance(value, int) or value < low:
-            raise InputError(f"Expected an integer {name} >= {low}, got {value}.")
+            raise InputError(f"Expected an integer {name} >= {low}, got {value!r}.")
 
 
 def digest(*tensors: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyrovae._tools import InputError, progress_bar
+from pyrovae._tools import InputError, plain_numbers, progress_bar
 from pyrovae._tools.precision import check_precision, matmul_precision, warn_without_effect
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data import Dataset
@@ -30,6 +30,7 @@ from pyrovae.training.svi import SVI, with_gradients
 BATCH_SIZE = 128
 
 
+@plain_numbers
 def fit(
     model: Callable,
     guide: Callable,
@@ -205,15 +206,13 @@ def _prepare(svi: SVI, data: Dataset, batch_size: int, seed: int, steps: int) ->
         attempt(svi, data, batch_size)
 
 
-def _check_sizes(data: Dataset, batch_size: int, lr: float, asked: dict, *counts: str) -> None:
+def _check_sizes(data: Dataset, batch: int, lr: float, asked: dict, *counts: str) -> None:
     for name in counts:
-        if asked[name] is not None and not (hasattr(asked[name], "__index__") and asked[name] >= 1):
+        if asked[name] is not None and not (isinstance(asked[name], int) and asked[name] >= 1):
             raise InputError(f"Expected an integer {name} >= 1, got {asked[name]}.")
-    if not (hasattr(batch_size, "__index__") and 1 <= batch_size <= len(data.train)):
-        raise InputError(
-            f"Expected a batch size between 1 and the {len(data.train)} training data, got "
-            f"{batch_size}: choose another."
-        )
+    n = len(data.train)
+    if not (isinstance(batch, int) and 1 <= batch <= n):
+        raise InputError(f"Expected a batch size between 1 and the {n} training data, got {batch}.")
     if not lr > 0:
         raise InputError(f"Expected a learning rate > 0, got {lr}.")
     if asked["patience"] is not None and data.valid is None:

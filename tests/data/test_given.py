@@ -411,3 +411,16 @@ class Guide(PyroModule):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.encoder(x), 1).to_event(1))
 """
+
+
+def test_numbers_of_numpy_are_taken_for_pythons(x):
+    def found(kind):
+        pyro.set_rng_seed(0)
+        model, guide = Gaussian((3,), 2, (8,)), MeanField((3,), 2, (8,))
+        sizes = {"epochs": kind(2), "batch_size": kind(7), "particles": kind(2), "seed": kind(0)}
+        fit = pyrovae.fit(model, guide, x, **sizes)
+        bound = pyrovae.elbo(model, guide, x, particles=kind(3), seed=kind(1))
+        ll = pyrovae.log_likelihood(model, guide, x, num_samples=kind(20), seed=kind(1))
+        return fit.history[-1]["train_loss"], bound.mean, ll.mean
+
+    assert found(np.int64) == found(int)

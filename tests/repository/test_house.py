@@ -7,7 +7,7 @@ import pytest
 from tree import LIBRARY, PACKAGE, inner
 
 # A feature raises these bounds, by what it needs; nothing else does.
-FILES, FOLDERS, LINES = 109, 12, 27_768
+FILES, FOLDERS, LINES = 109, 12, 27_791
 CORE = (
     "pairs.pair",
     "pairs.traces",
@@ -20,8 +20,9 @@ CORE = (
 )
 CORE_LINES = 1_500
 BEYOND_THE_CORE = ("compiling", "checking", "runs")
-# Of an evaluation's, 4 are the check whether what the trial of particles found still holds.
-STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 66
+# Of an evaluation's, 4 are the check whether what the trial of particles found still holds, and 1
+# makes NumPy's numbers Python's.
+STEP_BORDERS, LIKELIHOOD_BORDERS = 12, 67
 
 
 def lines(names):
