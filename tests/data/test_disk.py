@@ -1,5 +1,8 @@
 """Data on disk train a pair as the same data in memory do, to the last bit."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -272,15 +275,35 @@ def test_batches_are_read_together_as_memory_allows(file):
     assert [*sizes.values()] == [1, 14, 100, 400]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+def test_the_thread_that_reads_has_no_team_of_threads(tmp_path):
+    """One of OpenMP's beside that of the thread that trains would slow down both."""
+    x = np.random.default_rng(0).normal(size=(200_000, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    disk, label = Disk(np.load(tmp_path / "x.npy", mmap_mode="r"), 0.05), torch.arange(len(x))
+    threads, counts = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        torch.ones(10**6).exp().sum()  # this thread has its team from now on
+        before = len(os.listdir("/proc/self/task"))
+        for batches in disk.parts(torch.randperm(len(x)).split(1000), [label]):
+            counts.append(len(os.listdir("/proc/self/task")))
+            rows, labels = (each[batches[0]] for each in disk.held(0, [label]))
+            assert torch.equal(rows, torch.from_numpy(x)[labels])
+    finally:
+        torch.set_num_threads(threads)
+    assert max(counts) <= before + 1
+
+
 def test_rows_are_read_from_a_range_of_the_file_at_a_time(file, monkeypatch):
     """However much the system maps around each row, it is no more than that range."""
     x, spans = torch.from_numpy(np.load(file)), []
 
-    def select(source, dim, part, *, out):
+    def take(source, part, axis, out, mode):
         spans.append(int(part.max() - part.min() + 1) * 24)
-        return out.copy_(source[part])
+        out[:] = source[part]
 
-    monkeypatch.setattr("torch.index_select", select)
+    monkeypatch.setattr("numpy.take", take)
     disk, index = Disk(np.load(file, mmap_mode="r"), SMALL), torch.randperm(400)[:300]
     places, (rows,) = disk.read(index)
     assert torch.equal(rows[places], x[index])
