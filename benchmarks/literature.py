@@ -39,6 +39,7 @@ RUNS = HOME.parent / "runs" / "literature"
 # An evaluation's draws are those of every row and seed.
 SEED = 0
 POINTS = 40
+FIRST = (2000, 5000)
 REFINED = {"num_samples": 100, "refine_steps": 200}
 
 
@@ -102,6 +103,7 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "CPU hours": _spent(row, folder, options, "cpu") / 3600,
         "curve of training": _thinned(history),
         **measure(made, folder, options),
+        "NLL of the first images": firsts(folder),
     }
 
 
@@ -229,6 +231,12 @@ def sampled(pair: tuple, x: Tensor, samples: int, checkpoint: Path) -> dict[str,
         "k-hat > 0.7": found.khat.gt(0.7).double().mean().item(),
         "curve": {"samples": list(points), "NLL": [-value for value in points.values()]},
     }
+
+
+def firsts(folder: Run) -> dict[str, float]:
+    """The NLL of the first test images, beside which rows stand that were measured on these."""
+    each = torch.load(folder.path / "literature-log-prob.pt", weights_only=True).double()
+    return {f"{n}": -each[:n].mean().item() for n in FIRST if n <= len(each)}
 
 
 def annealed(pair: tuple, x: Tensor, chains: dict[str, int], checkpoint: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def literature_trained() -> str:
             [
                 run["title"],
                 f"{run['published']:.2f}",
-                f"≤ {run['NLL']:.2f} ± {run['± over data']:.2f}",
+                f"≤ {run['NLL']:.2f} ± {run['± over data']:.2f}{_of(run)}",
                 f"{hidden:.2f}",
                 f"{run['steps']:,}",
                 f"{run['CPU hours']:.2f}",
@@ -81,7 +81,7 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
     # Epochs of the row whose networks this one begins with, if it does.
     before = run.get("epochs before", 0)
     return [
-        f"≤ {run['NLL']:.2f} ± {run['±']:.3f} ± {run['± over data']:.2f}",
+        f"≤ {run['NLL']:.2f} ± {run['±']:.3f} ± {run['± over data']:.2f}{_of(run)}",
         f"{run['ELBO']:.2f}",
         f"{run['annealed NLL'] - run['NLL of these images']:+.2f} ± {run['annealed ±']:.3f}",
         f"{run['bidirectional gap']:.2f} ± {run['bidirectional gap ±']:.2f}",
@@ -89,6 +89,11 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
         f"{before} + {run['epochs']}" if before else f"{run['epochs']}",
         f"{run['CPU hours']:.2f}",
     ]
+
+
+def _of(run: dict[str, Any]) -> str:
+    """How many test images a row was measured on, if not on all."""
+    return "" if run["test images"] == 10_000 else f" ({run['test images']:,} images)"
 
 
 TABLES = {table.__name__: table for table in (literature, literature_trained, literature_posterior)}
