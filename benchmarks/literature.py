@@ -133,10 +133,9 @@ def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experimen
         steps = -(-len(data.train) // 100) * _warm_up(row)
         config = replace(made.config, objective_settings={"warm_up": steps})
         made = made._replace(config=config)
-    # A checkpoint takes the place of what a row begins with on resuming.
-    if row.before:
+    if row.before and not resumed:
         begin(made, data.train, row, options)
-    else:
+    elif not resumed:
         # The pixels start at their means: one visible line.
         made.model.decoder.last.bias.data = data.train.mean(0).flatten().logit(eps=1e-3)
     made = made._replace(data=data)
