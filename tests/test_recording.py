@@ -192,6 +192,35 @@ def test_functions_of_a_script_of_several_files_are_written(data, monkeypatch, t
         sys.modules.pop(name)
 
 
+def test_data_that_a_script_finds_beside_it_are_the_runs_own_afterwards(
+    data, monkeypatch, tmp_path, recwarn
+):
+    Path("bias.csv").write_text("0.5\n")
+    Path("found.py").write_text(
+        "import pyro, pyro.distributions as dist, torch\nfrom pathlib import Path\n\n"
+        "def model(x):\n    bias = float((Path(__file__).parent / 'bias.csv').read_text())\n"
+        "    with pyro.plate('data', len(x)):\n"
+        "        z = pyro.sample('z', dist.Normal(x.new_zeros(()), 1.0))\n"
+        "        logits = (bias + z)[..., None, None, None].expand(*z.shape, 1, 8, 8)\n"
+        "        pyro.sample('x', dist.Bernoulli(logits=logits).to_event(3), obs=x)\n\n"
+        "def guide(x):\n    loc = pyro.param('loc', torch.zeros(()))\n"
+        "    with pyro.plate('data', len(x)):\n"
+        "        pyro.sample('z', dist.Normal(loc.expand(len(x)), 1.0))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import found
+
+    train(found.model, found.guide, data, out="run")
+    assert not [each for each in recwarn if "no copy" in str(each.message)]
+    x, before = data.test[:8], pyrovae.elbo(found.model, found.guide, data.test[:8], seed=0).elbo
+    Path("bias.csv").write_text("9\n")
+    Path("found.py").unlink()
+    pyro.clear_param_store()
+    opened = pyrovae.load("run")
+    assert torch.equal(pyrovae.elbo(opened.model, opened.guide, x, seed=0).elbo, before)
+    sys.modules.pop("found")
+
+
 def local_model(shape):
     class Local(PyroModule):
         def __init__(self):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import index
 from threading import RLock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from pyrovae._tools import InputTypeError
 
 # Torch's stream, Pyro's stack of handlers (1.9.2) and a module's mode are one for all threads, so
 # that threads which run programs take turns.
@@ -28,7 +31,7 @@ def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> 
         with ALONE:
             yield
         return
-    seed = subseed(seed, *path) if path else seed
+    seed = subseed(seed, *path) if path else draw_seed(seed)
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with ALONE, torch.random.fork_rng(devices=devices, device_type="cuda"):
@@ -49,13 +52,18 @@ def subseed(seed: int, *path: int) -> int:
     References:
         numpy.random.SeedSequence.
     """
-    state = np.random.SeedSequence([seed % 2**64, *path]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence([draw_seed(seed) % 2**64, *path]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 
 def draw_seed(seed: int | None) -> int:
     """The seed itself, or one drawn from torch's global stream if it is None."""
-    return int(torch.randint(2**31 - 1, ())) if seed is None else seed
+    if seed is None:
+        return int(torch.randint(2**31 - 1, ()))
+    try:
+        return index(seed)
+    except TypeError:
+        raise InputTypeError(f"Expected an integer seed or None, got {seed!r}.") from None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pyrovae._tools import InputError
-from pyrovae._tools.seeding import seeded, undone
+from pyrovae._tools.seeding import draw_seed, seeded, undone
 from pyrovae._tools.source_lines import Places, lines_with
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import check_programs, check_tensor, inspect_pair
@@ -91,7 +91,7 @@ class Case:
         check_tensor(rows[0])
         if rows[0].dim() == 0 or len(rows[0]) == 0:
             raise InputError("Expected at least one datum, got an empty tensor.")
-        self.pair, self.seed, self.particles = pair, seed, particles
+        self.pair, self.seed, self.particles = pair, draw_seed(seed), particles
         self.every = tuple(r.to(pair.device) if isinstance(r, Tensor) else r for r in rows)
         size = len(self.every[0]) if whole else _odd_size(self.every[0])
         self.rows = take(self.every, slice(size))

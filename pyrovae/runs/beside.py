@@ -36,23 +36,25 @@ class Sources(NamedTuple):
 
     @classmethod
     def read(cls, file: Path, kind: str) -> Self:
-        """A file with what it imports of its own folder, and what that imports of it.
+        """A file with what it imports of its own folder, and that of it, and the data they name.
 
-        And with the data beside them that they name, where they say by ``__file__`` where they are.
         What Python or an installed package has a module of is never looked for in the folder.
         """
         if not file.is_file():
             raise FileNotFoundError(f"No file {str(file)!r} to read the {kind} from.")
         source, folder = file.read_bytes(), file.resolve().parent
-        found = cls(source, file, imported(source, folder), folder)
+        return cls(source, file, imported(source, folder), folder).with_data()
+
+    def with_data(self) -> Self:
+        """These with the data beside them that they name, where they say so by ``__file__``."""
         data = {
-            name: (folder / name).read_bytes()
-            for path, name in found.data
-            if b"__file__" in found.modules.get(path, source)
+            name: (self.folder / name).read_bytes()
+            for path, name in self.data
+            if b"__file__" in self.modules.get(path, self.source)
             and all(map(PLAIN.match, name.split("/")))
-            and (folder / name).stat().st_size <= LARGEST
+            and (self.folder / name).stat().st_size <= LARGEST
         }
-        return found._replace(modules={**found.modules, **data})
+        return self._replace(modules={**self.modules, **data})
 
     @property
     def data(self) -> list[tuple[str, str]]:

@@ -55,9 +55,11 @@ def recover(
     else:
         text, modules = definitions(made)
         source, place = (HEAD.format(kind=kind) + text).encode(), Path(_file(made)).resolve().parent
-        spec, sources = f"{kind}.py:{made.__name__}", Sources(source, None, modules, place)
-        found = Program(kind, spec, source, vars(sources.load(kind))[made.__name__], modules)
-        warn_of_uncopied(sources._replace(file=Path(f"{kind}.py")), kind)
+        spec, file = f"{kind}.py:{made.__name__}", Path(f"{kind}.py")
+        sources = Sources(source, file, modules, place).with_data()
+        factory = vars(sources.load(kind))[made.__name__]
+        found = Program(kind, spec, source, factory, sources.modules)
+        warn_of_uncopied(sources, kind)
     if not isinstance(program, nn.Module):
         return found, {}
     taken = {name: part for name, part in parts.items() if name in found.arguments()}
@@ -80,7 +82,9 @@ def definitions(made: Any) -> tuple[str, dict[str, bytes]]:
         parts[part] = ""  # one that uses itself is not collected twice
         text, node = _definition(part)
         for name in _names(node):
-            if name in _globals(part):
+            if name == "__file__" and Path(_file(part)).parent != Path(_file(made)).parent:
+                raise InputError(f"{part.__name__} asks for the folder of another file")
+            if name in _globals(part) and name != "__file__":
                 use(part, name, _globals(part)[name])
         parts[part] = parts.pop(part) or text  # behind what it uses
 

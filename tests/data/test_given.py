@@ -424,3 +424,22 @@ def test_numbers_of_numpy_are_taken_for_pythons(x):
         return fit.history[-1]["train_loss"], bound.mean, ll.mean
 
     assert found(np.int64) == found(int)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, [1]])
+def test_a_seed_that_is_no_integer_is_refused(x, seed):
+    pair = Gaussian((3,), 2, (8,)), MeanField((3,), 2, (8,))
+    for call in (
+        functools.partial(pyrovae.fit, *pair, x, epochs=1),
+        functools.partial(pyrovae.elbo, *pair, x),
+        functools.partial(pyrovae.check, *pair, x),
+        functools.partial(pyrovae.log_likelihood, *pair, x, num_samples=20),
+        functools.partial(
+            pyrovae.annealed_log_likelihood, *pair, x, num_chains=2, num_temperatures=3
+        ),
+        functools.partial(pyrovae.sample, pair[0], like=x, n=2),
+        functools.partial(pyrovae.reconstruct, *pair, x),
+        functools.partial(pyrovae.diagnose, *pair, x),
+    ):
+        with pytest.raises(pyrovae.InputError, match=r"an integer seed or None, got"):
+            call(seed=seed)
