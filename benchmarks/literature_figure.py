@@ -14,6 +14,7 @@ from typing import Any
 from elbo_figure import GREY, STYLE
 from literature_rows import ROWS
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -35,11 +36,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     with style.context(["default", STYLE]):
         figure = Figure((14, 4.6), dpi=150, layout="constrained")
         cost, learning, hidden = figure.subplots(1, 3)
-        for number, (key, row) in enumerate(rows.items()):
-            name, color = key.partition("/")[0], f"C{number}"
+        for key, row in rows.items():
+            name = key.partition("/")[0]
+            color = f"C{order.index(name)}"
             hours, nll = row["CPU hours"], row["NLL"]
             cost.plot([hours, hours], [nll, row["published"]], color=color, linewidth=1)
-            cost.plot(hours, nll, "o", color=color, label=name)
+            cost.plot(hours, nll, "o", color=color, label=_once(name, cost))
             cost.plot(hours, row["published"], "o", color=color, fillstyle="none")
             curve = row["curve of training"]
             learning.plot(curve["epoch"], curve["train_loss"], color=color)
@@ -60,6 +62,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         hidden.set_title("What K draws hide; bars: annealing")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
+
+
+def _once(name: str, axes: Axes) -> str | None:
+    """A row's name for the legend, if none of its other seeds is in it."""
+    return None if name in axes.get_legend_handles_labels()[1] else name
 
 
 if __name__ == "__main__":

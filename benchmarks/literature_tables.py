@@ -27,7 +27,9 @@ def literature() -> str:
         runs = [found[key] for key in found if key.partition("/")[0] == row.name]
         each = runs or [None]
         published = f"[{row.published:.2f}]({row.source.partition('(')[2]}"
-        body += [[row.title, published, *_reached(run)] for run in each]
+        body += [
+            [_title(run, found) if run else row.title, published, *_reached(run)] for run in each
+        ]
     return markdown(head, body)
 
 
@@ -41,7 +43,7 @@ def literature_trained() -> str:
         hidden = run["NLL of these images"] - run["annealed NLL"]
         body.append(
             [
-                run["title"],
+                _title(run, found),
                 f"{run['published']:.2f}",
                 f"≤ {run['NLL']:.2f} ± {run['± over data']:.2f}{_of(run)}",
                 f"{hidden:.2f}",
@@ -62,7 +64,7 @@ def literature_posterior() -> str:
     ]  # fmt: skip
     body = [
         [
-            run["title"],
+            _title(run, found),
             f"{run['rate']:.2f}",
             f"{run['distortion']:.2f}",
             ", ".join(f"{name} {units}" for name, units in run["active units"].items()),
@@ -89,6 +91,12 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
         f"{before} + {run['epochs']}" if before else f"{run['epochs']}",
         f"{run['CPU hours']:.2f}",
     ]
+
+
+def _title(run: dict[str, Any], found: dict[str, dict]) -> str:
+    """A row's title, with the seed where it was trained from several."""
+    several = sum(run["title"] == each["title"] for each in found.values()) > 1
+    return f"{run['title']}, seed {run['seed']}" if several else run["title"]
 
 
 def _of(run: dict[str, Any]) -> str:

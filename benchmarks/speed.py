@@ -37,7 +37,7 @@ from tables import machine, show, write
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.json"
 FIGURE = HERE.parent / "docs" / "figures" / "speed.png"
-IMAGES = {"cpu": 256, "cuda": 10_000}
+IMAGES = {"cpu": 1024, "cuda": 10_000}
 STARTED = [f"{BEST}: loss", f"{BEST}: step", "Pyro SVI", "Pyro SVI, JIT", "NumPyro, jit", OURS]
 BOUNDED = ["log p(x), 64 images", "log p(x), 256 images"]
 RIVALS = ("hand-written", BEST, "Pyro SVI", "Pyro SVI, JIT", "NumPyro, jit", "Pythae", FLOOR)
@@ -118,9 +118,7 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
         },
         **{f"sweep/{n}": lambda n=n: swept(n, images, device, fewer, known) for n in SWEEPS},
         **{
-            f"likelihood/{p.networks}": lambda p=p: likelihood(
-                p, images[: options.images], max(1, rounds // 4)
-            )
+            f"likelihood/{p.networks}": lambda p=p: likelihood(p, images[: options.images], fewer)
             for p in (base, Problem("784-200-200-50", 100, device=device))
         },
         **{
