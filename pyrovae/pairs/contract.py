@@ -85,7 +85,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     layout = Layout(frame.name, frame.dim, min(dims) - 1, latents, observed)
     every = [item for found in (sites, guide_sites) for item in found.items()]
     own = [item for item in dense if item[1] is guide_sites.get(item[0])]  # the guide's
-    inner = [f for _, s in dense for name, f in plates(s).items() if name != frame.name]
+    # Looped over or not: both make a part stand for the whole.
+    inner = [f for _, s in dense for f in s["cond_indep_stack"] if f.name != frame.name]
     pair.layout = layout._replace(
         plate_scale=subsampling(frame),
         scaled=any(

@@ -117,7 +117,7 @@ def unscaled(layout: Layout, *traces: Trace) -> None:
             site["scale"] = prod(
                 f.full_size / f.size
                 for f in site["cond_indep_stack"]
-                if f.vectorized and f.full_size and f.name != layout.plate
+                if f.full_size and f.name != layout.plate
             )
             site.pop("log_prob", None)
         trace.compute_log_prob()

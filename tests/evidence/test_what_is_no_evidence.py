@@ -148,6 +148,29 @@ def test_part_of_a_datum_has_no_log_likelihood_of_the_whole():
             estimate(model, guide, X, seed=0)
 
 
+def test_a_loop_over_part_of_a_datum_is_a_part_too():
+    # All columns are alike, so that any two of four, each counted twice, are worth the four.
+    def program(encodes, size):
+        def run(x):
+            with pyro.plate("data", len(x)):
+                if encodes:
+                    return pyro.sample("z", dist.Normal(x.mean(-1), 1e-5))
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                for i in pyro.plate("columns", 4, subsample_size=size):
+                    pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[:, i])
+
+        return run
+
+    x = X[:, :1].expand(-1, 4)
+    objective = "trace_mean_field_elbo"
+    whole = pyrovae.elbo(program(False, None), program(True, None), x, objective=objective)
+    part = pyrovae.elbo(program(False, 2), program(True, 2), x, objective=objective)
+    for ours, theirs in zip(part, whole, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"Plates \['columns'\] subsample within a datum"):
+        log_likelihood(program(False, 2), program(True, 2), x, seed=0)
+
+
 def test_every_tile_of_data_has_to_be_possible():
     x = binary(130)
     x[100, 0, 0, 0] = 0.5
