@@ -61,7 +61,9 @@ def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
         _write(run, made[0], result)
 
     with run.training() if join().first else nullcontext():
-        calls = [after_epoch, *callbacks(asked["on_epoch"])]
+        calls = callbacks(asked["on_epoch"])
+        # Once more after the caller's, which may change the rate or the weights to go on with.
+        calls = [after_epoch, *calls, *([after_epoch] if calls else [])]
         result = fit(**asked | {"out": None, "on_epoch": calls})
         if made:
             _finish(run, made[0], result)

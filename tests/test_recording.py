@@ -138,6 +138,16 @@ def test_going_on_comes_to_what_an_unbroken_training_does(data, how):
     assert outcome(Path("run")) == outcome(Path("whole"))
 
 
+def test_a_checkpoint_has_what_a_callback_did_after_the_epoch(data):
+    def halve(fit):
+        fit.svi.optimizer.param_groups[0]["lr"] /= 2
+
+    fit = train(*pair(data), data.train[:64], epochs=2, out="run", on_epoch=halve)
+    state = pyrovae.load("run", data=data.train[:64]).state
+    ours, theirs = (each["optimizer"]["param_groups"] for each in (state, fit.state_dict()))
+    assert ours[0]["lr"] == theirs[0]["lr"] == 0.01 / 4
+
+
 def test_a_pair_of_a_notebook_is_written_with_all_that_it_uses(data, notebook):
     model = notebook["Model"](data.shape, latent=3, hidden=5)
     fit = train(model, MeanField(data.shape, latent=3), data, out="run")

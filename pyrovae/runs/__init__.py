@@ -91,6 +91,7 @@ class _Checkpoint(Struct):
     best_epoch: int | None
     best_state: dict[str, Tensor] | None
     average: dict[str, Tensor] | None = None
+    stepped: list[str] | None = None
     run: str = ""
 
 

@@ -30,7 +30,7 @@ from pyrovae.pairs.contract import plate_scale, sentence
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.distributed import World
-from pyrovae.training.optimizer import Schedules, SchedulesOnLoss, check_groups
+from pyrovae.training.optimizer import Schedules, SchedulesOnLoss, check_groups, in_order
 from pyrovae.training.svi import SVI
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class Fit(Shown):
             "weights": weights,
             "average": average,
             "optimizer": self.svi.optimizer.state_dict(),
+            "stepped": self.svi.trained.stepped,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "history": self.history,
             "seed": self.seed,
@@ -156,8 +157,10 @@ class Fit(Shown):
             self.svi.pair.load_state_dict(state.get("average") or state["weights"])
             average.show(False)
         self.svi.pair.load_state_dict(state["weights"])
-        check_groups(self.svi.optimizer, state["optimizer"])
-        self.svi.optimizer.load_state_dict(state["optimizer"])
+        ours, theirs = self.svi.trained.stepped, state.get("stepped")
+        entries = in_order(state["optimizer"], ours, theirs)
+        check_groups(self.svi.optimizer, entries)
+        self.svi.optimizer.load_state_dict(entries)
         place_counts(self.svi.optimizer)
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -236,6 +236,25 @@ def _schedules(optim: PyroLRScheduler) -> Schedules:
     return SchedulesOnLoss(optim) if on_loss else Schedules(optim)
 
 
+def in_order(state: dict[str, Any], ours: list[str], theirs: list[str] | None) -> dict[str, Any]:
+    """An optimizer's state with its parameters, by name, in the order in which ours has them.
+
+    torch tells them by their numbers alone, and what thawed or was replaced came last.
+    """
+    if theirs is None or theirs == ours:
+        return state
+    if sorted(theirs) != sorted(ours):
+        more, less = sorted({*theirs} - {*ours}), sorted({*ours} - {*theirs})
+        raise InputError(
+            f"Expected an optimizer of the pair's parameters, got one that has {more} beside them "
+            f"and lacks {less}: freeze with requires_grad_ what was frozen when the state was "
+            f"taken, and nothing else."
+        )
+    places = {n: ours.index(name) for n, name in enumerate(theirs)}
+    groups = [g | {"params": sorted(places[n] for n in g["params"])} for g in state["param_groups"]]
+    return {"state": {places[n]: e for n, e in state["state"].items()}, "param_groups": groups}
+
+
 def check_groups(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Refuse a state that is none of this optimizer's, which torch loads as it is."""
     altered = "the state is of another optimizer, or was altered."
@@ -319,6 +338,13 @@ class Trained:
     def leaves(self) -> list[Tensor]:
         """Those parameters that are not frozen."""
         return [p for p in self.named.values() if p.requires_grad]
+
+    @property
+    def stepped(self) -> list[str]:
+        """The names of what the optimizer steps, in its order."""
+        names = {id(leaf): name for name, leaf in self.named.items()}
+        leaves = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [names.get(id(leaf), f"parameter {n}") for n, leaf in enumerate(leaves)]
 
     def is_current(self) -> bool:
         """Whether nothing has come, gone, thawed or been replaced since :meth:`collect`."""

@@ -152,6 +152,28 @@ def test_each_optimizer_resumes_bit_identical(name, compile, monkeypatch):
         assert (capture.update is None) == free
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+def test_a_run_resumes_where_a_layer_was_replaced_or_thawed_in_it():
+    def pair():
+        model, guide = shipped_bernoulli()
+        model.decoder.layers[0].weight.requires_grad_(False)
+        return model, guide
+
+    def change(result):
+        if len(result.history) == 1:
+            result.model.decoder.layers[0].weight.requires_grad_(True)
+            layers = result.guide.encoder.layers
+            layers[0] = copy.deepcopy(layers[0])
+        states.append(copy.deepcopy(result.state_dict()))
+
+    states = []
+    options = {"epochs": 4, "lr": 0.01}
+    whole = _fit(pair, on_epoch=change, **options)
+    assert _same(_weights(whole), _weights(_fit(state=states[2], **options)))
+    with pytest.raises(ValueError, match=r"has \['model.decoder.layers.0.weight'\] beside them"):
+        _fit(pair, state=states[2], **options)
+
+
 def test_a_schedule_free_optimizer_is_told_when_its_weights_are_evaluated():
     seen = []
 
