@@ -154,7 +154,8 @@ def test_a_loop_over_part_of_a_datum_is_a_part_too():
         def run(x):
             with pyro.plate("data", len(x)):
                 if encodes:
-                    return pyro.sample("z", dist.Normal(x.mean(-1), 1e-5))
+                    pyro.sample("z", dist.Normal(x.mean(-1), 1e-5))
+                    return
                 z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
                 for i in pyro.plate("columns", 4, subsample_size=size):
                     pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[:, i])
