@@ -227,7 +227,6 @@ def score_elbo(pair: Pair, rows: tuple, particles: int, *, analytic: bool) -> tu
     found = terms_by_datum(pair, traces, (particles, len(rows[0])), analytic)
     terms = {name: term.mean(0) for name, term in found.items()}
     # Of this batch: a loop over a part of a datum's columns observes others each time.
-    seen = [name for name, site in samples(traces[0]).items() if site["is_observed"]]
-    observed = [terms.pop(name) for name in seen if name in terms]
+    observed = [terms.pop(n) for n in [*terms] if traces[0].nodes.get(n, {}).get("is_observed")]
     zero = torch.zeros(len(rows[0]), device=rows[0].device)  # where nothing is seen, or hidden
     return total(observed or [zero]), total([-term for term in terms.values()] or [zero])
