@@ -58,16 +58,16 @@ def main() -> None:
     results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for name in options.only:
         measure = {"train": train, "time": timed, "flows": flows}[name]
-        results[name] = measure(data, options) | machine()
+        kept = f"{name}, flows: {options.flows}" if name == "train" and options.flows else name
+        results[kept] = measure(data, options) | machine()
         write(options.out, results)
-    if "train" in results:
-        rows = [{"what": name, "nats": -number} for name, number in PUBLISHED.items()]
-        found = results["train"]
-        rows += [
-            {"what": "bound", "nats": found["bound"]},
-            {"what": "log p", "nats": found["log p"]},
-        ]
-        show(rows, ".3f")
+    rows = [{"what": name, "nats": number} for name, number in PUBLISHED.items()]
+    for name, found in results.items():
+        if name.startswith("train"):
+            rows += [
+                {"what": f"{name}: {what}", "nats": found[what]} for what in ("bound", "log p")
+            ]
+    show(rows, ".3f")
 
 
 def shortened(data: pyrovae.Dataset, count: int | None, steps: int | None) -> pyrovae.Dataset:
