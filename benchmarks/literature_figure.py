@@ -16,7 +16,7 @@ from literature_rows import ROWS
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = ["draw"]
 
@@ -52,9 +52,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
             hidden.plot(2 * draws[-1], annealed, "_", color=color, markersize=14)
         cost.set(xscale="log", xlabel="hours of one core, training", ylabel="test NLL, nats")
         cost.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours:g}"))
-        cost.xaxis.set_minor_formatter(FuncFormatter(lambda hours, _: f"{hours:g}"))
+        cost.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        cost.xaxis.set_minor_formatter(NullFormatter())
         cost.set_title("Reached (dot) and published (ring)")
-        cost.legend()
+        # Room for the legend.
+        cost.set_xlim(left=min(row["CPU hours"] for row in rows.values()) / 2.5)
+        cost.legend(loc="lower left")
         learning.set(xlabel="epoch", ylabel="loss in training, nats", ylim=(80, 105))
         learning.set_title("Loss of each row's objective, the KL at its weight")
         hidden.axhline(0, color=GREY, linewidth=1)
