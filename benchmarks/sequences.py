@@ -41,7 +41,7 @@ PARTS = ("train", "time", "flows")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=600)
+    parser.add_argument("--epochs", type=int, default=760)
     parser.add_argument("--latent", type=int, default=48)
     parser.add_argument("--hidden", type=int, default=128, help="the width of the guide's networks")
     parser.add_argument("--lr", type=float, default=1e-2, help="Muon's, of all matrices")
