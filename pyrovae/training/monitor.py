@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -158,7 +159,8 @@ class Fit(Shown):
             average.show(False)
         self.svi.pair.load_state_dict(state["weights"])
         ours, theirs = self.svi.trained.stepped, state.get("stepped")
-        entries = in_order(state["optimizer"], ours, theirs)
+        # torch takes tensors as they are, and steps would change the state that was given.
+        entries = deepcopy(in_order(state["optimizer"], ours, theirs))
         check_groups(self.svi.optimizer, entries)
         self.svi.optimizer.load_state_dict(entries)
         place_counts(self.svi.optimizer)

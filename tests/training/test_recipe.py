@@ -439,3 +439,10 @@ def test_statistics_of_batches_are_averaged_with_the_weights():
         assert not torch.allclose(average, value)
     svi.trained.begin(4)
     assert all(map(torch.equal, last, [m.running_var for m in norms]))
+
+
+def test_a_state_is_the_same_after_a_run_went_on_from_it():
+    options = {"epochs": 4, "lr": 0.01, "average": 0.9}
+    state = _fit(shipped_bernoulli, **options | {"epochs": 2}).state_dict()
+    once, again = (_fit(shipped_bernoulli, state=state, **options) for _ in range(2))
+    assert _same(_weights(once), _weights(again))
