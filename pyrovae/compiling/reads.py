@@ -213,7 +213,7 @@ class Walk:
         self.slotted: list[tuple[Any, list[str]]] = []
         self.cells: list[Any] = []
         self.functions: list[FunctionType] = []
-        self.tensors: list[Tensor] = []
+        self.tensors: dict[int, Tensor] = {}
         self.arrays: list[np.ndarray] = []
         # Objects are held, so that no other takes the place of one in memory.
         self._known: dict[int, tuple[int, Any]] = {}
@@ -244,8 +244,9 @@ class Walk:
         found += map(_content, self.cells)
         for function in self.functions:
             found += (function.__code__, function.__defaults__, function.__kwdefaults__)
-        for tensor in self.tensors:
+        for tensor in self.tensors.values():
             found += (tensor.requires_grad, tensor.dtype)
+            found += (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
         return found
 
     def values(self) -> tuple:
@@ -284,12 +285,14 @@ class Walk:
         elif isinstance(thing, NUMBERS):
             self._note(path, (kind, repr(thing)))
         elif isinstance(thing, Tensor):
-            self.tensors.append(thing)
             path = self._unique(path)
             if place is not None:
                 self.slots[path] = place
             told = (Same(thing), thing.dtype, thing.device, thing.requires_grad)
             self._note(path, Tensor if path in self.rebound else told)
+            if id(thing) not in self.tensors:
+                self.tensors[id(thing)] = thing
+                self._tensor(path, thing)
         elif id(thing) in self._known:
             self._note(path, self._known[id(thing)][0])
         else:
@@ -317,6 +320,17 @@ class Walk:
             self._container(path, thing, kind, place if tensors else None)
         else:
             self._object(path, thing, kind)
+
+    def _tensor(self, path: str, thing: Tensor) -> None:
+        """What a tensor holds beside its values: attributes, and hooks on its gradient."""
+        if vars(thing):
+            self._attributes(path, thing, vars(thing), False)
+        else:
+            self.empty.append(vars(thing))
+        # Private in torch 2.11 to 2.14.
+        for hooks in (thing._backward_hooks, thing._post_accumulate_grad_hooks):
+            if hooks is not None:
+                self._waiting.append((f"a hook of {path}", hooks, None))
 
     def _container(self, path: str, thing: Any, kind: type, place: Entry | None) -> None:
         self._note(path, (kind, len(thing)))

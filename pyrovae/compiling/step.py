@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -46,6 +47,9 @@ REMEMBERED = 64
 # program that depends on what is no state of its own (a file, a C library) is found out. An audit
 # costs an eager step and a compiled one: 0.5% to 2% of a long run.
 FIRST_AUDITS, AUDIT = (1, 2, 4, 8, 16, 32), 500
+# Of every module, as torch.nn.modules.module.register_module_forward_hook adds them: private in
+# torch 2.11 to 2.14.
+HOOKS = [v for n, v in vars(nn.modules.module).items() if re.match("_global.*_hooks$", n)]
 # To tell a unit on its kink from a wrong gradient: how often the weights are moved, and by how many
 # units of rounding. A sum of 784 products is off by some 10; a move misses a kink's other side in 1
 # of 2, 8 of them in 1 of 256.
@@ -71,7 +75,9 @@ class _Trainable(Protocol):
     """What :class:`pyrovae.training.optimizer.Trained` is here: a pair's parameters by name."""
 
     named: dict[str, Tensor]
-    clips: bool
+
+    @property
+    def clips(self) -> bool: ...
 
     @property
     def average(self) -> Average | None: ...
@@ -80,6 +86,8 @@ class _Trainable(Protocol):
     def optimizer(self) -> Optimizer: ...
 
     def clip(self) -> None: ...
+
+    def clipped(self) -> dict[str, Any]: ...
 
 
 class Call:
@@ -261,7 +269,7 @@ class CompiledSteps:
 
     @cached_property
     def _watch_options(self) -> OptionsWatch:
-        return OptionsWatch(self.trained.optimizer)
+        return OptionsWatch(self.trained.optimizer, self.trained.clipped)
 
     def _find(self, key: _Key) -> _Key:
         """The key in the state of now: one that is captured, if there is."""
@@ -399,7 +407,9 @@ class Capture:
         self.calls = self.sound = 0
         self.device = call.inputs[0].device
         self.roots = {"model": pair.model, "guide": pair.guide, "the objective": objective}
-        self.roots |= {"the parameters": pair.found, "load": load}
+        self.roots |= {"the parameters": pair.found, "load": load, "torch's hooks": HOOKS}
+        if any(leaf._post_accumulate_grad_hooks for leaf in leaves):
+            raise CaptureError("a parameter has a hook that runs once its .grad is there")
         # What the code reads is known once it has run; what it writes, once it has run again.
         with kept(self.roots), undone(pair.modules, self.device):
             seen = Seen(lambda: self.eager(call.args, call.kwargs))

@@ -372,11 +372,14 @@ def _debiased(group: dict[str, Any], count: float) -> tuple[float, float]:
 
 
 class OptionsWatch(Watch):
-    """Watches an optimizer's options, but for those that are inputs, and where its state lies."""
+    """Watches an optimizer's options, but for those that are inputs, and where its state lies.
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    ``clipped`` says by name how gradients are clipped before it.
+    """
+
+    def __init__(self, optimizer: Optimizer, clipped: Callable[[], dict] = dict) -> None:
         super().__init__()
-        self.optimizer = optimizer
+        self.optimizer, self.clipped = optimizer, clipped
         self._parts = [(p, r.inputs if (r := _rule(p)) else OF_ANY) for p in parts_of(optimizer)]
 
     @property
@@ -389,7 +392,7 @@ class OptionsWatch(Watch):
 
     def look(self) -> list[Any]:
         """Parameters, options and state."""
-        found: list[Any] = []
+        found: list[Any] = [*self.clipped().values()]
         for group, inputs in self._groups():
             # Without a decay or a momentum these are left out of the record.
             found += (*group["params"], *(bool(group.get(name)) for name in LEFT_OUT))
@@ -400,7 +403,7 @@ class OptionsWatch(Watch):
 
     def describe(self) -> tuple:
         """The same by name."""
-        found: list[tuple[str, Any]] = []
+        found: list[tuple[str, Any]] = [*self.clipped().items()]
         for number, (group, inputs) in enumerate(self._groups()):
             found += [
                 (f"parameter {n} of group {number}", p) for n, p in enumerate(group["params"])

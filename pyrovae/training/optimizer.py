@@ -317,7 +317,6 @@ class Trained:
         self._patterns: set[tuple[bool, ...]] = set()
         self.joint = Joint(optim) if isinstance(optim, PyroOptim) else None
         self.scheduler = _schedules(optim) if isinstance(optim, PyroLRScheduler) else None
-        self.clips = self.joint is not None or normalize_gradients or clip_norm is not None
         self._optimizer: Optimizer | None = None
         # Whether the weights that a step moves are others than those that are evaluated.
         self.alternates = average is not None
@@ -333,6 +332,15 @@ class Trained:
         if found is None:
             raise InputError("There is no optimizer yet: take a step, or call svi.build(x) first.")
         return found
+
+    @property
+    def clips(self) -> bool:
+        """Whether :meth:`clip` may change a gradient."""
+        return self.joint is not None or any(self.clipped().values())
+
+    def clipped(self) -> dict[str, Any]:
+        """How gradients are clipped, by name."""
+        return {"clip_norm": self.clip_norm, "normalize_gradients": self.normalizes}
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -195,6 +195,22 @@ def _hook():
     return (lambda: layer(torch.tensor(1.0))), write
 
 
+def _hook_of_all():
+    """A hook of torch's own, which it calls for every module."""
+    layer, handles = nn.Identity(), []
+
+    def triple(module, args, out):
+        return 3.0 * out if module is layer else None
+
+    def write(value):
+        if value == 3:
+            handles.append(nn.modules.module.register_module_forward_hook(triple))
+        elif handles:
+            handles.pop().remove()
+
+    return (lambda: layer(torch.tensor(1.0))), write
+
+
 def _by_name():
     holder = types.SimpleNamespace()
     return (lambda: getattr(holder, f"beta{1}")), (lambda v: setattr(holder, "beta1", v))
@@ -238,6 +254,8 @@ CHANGES = {
     "method": _method,
     "partial": _partial,
     "hook": _hook,
+    "hook of all modules": _hook_of_all,
+    "attribute of a tensor": lambda: _attribute(torch.zeros(())),
     "attribute by name": _by_name,
 }
 
@@ -276,6 +294,46 @@ def test_a_changed_state_is_seen_before_the_next_step(compiled, case):
         assert svi.step(X) == pytest.approx(expected, rel=1e-5)
         assert capture.calls == calls + runs
     assert _live(svi) == [capture]
+
+
+def _set_clip_norm(svi):
+    svi.trained.clip_norm = 0.1
+
+
+def _hook_gradient(svi):
+    weight = svi.model.net.last.weight
+    weight.register_hook(lambda gradient: gradient * (weight > 0))
+
+
+def _hook_accumulated(svi):
+    def shorten(weight):
+        weight.grad *= 0.1
+
+    svi.model.net.last.weight.register_post_accumulate_grad_hook(shorten)
+
+
+@pytest.mark.parametrize("change", [_set_clip_norm, _hook_gradient, _hook_accumulated])
+@pytest.mark.parametrize("compiled_steps", [0, 3])
+@pytest.mark.filterwarnings("ignore:The pair runs eagerly:UserWarning")
+def test_what_changes_gradients_does_so_in_the_next_step(change, compiled_steps):
+    weights = []
+    for compile in (True, False):
+        options = {"optim": lambda p: torch.optim.SGD(p, 1e-3), "clip_norm": 1e4}
+        svi = _svi(_make(lambda: Decoder(lambda: 1.0)), compile, **options)
+        _train(svi, compiled_steps)
+        change(svi)
+        _train(svi, 3)
+        weights.append(torch.cat([p.flatten() for p in svi.model.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_a_hook_on_a_gradient_that_keeps_what_it_sees_runs_eagerly():
+    pair, norms = _make(lambda: Decoder(lambda: 1.0)), []
+    pair[0].net.last.weight.register_hook(lambda gradient: norms.append(gradient.norm()))
+    svi = _svi(pair, True)
+    with pytest.warns(UserWarning, match="it changes norms while it runs"):
+        _train(svi, 4)
+    assert len({float(norm) for norm in norms}) == 4
 
 
 def test_a_pair_that_runs_compiled_no_longer_says_what_has_changed():
