@@ -30,7 +30,7 @@ class Ladder(PyroModule):
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
         latent: The dimensions of z1, next to the data, to zL.
         hidden: The width of the deterministic layer below each of them.
-        activation: The name of a :mod:`torch.nn` activation.
+        activation: The name of a :mod:`torch.nn` activation; "GLU" gates every hidden layer.
 
     References:
         Sønderby et al., Ladder Variational Autoencoders (arXiv 1602.02282), equations 16 to 18.
@@ -44,9 +44,11 @@ class Ladder(PyroModule):
         activation: str = "LeakyReLU",
     ) -> None:
         super().__init__()
-        self.encoder = MLP(shape, hidden[0], (), activation)
+        # A gated layer takes half of its inputs for gates.
+        halves = 2 if activation == "GLU" else 1
+        self.encoder = MLP(shape, halves * hidden[0], (), activation)
         self.encoders = nn.ModuleList(
-            nn.Sequential(getattr(nn, activation)(), MLP(below, above, ()))
+            nn.Sequential(getattr(nn, activation)(), MLP(below, halves * above, ()))
             for below, above in pairwise(hidden)
         )
         self.upward = nn.ModuleList(

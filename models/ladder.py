@@ -27,7 +27,7 @@ class Ladder(PyroModule):
         shape: The event shape of the data, ``[D]`` or ``[C, H, W]``.
         latent: The dimensions of z1, next to the data, to zL.
         hidden: The width of the hidden layer below each of them.
-        activation: The name of a :mod:`torch.nn` activation.
+        activation: The name of a :mod:`torch.nn` activation; "GLU" gates every hidden layer.
         mean: The mean of the data, where the pixels start; on the command line ``model.mean=data``.
 
     References:

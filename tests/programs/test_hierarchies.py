@@ -81,13 +81,19 @@ class Linear:
         model.double().forward = self.edited(model, model.decoder_top, torch.exp)
         return model, guide.double()
 
-    def ladder(self):
-        settings = {"latent": (1, 1), "hidden": (1, 1), "activation": "Identity"}
+    def gated_ladder(self):
+        return self.ladder("GLU")
+
+    def ladder(self, activation="Identity"):
+        settings = {"latent": (1, 1), "hidden": (1, 1), "activation": activation}
         model, guide = Ladder((3,), **settings), LadderGuide((3,), **settings)
         affine(model.decoders[0], [0.8, 0.0], [0.3, raw(0.6)])
         affine(model.decoder, self.b, self.c)
-        affine(guide.encoder, *self.to_u)
-        affine(guide.encoders[0], [1.0], [0.0])
+        for network, weight, bias in (guide.encoder, *self.to_u), (guide.encoders[0], [1.0], 0.0):
+            if activation == "GLU":  # Gates that are half open.
+                affine(network, [2 * w for w in weight] + [0.0] * len(weight), [2 * bias, 0.0])
+            else:
+                affine(network, weight, bias)
         gain, loc, scale = posterior(0.0, 1.0, 0.8, 0.3, (0.6**2 + self.noise**2) ** 0.5)
         affine(guide.upward[1], [gain, 0.0], [loc, raw(scale)])
         affine(guide.upward[0], [1.0, 0.0], [0.0, raw(self.noise)])
@@ -107,7 +113,8 @@ def affine(network, weight, bias):
     *inner, last = [m.double() for m in network.modules() if isinstance(m, nn.Linear)]
     with torch.no_grad():
         for layer in inner:
-            layer.weight.fill_(1.0)
+            layer.weight.zero_()
+            layer.weight[0] = len(layer.weight)  # Of two, the other opens a gate by half.
             layer.bias.zero_()
         last.weight.copy_(torch.as_tensor(weight, dtype=torch.float64).reshape(last.weight.shape))
         last.bias.copy_(torch.as_tensor(bias, dtype=torch.float64).reshape(last.bias.shape))
@@ -120,7 +127,7 @@ def posterior(mean, variance, slope, intercept, noise):
     return gain, mean / variance / precision - gain * intercept, precision**-0.5
 
 
-@pytest.mark.parametrize("kind", ["two_layer", "ladder"])
+@pytest.mark.parametrize("kind", ["two_layer", "ladder", "gated_ladder"])
 def test_a_linear_hierarchy_under_its_exact_guide_has_no_gap(kind):
     model, guide = getattr(Linear(), kind)()
     x = Linear().marginal().sample((6,))
