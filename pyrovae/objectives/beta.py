@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
+from pyrovae.objectives.elbo import score, site_terms, surrogate_elbo, total
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
@@ -114,7 +114,7 @@ class BetaELBO(Objective):
         sums = {name: term.detach().sum() for name, term in terms.items()}
         above = {name: sums[name] < -nats for name, nats in allowed.items()}
         coefficients = {n: b * above[n] if n in above else b for n, b in betas.items()}
-        surrogate = surrogate_elbo(*traces, terms, self.analytic, coefficients)
+        surrogate = surrogate_elbo(*traces, terms, coefficients)
         held = {n: torch.where(above[n], sums[n], -nats) for n, nats in allowed.items()}
         value = total(betas[n] * v if n in betas else v for n, v in (sums | held).items())
         means = {name: term / self.particles for name, term in sums.items()}
@@ -125,8 +125,9 @@ class BetaELBO(Objective):
         free = self.known(pair, args)
         traces, scaled, betas, allowed = self._split(pair, args)
         unscaled(pair.known, *traces)
+        score(*traces, analytic=self.analytic)
         parts = []
-        for name, term in site_terms(*traces, self.analytic).items():
+        for name, term in site_terms(*traces).items():
             each = reduce_to(term, pair.known, self.particles, len(args[0])).mean(0)
             if name in allowed:
                 each = torch.where(scaled[name].sum() < -allowed[name], each, -free[name])
@@ -139,19 +140,19 @@ class BetaELBO(Objective):
         """Scored traces, the ELBO by site, and by latent β and the nats that the batch has free."""
         free = self.known(pair, args)
         traces = pair.trace(*args, particles=self.draws, sums=True)
-        traces[0].compute_log_prob()
-        traces[1].compute_score_parts()
-        terms = site_terms(*traces, self.analytic)
+        score(*traces, analytic=self.analytic)
+        terms = site_terms(*traces)
         model, guide = (samples(trace) for trace in traces)
         beta = self.beta.to(next(iter(terms.values())).dtype)
         betas = {name: beta for name in terms if not (guide | model)[name]["is_observed"]}
-        allowed = {n: _allowed(nats, guide[n], pair.known.plate) for n, nats in free.items()}
+        plate = pair.known.plate
+        allowed = {n: _allowed(nats, terms[n], guide[n], plate) for n, nats in free.items()}
         return traces, terms, betas, allowed
 
 
-def _allowed(nats: float, site: Site, plate: str) -> Tensor:
+def _allowed(nats: float, term: Tensor, site: Site, plate: str) -> Tensor:
     """Nats for each datum times how often a batch counts, over particles, scaled and masked."""
-    ones = site["log_prob"].detach().new_ones(site["fn"].batch_shape)
+    ones = term.new_ones(site["fn"].batch_shape)
     inside = math.prod(
         f.full_size or f.size
         for f in site["cond_indep_stack"]

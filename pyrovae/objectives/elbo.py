@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import MultiFrameTensor, get_plate_stacks
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import MultiFrameTensor, get_plate_stacks, is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyrovae._tools import InputError, shown, standard_error
@@ -28,24 +34,66 @@ from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import reduce_to, samples, unscaled, without_factors
 
 ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
+UNSCORED = ScoreParts(0.0, 0.0, 0.0)  # type: ignore[arg-type]  # Numbers do as well.
 GENERIC, ANALYTIC = (Trace_ELBO, JitTrace_ELBO), (TraceMeanField_ELBO, JitTraceMeanField_ELBO)
 
 
-def site_terms(model_trace: Trace, guide_trace: Trace, analytic: bool) -> dict[str, Tensor]:
-    r"""The ELBO split by site, before any sum: nats, with the site's plates.
+class _Analytic(TraceMeanField_ELBO):
+    """Pyro's estimator B without the densities of latents whose divergence has a closed form."""
 
-    Both traces have their sites scored; ``analytic`` takes :math:`-\mathrm{KL}(q \| p)` in closed
-    form where torch knows one and it is exact.
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        score(*traces, analytic=True)
+        if is_validation_enabled():
+            for site in [*samples(traces[0]).values(), *samples(traces[1]).values()]:
+                density = torch.empty(site["fn"].batch_shape, device="meta")
+                check_site_shape({"log_prob": density} | site, self.max_plate_nesting)
+            _check_mean_field_requirement(*traces)
+        return traces
+
+    @classmethod
+    def like(cls, loss: ELBO) -> ELBO:
+        """The same estimator, which shares what ``loss`` has and finds out."""
+        made = object.__new__(cls)
+        made.__dict__ = vars(loss)
+        return made
+
+
+def score(model_trace: Trace, guide_trace: Trace, *, analytic: bool) -> None:
+    r"""Score the sites of both traces, where ``analytic`` with ``kl`` in the place of densities.
+
+    The guide's site gets :math:`\mathrm{KL}(q \| p)` where torch knows its closed form and it is
+    exact. Half of an eager step's densities need not be evaluated then.
     """
-    model, guide = samples(model_trace), samples(guide_trace)
     closed = _divergences(model_trace, guide_trace) if analytic else {}
-    terms = {name: site["log_prob"] for name, site in model.items()}
-    for name, site in guide.items():
-        if name not in model:
-            terms[name] = -site["log_prob"]
-        elif not model[name]["is_observed"]:
-            terms[name] = -closed[name] if name in closed else terms[name] - site["log_prob"]
-    return terms
+    for name, kl in closed.items():
+        site: Any = guide_trace.nodes[name]
+        site["kl"] = kl
+        plain = type(site["fn"]).score_parts is Distribution.score_parts
+        if plain and site["fn"].has_rsample:
+            site["score_parts"] = UNSCORED
+    model_trace.compute_log_prob(lambda name, site: name not in closed)
+    guide_trace.compute_score_parts()
+
+
+def site_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
+    """The ELBO of scored traces split by site, before any sum: nats, with the site's plates."""
+    model, guide = samples(model_trace), samples(guide_trace)
+    terms: dict[str, Tensor] = {}
+    for name, site in model.items():
+        if site["is_observed"] or name not in guide:
+            terms[name] = site["log_prob"]
+        elif "kl" in guide[name]:
+            terms[name] = -guide[name]["kl"]
+        else:
+            terms[name] = site["log_prob"] - guide[name]["log_prob"]
+    return terms | {name: -site["log_prob"] for name, site in guide.items() if name not in model}
 
 
 def terms_by_datum(
@@ -54,7 +102,8 @@ def terms_by_datum(
     """The terms of :func:`site_terms` of densities alone, unscaled, summed to ``[K, N]``."""
     traces = traces[0], without_factors(traces[1])
     unscaled(pair.known, *traces)
-    terms = site_terms(*traces, analytic)
+    score(*traces, analytic=analytic)
+    terms = site_terms(*traces)
     return {name: reduce_to(term, pair.known, *size) for name, term in terms.items()}
 
 
@@ -91,7 +140,6 @@ def surrogate_elbo(
     model_trace: Trace,
     guide_trace: Trace,
     terms: dict[str, Tensor],
-    analytic: bool,
     coefficients: Mapping[str, Tensor | float] | None = None,
 ) -> Tensor:
     r"""A scalar whose gradient is Pyro's estimate of that of :math:`E_q[f]`, its value no matter.
@@ -109,10 +157,9 @@ def surrogate_elbo(
         for name, site in nodes.items()
         if not is_identically_zero(site["score_parts"].score_function)
     }
-    closed = _divergences(model_trace, guide_trace) if analytic and scored else {}
     parts = []
     for name, term in terms.items():
-        if name in scored and name not in closed:
+        if name in scored and "kl" not in nodes[name]:
             term = term + (nodes[name]["log_prob"] - nodes[name]["score_parts"].entropy_term)
         parts.append(coefficients.get(name, 1.0) * term.sum())
     if scored:
@@ -132,7 +179,8 @@ def elbo_estimate(
     analytic = type(loss) in ANALYTIC
     sums: dict[str, Tensor] = {}
     surrogates = []
-    for model_trace, guide_trace in loss._get_traces(model, guide, args, kwargs):
+    asked = _Analytic.like(loss) if analytic else loss
+    for model_trace, guide_trace in asked._get_traces(model, guide, args, kwargs):
         for name, site in samples(guide_trace).items():
             if analytic and not site["fn"].has_rsample and not site["is_observed"]:
                 raise InputError(
@@ -140,8 +188,8 @@ def elbo_estimate(
                     f"{name!r} from a {kind_of(site['fn'])}: train with trace_elbo, or "
                     f"enumerate the site and train with trace_enum_elbo."
                 )
-        terms = site_terms(model_trace, guide_trace, analytic)
-        found = surrogate_elbo(model_trace, guide_trace, terms, analytic)
+        terms = site_terms(model_trace, guide_trace)
+        found = surrogate_elbo(model_trace, guide_trace, terms)
         surrogates.append(-found / loss.num_particles)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.detach().sum() / loss.num_particles

@@ -111,7 +111,7 @@ def sum_plates(log_prob: Tensor, layout: Layout, kept: Collection[int]) -> Tenso
 
 
 def unscaled(layout: Layout, *traces: Trace) -> None:
-    """Score traces anew without poutine.scale and the batch's subsampling; inner ones stay."""
+    """Take scores, poutine.scale and the batch's subsampling off traces; inner plates' stay."""
     for trace in traces:
         for site in samples(trace).values():
             site["scale"] = prod(
@@ -119,8 +119,8 @@ def unscaled(layout: Layout, *traces: Trace) -> None:
                 for f in site["cond_indep_stack"]
                 if f.full_size and f.name != layout.plate
             )
-            site.pop("log_prob", None)
-        trace.compute_log_prob()
+            for score in ("log_prob", "score_parts", "kl"):
+                site.pop(score, None)
 
 
 def samples(trace: Trace) -> dict[str, Site]:

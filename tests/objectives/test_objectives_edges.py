@@ -5,9 +5,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 import pyrovae
+from pyrovae.objectives import estimate, make_objective
+from pyrovae.pairs.pair import Pair
 
 X = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
 LOSSES = (Trace_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
@@ -69,6 +72,71 @@ def test_a_step_has_pyros_loss(name, loss):
         svi = kind(*PAIRS[name], optimizer, loss(max_plate_nesting=1), **options)
         found.append([svi.step(X), svi.step(X)])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+class Unscored(dist.Normal):
+    """A normal whose density nobody may ask for."""
+
+    def log_prob(self, value):
+        raise AssertionError("a density beside a closed form")
+
+
+@pytest.mark.parametrize("name", ["trace_mean_field_elbo", "beta_elbo"])
+def test_a_latent_whose_divergence_is_closed_has_no_density(name):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Unscored(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), torch.ones(2)).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Unscored(x.sum(-1), 0.5))
+
+    found = estimate(make_objective(name), Pair(model, guide), X)
+    kl = 0.5 * (X.sum(-1).square() + 0.25 - 1.0 - 2.0 * torch.tensor(0.5).log()).sum()
+    torch.testing.assert_close(found.terms["z"], -kl)
+
+
+class ByItsScore(dist.Normal):
+    """A normal whose gradient is by its score, as that of draws by rejection is in part."""
+
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).detach()
+
+    def score_parts(self, value):
+        density = self.log_prob(value)
+        return ScoreParts(density, density, 0.0)
+
+
+def test_a_score_beside_a_closed_divergence_is_in_the_gradient():
+    mean, n = torch.nn.Parameter(torch.tensor(0.7)), 10_000
+
+    def guide(x):
+        loc = pyro.param("mean", mean)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", ByItsScore(loc.expand(len(x)), 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pyro.set_rng_seed(0)
+    found = estimate(TraceMeanField_ELBO(), Pair(model, guide), torch.full((n,), 3.0))
+    (grad,) = torch.autograd.grad(found.surrogate, mean)
+    # Of the likelihood x - mean, of the divergence mean.
+    assert -grad.item() / n == pytest.approx((3.0 - 0.7) - 0.7, abs=0.15)
+
+
+@pytest.mark.parametrize("kind", [SVI, pyrovae.SVI], ids=["Pyro", "pyrovae"])
+def test_a_latent_with_a_dimension_that_no_plate_declares_is_refused(kind):
+    def program(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(3, len(x)), 1.0))
+
+    svi = kind(program, program, pyro.optim.Adam({}), TraceMeanField_ELBO(max_plate_nesting=2))
+    with pytest.raises(ValueError, match="invalid log_prob shape"):
+        svi.step(X)
 
 
 def test_the_elbo_without_latents_is_the_likelihood():
