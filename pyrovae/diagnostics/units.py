@@ -11,7 +11,8 @@ from torch.distributions import Categorical, Independent, OneHotCategorical
 
 from pyrovae._tools import InputError
 from pyrovae.distributions import divergence
-from pyrovae.objectives.elbo import in_one_order, terms_by_datum
+from pyrovae.objectives.elbo import terms_by_datum
+from pyrovae.objectives.scores import in_one_order
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, samples
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
-from pyrovae.objectives.elbo import score, site_terms, surrogate_elbo, total
+from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
+from pyrovae.objectives.scores import score
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
