@@ -186,13 +186,13 @@ class CompiledSteps:
         if self._wait > 0:
             self._wait -= 1
             return None
-        if not self.trained.named:
+        leaves = [p for p in self.trained.named.values() if p.requires_grad]
+        if not leaves:
             return None
         wanted, update = update, update and self._can_update()
         if update and not Update.is_ready(self.trained.optimizer):
             # The first step is an eager one: a captured step writes to tensors that are there.
             return None
-        leaves = [p for p in self.trained.named.values() if p.requires_grad]
         key: _Key | None = None
         try:
             if _PYRO_STACK:

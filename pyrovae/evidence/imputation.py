@@ -17,7 +17,7 @@ from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import Sampler, chunked, refuse_nan, total, uncovered_share
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least, require_rows
 from pyrovae.evidence.weights import Sums, curve_points
 from pyrovae.pairs.contract import base_of
 from pyrovae.pairs.pair import Given, Pair
@@ -41,7 +41,7 @@ class Imputation(Shown):
             the most probable value of a site that has none, such as a categorical one.
         mean: E[x | x_observed], ``[N, *shape]``; NaN where the likelihood has no mean.
         standard_error: The Monte Carlo standard error of that mean, ``[N, *shape]``, 0 where x is
-            observed.
+            observed, and NaN for one sample.
         quantiles: The quantiles of p(x | x_observed) for ``levels``, ``[Q, N, *shape]``.
         levels: Which quantiles, from 0 to 1.
         draws: M draws from p(x | x_observed), ``[M, N, *shape]``, joint over a datum's entries: M
@@ -94,7 +94,7 @@ def impute(
     *context: Tensor,
     num_samples: int = 1000,
     num_draws: int = 10,
-    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    quantiles: Sequence[float] | float = (0.05, 0.5, 0.95),
     site: str | None = None,
     columns: Sequence[Any] | None = None,
     max_rows: int | None = None,
@@ -112,8 +112,8 @@ def impute(
     the mask true where it is observed, and the model has to score the observed entries alone, as
     ``dist.Normal(loc, scale).mask(mask).to_event(1)`` does. Where being missing depends on x, and
     the model observes that, x_m is a latent of both programs, ``site``, and the draws are its own.
-    A datum's random numbers depend on its place and not on N, and are those of
-    :func:`pyrovae.log_likelihood` for the same seed.
+    Random numbers are those of :func:`pyrovae.log_likelihood` for the same seed, and with more than
+    64 data they depend on a datum's place and not on N.
 
     Args:
         model: The model program; it observes all of x, at one site or at one site after another,
@@ -153,9 +153,10 @@ def impute(
         torch.Size([10, 359, 1, 8, 8])
     """
     at_least({"num_samples": 1, "num_draws": 0}, num_samples, num_draws)
-    levels = tuple(float(level) for level in quantiles)
+    levels = tuple(map(float, quantiles if isinstance(quantiles, Sequence) else [quantiles]))
     if not all(0 <= level <= 1 for level in levels):
         raise InputError(f"Expected quantiles between 0 and 1, got {list(levels)}.")
+    require_rows((x, *context))
     rows, points = _masked(x, context), curve_points(num_samples)
     task = Evaluation(model, guide, rows, seed, max_rows)
     with task.opened():
@@ -360,6 +361,7 @@ class _Entries:
         """
         middle = (weight * mean).sum(0)
         error = (weight * (mean - middle)).square().sum(0).sqrt()
+        error = error if len(x) > 1 else error.fill_(torch.nan)
         x, order = x.sort(0)
         below = weight.gather(0, order).cumsum(0)
         asked = torch.tensor([*levels, 0.5]).to(below) * below[-1:].mT

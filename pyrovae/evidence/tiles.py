@@ -71,8 +71,6 @@ class Evaluation:
         if max_rows is not None and max_rows < 1:
             raise InputError(f"Expected max_rows >= 1, got {max_rows}.")
         require_rows(rows)
-        if len(rows[0]) == 0:
-            raise InputError("Expected at least one datum, got an empty tensor.")
         self.part = _part(processes)
         self.file = None if checkpoint is None else _file(checkpoint, self.part)
         self.pair, self.home = Pair(model, guide), rows[0].device
@@ -272,6 +270,8 @@ def require_rows(args: tuple) -> None:
                 f"{type(arg).__name__} as argument {place}: give a value for each row, or bind it "
                 f"to the programs before, as functools.partial does."
             )
+    if len(args[0]) == 0:
+        raise InputError("Expected at least one datum, got an empty tensor.")
 
 
 def at_least(least: dict[str, int], *values: int) -> None:

@@ -181,15 +181,17 @@ def test_gradients_that_are_zero_but_for_rounding_stay_captured():
 
 @pytest.mark.usefixtures("_again_at_once")
 @pytest.mark.filterwarnings("ignore:.*requires_grad=False")
-def test_a_frozen_parameter_stays_where_it_is():
+@pytest.mark.parametrize("frozen", ["guide", "model guide"])
+def test_a_frozen_parameter_stays_where_it_is(frozen):
     _, svi = _losses(_stateful, Trace_ELBO(), True, steps=3)
-    for parameter in svi.guide.parameters():
+    parameters = [p for program in frozen.split() for p in getattr(svi, program).parameters()]
+    for parameter in parameters:
         parameter.requires_grad_(False)
-    before = [p.clone() for p in svi.guide.parameters()]
+    before = [p.clone() for p in parameters]
     svi.optimizer.zero_grad()
-    svi.step(X)
-    svi.step(X)
-    for old, new in zip(before, svi.guide.parameters(), strict=True):
+    for _ in range(4):  # Two of them eager, to see which parameters there are.
+        svi.step(X)
+    for old, new in zip(before, parameters, strict=True):
         assert torch.equal(old, new)
 
 

@@ -163,6 +163,16 @@ def test_every_shipped_likelihood_fills_its_gaps_with_what_it_supports(name):
     assert (found.quantiles[0] <= found.quantiles[2]).all()
 
 
+def test_one_sample_has_no_error_and_one_quantile_needs_no_list(linear):
+    model, x, mask, *_ = linear
+    some, guide = torch.where(mask, x, torch.nan), Exact(model)
+    found = pyrovae.impute(model, guide, some, num_samples=1, quantiles=0.5, seed=0)
+    assert torch.equal(found.standard_error.isnan(), ~mask)
+    assert found.quantiles.shape == (1, N, D)
+    with pytest.raises(pyrovae.InputError, match="at least one datum"):
+        pyrovae.impute(model, guide, some[:0])
+
+
 def test_a_model_that_sees_missing_entries_is_refused(linear):
     model, x, mask, *_ = linear
 
