@@ -122,10 +122,17 @@ def shape_of(ranks: Tensor, most: int) -> Shape:
 
 
 def moments(ranks: Tensor, most: int) -> tuple[float, float]:
-    """How far the mean of ranks ``[N]``, and their spread, is off, in standard errors of each."""
-    u, n = (ranks.double() + 0.5) / (most + 1) - 0.5, len(ranks)
-    spread = u.square().mean().item() - 1 / 12
-    return u.mean().item() * math.sqrt(12 * n), spread * math.sqrt(180 * n)
+    """How far the mean of ranks ``[N]``, and their spread, is off, in standard errors of each.
+
+    Of m = ``most`` + 1 equally likely ranks; of two, each lies as far from the middle.
+    """
+    m, n = most + 1, len(ranks)
+    u = (ranks.double() + 0.5) / m - 0.5
+    variance = (1 - m**-2) / 12
+    spread = u.square().mean().item() - variance
+    if m > 2:
+        spread /= math.sqrt(variance * (1 - 4 * m**-2) / 15 / n)
+    return u.mean().item() / math.sqrt(variance / n), spread
 
 
 def reliability(placed: Tensor, probs: Tensor, came: Tensor) -> Reliability:

@@ -153,7 +153,7 @@ def impute(
         torch.Size([10, 359, 1, 8, 8])
     """
     at_least({"num_samples": 1, "num_draws": 0}, num_samples, num_draws)
-    levels = tuple(map(float, quantiles if isinstance(quantiles, Sequence) else [quantiles]))
+    levels = tuple(map(float, [quantiles] if isinstance(quantiles, float | int) else quantiles))
     if not all(0 <= level <= 1 for level in levels):
         raise InputError(f"Expected quantiles between 0 and 1, got {list(levels)}.")
     require_rows((x, *context))

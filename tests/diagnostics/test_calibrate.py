@@ -47,6 +47,24 @@ def test_p_values_and_bands_hold_what_they_state():
     assert torch.equal(inside, found >= 0.05)
 
 
+@pytest.mark.parametrize("most", [1, 2, 4, 19])
+def test_moments_of_uniform_ranks_are_standard_whatever_their_number(most):
+    generator = torch.Generator().manual_seed(0)
+    sets = torch.randint(0, most + 1, (2000, 500), generator=generator)
+    found = torch.tensor([ranks.moments(each, most) for each in sets])
+    assert found.mean(0).abs().max() < 4 / 2000**0.5
+    # Two ranks lie as far from the middle.
+    assert found.std(0).tolist() == pytest.approx([1.0, float(most > 1)], abs=0.07)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(guide(width=0.3), "too narrow"), (guide(shift=0.5), "biased")]
+)
+def test_one_draw_for_each_datum_names_the_shape(make, shape):
+    found = pyrovae.calibrate(model, make, LIKE, n=500, num_samples=1, corrected=False, seed=0)
+    assert found.shape == shape, found.verdict
+
+
 def test_ties_are_broken_at_random():
     torch.manual_seed(0)
     value = torch.randint(0, 2, (4000, 1)).float()

@@ -169,6 +169,8 @@ def test_one_sample_has_no_error_and_one_quantile_needs_no_list(linear):
     found = pyrovae.impute(model, guide, some, num_samples=1, quantiles=0.5, seed=0)
     assert torch.equal(found.standard_error.isnan(), ~mask)
     assert found.quantiles.shape == (1, N, D)
+    found = pyrovae.impute(model, guide, some, num_samples=1, quantiles=torch.tensor([0.1, 0.9]))
+    assert found.quantiles.shape == (2, N, D)
     with pytest.raises(pyrovae.InputError, match="at least one datum"):
         pyrovae.impute(model, guide, some[:0])
 
