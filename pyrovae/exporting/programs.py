@@ -225,6 +225,8 @@ def _recorded(task: Task, size: int) -> tuple[GraphModule, list[Tensor]]:
         shape = node.args[0].meta["tensor_meta"].shape
         node.target = torch.ops.aten.squeeze.dims
         node.args = node.args[0], [dim for dim, size in enumerate(shape) if size == 1]
+        if not node.args[1]:  # ONNX has none of no dimension
+            node.replace_all_uses_with(node.args[0])
     graph.graph.eliminate_dead_code()
     return graph, held
 

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import pyro
@@ -97,12 +98,16 @@ def near(x):
         pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.6))
 
 
-def test_log_p_with_a_latent_summed_out_is_exact_of_one_datum_and_of_many(tmp_path):
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_log_p_with_a_latent_summed_out_is_exact_of_one_datum_and_of_many(tmp_path, kind):
     x = torch.tensor([[-1.5], [0.4], [2.0], [0.0], [1.0], [3.3]])
-    path = pyrovae.export(
-        clusters, near, x, what="log_likelihood", samples=400, out=tmp_path / "l.pt2"
-    )
-    program, _ = opened(path)
+    how = {"what": "log_likelihood", "format": kind, "samples": 400}
+    path = pyrovae.export(clusters, near, x, out=tmp_path / f"l.{kind}", **how)
+    if kind == "pt2":
+        program, _ = opened(path)
+    else:
+        names = types.SimpleNamespace(inputs=["x", "noise"], outputs=["log_prob", "standard_error"])
+        program = formats.run_onnx(path.read_bytes(), names)
     exact = dist.Normal(PLACES, (1 + NOISE**2) ** 0.5).log_prob(x).logsumexp(1) - math.log(3)
     noise = torch.randn(6, 400, 1)
     for size in (1, 6):
