@@ -182,14 +182,7 @@ def encode(
         ``[N, ...]`` by site; one draw where a site's distribution knows no mean. A latent
         below another one is conditioned on a draw of it.
     """
-    pair = Pair(None, guide)
-    rows, size = _bound(pair, (x, *context))
-
-    def read(*rows: Tensor) -> dict[str, Site]:
-        with blames_data(rows[0]):
-            return _latents(pair.trace_guide(*rows))
-
-    return _forward(pair, read, rows, True, seed, compile, size)
+    return encode_sites(guide, (x, *context), seed, compile)[0]
 
 
 @takes_data
@@ -223,10 +216,10 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    start, end = (encode(guide, xs, *context, seed=seed, compile=compile) for xs in (x, y.to(x)))
-    for name, value in start.items():
-        if not value.is_floating_point():
-            raise InputError(f"Latent {name!r} is discrete: nothing lies between two values.")
+    start, discrete = encode_sites(guide, (x, *context), seed, compile)
+    end, _ = encode_sites(guide, (y.to(x), *context), seed, compile)
+    for name in discrete:
+        raise InputError(f"Latent {name!r} is discrete: nothing lies between two values.")
     t = torch.linspace(0, 1, steps, device=x.device)
     path = {
         name: torch.lerp(z[:, None], end[name][:, None], t.reshape(-1, *[1] * (z.dim() - 1)))
@@ -249,6 +242,9 @@ def traverse(
 ) -> Sites:
     """Decode data with one latent dimension set to each of some values.
 
+    The others are at the mean of the guide; a discrete latent, whose mean may be no value of it, is
+    drawn.
+
     Args:
         model: The model program.
         guide: The guide program.
@@ -266,7 +262,7 @@ def traverse(
     Raises:
         ValueError: If the guide has no such site, or the site no such dimension or none at all.
     """
-    latents = encode(guide, x, *context, seed=seed, compile=compile)
+    latents, _ = encode_sites(guide, (x, *context), seed, compile, drawn=True)
     if site not in latents:
         raise InputError(f"No latent site {site!r}; the guide samples {sorted(latents)}.")
     if latents[site].dim() < 2:
@@ -329,6 +325,30 @@ def classify(
         )
     log_prob = found[site].log_prob(found[site].enumerate_support())
     return log_prob.exp().movedim(0, -1).to(x.device)
+
+
+def encode_sites(
+    guide: Callable,
+    args: tuple,
+    seed: int | None = None,
+    compile: bool | str = "auto",
+    drawn: bool = False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What :func:`encode` returns, and which latents are discrete; of those a draw if ``drawn``.
+
+    A discrete latent may have real numbers for its values, as a Bernoulli has: its mean is none.
+    """
+    pair, discrete = Pair(None, guide), dict[str, bool]()
+    rows, size = _bound(pair, args)
+
+    def read(*rows: Tensor) -> dict[str, Site]:
+        with blames_data(rows[0]):
+            sites = _latents(pair.trace_guide(*rows))
+        discrete.update((n, s["fn"].support.is_discrete) for n, s in sites.items())
+        return {n: s | {"drawn": drawn and discrete[n]} for n, s in sites.items()}
+
+    found = _forward(pair, read, rows, True, seed, compile, size)
+    return found, [name for name, is_discrete in discrete.items() if is_discrete]
 
 
 def _latents(trace: Trace) -> dict[str, Site]:
@@ -530,8 +550,8 @@ def _values(sites: dict[str, Site], means: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _has_mean(site: Site) -> bool:
-    """Whether the mean is known; that given values of x drawn before is not E[x | z]."""
-    if site.get("reads"):
+    """Whether the mean is known and wanted; that given values of x drawn before is not E[x | z]."""
+    if site.get("reads") or site.get("drawn"):
         return False
     try:
         return not bool(site["fn"].mean.isnan().any())

@@ -25,7 +25,7 @@ from pyrovae.runs.compare import HEAD, RunComparison
 from pyrovae.runs.config import PairRecord
 from pyrovae.runs.experiment import Experiment
 from pyrovae.runs.results import Results, load_finding
-from pyrovae.sampling import decode, encode, interpolate, reconstruct, sample
+from pyrovae.sampling import decode, encode_sites, interpolate, reconstruct, sample
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -254,8 +254,8 @@ def _draw_pictures(experiment: Experiment[Any], seed: int) -> dict[str, Figure]:
         values, curves, site = responding
         called = [column.name for column in data.columns or ()]
         found["responses"] = plots.responses(values, curves, called, site)
-    means = encode(guide, every, *others)
-    codes = {n: z for n, z in means.items() if z.is_floating_point()}
+    means, discrete = encode_sites(guide, (every, *others))
+    codes = {n: z for n, z in means.items() if n not in discrete}
     labels = data.labels.test if data.labels else None
     vectors = {name: z for name, z in codes.items() if z.dim() == 2}
     for name, z in vectors.items():

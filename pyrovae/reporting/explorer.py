@@ -28,7 +28,7 @@ from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.runs import EXPLORER, Run
-from pyrovae.sampling import decode, encode, reconstruct
+from pyrovae.sampling import decode, encode_sites, reconstruct
 
 if TYPE_CHECKING:
     from pyrovae.evidence.result import LogLikelihood
@@ -144,11 +144,11 @@ def explore(model: Any, guide: Any, data: Dataset, *, seed: int) -> Explorer | N
         return None
     n = _how_many(data.shape, len(x))
     rows = [x[:n], *(each[:n] for each in others)]
-    means = encode(guide, x, *others, seed=subseed(seed, 0))
+    means, discrete = encode_sites(guide, (x, *others), subseed(seed, 0))
     if len(means) != 1:
         return None
     ((site, z),) = means.items()
-    if z.dim() != 2 or z.shape[1] < 2 or not z.is_floating_point():
+    if z.dim() != 2 or z.shape[1] < 2 or discrete:
         return None
     centre, axes, share = _axes(_draw(guide, [x, *others], site, subseed(seed, 1)))
     places = (z[:n] - centre) @ axes.mT
@@ -196,8 +196,9 @@ def respond(model: Any, guide: Any, data: Dataset) -> tuple[Tensor, Tensor, str]
         return None
     if any(each.dtype != torch.bool or each.shape != x.shape for each in others):
         return None
-    ((site, z), *more) = encode(guide, x, *others, seed=0).items()
-    if more or z.dim() != 2 or not z.is_floating_point():
+    means, discrete = encode_sites(guide, (x, *others), 0)
+    (site, z), *more = means.items()
+    if more or z.dim() != 2 or discrete:
         return None
     kept, centre = min(z.shape[1], 9), z.mean(0)
     reach = 2 * z.std(0).clamp(min=1e-3)

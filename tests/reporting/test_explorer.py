@@ -163,6 +163,16 @@ def test_what_has_no_plane_to_look_at_has_no_explorer(latent, shape, more):
     assert explored(latent, shape, **more)[-1] is None
 
 
+def test_discrete_latents_are_no_plane_and_no_columns_respond_to_them():
+    def switches(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(x.flatten(1)[:, :2].sigmoid()).to_event(1))
+
+    for shape in ((1, 2, 3), (6,)):
+        assert explore(Ramp(2, shape), switches, dataset(shape), seed=0) is None
+        assert explorer.respond(Ramp(2, shape), switches, dataset(shape)) is None
+
+
 def sprite(encoded, columns, tile):
     pixels = np.asarray(Image.open(BytesIO(b64decode(encoded))))
     height, width = tile

@@ -63,6 +63,30 @@ def test_discrete_latents_are_encoded_and_not_interpolated():
         pyrovae.interpolate(model, rounded, X[:2], X[2:4])
 
 
+def _switched(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", pyro.distributions.Bernoulli(0.5))
+        z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = torch.tensor([-10.0, 10.0])[k.long()] + z.sum(-1)
+        pyro.sample("x", pyro.distributions.Normal(loc, 1.0), obs=x)
+
+
+def _switch(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", pyro.distributions.Bernoulli(0.9))
+        pyro.sample("z", pyro.distributions.Normal(x[:, None].expand(-1, 2), 1.0).to_event(1))
+
+
+def test_discrete_latents_of_real_numbers_are_not_set_to_their_mean():
+    x = torch.zeros(400)
+    found = pyrovae.traverse(_switched, _switch, x, "z", 0, torch.tensor([0.0, 2.0]), seed=0)
+    assert torch.equal(found[:, 1] - found[:, 0], torch.full((400,), 2.0))
+    assert (found[:, 0] == 10).float().mean() == pytest.approx(0.9, abs=0.06)
+    assert set(found[:, 0].tolist()) == {-10.0, 10.0}
+    with pytest.raises(pyrovae.InputError, match="'k' is discrete"):
+        pyrovae.interpolate(_switched, _switch, x[:2], x[2:4])
+
+
 def _rounded(guide):
     def program(x):
         with pyro.plate("data", len(x)):
