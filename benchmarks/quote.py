@@ -21,6 +21,7 @@ import evaluation_tables
 import gallery_tables
 import imputation_tables
 import literature_tables
+import parts
 import scaling_tables
 import sequences_tables
 import sources_tables
@@ -196,6 +197,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | sequences_tables.TABLES
     | scaling_tables.TABLES
     | sources_tables.TABLES
+    | parts.TABLES
     | subnormal.TABLES
 )
 

@@ -34,6 +34,8 @@ def compare(
     Raises:
         SystemExit: If they have not reached the same loss.
     """
+    # Else torch.compile gives up on a contender that it has compiled for eight problems before.
+    torch.compiler.reset()
     races, absent = enter(names, problem, images)
     found: dict[str, dict] = {name: {} for name in races}
     for name, run in races.items():
