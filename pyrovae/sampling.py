@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -216,6 +216,12 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"Expected an integer steps >= 1, got {steps!r}.")
+    if len(x) != len(y) and 1 not in (len(x), len(y)):
+        raise InputError(
+            f"Expected as many data to go to as to start at, got {len(y)} and {len(x)}."
+        )
     start, discrete = encode_sites(guide, (x, *context), seed, compile)
     end, _ = encode_sites(guide, (y.to(x), *context), seed, compile)
     for name in discrete:
@@ -235,7 +241,7 @@ def traverse(
     x: Tensor,
     site: str,
     dim: int,
-    values: Tensor,
+    values: Tensor | Sequence[float],
     *context: Any,
     seed: int | None = None,
     compile: bool | str = "auto",
@@ -271,8 +277,11 @@ def traverse(
             f"values to pyrovae.decode."
         )
     size = latents[site].shape[-1]
-    if not -size <= dim < size:
+    if not (isinstance(dim, int) and -size <= dim < size):
         raise InputError(f"Site {site!r} has {size} dimensions, so there is no dimension {dim}.")
+    values = torch.as_tensor(values)
+    if values.dim() != 1 or not len(values):
+        raise InputError(f"Expected values [V] to set it to, got the shape {list(values.shape)}.")
     path = {n: torch.stack([z] * len(values), 1) for n, z in latents.items()}
     path[site][..., dim] = values.to(x).reshape(-1, *[1] * (latents[site].dim() - 2))
     return _decode_paths(model, path, context, x, seed=seed, compile=compile)

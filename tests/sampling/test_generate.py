@@ -105,6 +105,22 @@ def test_traversals_move_one_dimension():
         torch.testing.assert_close(found[:, i], pyrovae.decode(model, {"z": moved}, like=X))
     with pytest.raises(ValueError, match=r"No latent site 'w'.*'z'"):
         pyrovae.traverse(model, guide, X, "w", 0, torch.zeros(1))
+    listed = pyrovae.traverse(model, guide, X[:2], "z", 1, [-1.0, 2.0])
+    assert torch.equal(listed, found)
+
+
+def test_a_way_that_is_none_is_refused_in_a_sentence():
+    model, guide = shipped_bernoulli()
+    for values in (torch.zeros(0), torch.zeros(2, 2), 1.0):
+        with pytest.raises(pyrovae.InputError, match=r"values \[V\]"):
+            pyrovae.traverse(model, guide, X, "z", 0, values)
+    with pytest.raises(pyrovae.InputError, match="no dimension 0.5"):
+        pyrovae.traverse(model, guide, X, "z", 0.5, torch.zeros(1))
+    for steps in (0, -1, 2.5):
+        with pytest.raises(pyrovae.InputError, match="integer steps >= 1"):
+            pyrovae.interpolate(model, guide, X[:2], X[2:4], steps=steps)
+    with pytest.raises(pyrovae.InputError, match="as many data to go to"):
+        pyrovae.interpolate(model, guide, X[:2], X[2:5])
 
 
 def test_several_sites_come_by_name():
