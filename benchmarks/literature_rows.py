@@ -77,6 +77,7 @@ ROWS = (
     _gated("gated-flow-both", "the same, flow prior and posterior", published=80.43, source=FLOWS,
            best=None, aim=80.4, objective="warm_up_elbo", epochs=400, model="flow_prior",
            guide="flow", options=GATED | COUPLINGS),
-    Row("ladder", "hierarchy of three layers (64, 32, 16)", 81.74, LADDER, None, 81.5,
-        model="ladder", guide="ladder", objective="warm_up_elbo", warm_up=200, epochs=800),
+    Row("ladder", "gated hierarchy of three layers (64, 32, 16)", 81.74, LADDER, None, 81.5,
+        model="ladder", guide="ladder", options={"activation": "GLU"},
+        objective="warm_up_elbo", warm_up=200, epochs=800),
 )  # fmt: skip
