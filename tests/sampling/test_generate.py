@@ -114,7 +114,7 @@ def test_a_way_that_is_none_is_refused_in_a_sentence():
     for values in (torch.zeros(0), torch.zeros(2, 2), 1.0):
         with pytest.raises(pyrovae.InputError, match=r"values \[V\]"):
             pyrovae.traverse(model, guide, X, "z", 0, values)
-    with pytest.raises(pyrovae.InputError, match="no dimension 0.5"):
+    with pytest.raises(pyrovae.InputError, match=r"no dimension 0\.5"):
         pyrovae.traverse(model, guide, X, "z", 0.5, torch.zeros(1))
     for steps in (0, -1, 2.5):
         with pytest.raises(pyrovae.InputError, match="integer steps >= 1"):
