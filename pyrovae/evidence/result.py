@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from pyrovae._tools import InputError, standard_error
+from pyrovae._tools import InputError, InputTypeError, standard_error
 from pyrovae._tools.shown import Shown, Told, figures, html, number, plus_minus, text
 
 if TYPE_CHECKING:
@@ -320,7 +320,13 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
 
     Raises:
         ValueError: If the two are of different data, or of fewer than two.
+        TypeError: If one is no estimate of log p(x).
     """
+    for given in (a, b):
+        if not isinstance(given, LogLikelihood):
+            raise InputTypeError(
+                f"Expected two results of log_likelihood, got {type(given).__name__}."
+            )
     n = len(a.log_prob)
     if len(b.log_prob) != n or (a.data and b.data and a.data != b.data):
         raise InputError(

@@ -380,6 +380,8 @@ def test_results_of_different_data_are_not_compared():
     single = log_likelihood(*pair, X[:1], num_samples=20, seed=0)
     with pytest.raises(ValueError, match="at least 2 data"):
         compare_log_likelihood(single, single)
+    with pytest.raises(TypeError, match="two results of log_likelihood, got Tensor"):
+        compare_log_likelihood(one, other.log_prob)
 
 
 class Stops(torch.nn.Module):
