@@ -21,10 +21,10 @@ import evaluation_tables
 import gallery_tables
 import imputation_tables
 import literature_tables
-import parts
 import scaling_tables
 import sequences_tables
 import sources_tables
+import speed_parts
 import speed_tables
 import subnormal
 from tables import markdown
@@ -197,7 +197,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | sequences_tables.TABLES
     | scaling_tables.TABLES
     | sources_tables.TABLES
-    | parts.TABLES
+    | speed_parts.TABLES
     | subnormal.TABLES
 )
 

@@ -1,11 +1,11 @@
 """Where the time goes: the parts of a compiled step of `fit`, and of log p(x).
 
-    python benchmarks/parts.py [--epochs E] [--images N] [--rounds R]
+    python benchmarks/speed_parts.py [--epochs E] [--images N] [--rounds R]
 
 torch's profiler names kernels, Inductor's own among them; what is left of the wall-clock time of
 an epoch that was not profiled is Python and what torch does around kernels. A step by one thread,
 log p(x) by all. Eager steps with many particles are timed in long turns here, so that memory is the
-contender's own. Writes results/parts.json, in milliseconds a step or shares of the time.
+contender's own. Writes results/speed_parts.json, in milliseconds a step or shares of the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import pyrovae
 
-RESULTS = Path(__file__).resolve().parent / "results" / "parts.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "speed_parts.json"
 STEPS = (Problem("784-400-20", 128), Problem("784-200-200-50", 20))
 LIKELIHOOD, SAMPLES = Problem("784-400-20", 128), 5000
 # Its kernels are told by what is in their names: Adam alone takes roots.
