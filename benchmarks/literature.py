@@ -60,7 +60,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=names, help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="instead of the row's own")
-    parser.add_argument("--before", type=int, help="epochs of the row that it begins with")
+    parser.add_argument(
+        "--before", type=int, help="epochs of what it begins with, maybe of its own"
+    )
     parser.add_argument("--all", action="store_true", help="train on 60,000 images, 50,000 if not")
     parser.add_argument("--test", type=int, help="so many test images, all if not given")
     parser.add_argument("--samples", type=int, default=5000, help="of log p(x)")
@@ -90,11 +92,12 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "settings": {key: list(v) if isinstance(v, tuple) else v for key, v in row.options.items()},
         "objective": row.objective,
         "particles": row.particles,
+        "particles with a gradient": row.backward or row.particles,
         "KL warm-up": _warm_up(row),
         "learning rate": row.lr,
         "data": f"{made.data.name}, {len(made.data.train)} to train on",
         "seed": options.seed,
-        "begins with": row.begins if row.before else None,
+        "begins with": (row.begins or row.name) if row.before else None,
         "epochs before": row.before,
         "epochs": row.epochs,
         "steps": (row.before + row.epochs) * steps,
@@ -117,7 +120,7 @@ def train(row: Row, folder: Run, options: argparse.Namespace) -> tuple[Experimen
         "binarize": "dynamic",
         "device": options.device,
         "seed": options.seed,
-        "settings": [f"{name}={value!r}" for name, value in row.options.items()],
+        "settings": [f"{name}={value!r}" for name, value in _settings(row).items()],
         "objective": row.objective,
         "particles": row.particles,
         "epochs": row.epochs,
@@ -285,9 +288,14 @@ def _all(data: pyrovae.Dataset) -> pyrovae.Dataset:
     return replace(data, train=torch.cat([data.train, data.valid]), valid=None, intensities=levels)
 
 
+def _settings(row: Row) -> dict[str, Any]:
+    """The programs' settings, and the objective's."""
+    return row.options | ({"objective.backward": row.backward} if row.backward else {})
+
+
 def _warm_up(row: Row) -> int:
-    """Epochs in which the weight of the KL rises, at most a quarter of all."""
-    return min(row.warm_up, row.epochs // 4)
+    """Epochs in which the weight of the KL rises, at most a quarter, none of a row's going on."""
+    return 0 if row.before and not row.begins else min(row.warm_up, row.epochs // 4)
 
 
 def _folder(row: Row, options: argparse.Namespace) -> Run:
@@ -297,8 +305,8 @@ def _folder(row: Row, options: argparse.Namespace) -> Run:
 
 
 def _begun(row: Row, options: argparse.Namespace) -> Row:
-    """The row that another begins with, for as many epochs as that one asks for."""
-    other = next(each for each in ROWS if each.name == row.begins)
+    """The row that another begins with, itself if no other, for the epochs that are asked for."""
+    other = next(each for each in ROWS if each.name == (row.begins or row.name))
     other = _small(other) if options.small else other
     return replace(other, epochs=row.before, before=0)
 
@@ -366,8 +374,9 @@ def _small(row: Row) -> Row:
         return min(value, 4) if isinstance(value, int) else value
 
     options = {name: narrow(value) for name, value in row.options.items()}
-    return replace(row, options=options, particles=min(row.particles, 3), epochs=2,
-                   before=min(row.before, 1))  # fmt: skip
+    backward = row.backward and min(row.backward, 2)
+    return replace(row, options=options, particles=min(row.particles, 3), backward=backward,
+                   epochs=2, before=min(row.before, 1))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from statistics import mean
 import ablation_tables
 import annealing_tables
 import evaluation_tables
+import few_backward
 import gallery_tables
 import imputation_tables
 import literature_tables
@@ -39,6 +40,7 @@ DOCUMENTS = tuple(
         "docs/imputation.md",
         "docs/literature.md",
         "docs/models.md",
+        "docs/objectives.md",
         "docs/sequences.md",
     )
 )
@@ -190,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = (
     | speed_tables.TABLES
     | gallery_tables.TABLES
     | evaluation_tables.TABLES
+    | few_backward.TABLES
     | ablation_tables.TABLES
     | annealing_tables.TABLES
     | imputation_tables.TABLES

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
+from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import (
+    Few,
     Scores,
     Through,
     check_cells,
     check_density,
+    check_run_again,
     held_still,
     is_hierarchical,
     weigh,
@@ -43,18 +46,30 @@ class ImportanceWeighted(Objective):
     ``"plain"``, against the bound with their own weight replaced by the geometric mean of the
     others'; the other two refuse them.
 
+    With ``backward=R`` a gradient goes back through R of the samples alone, the r-th of them drawn
+    where the weights add up to between (r − 1)/R and r/R. The gradient stays unbiased, for
+
+    .. math:: \sum_k v_k \nabla \ln p(x, z_k) = E\Bigl[\frac1R \sum_{r=1}^R
+              \nabla \ln p(x, z_{k_r})\Bigr], \qquad P(k_r = k) = v_k
+              \quad\text{on average over } r,
+
+    and the model, which costs most, runs forward alone on M K samples and forward and backward on
+    R. The loss is that of all samples.
+
     Args:
         particles: K.
         groups: M; M K samples are drawn in all.
         alpha: The order α, a finite number; the bound holds for α >= 0.
         beta: The weight of the ELBO, from 0 to 1.
         gradient: ``"plain"``, ``"stl"`` or ``"dreg"``.
+        backward: R, fewer than M K; None is all of them.
 
     Raises:
         ValueError: If an argument is out of range.
 
     References:
-        Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519); Li and Turner, Rényi
+        Burda et al., Importance Weighted Autoencoders (arXiv 1509.00519), where section 3 has R = 1
+        for plain gradients; Li and Turner, Rényi
         Divergence Variational Inference (1602.02311); Rainforth et al., Tighter Variational Bounds
         Are Not Necessarily Better (1802.04537); for the gradients, Mnih and Rezende, Variational
         Inference for Monte Carlo Objectives (1602.06725); Roeder et al., Sticking the Landing
@@ -68,6 +83,7 @@ class ImportanceWeighted(Objective):
         alpha: float = 0.0,
         beta: float = 0.0,
         gradient: str = "plain",
+        backward: int | None = None,
     ) -> None:
         super().__init__(particles)
         if not isinstance(groups, int) or groups < 1:
@@ -78,13 +94,22 @@ class ImportanceWeighted(Objective):
             raise InputError(f"Expected beta from 0 (IWAE) to 1 (ELBO), got {beta}.")
         if gradient not in ("plain", "stl", "dreg"):
             raise InputError(f"Expected gradient='plain', 'stl' or 'dreg', got {gradient!r}.")
+        whole = isinstance(backward, int) and not isinstance(backward, bool)
+        if backward is not None and not (whole and 1 <= backward < groups * particles):
+            raise InputError(
+                f"Expected an integer backward from 1 to {groups * particles - 1}, fewer than the "
+                f"samples that are drawn, or None for all, got {backward!r}."
+            )
         self.groups, self.alpha, self.beta, self.gradient = groups, alpha, beta, gradient
         self.draws = groups * particles if groups * particles > 1 else None
+        self.backward = backward
 
     def examine(self, pair: Pair, args: tuple) -> tuple[tuple[str, ...], bool]:
         """Check the pair; the latents with a score, and whether the guide is to be run twice."""
         traces = pair.trace(*args)
         check_cells(traces, pair.known)
+        if self.backward:
+            check_run_again(pair, traces[1], args)
         latents = drawn(traces[1])
         scored = tuple(n for n, s in latents.items() if not is_identically_zero(_score(s)))
         if self.gradient == "plain":
@@ -111,24 +136,49 @@ class ImportanceWeighted(Objective):
         """The loss of a batch and its surrogate, with nothing read back from the device."""
         names, hierarchical = self.known(pair, args)
         guide_trace = pair.trace_guide(*args, particles=self.draws)
+        if self.backward:
+            found, gain = self._of_few(pair, guide_trace, args, hierarchical)
+        else:
+            found, gain = self._of_all(pair, guide_trace, args, hierarchical)
+        gain = gain + self._scored(guide_trace, found, names)
+        bound = self.bound(found.log_weights.detach())
+        return Estimate(found.where.loss(bound), found.where.loss(gain), found.terms)
+
+    def _of_all(
+        self, pair: Pair, guide_trace: Trace, args: tuple, twice: bool
+    ) -> tuple[Scores, Tensor]:
+        """The scores of all samples, and a cell's surrogate, ``[*cells]``."""
         through = Through(guide_trace) if self.gradient == "dreg" else None
         found = weigh(pair, guide_trace, args, self.draws, through.trace if through else None)
-        bound = self.bound(found.log_weights)
         if self.gradient == "plain":
-            gain = bound + self._scored(guide_trace, found, names)
-        else:
-            still = held_still(pair, guide_trace, args, self.draws, hierarchical)
-            gain = self._paths(found, still, through)
-        return Estimate(found.where.loss(bound.detach()), found.where.loss(gain), found.terms)
-
-    def _paths(self, found: Scores, still: dict[str, Tensor], through: Through | None) -> Tensor:
-        """A cell's surrogate without the score of q, ``[*cells]``."""
+            return found, self.bound(found.log_weights)
         weights, paths, factor = self.weights(found.log_weights.detach())
         if through is not None:
             through.factor = factor
-        path = sum(found.guide[name] - found.where.fold(still[name]) for name in still)
-        others = sum(log_q for name, log_q in found.guide.items() if name not in still)
-        return (weights * (found.log_p - others) - paths * path).sum(0)
+        still = held_still(pair, guide_trace, args, self.draws, twice)
+        path, others = found.paths(still)
+        return found, (weights * (found.log_p - others) - paths * path).sum(0)
+
+    def _of_few(
+        self, pair: Pair, guide_trace: Trace, args: tuple, twice: bool
+    ) -> tuple[Scores, Tensor]:
+        """The same from R samples of each cell, on which the model runs again."""
+        assert self.backward is not None
+        found = weigh(pair, guide_trace, args, self.draws, forward=True)
+        weights, _, factor = self.weights(found.log_weights.detach())
+        few = Few.in_proportion(weights, self.backward)
+        through = Through(few.trace(guide_trace))
+        through.factor = few.of(factor)
+        log_p = found.where.log_p(pair, through.trace, args, self.backward)
+        if self.gradient == "plain":
+            return found, (log_p - few.of(total(found.guide.values()))).mean(0)
+        if twice:
+            still = held_still(pair, few.trace(guide_trace), args, self.backward, twice)
+            path, others = few.scores(found).paths(still)
+        else:
+            still = held_still(pair, guide_trace, args, self.draws, twice)
+            path, others = map(few.of, found.paths(still))
+        return found, (log_p - others - through.factor * path).mean(0)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """The bound of each cell, ``[*cells]``, from its log-weights ``[M K, *cells]``."""
@@ -147,10 +197,11 @@ class ImportanceWeighted(Objective):
         normal = log_weights.unflatten(0, (self.groups, -1)).mul(1 - self.alpha).softmax(1)
         share, rest = (1 - self.beta) / self.groups, self.beta / self.groups / self.particles
         v = share * normal + rest
-        factor = self.alpha + (1 - self.alpha) * normal
-        u = share * normal * factor + rest if self.gradient == "dreg" else v
-        if rest:
-            factor = u / v
+        u, factor = v, torch.ones_like(v)
+        if self.gradient == "dreg":
+            factor = self.alpha + (1 - self.alpha) * normal
+            u = share * normal * factor + rest
+            factor = u / v if rest else factor
         return v.flatten(0, 1), u.flatten(0, 1), factor.flatten(0, 1)
 
     def _of_group(self, log_weights: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pyrovae._tools import InputError
 from pyrovae.objectives.elbo import total
@@ -31,6 +33,8 @@ from pyrovae.pairs.traces import (
     scored,
     sum_plates,
 )
+
+RUN_AGAIN = "With backward=R the model runs twice in a step, on all samples and on R of them, and"
 
 
 class Cells(NamedTuple):
@@ -56,6 +60,11 @@ class Cells(NamedTuple):
         """Sum a bound ``[*cells]`` to the data, ``[N]``, before the scales of training."""
         others = [d for d in range(-bound.dim(), 0) if d != self.layout.dim]
         return (bound.sum(others) if others else bound) * self.inner
+
+    def log_p(self, pair: Pair, seen: Trace, args: tuple, particles: int | None) -> Tensor:
+        """ln p(x, z) of the model run on a guide's latents, ``[K, *cells]``."""
+        trace = pair.replay_model(seen, *args, particles=particles, sums=True)
+        return total(self.fold(log_prob) for log_prob in log_probs(trace).values())
 
     def loss(self, bound: Tensor) -> Tensor:
         """Minus the sum over cells, each times its scale, in nats."""
@@ -89,6 +98,12 @@ class Scores(NamedTuple):
         """ln p(x, z) − ln q(z | x)."""
         return self.log_p - total(self.guide.values())
 
+    def paths(self, still: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """ln q of the latents less what it is at ``still`` ones, and ln q of the other sites."""
+        path = total(self.guide[name] - self.where.fold(still[name]) for name in still)
+        others = [log_q for name, log_q in self.guide.items() if name not in still]
+        return path, total(others) if others else torch.zeros_like(path)
+
     @property
     def terms(self) -> dict[str, Tensor]:
         """The ELBO at β = 1 by site, scaled and summed over the batch."""
@@ -98,15 +113,60 @@ class Scores(NamedTuple):
         return {n: -self.where.loss(term.detach().mean(0)) for n, term in found.items()}
 
 
+class Few(NamedTuple):
+    """Some of the samples of each cell: whether the r-th is the k-th, ``[R, T, *cells]``."""
+
+    chosen: Tensor
+
+    @classmethod
+    def in_proportion(cls, weights: Tensor, number: int) -> Few:
+        """Draw from weights ``[T, *cells]``, one in each of as many equal parts of their sum."""
+        edges, rank = weights.cumsum(0), weights.dim()
+        parts = torch.arange(number, device=weights.device).reshape(-1, *(1,) * (rank - 1))
+        at = (parts + torch.rand_like(weights[:1].expand(number, *weights.shape[1:]))) / number
+        index = (edges <= (at * edges[-1]).unsqueeze(1)).sum(1, keepdim=True)
+        every = torch.arange(len(weights), device=weights.device).reshape(-1, *(1,) * (rank - 1))
+        return cls(index.clamp(max=len(weights) - 1) == every)
+
+    def of(self, each: Tensor, event_dim: int = 0) -> Tensor:
+        """What the chosen have of ``each`` sample's, ``[R, ..., *event]`` of ``[T, ..., *event]``.
+
+        The gradient is a sum, which adds up in the same order on every device, unlike a scatter.
+        """
+        missing = self.chosen.dim() - 1 + event_dim - each.dim()
+        each = each.reshape(*(1,) * missing, *each.shape)
+        chosen = self.chosen.reshape(*self.chosen.shape, *(1,) * event_dim)
+        return torch.where(chosen, each, torch.zeros_like(each)).sum(1)
+
+    def scores(self, found: Scores) -> Scores:
+        """What the chosen score in the guide, whose gradient stays, and in the model."""
+        each = ({n: self.of(v) for n, v in part.items()} for part in (found.model, found.guide))
+        return Scores(found.where, *each)
+
+    def trace(self, trace: Trace) -> Trace:
+        """A guide's trace with the chosen latents."""
+        return with_values(trace, lambda site: self.of(site["value"], site["fn"].event_dim))
+
+
 def weigh(
-    pair: Pair, guide_trace: Trace, args: tuple, particles: int | None, seen: Trace | None = None
+    pair: Pair,
+    guide_trace: Trace,
+    args: tuple,
+    particles: int | None,
+    seen: Trace | None = None,
+    *,
+    forward: bool = False,
 ) -> Scores:
-    """Score a guide's particles and the model on them, or on what it has ``seen`` of them."""
+    """Score a guide's particles and the model on them, or on what it has ``seen`` of them.
+
+    With ``forward`` the model has no gradient.
+    """
     # Before the model runs: gradients add up in the order of the graph, another rounds otherwise.
     log_q = log_probs(guide_trace)
-    model_trace = pair.replay_model(seen or guide_trace, *args, particles=particles, sums=True)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not forward):
+        model_trace = pair.replay_model(seen or guide_trace, *args, particles=particles, sums=True)
+        log_p = log_probs(model_trace)
     where = cells((model_trace, guide_trace), pair.known)
-    log_p = log_probs(model_trace)
     model, guide = ({n: where.fold(v) for n, v in each.items()} for each in (log_p, log_q))
     return Scores(where, model, guide)
 
@@ -190,7 +250,7 @@ def is_hierarchical(pair: Pair, args: tuple) -> bool:
 
 def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
     """Check that the guide's density can be evaluated at latents that it did not just draw."""
-    dropouts = (m for m in pair.modules if isinstance(m, nn.modules.dropout._DropoutNd))
+    dropouts = (m for m in pair.modules if isinstance(m, _DropoutNd))
     if hierarchical and any(module.p > 0 for module in dropouts):
         raise InputError(
             "The guide's latents depend on each other, so it is run twice, and dropout would draw "
@@ -205,6 +265,20 @@ def check_density(pair: Pair, args: tuple, hierarchical: bool) -> None:
                 f"is evaluated again: the inverse of its flow is not exact. Train in float64, or "
                 f"with an objective that takes plain gradients."
             )
+
+
+def check_run_again(pair: Pair, guide_trace: Trace, args: tuple) -> None:
+    """Check that the model is the same function of its latents when it is run again on some."""
+    modules = [module for root in pair.owned[0] for module in root.modules()]
+    for kind, about in ((_DropoutNd, "dropout"), (_BatchNorm, "batch normalization")):
+        if any(isinstance(m, kind) and getattr(m, "p", 1.0) > 0 for m in modules):
+            raise InputError(f"{RUN_AGAIN} its {about} would differ: leave it out, or backward.")
+    runs = [pair.replay_model(guide_trace, *args) for _ in range(2)]
+    first, again = ([*log_probs(run).values()] for run in runs)
+    if not all(
+        torch.allclose(*each, rtol=1e-3, equal_nan=True) for each in zip(first, again, strict=True)
+    ):
+        raise InputError(f"{RUN_AGAIN} it draws noise of its own: leave that out, or backward.")
 
 
 def _log_prob(site: Site, value: Tensor) -> Tensor:

@@ -37,11 +37,22 @@ def test_a_row_has_every_number_of_its_table(rows):
     # Both begin with an epoch of another row.
     assert [row["steps"] for row in found.values()] == [39, 39]
     assert [row["begins with"] for row in found.values()] == ["vae", "gated-vae"]
+    assert [row["particles with a gradient"] for row in found.values()] == [3, 1]
     for row in found.values():
         assert row["NLL"] == row["curve"]["NLL"][-1] < row["curve"]["NLL"][0]
         assert -row["ELBO"] == pytest.approx(row["rate"] + row["distortion"], rel=1e-4)
         assert row["curve of training"]["epoch"] == [1, 2]
         assert {"annealed NLL", "bidirectional gap", "amortization gap", "active units"} <= set(row)
+
+
+def test_a_row_without_another_begins_with_itself(rows, tmp_path):
+    found = rows("--only", "gated-vae", "--before", "1")["gated-vae/0"]
+    assert (found["begins with"], found["epochs before"], found["steps"]) == ("gated-vae", 1, 39)
+    first, then = (
+        Run(tmp_path / "runs" / f"gated-vae-split-{epochs}-0").load_checkpoint()["history"]
+        for epochs in ("1", "1+2")
+    )
+    assert then[-1]["train_loss"] < first[-1]["train_loss"]
 
 
 def test_a_stopped_row_goes_on_where_it_was(rows, monkeypatch, tmp_path):
