@@ -60,9 +60,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=names, help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="instead of the row's own")
-    parser.add_argument(
-        "--before", type=int, help="epochs of what it begins with, maybe of its own"
-    )
+    parser.add_argument("--before", type=int, nargs="*", help="epochs of what it begins with")
     parser.add_argument("--all", action="store_true", help="train on 60,000 images, 50,000 if not")
     parser.add_argument("--test", type=int, help="so many test images, all if not given")
     parser.add_argument("--samples", type=int, default=5000, help="of log p(x)")
@@ -98,9 +96,9 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "data": f"{made.data.name}, {len(made.data.train)} to train on",
         "seed": options.seed,
         "begins with": (row.begins or row.name) if row.before else None,
-        "epochs before": row.before,
+        "epochs before": list(row.before),
         "epochs": row.epochs,
-        "steps": (row.before + row.epochs) * steps,
+        "steps": (sum(row.before) + row.epochs) * steps,
         "parameters": _parameters(made.model, made.guide),
         "hours": _spent(row, folder, options, "clock") / 3600,
         "CPU hours": _spent(row, folder, options, "cpu") / 3600,
@@ -162,7 +160,7 @@ def begin(made: Experiment, x: Tensor, row: Row, options: argparse.Namespace) ->
     found, _ = train(other, _folder(other, options), options)
     made.guide.load_state_dict(found.guide.state_dict())
     made.model.decoder.load_state_dict(found.model.decoder.state_dict())
-    if row.model == "vamp_prior":
+    if row.model != other.model:
         # Pseudo-inputs start at images, as in the paper's code.
         made.model.pseudo = x[: len(made.model.pseudo)].clamp(0.01, 0.99)
     else:
@@ -295,20 +293,24 @@ def _settings(row: Row) -> dict[str, Any]:
 
 def _warm_up(row: Row) -> int:
     """Epochs in which the weight of the KL rises, at most a quarter, none of a row's going on."""
-    return 0 if row.before and not row.begins else min(row.warm_up, row.epochs // 4)
+    begun = len(row.before) > bool(row.begins)
+    return 0 if begun else min(row.warm_up, row.epochs // 4)
 
 
 def _folder(row: Row, options: argparse.Namespace) -> Run:
-    epochs = f"{row.before}+{row.epochs}" if row.before else f"{row.epochs}"
+    epochs = "+".join(map(str, [*row.before, row.epochs]))
     split = "all" if options.all else "split"
     return Run(options.runs / f"{row.name}-{split}-{epochs}-{options.seed}")
 
 
 def _begun(row: Row, options: argparse.Namespace) -> Row:
-    """The row that another begins with, itself if no other, for the epochs that are asked for."""
-    other = next(each for each in ROWS if each.name == (row.begins or row.name))
+    """What a row begins with: itself after fewer epochs, or another row."""
+    *first, last = row.before
+    if first or not row.begins:
+        return replace(row, epochs=last, before=tuple(first))
+    other = next(each for each in ROWS if each.name == row.begins)
     other = _small(other) if options.small else other
-    return replace(other, epochs=row.before, before=0)
+    return replace(other, epochs=last, before=())
 
 
 def _spent(row: Row, folder: Run, options: argparse.Namespace, what: str) -> float:
@@ -361,7 +363,7 @@ def _asked(name: str, options: argparse.Namespace) -> Row:
     row = _small(row) if options.small else row
     epochs = options.epochs or row.epochs
     return replace(
-        row, epochs=epochs, before=row.before if options.before is None else options.before
+        row, epochs=epochs, before=row.before if options.before is None else tuple(options.before)
     )
 
 
@@ -376,7 +378,7 @@ def _small(row: Row) -> Row:
     options = {name: narrow(value) for name, value in row.options.items()}
     backward = row.backward and min(row.backward, 2)
     return replace(row, options=options, particles=min(row.particles, 3), backward=backward,
-                   epochs=2, before=min(row.before, 1))  # fmt: skip
+                   epochs=2, before=tuple(min(each, 1) for each in row.before))  # fmt: skip
 
 
 if __name__ == "__main__":

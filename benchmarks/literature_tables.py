@@ -81,14 +81,14 @@ def _reached(run: dict[str, Any] | None) -> list[str]:
     if run is None:
         return ["not trained", *["–"] * 6]
     # Epochs of the row whose networks this one begins with, if it does.
-    before = run.get("epochs before", 0)
+    epochs = [*run.get("epochs before", []), run["epochs"]]
     return [
         f"≤ {run['NLL']:.2f} ± {run['±']:.3f} ± {run['± over data']:.2f}{_of(run)}",
         f"{run['ELBO']:.2f}",
         f"{run['annealed NLL'] - run['NLL of these images']:+.2f} ± {run['annealed ±']:.3f}",
         f"{run['bidirectional gap']:.2f} ± {run['bidirectional gap ±']:.2f}",
         f"{run['k-hat > 0.7']:.0%}",
-        f"{before} + {run['epochs']}" if before else f"{run['epochs']}",
+        " + ".join(map(str, epochs)),
         f"{run['CPU hours']:.2f}",
     ]
 

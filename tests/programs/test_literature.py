@@ -57,11 +57,28 @@ def test_a_row_without_another_begins_with_itself(rows, monkeypatch):
 
     monkeypatch.setattr(literature, "train_run", train)
     found = rows("--only", "gated-vae", "--before", "1")["gated-vae/0"]
-    assert (found["begins with"], found["epochs before"], found["steps"]) == ("gated-vae", 1, 39)
+    assert (found["begins with"], found["epochs before"], found["steps"]) == ("gated-vae", [1], 39)
     (start, first), (again, last) = trained
     assert not torch.equal(start, first)
     assert torch.equal(again, first)
     assert not torch.equal(again, last)
+
+
+def test_a_row_that_began_with_another_goes_on_from_itself(rows, tmp_path, monkeypatch):
+    begun, kept = [], literature.begin
+
+    def begin(made, x, row, options):
+        kept(made, x, row, options)
+        begun.append((row.before, {n: v.clone() for n, v in made.model.state_dict().items()}))
+
+    monkeypatch.setattr(literature, "begin", begin)
+    found = rows("--only", "gated-vamp", "--before", "1", "1", "--epochs", "1")["gated-vamp/0"]
+    assert (found["epochs before"], found["steps"]) == ([1, 1], 39)
+    assert [before for before, _ in begun] == [(1,), (1, 1)]
+    folder = Run(tmp_path / "runs" / "gated-vamp-split-1+1-0")
+    weights = folder.load_weights()
+    for name, value in begun[1][1].items():
+        torch.testing.assert_close(weights[f"model.{name}"], value, msg=name)
 
 
 def test_a_stopped_row_goes_on_where_it_was(rows, monkeypatch, tmp_path):
