@@ -273,7 +273,7 @@ def check_run_again(pair: Pair, guide_trace: Trace, args: tuple) -> None:
     for kind, about in ((_DropoutNd, "dropout"), (_BatchNorm, "batch normalization")):
         if any(isinstance(m, kind) and getattr(m, "p", 1.0) > 0 for m in modules):
             raise InputError(f"{RUN_AGAIN} its {about} would differ: leave it out, or backward.")
-    runs = [pair.replay_model(guide_trace, *args) for _ in range(2)]
+    runs = [pair.replay_model(guide_trace, *args, sums=True) for _ in range(2)]
     first, again = ([*log_probs(run).values()] for run in runs)
     if not all(
         torch.allclose(*each, rtol=1e-3, equal_nan=True) for each in zip(first, again, strict=True)

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 from test_objectives import gradients, linear, value
 from test_objectives_discrete import Small
 from test_objectives_gradients import Chain
@@ -41,6 +42,8 @@ def one(kind):
         return (model, guide), x[:1]
     if kind == "cells":
         return programs(Grid(top=True), torch.tensor([[0.3, -1.0, 0.8]], dtype=torch.float64))
+    if kind == "summed":
+        return programs(Summed(), torch.tensor([0.4], dtype=torch.float64))
     if kind == "discrete":
         return programs(Small(mixed=True), torch.ones(1, dtype=torch.float64))
     chain = Chain(kind)
@@ -49,7 +52,26 @@ def one(kind):
     return programs(chain, torch.tensor([0.7], dtype=torch.float64))
 
 
-PROBLEMS = [(k, kind) for k in ("linear", "up", "down", "cells") for kind in KINDS]
+class Summed(nn.Module):
+    """A switch that the model alone has and sums over, beside a latent of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64))
+
+    @config_enumerate
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            y = pyro.sample("y", dist.Categorical(logits=self.table))
+            pyro.sample("x", dist.Normal(z + self.table[y], 0.5), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.table[1] * x, 0.8))
+
+
+PROBLEMS = [(k, kind) for k in ("linear", "up", "down", "cells", "summed") for kind in KINDS]
 PROBLEMS += [("discrete", kind) for kind in ("iwae", "miwae")]
 
 
@@ -173,6 +195,12 @@ def test_a_model_that_is_another_when_run_again_is_refused(model, words):
     objective = make_objective("iwae", particles=3, backward=1)
     with pytest.raises(ValueError, match=words):
         estimate(objective, Pair(model(), guide), X)
+
+
+def test_a_switch_that_is_summed_over_is_no_noise():
+    pair, x = Summed(), torch.linspace(-2, 2, 40, dtype=torch.float64)
+    objective = make_objective("iwae", particles=3, backward=1)
+    assert estimate(objective, Pair(pair.model, pair.guide), x).loss.isfinite()
 
 
 def test_dropout_of_no_share_is_none():
