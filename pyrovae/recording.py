@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pyrovae import reporting
 from pyrovae._tools import InputError, require_same
 from pyrovae._tools.files import plain_json
 from pyrovae.data import Dataset
+from pyrovae.objectives.base import Objective
 from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -53,21 +54,40 @@ def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
         )
     if not run.exists():
         run.require_new()
-    made: list[Experiment[Config]] = []
-
-    def after_epoch(result: Fit) -> None:
-        if not made:
-            made.append(_experiment(result, run))
-        _write(run, made[0], result)
-
     with run.training() if join().first else nullcontext():
         calls = callbacks(asked["on_epoch"])
-        # Once more after the caller's, which may change the rate or the weights to go on with.
-        calls = [after_epoch, *calls, *([after_epoch] if calls else [])]
+        kept = _Checkpoints(run, twice=bool(calls))
+        calls = [kept, *calls, *([kept.behind] if calls else [])]
         result = fit(**asked | {"out": None, "on_epoch": calls})
-        if made:
-            _finish(run, made[0], result)
+        if kept.made:
+            _finish(run, kept.made, result)
     return result
+
+
+class _Checkpoints(AbstractContextManager):
+    """Writes a run after each epoch; ``twice`` where callbacks stand between this and behind.
+
+    These may change the rate or the weights to go on with, also where the next of them raises.
+    """
+
+    def __init__(self, run: Run, twice: bool) -> None:
+        self.run, self.twice = run, twice
+        self.made: Experiment[Config] | None = None
+        self.between: Fit | None = None
+
+    def __call__(self, result: Fit) -> None:
+        self.made = self.made or _experiment(result, self.run)
+        _write(self.run, self.made, result)
+        self.between = result if self.twice else None
+
+    def behind(self, result: Fit) -> None:
+        assert self.made is not None
+        _write(self.run, self.made, result)
+        self.between = None
+
+    def __exit__(self, *raised: object) -> None:
+        if self.between is not None:
+            self.behind(self.between)
 
 
 def save(result: Fit, path: str | Path) -> Path:
@@ -123,6 +143,7 @@ def _experiment(result: Fit, run: Run) -> Experiment[Config]:
         device=str(result.svi.pair.device),
         seed=result.seed,
         objects=objects,
+        objective_settings=_settings(asked["objective"]),
         unrecovered=reason,
         command=_command(asked, [*names.values(), data.name]),
         versions=versions(),
@@ -181,6 +202,16 @@ def _continued(before: Config, now: Config) -> Config:
         free=free,
     )
     return now
+
+
+def _settings(objective: Any) -> dict[str, Any]:
+    """What an objective was made with, as far as it keeps that under the same names."""
+    if not isinstance(objective, Objective):
+        return {}
+    known = inspect.signature(type(objective)).parameters
+    kept = {name: vars(objective)[name] for name in known if name in vars(objective)}
+    plain = {n: v for n, v in kept.items() if isinstance(v, str | int | float)}
+    return {n: v for n, v in plain.items() if v != known[n].default}
 
 
 def _called(value: Any) -> str:

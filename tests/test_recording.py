@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 import pyrovae
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
+from pyrovae.objectives import make_objective
 from pyrovae.runs.programs import find_program
 from pyrovae.runs.recovered import recover
 
@@ -146,6 +147,37 @@ def test_a_checkpoint_has_what_a_callback_did_after_the_epoch(data):
     state = pyrovae.load("run", data=data.train[:64]).state
     ours, theirs = (each["optimizer"]["param_groups"] for each in (state, fit.state_dict()))
     assert ours[0]["lr"] == theirs[0]["lr"] == 0.01 / 4
+
+
+def test_a_checkpoint_has_what_a_callback_did_before_the_next_one_raised(data):
+    def halve(fit):
+        fit.svi.optimizer.param_groups[0]["lr"] /= 2
+
+    def stop(fit):
+        if len(fit.history) == 2 and stops:
+            raise stops.pop()
+
+    torch.manual_seed(0)
+    stops, x = [KeyboardInterrupt], data.train[:64]
+    with pytest.raises(KeyboardInterrupt):
+        train(*pair(data), x, epochs=4, out="run", on_epoch=[halve, stop])
+    state = pyrovae.load("run", data=x).state
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.01 / 4
+    torch.manual_seed(0)
+    again = train(*pair(data), x, epochs=4, out="run", state=state, on_epoch=[halve, stop])
+    torch.manual_seed(0)
+    whole = train(*pair(data), x, epochs=4, out="whole", on_epoch=[halve, stop])
+    for name, value in whole.svi.pair.state_dict().items():
+        assert torch.equal(again.svi.pair.state_dict()[name], value), name
+
+
+def test_a_run_says_what_its_objective_was_made_with(data, capsys):
+    for name, more in (("few", {"backward": 2}), ("all", {})):
+        objective = make_objective("iwae_dreg", particles=4, **more)
+        train(*pair(data), data, out=name, objective=objective)
+    settings = {"particles": 4, "gradient": "dreg"}
+    assert config(Path("few"))["objective_settings"] == settings | {"backward": 2}
+    assert config(Path("all"))["objective_settings"] == settings
 
 
 def test_a_pair_of_a_notebook_is_written_with_all_that_it_uses(data, notebook):

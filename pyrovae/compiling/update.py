@@ -88,11 +88,15 @@ class Update:
         if not (self._own or _is_torchs(optimizer)):
             raise _refused("it has no state of some parameters, or keeps it elsewhere")
         # One row a group: its numbers, as the record reads them; and what they were made from.
-        self._numbers = torch.zeros(len(groups), len(_numbers_of(groups[0])), device=device)
+        # In float32 a rate would be off by 1e-8 of itself, more than a weight's float64 rounds.
+        wide = any(leaf.dtype is torch.float64 for leaf in leaves)
+        kind = torch.float64 if wide else torch.float32
+        numbers = len(_numbers_of(groups[0]))
+        self._numbers = torch.zeros(len(groups), numbers, dtype=kind, device=device)
         self._made_from: list = []
         # One row a leaf, where its count of steps can be read: as :func:`_debiased` has it.
         counted = self._own and self._adam and device.type == "cpu"
-        self.counts = torch.zeros(len(leaves), 2) if counted else None
+        self.counts = torch.zeros(len(leaves), 2, dtype=kind) if counted else None
 
     @staticmethod
     def can_record(optimizer: Optimizer) -> bool:
@@ -138,7 +142,8 @@ class Update:
         groups = self.optimizer.param_groups
         now = [[group.get(name) for name in NUMBERS] for group in groups]
         if now != self._made_from or any(isinstance(group["lr"], Tensor) for group in groups):
-            self._numbers.copy_(torch.tensor([_numbers_of(group) for group in groups]))
+            now_numbers = [_numbers_of(group) for group in groups]
+            self._numbers.copy_(torch.tensor(now_numbers, dtype=self._numbers.dtype))
             self._made_from = now
         if self.counts is not None:
             self.counts.copy_(self.ahead(1)[0])

@@ -54,6 +54,13 @@ class Objective:
         self._facts: WeakKeyDictionary[Pair, Any] = WeakKeyDictionary()
         self._called: tuple = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is known of pairs stays behind: they are looked at again.
+        return {n: value for n, value in vars(self).items() if n not in ("_facts", "_called")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _facts=WeakKeyDictionary(), _called=())
+
     def prepare(self, pair: Pair, args: tuple, steps: int | None = None) -> None:
         """Look at a pair once, so that no step has to: the only place that reads values back.
 

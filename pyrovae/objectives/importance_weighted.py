@@ -19,7 +19,7 @@ from pyrovae.objectives.log_weights import (
     Through,
     check_cells,
     check_density,
-    check_run_again,
+    check_few,
     held_still,
     is_hierarchical,
     weigh,
@@ -108,11 +108,11 @@ class ImportanceWeighted(Objective):
         """Check the pair; the latents with a score, and whether the guide is to be run twice."""
         traces = pair.trace(*args)
         check_cells(traces, pair.known)
-        if self.backward:
-            check_run_again(pair, traces[1], args)
         latents = drawn(traces[1])
         scored = tuple(n for n, s in latents.items() if not is_identically_zero(_score(s)))
         if self.gradient == "plain":
+            if self.backward:
+                check_few(pair, args, self.draws, self.backward, twice=False)
             return scored, False
         for name in scored:
             raise InputError(
@@ -122,7 +122,9 @@ class ImportanceWeighted(Objective):
                 f"enumerate it with trace_enum_elbo."
             )
         hierarchical = is_hierarchical(pair, args)
-        check_density(pair, args, hierarchical)
+        check_density(pair, args)
+        if self.backward or hierarchical:
+            check_few(pair, args, self.draws, self.backward, hierarchical)
         return (), hierarchical
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:
@@ -167,13 +169,13 @@ class ImportanceWeighted(Objective):
         found = weigh(pair, guide_trace, args, self.draws, forward=True)
         weights, _, factor = self.weights(found.log_weights.detach())
         few = Few.in_proportion(weights, self.backward)
-        through = Through(few.trace(guide_trace))
+        through = Through(few.trace(pair, guide_trace))
         through.factor = few.of(factor)
         log_p = found.where.log_p(pair, through.trace, args, self.backward)
         if self.gradient == "plain":
             return found, (log_p - few.of(total(found.guide.values()))).mean(0)
         if twice:
-            still = held_still(pair, few.trace(guide_trace), args, self.backward, twice)
+            still = held_still(pair, few.trace(pair, guide_trace), args, self.backward, twice)
             path, others = few.scores(found).paths(still)
         else:
             still = held_still(pair, guide_trace, args, self.draws, twice)

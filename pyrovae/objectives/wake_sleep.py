@@ -60,7 +60,7 @@ class WakeSleep(Objective):
         """Check the scales and the guide's density, and find the sites to dream of."""
         traces = pair.trace(*args)
         check_cells(traces, pair.known)
-        check_density(pair, args, hierarchical=False)
+        check_density(pair, args)
         if self.insomnia == 1:
             return {}
         auxiliary = sorted(set(drawn(traces[1])) - set(pair.known.latents))

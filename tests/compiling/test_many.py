@@ -122,6 +122,20 @@ def test_what_a_callback_changes_is_seen_in_the_next_step(taken):
     assert max(taken) > 1
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_float64_weights_are_stepped_by_float64_numbers(optimizer):
+    weights = []
+    for how in (False, True):
+        torch.manual_seed(0)
+        pair = (kind(SHAPE, LATENT, HIDDEN).double() for kind in (Bernoulli, MeanField))
+        fit = pyrovae.fit(
+            *pair, X.double(), optimizer=optimizer, lr=0.01, epochs=3, batch_size=8, seed=0,
+            objective="trace_elbo", compile=how,
+        )  # fmt: skip
+        weights.append(torch.cat([p.flatten() for p in fit.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-13)
+
+
 class Tempered(BetaELBO):
     """An objective whose factor is a number that Python reads."""
 

@@ -1,5 +1,7 @@
 """A gradient through a few of many samples: its mean over every choice, exactly, and the choice."""
 
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,10 +12,12 @@ from test_objectives_discrete import Small
 from test_objectives_gradients import Chain
 from test_objectives_plates import Grid
 from torch import nn
+from torch.nn import functional
 from zoo import ZOO
 
 import pyrovae
 from pairs import LATENT, PAIRS, SHAPE, binary
+from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.objectives import estimate, make_objective
 from pyrovae.objectives.log_weights import Few, weigh
@@ -44,6 +48,9 @@ def one(kind):
         return programs(Grid(top=True), torch.tensor([[0.3, -1.0, 0.8]], dtype=torch.float64))
     if kind == "summed":
         return programs(Summed(), torch.tensor([0.4], dtype=torch.float64))
+    if kind == "folded":
+        torch.manual_seed(0)
+        return programs(Halves(), torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 0.0]]).double())
     if kind == "discrete":
         return programs(Small(mixed=True), torch.ones(1, dtype=torch.float64))
     chain = Chain(kind)
@@ -71,7 +78,28 @@ class Summed(nn.Module):
             pyro.sample("z", dist.Normal(self.table[1] * x, 0.8))
 
 
-PROBLEMS = [(k, kind) for k in ("linear", "up", "down", "cells", "summed") for kind in KINDS]
+class Halves(nn.Module):
+    """A model that counts its dimensions from the left, and takes particles as rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.encoder = nn.Linear(4, 6).double(), nn.Linear(6, 8).double()
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(4), 1.0).to_event(1))
+            logits = self.decoder(torch.cat([z[:, :2], z[:, 2:].tanh()], 1))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+PROBLEMS = [
+    (k, kind) for k in ("linear", "up", "down", "cells", "summed", "folded") for kind in KINDS
+]
 PROBLEMS += [("discrete", kind) for kind in ("iwae", "miwae")]
 
 
@@ -109,7 +137,7 @@ def over_choices(pair, args, options, monkeypatch):
         for name, term in whole.terms.items():
             torch.testing.assert_close(found.terms[name], term)
         for name in mean:
-            mean[name] = mean[name] + weight[0] * slope[name]
+            mean[name] = mean[name] + weight[-1] * slope[name]
     return expected, mean
 
 
@@ -167,34 +195,109 @@ def test_bounds_and_losses_are_those_of_all_samples(name, make):
     torch.testing.assert_close(one.loss, other.loss)
 
 
-class Noisy(Bernoulli):
+@pytest.mark.parametrize("n", [1, 8])
+def test_what_folds_its_particles_trains(n):
+    pyro.set_rng_seed(0)
+    pair, x = Halves(), torch.bernoulli(torch.full((n, 6), 0.4)).double()
+    one, other = (
+        gradients(make_objective("iwae_dreg", particles=5, **more), (pair.model, pair.guide), x)[0]
+        for more in ({}, {"backward": 2})
+    )
+    torch.testing.assert_close(one.loss, other.loss)
+
+
+class Between(Bernoulli):
+    """A model with something between its decoder's layers, noise in training for example."""
+
+    def __init__(self, between):
+        super().__init__(SHAPE, LATENT, (8,))
+        self.between = between
+
     def forward(self, x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
-            logits = self.decoder(z) + torch.randn(())
-            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+            z = self.between(z, self.training)
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(3), obs=x)
 
 
-class Dropped(Bernoulli):
-    def __init__(self, layer):
-        super().__init__(SHAPE, LATENT, (8,))
-        self.decoder = nn.Sequential(layer, self.decoder)
+def of(module):
+    return lambda z, training: module.train(training)(z)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (lambda: Noisy(SHAPE, LATENT, (8,)), "draws noise of its own"),
-        (lambda: Dropped(nn.Dropout(0.2)), "its dropout"),
-        (lambda: Dropped(nn.LazyBatchNorm1d()), "its batch normalization"),
-    ],
-    ids=["noise", "dropout", "batch_norm"],
-)
-def test_a_model_that_is_another_when_run_again_is_refused(model, words):
+NOISES = {
+    "noise": lambda z, training: z + torch.randn(()),
+    "training noise": lambda z, training: z + torch.randn_like(z) if training else z,
+    "functional dropout": lambda z, training: functional.dropout(z, 0.5, training),
+    "dropout": of(nn.Dropout(0.2)),
+    "rrelu": of(nn.RReLU(0.0, 1.0)),
+    "batch norm": lambda z, training: functional.batch_norm(
+        z.flatten(0, -2), None, None, training=True
+    ).reshape(z.shape),
+}
+
+
+@pytest.mark.parametrize("gradient", ["plain", "dreg"])
+@pytest.mark.parametrize("between", NOISES.values(), ids=NOISES)
+def test_a_model_that_is_another_when_run_again_is_refused(between, gradient):
     guide = PAIRS["shipped_bernoulli"]()[1]
+    objective = make_objective("iwae", particles=3, backward=1, gradient=gradient)
+    with pytest.raises(ValueError, match="ln p of the same samples differs by"):
+        estimate(objective, Pair(Between(between), guide), X)
+
+
+class Above(MeanField):
+    """A guide whose second latent is drawn from the first, behind something."""
+
+    def __init__(self, between):
+        super().__init__(SHAPE, LATENT, (8,))
+        self.between, self.last = between, nn.Linear(LATENT, LATENT)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).unbind(-2)
+            z = pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            loc = self.last(self.between(z, self.training))
+            pyro.sample("y", dist.Normal(loc, 1.0).to_event(1))
+
+
+class Below(Bernoulli):
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(self.zero, 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(self.zero, 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(3), obs=x)
+
+
+@pytest.mark.parametrize("backward", [None, 1])
+@pytest.mark.parametrize("between", NOISES.values(), ids=NOISES)
+def test_a_guide_that_is_another_when_run_again_is_refused(between, backward):
+    pair = Pair(Below(SHAPE, LATENT, (8,)), Above(between))
+    with pytest.raises(ValueError, match="ln q of the same samples differs by"):
+        estimate(make_objective("iwae_dreg", particles=3, backward=backward), pair, X)
+    # Of plain gradients the guide runs once.
+    assert estimate(make_objective("iwae", particles=3, backward=backward), pair, X).loss.isfinite()
+
+
+def test_buffers_are_what_they_were():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("runs", torch.zeros(()))
+
+        def forward(self, z, training):
+            self.runs += 1
+            return z
+
+    between = Counting()
+    pair = Pair(Between(between), PAIRS["shipped_bernoulli"]()[1])
     objective = make_objective("iwae", particles=3, backward=1)
-    with pytest.raises(ValueError, match=words):
-        estimate(objective, Pair(model(), guide), X)
+    objective.prepare(pair, (X,))
+    runs = between.runs.item()
+    objective.prepare(pair, (X,))
+    # As many as another objective's look: what the check runs in training mode is undone.
+    before = between.runs.item()
+    make_objective("iwae", particles=3).prepare(pair, (X,))
+    assert before - runs == between.runs.item() - before
 
 
 def test_a_switch_that_is_summed_over_is_no_noise():
@@ -204,9 +307,8 @@ def test_a_switch_that_is_summed_over_is_no_noise():
 
 
 def test_dropout_of_no_share_is_none():
-    guide = PAIRS["shipped_bernoulli"]()[1]
-    objective = make_objective("iwae", particles=3, backward=1)
-    assert estimate(objective, Pair(Dropped(nn.Dropout(0.0)), guide), X).loss.isfinite()
+    pair = Pair(Between(of(nn.Dropout(0.0))), PAIRS["shipped_bernoulli"]()[1])
+    assert estimate(make_objective("iwae", particles=3, backward=1), pair, X).loss.isfinite()
 
 
 @pytest.mark.parametrize("backward", [0, 6, 7, -1, 1.0, True, "2"])
@@ -233,3 +335,11 @@ def test_the_model_has_no_gradient_from_all_samples():
     found = weigh(parameters, guide_trace, (X,), 4, forward=True)
     assert not found.log_p.requires_grad
     assert all(log_q.requires_grad for log_q in found.guide.values())
+
+
+def test_an_objective_is_pickled_without_the_pairs_that_it_knows():
+    pair, objective = PAIRS["two_latents"](), make_objective("iwae_dreg", particles=4, backward=2)
+    first = gradients(objective, pair, X)[0]
+    again = pickle.loads(pickle.dumps(objective))
+    assert (again.particles, again.gradient, again.backward) == (4, "dreg", 2)
+    torch.testing.assert_close(gradients(again, pair, X)[0].loss, first.loss)
