@@ -89,8 +89,7 @@ class Update:
             raise _refused("it has no state of some parameters, or keeps it elsewhere")
         # One row a group: its numbers, as the record reads them; and what they were made from.
         # In float32 a rate would be off by 1e-8 of itself, more than a weight's float64 rounds.
-        wide = any(leaf.dtype is torch.float64 for leaf in leaves)
-        kind = torch.float64 if wide else torch.float32
+        kind = torch.float64 if any(p.dtype is torch.float64 for p in leaves) else torch.float32
         numbers = len(_numbers_of(groups[0]))
         self._numbers = torch.zeros(len(groups), numbers, dtype=kind, device=device)
         self._made_from: list = []
@@ -142,8 +141,7 @@ class Update:
         groups = self.optimizer.param_groups
         now = [[group.get(name) for name in NUMBERS] for group in groups]
         if now != self._made_from or any(isinstance(group["lr"], Tensor) for group in groups):
-            now_numbers = [_numbers_of(group) for group in groups]
-            self._numbers.copy_(torch.tensor(now_numbers, dtype=self._numbers.dtype))
+            self._numbers.copy_(torch.tensor([*map(_numbers_of, groups)], dtype=torch.float64))
             self._made_from = now
         if self.counts is not None:
             self.counts.copy_(self.ahead(1)[0])

@@ -169,18 +169,20 @@ class ImportanceWeighted(Objective):
         found = weigh(pair, guide_trace, args, self.draws, forward=True)
         weights, _, factor = self.weights(found.log_weights.detach())
         few = Few.in_proportion(weights, self.backward)
-        through = Through(few.trace(pair, guide_trace))
-        through.factor = few.of(factor)
-        log_p = found.where.log_p(pair, through.trace, args, self.backward)
+        seen, factor = few.trace(pair, guide_trace), few.of(factor)
+        through = Through(seen) if self.gradient == "dreg" else None
+        if through is not None:
+            through.factor = factor
+        log_p = found.where.log_p(pair, through.trace if through else seen, args, self.backward)
         if self.gradient == "plain":
             return found, (log_p - few.of(total(found.guide.values()))).mean(0)
         if twice:
-            still = held_still(pair, few.trace(pair, guide_trace), args, self.backward, twice)
-            path, others = few.scores(found).paths(still)
+            still = held_still(pair, seen, args, self.backward, twice)
+            path, others = few.guide(found).paths(still)
         else:
             still = held_still(pair, guide_trace, args, self.draws, twice)
             path, others = map(few.of, found.paths(still))
-        return found, (log_p - others - through.factor * path).mean(0)
+        return found, (log_p - others - factor * path).mean(0)
 
     def bound(self, log_weights: Tensor) -> Tensor:
         """The bound of each cell, ``[*cells]``, from its log-weights ``[M K, *cells]``."""

@@ -146,10 +146,9 @@ class Few(NamedTuple):
         chosen = self.chosen.reshape(*self.chosen.shape, *(1,) * event_dim)
         return torch.where(chosen, each, torch.zeros_like(each)).sum(1)
 
-    def scores(self, found: Scores) -> Scores:
-        """What the chosen score in the guide, whose gradient stays, and in the model."""
-        each = ({n: self.of(v) for n, v in part.items()} for part in (found.model, found.guide))
-        return Scores(found.where, *each)
+    def guide(self, found: Scores) -> Scores:
+        """What the chosen score in the guide alone, whose gradient stays."""
+        return Scores(found.where, {}, {name: self.of(v) for name, v in found.guide.items()})
 
     def trace(self, pair: Pair, trace: Trace) -> Trace:
         """A guide's trace with the chosen latents."""
@@ -283,9 +282,10 @@ def check_few(
     ``number`` of them are what the model is run again on, None that it is not; ``twice`` says
     that the guide is.
     """
-    rows = len(args[0])
-    # Batch normalization takes no single row in training.
-    with pair.mode(training=rows > 1), torch.no_grad(), _same_buffers(pair) as again:
+    if len(args[0]) == 1:
+        # Batch normalization takes no single row in training.
+        args = tuple(torch.cat([each, each]) for each in args)
+    with pair.mode(training=True), torch.no_grad(), _same_buffers(pair) as again:
         guide_trace = pair.trace_guide(*args, particles=particles)
         found = weigh(pair, guide_trace, args, particles)
         seen, size, few = guide_trace, particles, None

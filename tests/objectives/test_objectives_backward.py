@@ -269,13 +269,36 @@ class Below(Bernoulli):
 
 
 @pytest.mark.parametrize("backward", [None, 1])
-@pytest.mark.parametrize("between", NOISES.values(), ids=NOISES)
-def test_a_guide_that_is_another_when_run_again_is_refused(between, backward):
-    pair = Pair(Below(SHAPE, LATENT, (8,)), Above(between))
+@pytest.mark.parametrize(
+    ("between", "n"),
+    [(NOISES[name], n) for name in NOISES for n in (1, 12) if (name, n) != ("batch norm", 1)],
+)
+def test_a_guide_that_is_another_when_run_again_is_refused(between, backward, n):
+    pair, x = Pair(Below(SHAPE, LATENT, (8,)), Above(between)), binary(n)
     with pytest.raises(ValueError, match="ln q of the same samples differs by"):
-        estimate(make_objective("iwae_dreg", particles=3, backward=backward), pair, X)
+        estimate(make_objective("iwae_dreg", particles=3, backward=backward), pair, x)
     # Of plain gradients the guide runs once.
-    assert estimate(make_objective("iwae", particles=3, backward=backward), pair, X).loss.isfinite()
+    assert estimate(make_objective("iwae", particles=3, backward=backward), pair, x).loss.isfinite()
+
+
+class Normalizing(MeanField):
+    """A guide that normalizes what it reads by the batch, which takes no single row in training."""
+
+    def __init__(self):
+        super().__init__(SHAPE, LATENT, (8,))
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        super().forward(self.norm(x.flatten(1)).reshape(x.shape))
+
+
+@pytest.mark.parametrize("n", [1, 12])
+def test_batch_normalization_of_what_a_guide_reads_is_no_noise(n):
+    guide, x = Normalizing(), binary(n)
+    with Pair(None, guide).mode(training=n > 1):
+        pair = Pair(Bernoulli(SHAPE, LATENT, (8,)), guide)
+        objective = make_objective("iwae_dreg", particles=3, backward=1)
+        assert estimate(objective, pair, x).loss.isfinite()
 
 
 def test_buffers_are_what_they_were():
