@@ -60,7 +60,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", metavar="ROW", choices=names, help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="instead of the row's own")
-    parser.add_argument("--before", type=int, nargs="*", help="epochs of what it begins with")
+    parser.add_argument("--before", nargs="*", metavar="EPOCHS", help="of what it begins with, as "
+                        "800 or, in two cosines, 800,1200; then of its own")  # fmt: skip
     parser.add_argument("--all", action="store_true", help="train on 60,000 images, 50,000 if not")
     parser.add_argument("--test", type=int, help="so many test images, all if not given")
     parser.add_argument("--samples", type=int, default=5000, help="of log p(x)")
@@ -96,9 +97,9 @@ def run(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "data": f"{made.data.name}, {len(made.data.train)} to train on",
         "seed": options.seed,
         "begins with": (row.begins or row.name) if row.before else None,
-        "epochs before": list(row.before),
+        "epochs before": _numbers(row.before),
         "epochs": row.epochs,
-        "steps": (sum(row.before) + row.epochs) * steps,
+        "steps": (sum(_numbers(row.before)) + row.epochs) * steps,
         "parameters": _parameters(made.model, made.guide),
         "hours": _spent(row, folder, options, "clock") / 3600,
         "CPU hours": _spent(row, folder, options, "cpu") / 3600,
@@ -305,12 +306,17 @@ def _folder(row: Row, options: argparse.Namespace) -> Run:
 
 def _begun(row: Row, options: argparse.Namespace) -> Row:
     """What a row begins with: itself after fewer epochs, or another row."""
-    *first, last = row.before
-    if first or not row.begins:
-        return replace(row, epochs=last, before=tuple(first))
-    other = next(each for each in ROWS if each.name == row.begins)
-    other = _small(other) if options.small else other
-    return replace(other, epochs=last, before=())
+    if len(row.before) == 1 and row.begins:
+        other = next(each for each in ROWS if each.name == row.begins)
+        other = _small(other) if options.small else other
+        *first, last = row.before[0].split(",")
+    else:
+        other, (*first, last) = row, row.before
+    return replace(other, epochs=int(last), before=tuple(first))
+
+
+def _numbers(before: Iterable[str]) -> list[int]:
+    return [int(epochs) for each in before for epochs in each.split(",")]
 
 
 def _spent(row: Row, folder: Run, options: argparse.Namespace, what: str) -> float:
@@ -361,10 +367,8 @@ def _asked(name: str, options: argparse.Namespace) -> Row:
     """A row for the epochs that are asked for."""
     row = next(row for row in ROWS if row.name == name)
     row = _small(row) if options.small else row
-    epochs = options.epochs or row.epochs
-    return replace(
-        row, epochs=epochs, before=row.before if options.before is None else tuple(options.before)
-    )
+    before = row.before if options.before is None else tuple(options.before)
+    return replace(row, epochs=options.epochs or row.epochs, before=before)
 
 
 def _small(row: Row) -> Row:
@@ -378,7 +382,7 @@ def _small(row: Row) -> Row:
     options = {name: narrow(value) for name, value in row.options.items()}
     backward = row.backward and min(row.backward, 2)
     return replace(row, options=options, particles=min(row.particles, 3), backward=backward,
-                   epochs=2, before=tuple(min(each, 1) for each in row.before))  # fmt: skip
+                   epochs=2, before=("1",) * len(row.before))  # fmt: skip
 
 
 if __name__ == "__main__":

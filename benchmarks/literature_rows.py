@@ -15,8 +15,9 @@ class Row:
     ``options`` are settings of both programs or of one (``model.components``), ``warm_up`` the
     epochs in which the weight of the KL rises, and ``best`` what a reimplementation has reached. Of
     many ``particles`` the gradient may go through a few alone (``backward``). A row takes the
-    networks of the one that it ``begins`` with, trained for the first number of epochs of
-    ``before``; what more numbers there are, all without ``begins``, are epochs of its own.
+    networks of the one that it ``begins`` with, trained for the first epochs of ``before``, as
+    ``800`` or, in two cosines of the rate, ``800,1200``; the others are of its own, as are all
+    without ``begins``.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Row:
     epochs: int = 1000
     lr: float = 1e-3
     begins: str = ""
-    before: tuple[int, ...] = ()
+    before: tuple[str, ...] = ()
 
 
 IWAE = "[1509.00519](https://arxiv.org/abs/1509.00519)"
@@ -61,17 +62,17 @@ def _gated(name: str, title: str, **more: Any) -> Row:
 ROWS = (
     Row("vae", "784-200-200-50, VAE", 86.76, IWAE, 86.35, 86.1, options=ONE_LAYER),
     Row("iwae-5", "784-200-200-50, IWAE-5", 85.54, IWAE, 85.18, 85.0, options=ONE_LAYER,
-        begins="vae", before=(1000,), epochs=200, **_importance(5)),
+        begins="vae", before=("1000",), epochs=200, **_importance(5)),
     Row("iwae-50", "784-200-200-50, IWAE-50", 84.78, IWAE, 84.32, 84.3, options=ONE_LAYER,
-        begins="vae", before=(1000,), epochs=100, **_importance(50, backward=5)),
+        begins="vae", before=("1000",), epochs=100, **_importance(50, backward=5)),
     Row("two-layer-vae", "two layers (100, 50), VAE", 85.33, IWAE, 84.83, 84.5, **TWO_LAYER,
         objective="warm_up_elbo", warm_up=100, epochs=800),
     Row("two-layer-iwae-50", "two layers (100, 50), IWAE-50", 82.90, IWAE, 82.82, 82.5, **TWO_LAYER,
-        begins="two-layer-vae", before=(800,), epochs=80, **_importance(50, backward=5)),
+        begins="two-layer-vae", before=("800",), epochs=80, **_importance(50, backward=5)),
     _gated("gated-vae", "gated 300-300, z = 40, VAE", published=84.45, source=EXEMPLAR, best=84.45,
            aim=84.2, objective="warm_up_elbo"),
     _gated("gated-vamp", "the same, VampPrior K = 500", published=82.43, source=EXEMPLAR,
-           best=82.29, aim=82.1, begins="gated-vae", before=(1000,), epochs=200, warm_up=0,
+           best=82.29, aim=82.1, begins="gated-vae", before=("1000",), epochs=200, warm_up=0,
            objective="trace_elbo", model="vamp_prior",
            options=GATED | {"model.components": 500}),
     _gated("gated-flow-prior", "the same, flow prior", published=80.43, source=FLOWS, best=None,

@@ -130,7 +130,7 @@ def require_same(
     Raises:
         InputError: Naming the first entry that differs.
     """
-    old, new = flat(before), flat(now)
+    old, new = ({k: v for k, v in flat(each).items() if v != {}} for each in (before, now))
     for key in sorted(old.keys() | new.keys()):
         if any(f"{key}.".startswith(f"{each}.") for each in free):
             continue

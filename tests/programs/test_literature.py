@@ -64,6 +64,23 @@ def test_a_row_without_another_begins_with_itself(rows, monkeypatch):
     assert not torch.equal(again, last)
 
 
+def test_a_row_begins_with_another_of_two_cosines(rows, tmp_path, monkeypatch):
+    begun, kept = [], literature.begin
+
+    def begin(made, x, row, options):
+        kept(made, x, row, options)
+        begun.append((row.name, parameters_to_vector(made.guide.parameters()).detach().clone()))
+
+    monkeypatch.setattr(literature, "begin", begin)
+    found = rows("--only", "iwae-5", "--before", "2,1", "--epochs", "1")["iwae-5/0"]
+    assert (found["begins with"], found["epochs before"], found["steps"]) == ("vae", [2, 1], 52)
+    assert [name for name, _ in begun] == ["vae", "iwae-5"]
+    first = Run(tmp_path / "runs" / "vae-split-2+1-0").load_weights()
+    assert (tmp_path / "runs" / "iwae-5-split-2,1+1-0").is_dir()
+    guide = [first[name].flatten() for name in first if name.startswith("guide")]
+    assert begun[1][1].norm() == pytest.approx(torch.cat(guide).norm().item(), rel=1e-6)
+
+
 def test_a_row_that_began_with_another_goes_on_from_itself(rows, tmp_path, monkeypatch):
     begun, kept = [], literature.begin
 
@@ -74,7 +91,7 @@ def test_a_row_that_began_with_another_goes_on_from_itself(rows, tmp_path, monke
     monkeypatch.setattr(literature, "begin", begin)
     found = rows("--only", "gated-vamp", "--before", "1", "1", "--epochs", "1")["gated-vamp/0"]
     assert (found["epochs before"], found["steps"]) == ([1, 1], 39)
-    assert [before for before, _ in begun] == [(1,), (1, 1)]
+    assert [before for before, _ in begun] == [("1",), ("1", "1")]
     folder = Run(tmp_path / "runs" / "gated-vamp-split-1+1-0")
     weights = folder.load_weights()
     for name, value in begun[1][1].items():

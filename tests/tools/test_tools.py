@@ -8,7 +8,7 @@ import pandas
 import pytest
 import torch
 
-from pyrovae._tools import standard_error
+from pyrovae._tools import InputError, require_same, standard_error
 from pyrovae._tools.seeding import undone
 from pyrovae._tools.source_lines import error_place
 
@@ -48,3 +48,10 @@ def test_what_did_not_change_is_not_written_to():
     with undone([module], torch.device("cpu")):
         module.eval()(torch.randn(4, 2))
     assert versions == [buffer._version for buffer in module.buffers()]
+
+
+def test_an_entry_that_was_not_given_is_named_where_it_differs():
+    before, now = {"seed": 0, "settings": {}}, {"seed": 0, "settings": {"backward": 5}}
+    with pytest.raises(InputError, match=r"^settings\.backward: None, now 5$"):
+        require_same(before, now, "{key}: {before}, now {now}")
+    require_same(before, {"seed": 0}, "{key}")
