@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
@@ -19,9 +18,10 @@ from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import Evaluation, at_least, require_rows, tile_rows
+from pyrovae.pairs.contract import refuse_factors
 from pyrovae.pairs.generation import Simulator
-from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.traces import Layout, Site, Values, is_factor, samples
+from pyrovae.pairs.pair import Given
+from pyrovae.pairs.traces import Layout, Site, Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,7 +181,7 @@ def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     tiles take them along.
     """
     pair, rows, layout = task.pair, task.rows, task.pair.known
-    _refuse_factors(pair, rows)
+    refuse_factors(pair, rows)
     sites, args = Simulator(pair, keep=False).draw(rows)
     axes = {
         name: layout.dim - sites[name]["fn"].event_dim for name in layout.observed if name in sites
@@ -196,20 +196,6 @@ def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     pair.guide = lambda *given: guide(*given[: len(rows)])
     task.set_rows((*args, *data))
     return {name: _as_particle(sites[name], layout) for name in layout.latents}
-
-
-def _refuse_factors(pair: Pair, rows: tuple) -> None:
-    """Refuse factors that weigh what a model draws: no draw follows them."""
-    with seeded(0, rows[0].device):
-        found = [samples(poutine.trace(pair.run_model).get_trace(*rows)) for _ in range(2)]
-    for name in [name for name, site in found[0].items() if is_factor(site)]:
-        one, two = (sites[name]["fn"].log_factor for sites in found)
-        if not torch.equal(one, two):
-            raise InputError(
-                f"The factor {name!r} of the model changes with what is drawn, and no draw follows "
-                f"a pyro.factor, so that latents and data drawn from the model are not those of "
-                f"p(z, x): write it as a distribution that is sampled or observed."
-            )
 
 
 def _as_particle(site: Site, layout: Layout) -> Tensor:

@@ -203,7 +203,8 @@ def per_datum(loss: Loss, pair: Pair, x: Tensor, *context: Tensor) -> Tensor:
             parts = score_elbo(pair, (x, *context), loss.num_particles, analytic=analytic)
             return parts[0] - parts[1]
         rows = zip(*(tensor.split(1) for tensor in (x, *context)), strict=True)
-        return torch.stack([-estimate(loss, pair, *row).loss for row in rows])
+        with _Unscaled():
+            return torch.stack([-estimate(loss, pair, *row).loss for row in rows])
 
 
 def is_differentiable(loss: Loss) -> bool:
@@ -233,6 +234,14 @@ def _with_statement(model: Callable, pair: Pair) -> Callable:
         return model(*args, **kwargs)
 
     return program
+
+
+class _Unscaled(Messenger):
+    """Takes every scale for one."""
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        # Messengers outside of a trace come first, so it keeps this.
+        msg["scale"] = 1.0
 
 
 class _NoScale(Messenger):

@@ -13,6 +13,7 @@ from pyrovae._tools import InputError
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import Scores, Still, check_cells, check_density, weigh
+from pyrovae.pairs.contract import refuse_factors
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, drawn, samples, scored
 
@@ -69,6 +70,7 @@ class WakeSleep(Objective):
                 f"A dream has no value for {auxiliary}, which the guide alone samples: use "
                 f"reweighted_wake_sleep with insomnia=1."
             )
+        refuse_factors(pair, args)
         return _heard({n: s["value"] for n, s in scored(traces[0]) if s["is_observed"]}, args)
 
     def bounds(self, pair: Pair, *args: Any) -> Tensor:

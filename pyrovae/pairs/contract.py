@@ -188,6 +188,20 @@ def check_factors(layout: Layout) -> None:
         )
 
 
+def refuse_factors(pair: Pair, rows: tuple) -> None:
+    """Refuse factors that weigh what a model draws: no draw follows them."""
+    with seeded(0, rows[0].device):
+        found = [samples(pyro.poutine.trace(pair.run_model).get_trace(*rows)) for _ in range(2)]
+    for name in [name for name, site in found[0].items() if is_factor(site)]:
+        one, two = (sites[name]["fn"].log_factor for sites in found)
+        if not torch.equal(one, two):
+            raise InputError(
+                f"The factor {name!r} of the model changes with what is drawn, and no draw follows "
+                f"a pyro.factor, so that latents and data drawn from the model are not those of "
+                f"p(z, x): write it as a distribution that is sampled or observed."
+            )
+
+
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
     """Check a whole data set against the supports of the sites that observe it."""
     with torch.no_grad(), blames_data(x), pyro.validation_enabled(False):

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed, undone
 from pyrovae.objectives import Estimate
+from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.svi import SVI
@@ -134,6 +135,13 @@ class World:
             raise InputError(
                 f"Expected a batch of at least two rows for each of the {self.size} processes, "
                 f"got {len(args[0])}: enlarge the batch, or start fewer processes."
+            )
+        layout = vars(svi.pair).get("layout") or inspect_pair(svi.pair, *args)
+        if adrift := layout.adrift:
+            raise InputError(
+                f"The factor {adrift[0]!r} lies outside the data's plate, so that each of the "
+                f"{self.size} processes would count it: move it inside, over the number of data, "
+                f"or start one process."
             )
         self._averages = _averages(svi.pair, args)
         averages = svi.trained.average.of.values() if svi.trained.average else ()

@@ -6,7 +6,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro import poutine
+from pyro.infer import (
+    ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 
 from pairs import binary
 from pyrovae.guides.linear_gaussian import LinearGaussian as Guide
@@ -178,6 +186,31 @@ def test_a_loss_that_sums_by_itself_is_run_datum_by_datum():
     model, guide, x = linear(exact=True)
     found = per_datum(RenyiELBO(num_particles=3), Pair(model, guide), x)
     torch.testing.assert_close(found.double(), model.log_prob(x).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+        TraceGraph_ELBO(),
+        RenyiELBO(num_particles=2),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_no_scale_is_in_what_a_loss_makes_of_a_datum(loss, scale):
+    x = torch.tensor([0.3, 2.0, -1.0])
+
+    def model(x):
+        with pyro.plate("data", 30, subsample_size=len(x)), poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 30, subsample_size=len(x)), poutine.scale(scale=scale):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x)
+    torch.testing.assert_close(per_datum(loss, Pair(model, guide), x), exact)
 
 
 def test_names_options_and_objects():

@@ -156,6 +156,20 @@ def test_a_scale_that_cannot_be_shared_is_refused(mixed, job):
         World(0, 2).prepare(svi, (X,))
 
 
+def test_a_factor_that_every_rank_would_count_is_refused(job):
+    model, guide = shipped_bernoulli()
+
+    def penalized(x):
+        pyro.factor("penalty", -sum(p.square().sum() for p in model.parameters()))
+        return model(x)
+
+    svi = SVI(penalized, guide, torch.optim.Adam, Trace_ELBO(), compile=False)
+    svi.build(X)
+    World(0, 1).prepare(svi, (X,))
+    with pytest.raises(ValueError, match="'penalty' lies outside the data's plate, so that each"):
+        World(0, 2).prepare(svi, (X,))
+
+
 def test_a_batch_of_too_few_rows_is_refused(job):
     svi = made(shipped_bernoulli(), Trace_ELBO())
     with pytest.raises(ValueError, match="two rows for each of the 7 processes, got 13"):
