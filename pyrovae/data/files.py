@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile, ZipFile, is_zipfile
@@ -98,21 +99,15 @@ def read_arrays(
     if path.stat().st_size == 0:
         raise InputError(f"Expected data in {path}, got an empty file.")
     if suffix in TABLES:
-        try:
+        with _readable(path, ValueError, OSError, Warning, NotImplementedError, TypeError):
             frame, taken = take_context(TABLES[suffix](path), context, str(path))
-        except InputError:
-            raise
-        except (ValueError, OSError, Warning, NotImplementedError, TypeError) as error:
-            raise _unreadable(path, error) from error
         table = read_table(frame, str(path), kinds, words=suffix != ".csv")
         return table_arrays(table, path, missing)._replace(context=taken)
     if kinds:
         raise InputError(f"Expected a table for columns={dict(kinds)}, got {path}.")
     if suffix == ".h5ad":
-        try:
+        with _readable(path, OSError, KeyError, TypeError):
             return matrix_arrays(*read_h5ad(path, layer), path, missing, context)
-        except (OSError, KeyError, TypeError) as error:
-            raise _unreadable(path, error) from error
     arrays = _read_zarr(path) if suffix == ".zarr" else _read_numpy(path)
     if suffix == ".npy" and context:
         rest, taken = take_columns(arrays[""], context, path)
@@ -303,12 +298,10 @@ class Member:
     def __getitem__(self, rows: Any) -> np.ndarray:
         start, stop, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        try:
+        with _readable(self.path, ValueError, OSError, EOFError, BadZipFile, zlib.error):
             self.file.seek(self.begin + start * row)
             found = np.frombuffer(self.file.read((stop - start) * row), self.dtype)
             return found.reshape(stop - start, *self.shape[1:])
-        except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
-            raise _unreadable(self.path, error) from error
 
 
 def open_npz(path: Path) -> dict[str, Member]:
@@ -334,18 +327,14 @@ def plain(array: Any) -> np.ndarray:
 
 
 def _read_zarr(path: Path) -> dict[str, np.ndarray]:
-    try:
+    with _readable(path, Exception):
         arrays = open_zarr(path)
         check_memory(sum(array.nbytes for array in arrays.values()), path)
         return {name: plain(array) for name, array in arrays.items()}
-    except InputError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
 
 
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
-    try:
+    with _readable(path, Exception):
         if not is_zipfile(path):
             with path.open("rb") as file:
                 return {"": _array(file, path)}
@@ -353,10 +342,6 @@ def _read_numpy(path: Path) -> dict[str, np.ndarray]:
             names = archive.namelist()
             check_memory(sum(_size(archive.open(n), path) for n in names), path)
             return {n.removesuffix(".npy"): _array(archive.open(n), path) for n in names}
-    except InputError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
 
 
 def _array(file: IO[bytes], path: Path) -> np.ndarray:
@@ -493,11 +478,18 @@ def title_of(path: Path, name: str) -> str:
     return f"{name!r} of {path}" if name else str(path)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"Expected a readable {path.suffix} file at {path}, got one that is truncated, damaged or "
-        f"of another kind ({one_line(error)})."
-    )
+@contextmanager
+def _readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Say of which file it is, where reading it ends in an error of these kinds."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(
+            f"Expected a readable {path.suffix} file at {path}, got one that is truncated, damaged "
+            f"or of another kind ({one_line(error)})."
+        ) from error
 
 
 def one_line(error: Exception) -> str:
