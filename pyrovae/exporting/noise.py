@@ -94,10 +94,6 @@ def _bits(take: Take, like: Tensor, p: Any) -> Tensor:
     return (_uniform(take, like.shape) < p).to(like.dtype)
 
 
-def _set(self: Tensor, value: Tensor) -> Tensor:
-    return self.copy_(value)
-
-
 # How each of torch's random operators is made of normal numbers, with the operator's arguments.
 DRAWS: dict[Any, Callable[..., Tensor]] = {
     aten.randn: lambda take, size: take(size),
@@ -105,17 +101,17 @@ DRAWS: dict[Any, Callable[..., Tensor]] = {
     aten.rand: _uniform,
     aten.rand_like: lambda take, self: _uniform(take, self.shape),
     aten.normal: _normal,
-    aten.normal_: lambda take, self, mean=0.0, std=1.0: _set(self, mean + std * take(self.shape)),
-    aten.uniform_: lambda take, self, low=0.0, high=1.0: _set(
-        self, low + (high - low) * _uniform(take, self.shape)
+    aten.normal_: lambda take, self, mean=0.0, std=1.0: self.copy_(mean + std * take(self.shape)),
+    aten.uniform_: lambda take, self, low=0.0, high=1.0: self.copy_(
+        low + (high - low) * _uniform(take, self.shape)
     ),
-    aten.exponential_: lambda take, self, lambd=1.0: _set(
-        self, -_uniform(take, self.shape).log() / lambd
+    aten.exponential_: lambda take, self, lambd=1.0: self.copy_(
+        -_uniform(take, self.shape).log() / lambd
     ),
-    aten.cauchy_: lambda take, self, median=0.0, sigma=1.0: _set(
-        self, median + sigma * (math.pi * (_uniform(take, self.shape) - 0.5)).tan()
+    aten.cauchy_: lambda take, self, median=0.0, sigma=1.0: self.copy_(
+        median + sigma * (math.pi * (_uniform(take, self.shape) - 0.5)).tan()
     ),
     aten.bernoulli: lambda take, self, p=None: _bits(take, self, self if p is None else p),
-    aten.bernoulli_: lambda take, self, p=0.5: _set(self, _bits(take, self, p)),
+    aten.bernoulli_: lambda take, self, p=0.5: self.copy_(_bits(take, self, p)),
     aten.multinomial: _multinomial,
 }

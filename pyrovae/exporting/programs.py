@@ -17,7 +17,7 @@ from pyrovae._tools.whole import unrolled
 from pyrovae.compiling.graph import CaptureError, lift, record
 from pyrovae.evidence.proposals import Proposal, joint_density
 from pyrovae.exporting.noise import Noise
-from pyrovae.pairs.generation import WRAPPERS
+from pyrovae.pairs.generation import element_of
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
@@ -25,7 +25,7 @@ from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 PARTS: dict[str, Callable[[Site], Tensor]] = {
     "mean": lambda site: site["fn"].mean,
     "sd": lambda site: site["fn"].variance.sqrt(),
-    "probs": lambda site: _element(site["fn"]).probs,
+    "probs": lambda site: element_of(site["fn"]).probs,
     "draw": lambda site: site["value"],
 }
 # The sizes of the batch that are recorded.
@@ -97,7 +97,7 @@ class Task:
 
     def look(self, site: Site) -> list[str]:
         """Which parts of a site's distribution are known; a draw where none is."""
-        if isinstance(_element(site["fn"]), Categorical):
+        if isinstance(element_of(site["fn"]), Categorical):
             return ["probs"]
         return [part for part in ("mean", "sd") if _is_known(site, part)] or ["draw"]
 
@@ -129,7 +129,7 @@ class Decoder(Task):
 
     def look(self, site: Site) -> list[str]:
         """The mean, and the parameters that the distribution was made of."""
-        element = _element(site["fn"])
+        element = element_of(site["fn"])
         if isinstance(element, Categorical):
             return ["probs"]
         given = [n for n in element.arg_constraints if isinstance(vars(element).get(n), Tensor)]
@@ -290,17 +290,10 @@ def _is_known(site: Site, part: str) -> bool:
 
 def _part(site: Site, part: str) -> Tensor:
     """A part of a site's distribution, with the shape of its batch before that of an event."""
-    element, fn = _element(site["fn"]), site["fn"]
+    element, fn = element_of(site["fn"]), site["fn"]
     if part in PARTS and part not in element.arg_constraints:
         return PARTS[part](site)
     value = getattr(element, part)
     own = element.arg_constraints[part].event_dim
     batch = fn.shape()[: len(fn.shape()) - element.event_dim]
     return value.expand(batch + value.shape[value.dim() - own :])
-
-
-def _element(fn: Any) -> Any:
-    """The distribution of elements that are independent of each other."""
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn

@@ -407,7 +407,7 @@ def _changes(row: Tensor) -> Iterator[Tensor]:
 
 def _other(fn: Any, value: Tensor) -> Tensor:
     """Another value of a distribution's support, different in every element where there is one."""
-    base = _element(fn)
+    base = element_of(fn)
     if not base.support.is_discrete:
         # Elements that depend on each other are a possible value only as they were drawn.
         drawn = torch.stack([fn() for _ in range(1 if base.event_dim else CANDIDATES)])
@@ -426,7 +426,7 @@ def _other(fn: Any, value: Tensor) -> Tensor:
     return value + 1
 
 
-def _element(fn: Any) -> Any:
+def element_of(fn: Any) -> Any:
     """The distribution of elements that are independent of each other."""
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
@@ -444,7 +444,7 @@ def _score(site: Site) -> Tensor:
 
 def _log_prob(fn: Any, value: Tensor) -> Tensor:
     """Of each element of a value; elements that depend on each other have what all have."""
-    base = _element(fn)
+    base = element_of(fn)
     score = base.log_prob(value)
     return score.reshape(score.shape + (1,) * base.event_dim).broadcast_to(value.shape)
 
