@@ -23,15 +23,15 @@ from pyrovae._tools.files import pack_tensors, reading, unpack_tensors
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae._tools.shown import number
 from pyrovae.data import Dataset
-from pyrovae.evidence.result import HEAVY
+from pyrovae.evidence.result import HEAVY, LogLikelihood
 from pyrovae.objectives.elbo import elbo
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
+from pyrovae.reporting.figures import principal_axes
 from pyrovae.runs import EXPLORER, Run
 from pyrovae.sampling import decode, encode_sites, reconstruct
 
 if TYPE_CHECKING:
-    from pyrovae.evidence.result import LogLikelihood
     from pyrovae.runs.results import Finding
 
 SIDE = 17  # decodings along an axis; odd, so that the middle is one of them
@@ -42,19 +42,6 @@ LARGEST = 48  # pixels; what is larger is shown smaller, each pixel a mean
 TALLEST = 64  # numbers in an event that is no image; a longer one has no explorer
 RAW, PACKED = 2_400_000, 1_400_000  # bytes of pixels, and of PNG: two thirds of 2 MB in base64
 REACH = 2.5  # standard deviations of the prior that the map of a plane shows at least
-# Matplotlib's tab10, as the figures have it.
-COLOURS = (
-    "#1f77b4",
-    "#ff7f0e",
-    "#2ca02c",
-    "#d62728",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-    "#17becf",
-)
 
 
 class Explorer(NamedTuple):
@@ -254,6 +241,9 @@ def view(
         ll: log p(x) of the test data, if they were evaluated.
         names: What the classes are called.
     """
+    from matplotlib import color_sequences
+    from matplotlib.colors import to_hex
+
     axes = [
         f"z[{i}]" if share != share else f"principal axis {i + 1} ({share:.0%} of the variance)"
         for i, share in enumerate(found.share.tolist())
@@ -266,8 +256,9 @@ def view(
     points = [(round(1000 * u), round(1000 - 1000 * v)) for u, v in on_map.tolist()]
     given |= {"points": points, "said": [_said(found, ll, names, i) for i in range(n)]}
     classes = sorted({*found.labels[:n].tolist()} - {-1})
-    few = len(classes) <= len(COLOURS)
-    paint = dict(zip(classes, COLOURS, strict=False)) if few else {}
+    colours = [to_hex(each) for each in color_sequences["tab10"]]  # as the figures have it
+    few = len(classes) <= len(colours)
+    paint = dict(zip(classes, colours, strict=False)) if few else {}
     return {
         "given": given,
         "kind": "image" if found.is_images else "numbers",
@@ -276,7 +267,7 @@ def view(
         "axes": axes,
         "side": side,
         "dots": [
-            (*place, paint.get(label, COLOURS[0]))
+            (*place, paint.get(label, colours[0]))
             for place, label in zip(points, found.labels[:n].tolist(), strict=True)
         ],
         "legend": [(_called(names, label), colour) for label, colour in paint.items()],
@@ -372,11 +363,7 @@ def _axes(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if z.shape[1] == 2:
         return torch.zeros_like(z[0]), torch.eye(2).to(z), torch.full((2,), torch.nan)
     centre = z.mean(0)
-    variance, axes = torch.linalg.eigh((z - centre).double().mT.cov().reshape(2 * [z.shape[1]]))
-    axes = axes.flip(-1)[:, :2].mT
-    # Either sign is an eigenvector: the largest entry is positive, whatever the library chose.
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    share = variance.flip(-1)[:2] / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)
+    axes, share = principal_axes(z - centre)
     return centre, axes.to(z), share
 
 

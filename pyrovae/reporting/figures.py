@@ -163,7 +163,9 @@ def latent_space(z: Tensor, labels: Tensor | None, *, site: str = "z") -> Figure
         raise InputError(f"Expected labels of shape [{len(z)}], got {list(classes.shape)}.")
     names = [f"{site}[{i}], posterior mean" for i in range(points.shape[1])]
     if len(names) > 2:
-        points, share = _principal(points)
+        centred = torch.from_numpy(points - points.mean(0))
+        axes, share = principal_axes(centred)
+        points = (centred @ axes.mT).numpy()
         names = [f"principal component {i + 1} ({share[i]:.1%} of variance)" for i in range(2)]
     return _points(points, names, f"Posterior means of {site}", classes, "label", equal=True)
 
@@ -295,12 +297,14 @@ def _rows(x: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate([x, empty]).reshape(-1, columns, *x.shape[1:])
 
 
-def _principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    z = z - z.mean(0)
-    variance, axes = np.linalg.eigh(z.T @ z)
-    variance, axes = variance[::-1].clip(0), axes[:, ::-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(len(axes))])
-    return z @ axes[:, :2], variance / (variance.sum() or 1.0)
+def principal_axes(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """The two leading axes ``[2, d]`` of points ``[N, d]``, and their shares of the variance."""
+    variance, axes = torch.linalg.eigh(centred.double().mT @ centred.double())
+    axes = axes.flip(-1)[:, :2].mT
+    # Either sign is an eigenvector: the largest entry is positive, whatever the library chose.
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    total = variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)
+    return axes, variance.flip(-1)[:2].clamp(min=0) / total
 
 
 def _limits(x: np.ndarray, tail: float) -> tuple[float, float]:
