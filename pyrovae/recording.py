@@ -27,6 +27,7 @@ from pyrovae.runs.experiment import (
     build_pair,
     data_record,
     program_record,
+    save_epoch,
     versions,
 )
 from pyrovae.runs.programs import KINDS, Program
@@ -77,12 +78,12 @@ class _Checkpoints(AbstractContextManager):
 
     def __call__(self, result: Fit) -> None:
         self.made = self.made or _experiment(result, self.run)
-        _write(self.run, self.made, result)
+        save_epoch(self.run, self.made, result)
         self.between = result if self.twice else None
 
     def behind(self, result: Fit) -> None:
         assert self.made is not None
-        _write(self.run, self.made, result)
+        save_epoch(self.run, self.made, result)
         self.between = None
 
     def __exit__(self, *raised: object) -> None:
@@ -102,16 +103,9 @@ def save(result: Fit, path: str | Path) -> Path:
         raise InputError("Nothing to save yet: pyrovae.fit has not finished an epoch.")
     with run.training():
         made = _experiment(result, run)
-        _write(run, made, result)
+        save_epoch(run, made, result)
         _finish(run, made, result)
     return run.path
-
-
-def _write(run: Run, made: Experiment[Config], result: Fit) -> None:
-    if not run.exists() or run.config != made.config:
-        run.create(made.config, made.files)
-    run.save_checkpoint(result.state_dict())
-    run.save_metrics(result.history)
 
 
 def _finish(run: Run, made: Experiment[Config], result: Fit) -> None:

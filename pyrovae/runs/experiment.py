@@ -7,6 +7,7 @@ import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -214,12 +215,6 @@ def _train(
             if file is not None:
                 warn_of_uncopied(Sources.read(file.expanduser(), kind), kind)
 
-    def after_epoch(result: Fit) -> None:
-        if not run.exists() or run.config != config:
-            run.create(config, experiment.files)
-        run.save_checkpoint(result.state_dict())
-        run.save_metrics(result.history)
-
     result = fit(
         experiment.model,
         experiment.guide,
@@ -229,12 +224,20 @@ def _train(
         device=config.device,
         seed=config.seed,
         state=state,
-        on_epoch=[after_epoch, *callbacks(on_epoch)],
+        on_epoch=[partial(save_epoch, run, experiment), *callbacks(on_epoch)],
     )
     if result.world.first:
         run.save_metrics(result.history)
         run.save_weights(result.svi.pair.state_dict())
     return result
+
+
+def save_epoch(run: Run, made: Experiment[Config], result: Fit) -> None:
+    """Write a training as far as it has come."""
+    if not run.exists() or run.config != made.config:
+        run.create(made.config, made.files)
+    run.save_checkpoint(result.state_dict())
+    run.save_metrics(result.history)
 
 
 def load_experiment(

@@ -138,7 +138,7 @@ def _parsed(text: str) -> list[ast.stmt]:
     with suppress(SyntaxError):
         return ast.parse(text).body
     # A cell of a notebook may have magic commands, which are no Python.
-    kept = (" " * 0 if line.lstrip()[:1] in ("%", "!") else line for line in text.splitlines())
+    kept = ("" if line.lstrip()[:1] in ("%", "!") else line for line in text.splitlines())
     with suppress(SyntaxError):
         return ast.parse("\n".join(kept)).body
     return []
