@@ -18,9 +18,8 @@ def literature() -> str:
     """Every row: what was published, and what was reached, if it was trained to its end."""
     found: dict[str, dict] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     head = [
-        "model", "published", "NLL, K = 5,000", "ELBO", "annealed less sampled", "gap",
-        "k-hat > 0.7",
-        "epochs", "CPU hours",
+        "model", "published", "NLL, K = 5,000", "ELBO", "annealed less sampled", "images",
+        "gap", "k-hat > 0.7", "epochs", "CPU hours",
     ]  # fmt: skip
     body = []
     for row in ROWS:
@@ -47,11 +46,15 @@ def literature_trained() -> str:
                 f"{run['published']:.2f}",
                 f"≤ {run['NLL']:.2f} ± {run['± over data']:.2f}{_of(run)}",
                 f"{hidden:.2f}",
+                f"{run['annealed images']:,}",
                 f"{run['steps']:,}",
                 f"{run['CPU hours']:.2f}",
             ]
         )
-    head = ["model", "published", "NLL, K = 5,000", "annealing: less by", "steps", "CPU hours"]
+    head = [
+        "model", "published", "NLL, K = 5,000", "annealing: less by", "on images", "steps",
+        "CPU hours",
+    ]  # fmt: skip
     return markdown(head, body)
 
 
@@ -79,13 +82,14 @@ def literature_posterior() -> str:
 
 def _reached(run: dict[str, Any] | None) -> list[str]:
     if run is None:
-        return ["not trained", *["–"] * 6]
+        return ["not trained", *["–"] * 7]
     # Epochs of the row whose networks this one begins with, if it does.
     epochs = [*run.get("epochs before", []), run["epochs"]]
     return [
         f"≤ {run['NLL']:.2f} ± {run['±']:.3f} ± {run['± over data']:.2f}{_of(run)}",
         f"{run['ELBO']:.2f}",
         f"{run['annealed NLL'] - run['NLL of these images']:+.2f} ± {run['annealed ±']:.3f}",
+        f"{run['annealed images']:,}",
         f"{run['bidirectional gap']:.2f} ± {run['bidirectional gap ±']:.2f}",
         f"{run['k-hat > 0.7']:.0%}",
         " + ".join(map(str, epochs)),
