@@ -3,15 +3,21 @@
 import math
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pyro
 import pytest
+from pyro.contrib.examples import util
 from pyro.infer import SVI as PyroSVI
 
 import pyrovae
 from pyrovae.data import Dataset, Splits
 
 WHY_EAGER = "The pair runs eagerly"
+
+# A loader of Pyro's makes this folder when it is imported, and fails if another worker of pytest
+# does so at that moment (1.9.2).
+Path(util.get_data_directory(util.__file__)).mkdir(parents=True, exist_ok=True)
 
 
 def take(kind, make, batches, loss, optim=None, **options):
