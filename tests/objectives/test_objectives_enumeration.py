@@ -26,7 +26,7 @@ def test_enumeration_is_the_exact_sum(enumerate, scale):
     (gradient,) = torch.autograd.grad(found.surrogate, [pair.table])
     torch.testing.assert_close(gradient, scale * slope)
     each = per_datum(objective, parameters, DATA)
-    torch.testing.assert_close(each.sum(), -found.loss)
+    torch.testing.assert_close(each.sum(), -total)
     assert found.terms.keys() == {"x", "y"}
     torch.testing.assert_close(sum(found.terms.values()), -found.loss)
 
