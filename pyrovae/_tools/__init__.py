@@ -130,7 +130,7 @@ def require_same(
     Raises:
         InputError: Naming the first entry that differs.
     """
-    old, new = ({k: v for k, v in flat(each).items() if v != {}} for each in (before, now))
+    old, new = flat(before), flat(now)
     for key in sorted(old.keys() | new.keys()):
         if any(f"{key}.".startswith(f"{each}.") for each in free):
             continue
@@ -139,11 +139,11 @@ def require_same(
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by their paths, ``a.b.c``; an empty mapping is a leaf."""
+    """The leaves of nested mappings by their paths, ``a.b.c``; an empty mapping has none."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
-        found |= inner or {f"{prefix}{key}": value}
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
     return found
 
 

@@ -200,7 +200,7 @@ def _leaves(value: Any, *without: str) -> list[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         value = {"name": value} if value else {}
     kept = {key: part for key, part in value.items() if key not in without}
-    return [(path, leaf) for path, leaf in flat(kept).items() if leaf != {}]
+    return [*flat(kept).items()]
 
 
 def _name_of(part: Any) -> str:

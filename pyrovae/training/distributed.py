@@ -17,7 +17,6 @@ from torch import Tensor
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed, undone
 from pyrovae.objectives import Estimate
-from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
 from pyrovae.training.svi import SVI
@@ -120,7 +119,7 @@ class World:
             print(sentence, file=sys.stderr, flush=True)
 
     def prepare(self, svi: SVI, args: tuple, **facts: float) -> None:
-        """Give all processes rank 0's weights, and let ``svi``, built, sum their gradients.
+        """Give all processes rank 0's weights, and let ``svi``, inspected, sum their gradients.
 
         The ``facts`` have to be those of rank 0, and a batch such as ``args`` fit to be shared.
         """
@@ -136,8 +135,7 @@ class World:
                 f"Expected a batch of at least two rows for each of the {self.size} processes, "
                 f"got {len(args[0])}: enlarge the batch, or start fewer processes."
             )
-        layout = vars(svi.pair).get("layout") or inspect_pair(svi.pair, *args)
-        if adrift := layout.adrift:
+        if adrift := svi.pair.known.adrift:
             raise InputError(
                 f"The factor {adrift[0]!r} lies outside the data's plate, so that each of the "
                 f"{self.size} processes would count it: move it inside, over the number of data, "

@@ -11,6 +11,7 @@ from torch import nn
 
 from pairs import binary, functions, same_names, shipped_bernoulli, two_latents
 from pyrovae.objectives import Estimate, make_objective
+from pyrovae.pairs.contract import inspect_pair
 from pyrovae.training.distributed import Diverged, World
 from pyrovae.training.svi import SVI
 
@@ -76,6 +77,7 @@ def made(pair, loss):
     pyro.clear_param_store()
     svi = SVI(*pair, torch.optim.Adam, loss, compile=False)
     svi.build(X)
+    inspect_pair(svi.pair, X)
     for root in svi.pair.roots.values():
         root.eval()
     return svi
@@ -150,7 +152,7 @@ def test_a_scale_that_cannot_be_shared_is_refused(mixed, job):
     def scaled(x):
         return pyro.poutine.scale(model, scale=1 / len(x) if mixed else len(x) ** 2.0)(x)
 
-    svi = SVI(scaled, guide, torch.optim.Adam, Trace_ELBO(), compile=False)
+    svi = made((scaled, guide), Trace_ELBO())
     told = r"model's z has scale (0\.1667|36) for 6 rows and (0\.07692|169) for 13:"
     with pytest.raises(ValueError, match=told):
         World(0, 2).prepare(svi, (X,))
@@ -163,8 +165,7 @@ def test_a_factor_that_every_rank_would_count_is_refused(job):
         pyro.factor("penalty", -sum(p.square().sum() for p in model.parameters()))
         return model(x)
 
-    svi = SVI(penalized, guide, torch.optim.Adam, Trace_ELBO(), compile=False)
-    svi.build(X)
+    svi = made((penalized, guide), Trace_ELBO())
     World(0, 1).prepare(svi, (X,))
     with pytest.raises(ValueError, match="'penalty' lies outside the data's plate, so that each"):
         World(0, 2).prepare(svi, (X,))
