@@ -29,6 +29,7 @@ from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest
+from pyrovae.pairs.contract import warn_of_factors
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
@@ -358,6 +359,8 @@ def _draws(
         "observed_data": {name: sites[name]["value"] for name in data},
     }
     if num_prior:
+        if index == 0:
+            warn_of_factors(pair, rows)
         imagined = forward(num_prior, {}, PRIOR_STREAM)
         groups["prior"] = {name: imagined[name]["value"] for name in values}
         groups["prior_predictive"] = {name: imagined[name]["value"] for name in data}

@@ -15,10 +15,17 @@ from pyrovae._tools import InputError, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import data_tensors, takes_data
-from pyrovae.pairs.contract import blames_data, check_order, inspect_pair
+from pyrovae.pairs.contract import (
+    blames_data,
+    check_order,
+    fitting_plates,
+    inspect_pair,
+    plates,
+    warn_of_factors,
+)
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.traces import Site, is_bookkeeping, samples
+from pyrovae.pairs.traces import Site, is_bookkeeping, is_factor, samples
 
 # Rows from which compiling pays: 5 to 20 s of it are won back after a few times as many rows.
 PAYS_AFTER = 500_000
@@ -155,7 +162,8 @@ def reconstruct(
         if simulator.reads:
             sites, _ = simulator.draw(rows, latents)
         seen = [n for n in layout.observed if n in sites and n not in simulator.kept]
-        return {n: sites[n] | {"reads": simulator.reads, "redrawn": True} for n in seen}
+        how = {"reads": simulator.reads, "redrawn": True}
+        return {n: sites[n] | how | {"axis": _axis(sites[n], layout.dim)} for n in seen}
 
     return _one_or_all(_forward(pair, read, rows, mean, seed, compile, size))
 
@@ -318,13 +326,11 @@ def classify(
     """
     pair = Pair(None, guide)
     rows = [tensor.to(pair.device) for tensor in _bound(pair, (x, *context))[0]]
+    run = partial(_latents, pair)
     with pair.mode(training=False), seeded(seed, rows[0].device):
-        trace = pair.trace_guide(*rows)
-    found = {
-        name: node["fn"]
-        for name, node in _latents(trace).items()
-        if node["fn"].has_enumerate_support
-    }
+        sites = run(*rows)
+        axes = _axes(sites, run, tuple(rows))
+    found = {name: s["fn"] for name, s in sites.items() if s["fn"].has_enumerate_support}
     if site is None and len(found) == 1:
         (site,) = found
     if site not in found:
@@ -332,8 +338,8 @@ def classify(
             f"Expected the name of one discrete latent of the guide, got {site!r}; it has "
             f"{sorted(found) or 'none'}."
         )
-    log_prob = found[site].log_prob(found[site].enumerate_support())
-    return log_prob.exp().movedim(0, -1).to(x.device)
+    probs = found[site].log_prob(found[site].enumerate_support()).exp().movedim(0, -1)
+    return probs.movedim(axes[site] - 1, 0).to(x.device) if site in axes else probs.to(x.device)
 
 
 def encode_sites(
@@ -347,24 +353,52 @@ def encode_sites(
 
     A discrete latent may have real numbers for its values, as a Bernoulli has: its mean is none.
     """
-    pair, discrete = Pair(None, guide), dict[str, bool]()
+    pair, discrete, axes = Pair(None, guide), dict[str, bool](), dict[str, int]()
     rows, size = _bound(pair, args)
 
     def read(*rows: Tensor) -> dict[str, Site]:
         with blames_data(rows[0]):
-            sites = _latents(pair.trace_guide(*rows))
-        discrete.update((n, s["fn"].support.is_discrete) for n, s in sites.items())
-        return {n: s | {"drawn": drawn and discrete[n]} for n, s in sites.items()}
+            sites = _latents(pair, *rows)
+        if not discrete:
+            axes.update(_axes(sites, partial(_latents, pair), rows))
+            discrete.update((n, s["fn"].support.is_discrete) for n, s in sites.items())
+        how = {n: {"drawn": drawn and discrete[n], "axis": axes.get(n)} for n in sites}
+        return {n: s | how[n] for n, s in sites.items()}
 
     found = _forward(pair, read, rows, True, seed, compile, size)
     return found, [name for name, is_discrete in discrete.items() if is_discrete]
 
 
-def _latents(trace: Trace) -> dict[str, Site]:
+def _latents(pair: Pair, *rows: Tensor) -> dict[str, Site]:
     """What a guide samples, but for what it alone has."""
-    found = {n: s for n, s in samples(trace).items() if not s["infer"].get("is_auxiliary")}
+    sites = samples(pair.trace_guide(*rows))
+    found = {n: s for n, s in sites.items() if not s["infer"].get("is_auxiliary")}
     check_order(found, {})
     return found
+
+
+def _axes(sites: dict[str, Site], run: Read, rows: Rows) -> dict[str, int]:
+    """Where in the sites' values the batch lies, from the right, for those in a plate over it.
+
+    Where that may be another plate of its size, a run of one datum fewer tells.
+    """
+    size, names = len(rows[0]), fitting_plates([*sites.items()], len(rows[0]))
+    found = _in_plate(sites, names)
+    moved = any(sites[name]["value"].dim() != -axis for name, axis in found.items())
+    if size > 1 and (moved or len(names) > 1):
+        with seeded(0, rows[0].device):
+            fewer = run(*(row[1:] for row in rows))
+        found = _in_plate(sites, fitting_plates([*fewer.items()], size - 1))
+    return found
+
+
+def _in_plate(sites: dict[str, Site], names: list[str]) -> dict[str, int]:
+    frames = {name: plates(site).get(next(iter(names), "")) for name, site in sites.items()}
+    return {name: _axis(sites[name], frame.dim) for name, frame in frames.items() if frame}
+
+
+def _axis(site: Site, dim: int) -> int:
+    return dim - site["fn"].event_dim
 
 
 def _generate(
@@ -386,12 +420,21 @@ def _generate(
     simulator = Simulator(pair)
     template = like[:1].expand(n, *like.shape[1:])
     rows, size = _bound(pair, (template, *context))
-    split = len(rows)
+    split, axes = len(rows), dict[str, int]()
+
+    def run(*rows: Tensor) -> dict[str, Site]:
+        return samples(pair.trace_given(pair.run_model, rows))
 
     def read(*rows: Tensor) -> dict[str, Site]:
-        values = dict(zip(latents, rows[split:], strict=True))
+        rows, values = rows[:split], dict(zip(latents, rows[split:], strict=True))
         with blames_data(rows[0]) if simulator.reads is None else nullcontext():
-            sites, _ = simulator.draw(rows[:split], values)
+            if simulator.reads is None:
+                with seeded(0, rows[0].device):
+                    axes.update(_axes(sites := run(*rows), run, rows))
+                if not latents and any(map(is_factor, sites.values())):
+                    warn_of_factors(pair, rows)
+            values = {name: _moved(z, 0, axes.get(name)) for name, z in values.items()}
+            sites, _ = simulator.draw(rows, values)
         free = {n: s for n, s in sites.items() if not s["is_observed"]}
         drawn = {n: s for n, s in free.items() if s["infer"].get("was_observed")}
         hidden = free.keys() - drawn.keys()
@@ -402,7 +445,7 @@ def _generate(
                 f"Expected a model that observes data, got a program that samples {sorted(hidden)} "
                 f"alone: give the model, and in it the site of the data obs=x."
             )
-        return {n: s | {"reads": simulator.reads} for n, s in drawn.items()}
+        return {n: s | {"reads": simulator.reads, "axis": axes.get(n)} for n, s in drawn.items()}
 
     return _forward(pair, read, (*rows, *latents.values()), size=size, **options)
 
@@ -547,8 +590,8 @@ def _sites(read: Read, rows: Rows) -> dict[str, Site]:
 
 
 def _values(sites: dict[str, Site], means: Iterable[str]) -> dict[str, Tensor]:
-    """The mean of a site, a draw where its value is an observation, or its value."""
-    return {
+    """The mean of a site, a draw where its value is an observation, or its value, ``[N, ...]``."""
+    found = {
         name: site["fn"].mean
         if name in means
         else site["fn"]()
@@ -556,6 +599,14 @@ def _values(sites: dict[str, Site], means: Iterable[str]) -> dict[str, Tensor]:
         else site["value"]
         for name, site in sites.items()
     }
+    return {name: _moved(value, sites[name].get("axis"), 0) for name, value in found.items()}
+
+
+def _moved(value: Tensor, start: int | None, end: int | None) -> Tensor:
+    """A value with the batch at another axis, where that is known and the value has it."""
+    if start is None or end is None or value.dim() < -min(start, end):
+        return value
+    return value.movedim(start, end)
 
 
 def _has_mean(site: Site) -> bool:

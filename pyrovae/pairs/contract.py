@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions import Distribution as PyroDistribution
 from pyro.infer import ELBO, TraceEnum_ELBO
@@ -18,7 +19,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.utils._pytree import tree_leaves
 
-from pyrovae._tools import InputError, InputTypeError, did_you_mean, require_memory
+from pyrovae._tools import InputError, InputTypeError, did_you_mean, require_memory, warn
 from pyrovae._tools.seeding import seeded
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.pairs.enumeration import enumerates
@@ -190,16 +191,29 @@ def check_factors(layout: Layout) -> None:
 
 def refuse_factors(pair: Pair, rows: tuple) -> None:
     """Refuse factors that weigh what a model draws: no draw follows them."""
+    for name in moving_factors(pair, rows):
+        raise InputError(
+            f"The factor {name!r} of the model changes with what is drawn, and no draw follows "
+            f"a pyro.factor, so that latents and data drawn from the model are not those of "
+            f"p(z, x): write it as a distribution that is sampled or observed."
+        )
+
+
+def warn_of_factors(pair: Pair, rows: tuple) -> None:
+    """Warn where draws from the model are wanted and it has such factors."""
+    for name in moving_factors(pair, rows):
+        warn(
+            f"The factor {name!r} of the model changes with what is drawn, and no draw follows a "
+            f"pyro.factor: what is drawn forward is that of the program without it."
+        )
+
+
+def moving_factors(pair: Pair, rows: tuple) -> list[str]:
+    """The model's factors that change with what it draws."""
     with seeded(0, rows[0].device):
-        found = [samples(pyro.poutine.trace(pair.run_model).get_trace(*rows)) for _ in range(2)]
-    for name in [name for name, site in found[0].items() if is_factor(site)]:
-        one, two = (sites[name]["fn"].log_factor for sites in found)
-        if not torch.equal(one, two):
-            raise InputError(
-                f"The factor {name!r} of the model changes with what is drawn, and no draw follows "
-                f"a pyro.factor, so that latents and data drawn from the model are not those of "
-                f"p(z, x): write it as a distribution that is sampled or observed."
-            )
+        one, two = (samples(poutine.trace(pair.run_model).get_trace(*rows)) for _ in range(2))
+    factors = {n: s["fn"].log_factor for n, s in one.items() if is_factor(s)}
+    return [n for n, value in factors.items() if not torch.equal(value, two[n]["fn"].log_factor)]
 
 
 def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
@@ -515,18 +529,25 @@ def check_event(name: str, model_site: Site, guide_site: Site) -> None:
 
 
 def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
-    """The plates that may hold the batch: those of its size, around every site if there is one."""
-    stacks = [plates(site) for _, site in sites]
-    # A plate without a size, pyro.plate("data"), has that of what is in it; Pyro calls it -1.
-    sizes = (num_data, -1)
-    fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size in sizes})
+    """The plates that may hold the batch, one at least."""
+    fitting = fitting_plates(sites, num_data)
     if not fitting:
+        stacks = [plates(site) for _, site in sites]
         raise InputError(
             f"Expected a plate over the batch of {num_data} around site "
             f"{sites[0][0] if sites else 'x'!r}, got plates "
             f"{sorted({(f.name, f.size) for stack in stacks for f in stack.values()})}: open "
             f"`with pyro.plate('data', len(x))` in the model and in the guide."
         )
+    return fitting
+
+
+def fitting_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
+    """The plates of the batch's size, around every site if there is one."""
+    stacks = [plates(site) for _, site in sites]
+    # A plate without a size, pyro.plate("data"), has that of what is in it; Pyro calls it -1.
+    sizes = (num_data, -1)
+    fitting = sorted({f.name for stack in stacks for f in stack.values() if f.size in sizes})
     common = [name for name in fitting if all(name in stack for stack in stacks)]
     return ["data"] if "data" in (common or fitting) else (common or fitting)
 

@@ -66,3 +66,20 @@ def test_the_check_says_of_a_factor_in_the_guide_what_becomes_of_it():
     assert report["sites"].status == "warned"
     assert "factor classified is no density" in report["sites"].message
     assert report.passed
+
+
+def test_draws_that_no_factor_weighs_are_made_with_a_warning():
+    def weighed(x, moving=True):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("tilt", 3 * z if moving else torch.ones(len(x)))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(6, 1)
+    with pytest.warns(UserWarning, match="'tilt' of the model changes with what is drawn"):
+        pyrovae.sample(weighed, like=x, n=4)
+    with pytest.warns(UserWarning, match="'tilt' of the model changes with what is drawn"):
+        pyrovae.to_inference_data(weighed, _with_a_factor, x, num_samples=2, num_prior=2)
+    pyrovae.to_inference_data(weighed, _with_a_factor, x, num_samples=2, num_prior=0)
+    pyrovae.decode(weighed, {"z": torch.zeros(4)}, like=x)
+    pyrovae.sample(lambda x: weighed(x, moving=False), like=x, n=4)

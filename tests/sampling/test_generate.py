@@ -412,3 +412,56 @@ def test_a_program_that_sees_all_rows_at_once_is_run_so():
     assert ((drawn - y).abs() < 1).all()
     with pytest.raises(ValueError, match="Shape mismatch inside plate"):
         pyrovae.sample(model, like=torch.zeros(1), n=11)
+
+
+def _parts(batch, inner, turned):
+    """Three parts of a datum, each with a latent of its own, in a plate beside the batch's."""
+
+    def across(x):
+        return x.T if turned else x
+
+    def model(x):
+        with pyro.plate("rows", len(x), dim=batch), pyro.plate("parts", 3, dim=inner):
+            u = pyro.sample("u", pyro.distributions.Normal(0.0, 5.0))
+            pyro.sample("x", pyro.distributions.Normal(u, 1e-6), obs=across(x))
+
+    def guide(x):
+        with pyro.plate("rows", len(x), dim=batch), pyro.plate("parts", 3, dim=inner):
+            pyro.sample("u", pyro.distributions.Normal(across(x), 1e-6))
+
+    def classifier(x):
+        with pyro.plate("rows", len(x), dim=batch), pyro.plate("parts", 3, dim=inner):
+            pyro.sample("y", pyro.distributions.Bernoulli(logits=across(x)))
+
+    return model, guide, classifier
+
+
+@pytest.mark.usefixtures("_small_tiles", "runs")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("n", [1, 3, 14])
+@pytest.mark.parametrize("dims", [(-1, -2, True), (-2, -1, False)], ids=["right", "left"])
+def test_the_batch_comes_first_wherever_its_plate_lies(dims, n, compile):
+    model, guide, classifier = _parts(*dims)
+    x, how = torch.arange(3.0 * n).reshape(n, 3), {"compile": compile, "seed": 0}
+    z = pyrovae.encode(guide, x, **how)
+    for found in (
+        z["u"],
+        pyrovae.reconstruct(model, guide, x, **how),
+        pyrovae.decode(model, z, like=x, mean=False, **how),
+        pyrovae.interpolate(model, guide, x, x + 5, steps=2, **how)[:, 0],
+    ):
+        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+    set_to = pyrovae.traverse(model, guide, x, "u", 1, [-7.0], **how)[:, 0]
+    torch.testing.assert_close(set_to, x.index_fill(1, torch.tensor(1), -7.0), rtol=1e-3, atol=1e-3)
+    assert pyrovae.sample(model, like=x, n=n, **how).shape == (n, 3)
+    assert pyrovae.sample(model, like=x, n=17, **how).shape == (17, 3)
+    torch.testing.assert_close(pyrovae.classify(classifier, x)[..., 1], x.sigmoid())
+
+
+def test_a_plate_that_is_no_batch_stays_where_it_is():
+    def guide(x):
+        with pyro.plate("parts", 3, dim=-1):
+            pyro.sample("u", pyro.distributions.Normal(x, 1.0))
+
+    x = torch.arange(9.0).reshape(3, 3)
+    assert torch.equal(pyrovae.encode(guide, x)["u"], x)
