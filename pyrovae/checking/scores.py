@@ -86,7 +86,8 @@ def _change(found: Scores, whole: Bounded, part: Any) -> tuple[str, str, float] 
     """The first scores that a part has otherwise: program, site, and the nats, beyond rounding."""
     for (kind, name), (score, slack) in whole.items():
         expected = score[part]
-        alone = found[kind, name][:, : expected.shape[1]]
+        # A site that a part lacks counts nothing there.
+        alone = found.get((kind, name), torch.zeros_like(expected))[:, : expected.shape[1]]
         known = expected.isfinite() & alone.isfinite()
         difference = (alone - expected)[known].abs()
         if bool((difference > slack[part][known]).any()):

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size, self.first = rank, size, rank == 0
-        self._share, self._averages = 1.0, False
+        self._share, self._averages, self._sites = 1.0, False, list[str]()
 
     def place(self, device: torch.device | str) -> torch.device:
         """Where this process computes: on CUDA, on the GPU of its rank, made the current one."""
@@ -141,7 +142,7 @@ class World:
                 f"{self.size} processes would count it: move it inside, over the number of data, "
                 f"or start one process."
             )
-        self._averages = _averages(svi.pair, args)
+        self._averages, self._sites = _averages(svi.pair, args), []
         averages = svi.trained.average.of.values() if svi.trained.average else ()
         self._copy_first([*svi.pair.leaves(), *averages])
         self.settle(svi.pair)
@@ -172,9 +173,23 @@ class World:
     def reduce(self, found: Estimate, leaves: list[Tensor]) -> Estimate:
         """Sum the estimates of the :meth:`rows`, and in place their gradients, over processes.
 
-        A parameter has a gradient afterwards if it had one on any process.
+        A parameter has a gradient afterwards if it had one on any process; a site that a process's
+        rows lack has a term of 0 there.
+
+        Raises:
+            ValueError: If a site is on these rows that no process's rows of the first batch had.
         """
-        numbers = [found.loss, *found.terms.values(), *found.parts]
+        # In one order: what the processes send is summed by its place.
+        self._sites = self._sites or [*dict.fromkeys(chain(*self._gather([*found.terms])))]
+        if late := sorted(found.terms.keys() - {*self._sites}):
+            raise InputError(
+                f"The programs have the sites {late} on this batch, and not on the first, so that "
+                f"the {self.size} processes cannot sum them: sample the same sites for every "
+                f"batch, and mask what a datum lacks."
+            )
+        zero = torch.zeros_like(found.loss)
+        terms = {name: found.terms.get(name, zero) for name in self._sites}
+        numbers = [found.loss, *terms.values(), *found.parts]
         values = numbers + [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
         flat = torch.cat([value.detach().flatten() for value in values])
         # Not 0 * flat, which is NaN where a value is.
@@ -189,7 +204,7 @@ class World:
             if leaf.grad is not None or count > 0:
                 leaf.grad = gradient
         loss, *rest = sums[: len(numbers)]
-        terms = dict(zip(found.terms, rest, strict=False))
+        terms = dict(zip(terms, rest, strict=False))
         return Estimate(loss, None, terms, tuple(rest[len(terms) :]))
 
     def settle(self, pair: Pair) -> None:

@@ -340,6 +340,26 @@ def test_a_model_that_reads_its_data_is_warned_of():
     assert "reads x beside observing it" in report["samples"].message
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_site_that_only_some_batches_have_counts_nothing_elsewhere(seen):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if bool((x.sum(1) > 5).any()):
+                with pyro.poutine.mask(mask=torch.tensor([seen]).expand(len(x))):
+                    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.ones(len(x)))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7).to_event(1))
+
+    x = torch.tensor([[1.0, 2.0], [4.0, 5.0], [0.0, 1.0], [2.0, 2.0], [1.0, 0.0]])
+    row = pyrovae.check(model, guide, x)["independent data"]
+    assert row.status == ("failed" if seen else "passed")
+    assert not seen or "at site 'y' of the model changes by" in row.message
+
+
 def test_a_guide_that_ignores_the_data_is_no_mistake():
     def guide(x):
         loc = pyro.param("loc", torch.zeros(LATENT))

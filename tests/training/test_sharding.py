@@ -213,6 +213,19 @@ def test_a_share_that_does_not_count_adds_nothing_where_it_is_no_number(job):
     assert (found.loss.item(), found.terms["x"].item(), leaf.grad.item()) == (7, 7, 4)
 
 
+def test_a_site_that_the_rows_of_a_rank_lack_counts_nothing_there(job):
+    def seen(rank, *names):
+        terms = {name: torch.tensor(10.0 * rank + len(name)) for name in names}
+        return worlds[rank].reduce(Estimate(torch.tensor(1.0), None, terms), parameters(1.0)).terms
+
+    worlds = [World(0, 2), World(1, 2)]
+    job.others = [["x", "label"], ["bb", "x"]]
+    seen(0, "x", "label")
+    assert seen(1, "bb", "x") == {"x": 12.0, "label": 5.0, "bb": 12.0}
+    with pytest.raises(ValueError, match=r"sites \['late'\] on this batch, and not on the first"):
+        seen(1, "x", "late")
+
+
 def test_float64_is_summed_in_float64(job):
     leaf = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     for rank in range(2):
