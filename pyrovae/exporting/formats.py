@@ -70,9 +70,11 @@ def onnx(exported: ExportedProgram, program: Program, about: dict[str, Any]) -> 
 
 def run_onnx(content: bytes, program: Program) -> Run:
     """What an ``.onnx`` file computes in onnxruntime, on the CPU."""
-    session = require_format("onnx")["onnxruntime"].InferenceSession(
-        content, providers=["CPUExecutionProvider"]
-    )
+    runtime = require_format("onnx")["onnxruntime"]
+    try:
+        session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise CaptureError(f"onnxruntime refuses it: {_first_line(error)}") from error
 
     def run(*inputs: Tensor) -> Values:
         given = dict(zip(program.inputs, (each.numpy() for each in inputs), strict=True))
@@ -146,6 +148,8 @@ def _empty(size: Sequence[int], order: Any = None, *, dtype: Any = None, **rest:
 
 # Operators that ONNX lacks, and what they are of those that it has.
 SPELLED = {
+    # ONNX has none of whole numbers.
+    torch.ops.aten.isnan.default: lambda x: x != x,
     torch.ops.aten.empty_permuted.default: _empty,
     torch.ops.aten.lgamma.default: _lgamma,
     torch.ops.aten.linalg_solve_triangular.default: _solve,

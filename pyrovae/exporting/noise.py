@@ -36,6 +36,11 @@ class Noise(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        if func.overloadpacket is aten.randperm:
+            raise CaptureError(
+                "a plate of it draws a subsample: export it with pyro.plate('data', len(x)), whose "
+                "size is the batch's"
+            )
         draw = DRAWS.get(func.overloadpacket)
         if draw is None or any(isinstance(each, Tensor) for each in kwargs.values()):
             raise CaptureError(

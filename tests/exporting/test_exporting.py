@@ -98,18 +98,25 @@ def near(x):
         pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.6))
 
 
+def chosen(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("c", dist.Categorical(logits=-((x - PLACES) ** 2) / 3))
+        pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.6))
+
+
+@pytest.mark.parametrize("guide", [near, chosen])
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
-def test_log_p_with_a_latent_summed_out_is_exact_of_one_datum_and_of_many(tmp_path, kind):
+def test_log_p_with_a_discrete_latent_is_exact_of_one_datum_and_of_many(tmp_path, kind, guide):
     x = torch.tensor([[-1.5], [0.4], [2.0], [0.0], [1.0], [3.3]])
     how = {"what": "log_likelihood", "format": kind, "samples": 400}
-    path = pyrovae.export(clusters, near, x, out=tmp_path / f"l.{kind}", **how)
+    path = pyrovae.export(clusters, guide, x, out=tmp_path / f"l.{kind}", **how)
     if kind == "pt2":
         program, _ = opened(path)
     else:
         names = types.SimpleNamespace(inputs=["x", "noise"], outputs=["log_prob", "standard_error"])
         program = formats.run_onnx(path.read_bytes(), names)
     exact = dist.Normal(PLACES, (1 + NOISE**2) ** 0.5).log_prob(x).logsumexp(1) - math.log(3)
-    noise = torch.randn(6, 400, 1)
+    noise = torch.randn(6, 400, 1 if guide is near else 2)
     for size in (1, 6):
         found = program(x[:size], noise[:size])
         off = (found["log_prob"] - exact[:size]).abs()
@@ -195,7 +202,13 @@ def guide_of(x):
         pyro.sample("z", dist.Normal(x[..., :2], 1.0).to_event(1))
 
 
+def subsampling(x):
+    with pyro.plate("data", 1000, subsample_size=len(x)):
+        pyro.sample("z", dist.Normal(x[..., :2], 1.0).to_event(1))
+
+
 REFUSED = {
+    "plate": (gamma_model, subsampling, "encoder", "a plate of it draws a subsample: export it wi"),
     "other": (LinearGaussian, Lonely, "encoder", "'z_mean' differs from the pair's own for 1 data"),
     "gamma": (gamma_model, Positive, "log_likelihood", "_standard_gamma, which is no function"),
     "reads": (reading, guide_of, "decoder", "its likelihood reads the x that it observes"),
