@@ -132,6 +132,7 @@ class Fit(Shown):
             "average": average,
             "optimizer": self.svi.optimizer.state_dict(),
             "stepped": self.svi.trained.stepped,
+            "frozen": [n for n, p in self.svi.trained.named.items() if not p.requires_grad],
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "history": self.history,
             "seed": self.seed,
@@ -164,6 +165,8 @@ class Fit(Shown):
         check_groups(self.svi.optimizer, entries)
         self.svi.optimizer.load_state_dict(entries)
         place_counts(self.svi.optimizer)
+        for name in state.get("frozen", ()):  # none where it is an earlier version's
+            self.svi.trained.named[name].requires_grad_(False)
         if self.scheduler and state["scheduler"]:
             self.scheduler.load_state_dict(state["scheduler"])
         self.history, self.seed = list(state["history"]), state["seed"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.transforms import BatchNorm
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.optim.optim import _load_state_dict
 from torch import Tensor, nn
@@ -507,8 +508,9 @@ def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimi
 
 def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
     """What batch normalization remembers of its batches, for evaluation."""
-    kept = [(m.running_mean, m.running_var) for m in modules if isinstance(m, _BatchNorm)]
-    return [tensor for pair in kept for tensor in pair if tensor is not None]
+    layers = (m for m in modules if isinstance(m, _BatchNorm | BatchNorm))
+    kept = [b for m in layers for b in m.buffers(recurse=False)]
+    return [buffer for buffer in kept if buffer.is_floating_point()]
 
 
 def _has_modes(optimizer: Optimizer) -> bool:

@@ -174,6 +174,27 @@ def test_a_run_resumes_where_a_layer_was_replaced_or_thawed_in_it():
         _fit(pair, state=states[2], **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store")
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_was_frozen_in_a_run_stays_frozen_when_it_resumes(compile):
+    def freeze(result):
+        if len(result.history) == 2:
+            result.guide.encoder.requires_grad_(False)
+        states.append(copy.deepcopy(result.state_dict()))
+
+    states, options = [], {"epochs": 4, "lr": 0.01, "compile": compile}
+    with pytest.warns(match="compiled anew after 500 steps") if compile else nullcontext():
+        whole = _fit(on_epoch=freeze, **options)
+    resumed = _weights(_fit(state=states[1], **options))
+    # The whole run steps eagerly at first in its new state, the resumed one is compiled for it.
+    slack = {"rtol": 1e-5, "atol": 1e-6} if compile else {"rtol": 0, "atol": 0}
+    for name, weight in _weights(whole).items():
+        torch.testing.assert_close(resumed[name], weight, **slack)
+    assert states[1]["weights"]["guide.encoder.layers.0.weight"].equal(
+        whole.guide.encoder.layers[0].weight
+    )
+
+
 def test_a_schedule_free_optimizer_is_told_when_its_weights_are_evaluated():
     seen = []
 
@@ -422,23 +443,45 @@ def test_a_compiled_step_with_batch_normalization_is_the_eager_one(monkeypatch):
             torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_statistics_of_batches_are_averaged_with_the_weights():
+class _NormedPrior(Bernoulli):
+    def __init__(self):
+        super().__init__(SHAPE, latent=LATENT)
+        self.norm = pyro.distributions.transforms.BatchNorm(LATENT)
+
+    def forward(self, x):
+        base = pyro.distributions.Normal(self.zero, 1.0).to_event(1)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.TransformedDistribution(base, [self.norm]))
+            logits = self.decoder(z)
+            pyro.sample("x", pyro.distributions.Bernoulli(logits=logits).to_event(3), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "statistic"),
+    [
+        (_normed, nn.BatchNorm1d, "running_var"),
+        (lambda: (_NormedPrior(), MeanField(SHAPE, latent=LATENT)),
+         pyro.distributions.transforms.BatchNorm, "moving_variance"),
+    ],
+    ids=["torch", "pyro"],
+)  # fmt: skip
+def test_statistics_of_batches_are_averaged_with_the_weights(make, kind, statistic):
     """As AveragedModel(use_buffers=True) has it: the last ones belong to the last weights."""
-    svi = pyrovae.SVI(*_normed(), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), average=0.9)
+    svi = pyrovae.SVI(*make(), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), average=0.9)
     svi.build(x := binary(16))
-    norms = [m for m in svi.pair.modules if isinstance(m, nn.BatchNorm1d)]
-    expected = [m.running_var.clone() for m in norms]
+    norms = [m for m in svi.pair.modules if isinstance(m, kind)]
+    expected = [getattr(m, statistic).clone() for m in norms]
     for step in range(1, 5):
         svi.step(x)
-        last = [m.running_var.clone() for m in norms]
+        last = [getattr(m, statistic).clone() for m in norms]
         decay = min(0.9, step / (step + 9))
         expected = [decay * e + (1 - decay) * v for e, v in zip(expected, last, strict=True)]
     svi.trained.show_average()
     for norm, average, value in zip(norms, expected, last, strict=True):
-        torch.testing.assert_close(norm.running_var, average)
+        torch.testing.assert_close(getattr(norm, statistic), average)
         assert not torch.allclose(average, value)
     svi.trained.begin(4)
-    assert all(map(torch.equal, last, [m.running_var for m in norms]))
+    assert all(map(torch.equal, last, [getattr(m, statistic) for m in norms]))
 
 
 def test_a_state_is_the_same_after_a_run_went_on_from_it():
