@@ -54,9 +54,10 @@ def plain_numbers(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name, value in kwargs.items():
-            kwargs[name] = value.item() if isinstance(value, np.generic) else value
-        return function(*args, **kwargs)
+        return function(*map(made, args), **{name: made(v) for name, v in kwargs.items()})
+
+    def made(value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else value
 
     return plain
 

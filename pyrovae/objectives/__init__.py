@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, did_you_mean
+from pyrovae._tools import InputError, InputTypeError, did_you_mean, plain_numbers
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
@@ -90,6 +90,7 @@ OBJECTIVES: dict[str, tuple[Callable, str]] = {
 }
 
 
+@plain_numbers
 def make_objective(
     objective: str | ELBO | Objective | Callable, particles: int | None = None, **options: Any
 ) -> ELBO | Objective | Callable:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO, JitTrace_ELBO, JitTraceMeanField_ELBO, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.util import MultiFrameTensor, get_plate_stacks
+from pyro.infer.util import MultiFrameTensor, get_plate_stacks, is_validation_enabled
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -22,8 +23,9 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.data.given import takes_data
 from pyrovae.objectives.base import Estimate
 from pyrovae.objectives.scores import Analytic, score
-from pyrovae.pairs.contract import inspect_evidence, kind_of
+from pyrovae.pairs.contract import check_support, inspect_evidence, kind_of
 from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.support import within_bounds
 from pyrovae.pairs.traces import reduce_to, samples, unscaled, without_factors
 
 ESTIMATORS = ("trace_elbo", "trace_mean_field_elbo")
@@ -47,10 +49,18 @@ def site_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, Tensor]:
 def terms_by_datum(
     pair: Pair, traces: tuple[Trace, Trace], size: tuple[int, int], analytic: bool
 ) -> dict[str, Tensor]:
-    """The terms of :func:`site_terms` of densities alone, unscaled, summed to ``[K, N]``."""
+    """The terms of :func:`site_terms` of densities alone, unscaled, summed to ``[K, N]``.
+
+    A latent outside of the prior's support, which training refuses, has a term of -inf.
+    """
     traces = traces[0], without_factors(traces[1])
     unscaled(pair.known, *traces)
     score(*traces, analytic=analytic)
+    model = samples(traces[0])
+    bounded = {n: s for n in pair.known.bounded if "log_prob" in (s := model[n])}
+    given = {name: site["log_prob"] for name, site in bounded.items()}
+    for name, log_prob in within_bounds(given, model, tuple(bounded)).items():
+        bounded[name]["log_prob"] = log_prob
     terms = site_terms(*traces)
     return {name: reduce_to(term, pair.known, *size) for name, term in terms.items()}
 
@@ -189,7 +199,12 @@ def elbo(
     batches = zip(*(tensor.split(batch_size) for tensor in every), strict=True)
     with pair.mode(training=False), seeded(seed, every[0].device):
         inspect_evidence(pair, *(tensor[:batch_size] for tensor in every))
-        parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]
+        bounded = bool(pair.known.bounded)
+        if bounded and len(x) > batch_size:
+            check_support(pair, *(tensor[batch_size:] for tensor in every), batch_size=batch_size)
+        # The guide may draw what the prior refuses.
+        with pyro.validation_enabled(is_validation_enabled() and not bounded):
+            parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]
     reconstruction, kl = (torch.cat(part) for part in zip(*parts, strict=True))
     return ElboResult(reconstruction - kl, reconstruction, kl)
 

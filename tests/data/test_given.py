@@ -19,6 +19,7 @@ import pyrovae
 from pyrovae.data.given import as_tensors
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.gaussian import Gaussian
+from pyrovae.objectives import make_objective
 
 
 class Conditional(nn.Module):
@@ -417,11 +418,13 @@ def test_numbers_of_numpy_are_taken_for_pythons(x):
     def found(kind):
         pyro.set_rng_seed(0)
         model, guide = Gaussian((3,), 2, (8,)), MeanField((3,), 2, (8,))
-        sizes = {"epochs": kind(2), "batch_size": kind(7), "particles": kind(2), "seed": kind(0)}
+        sizes = {"epochs": kind(2), "batch_size": kind(7), "seed": kind(0)}
+        sizes["objective"] = make_objective("iwae", particles=kind(4), backward=kind(2))
         fit = pyrovae.fit(model, guide, x, **sizes)
         bound = pyrovae.elbo(model, guide, x, particles=kind(3), seed=kind(1))
         ll = pyrovae.log_likelihood(model, guide, x, num_samples=kind(20), seed=kind(1))
-        return fit.history[-1]["train_loss"], bound.mean, ll.mean
+        path = pyrovae.traverse(model, guide, x, "z", kind(1), [0.0])
+        return fit.history[-1]["train_loss"], bound.mean, ll.mean, path.sum().item()
 
     assert found(np.int64) == found(int)
 

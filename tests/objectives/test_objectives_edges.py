@@ -195,3 +195,23 @@ def test_one_scale_around_a_sum_over_latents_multiplies_it(first):
         )
         losses.append(svi.step(X))
     assert losses[1] == pytest.approx(losses[0] / 2)
+
+
+@pytest.mark.parametrize("name", ["trace_elbo", "trace_mean_field_elbo"])
+@pytest.mark.parametrize(
+    "prior", [dist.Gamma(2.0, 1.0), dist.HalfNormal(1.0), dist.Uniform(0.0, 1.0)], ids=str
+)
+def test_the_elbo_of_a_guide_that_leaves_the_support_of_the_prior_is_minus_infinity(prior, name):
+    def bounded(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Bernoulli(logits=z.unsqueeze(-1)).to_event(1), obs=x)
+
+    x = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    pyro.clear_param_store()
+    found = pyrovae.elbo(bounded, guide, x, objective=name, particles=200, seed=0)
+    assert (found.kl == torch.inf).all()
+    assert found.reconstruction.isfinite().all()
+    x[3] = 0.5
+    with pytest.raises(ValueError, match=r"observes 0.5, outside the support of Bernoulli"):
+        pyrovae.elbo(bounded, guide, x, batch_size=2)
