@@ -32,6 +32,10 @@ class InputError(ValueError):
     defect of this package or of a user's program, and keeps its traceback.
     """
 
+    def __init__(self, sentence: str = "") -> None:
+        # What comes out of a program, Pyro (1.9.2) raises anew with a table of shapes below.
+        super().__init__(sentence.partition("Trace Shapes:")[0].rstrip())
+
 
 class InputTypeError(InputError, TypeError):
     """An argument of the wrong type."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions.score_parts import ScoreParts
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 import pyrovae
 from pyrovae.objectives import estimate, make_objective
@@ -215,3 +215,10 @@ def test_the_elbo_of_a_guide_that_leaves_the_support_of_the_prior_is_minus_infin
     x[3] = 0.5
     with pytest.raises(ValueError, match=r"observes 0.5, outside the support of Bernoulli"):
         pyrovae.elbo(bounded, guide, x, batch_size=2)
+
+
+def test_a_refusal_inside_of_a_program_is_a_sentence_alone():
+    pyro.clear_param_store()
+    scaled = poutine.scale(model, scale=0.5)
+    with pytest.raises(ValueError, match=r"drop poutine.scale or the subsampling plate.$"):
+        pyrovae.fit(scaled, guide, X, objective=RenyiELBO(num_particles=3), epochs=1)
