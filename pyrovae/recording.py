@@ -199,11 +199,12 @@ def _continued(before: Config, now: Config) -> Config:
 
 
 def _settings(objective: Any) -> dict[str, Any]:
-    """What an objective was made with, as far as it keeps that under the same names."""
+    """What an objective was made with, as far as it keeps that under the same names or says so."""
     if not isinstance(objective, Objective):
         return {}
     known = inspect.signature(type(objective)).parameters
     kept = {name: vars(objective)[name] for name in known if name in vars(objective)}
+    kept |= getattr(objective, "settings", {})
     plain = {n: v for n, v in kept.items() if isinstance(v, str | int | float)}
     return {n: v for n, v in plain.items() if v != known[n].default}
 

@@ -178,6 +178,10 @@ def test_a_run_says_what_its_objective_was_made_with(data, capsys):
     settings = {"particles": 4, "gradient": "dreg"}
     assert config(Path("few"))["objective_settings"] == settings | {"backward": 2}
     assert config(Path("all"))["objective_settings"] == settings
+    objective = make_objective("warm_up_elbo", beta=3, warm_up=2, schedule="cosine")
+    train(*pair(data), data, out="rising", objective=objective)
+    settings = {"beta": 3.0, "warm_up": 2, "schedule": "cosine"}
+    assert config(Path("rising"))["objective_settings"] == settings
 
 
 def test_a_pair_of_a_notebook_is_written_with_all_that_it_uses(data, notebook):

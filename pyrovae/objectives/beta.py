@@ -74,7 +74,7 @@ class BetaELBO(Objective):
             raise InputError(f"Expected free_bits >= 0, in nats per datum, got {free_bits}.")
         self.full, self.warm_up, self.analytic = float(beta), warm_up, analytic
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
-        self.free_bits = free_bits
+        self.free_bits, self.settings = free_bits, {"beta": self.full, "schedule": schedule}
         self.beta, self._filled = torch.tensor(self.full, dtype=torch.float64), [self.full]
         self.at_step(0)
 

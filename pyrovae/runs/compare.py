@@ -172,7 +172,7 @@ def _short(paths: Sequence[Path]) -> list[str]:
 
 def _beta(config: Config) -> float | None:
     """The weight on the KL; 1 for an ELBO, None where an objective has no such."""
-    if config.objective == "beta_elbo":
-        return config.objective_settings.get("beta", 4.0)
+    if config.objective in (betas := {"beta_elbo": 4.0, "BetaELBO": 1.0}):
+        return config.objective_settings.get("beta", betas[config.objective])
     elbos = ("trace_elbo", "trace_mean_field_elbo", "trace_enum_elbo")
     return 1.0 if config.objective in elbos else None
