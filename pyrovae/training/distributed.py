@@ -20,6 +20,7 @@ from pyrovae._tools.seeding import seeded, subseed, undone
 from pyrovae.objectives import Estimate
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import samples
+from pyrovae.training.optimizer import Trained
 from pyrovae.training.svi import SVI
 
 # How far the norm of a weight may be from rank 0's, relative: what unequal devices round apart.
@@ -221,6 +222,21 @@ class World:
                 "Rank {} strayed from rank 0, seen in {}: programs must not change weights "
                 "themselves, nor choose them by the process or by draws.".format(*stray)
             )
+
+    def follow(self, trained: Trained) -> None:
+        """Take over the optimizer's options and what is frozen, as rank 0's callbacks left them."""
+        if self.size == 1:
+            return
+        groups = trained.optimizer.param_groups
+        options = [{n: v for n, v in group.items() if n != "params"} for group in groups]
+        frozen = [name for name, leaf in trained.named.items() if not leaf.requires_grad]
+        options, frozen = self.share((options, frozen))
+        for group, first in zip(groups, options, strict=True):
+            for name, value in first.items():
+                mine = group[name]
+                group[name] = value.to(mine.device) if isinstance(mine, Tensor) else value
+        for name, leaf in trained.named.items():
+            leaf.requires_grad_(name not in frozen)
 
     def _stray(self, mine: dict[str, float], close: float) -> tuple[int, str, float, float] | None:
         """A rank whose numbers are not rank 0's, the name of the first that is not, and both."""

@@ -167,6 +167,7 @@ def fit(
             bar.set_postfix_str(f"ELBO {result.elbo:.2f}")
             for call in calls:
                 call(result)
+            world.follow(svi.trained)
     svi.trained.show_average()
     if result.best_state is not None:
         svi.pair.load_state_dict(result.best_state)

@@ -101,6 +101,13 @@ def normalized():
     return Normalized(), MeanField(SHAPE, LATENT, (8,))
 
 
+def change(fit):
+    """A callback, which rank 0 alone calls, that changes what a step does."""
+    if len(fit.history) == 1:
+        fit.svi.optimizer.param_groups[0]["lr"] /= 4
+        fit.guide.encoder.layers[0].requires_grad_(False)
+
+
 SAME = {
     "dynamic": (
         shipped_bernoulli,
@@ -115,6 +122,7 @@ SAME = {
     "discrete": (discrete, {"particles": 2}),
     "functions": (functions, {"optimizer": pyro.optim.ClippedAdam({"lr": 0.01, "clip_norm": 1.0})}),
     "importance": (two_latents, {"objective": "iwae", "particles": 4}),
+    "changed": (shipped_bernoulli, {"on_epoch": [change]}),
 }
 
 
@@ -133,10 +141,11 @@ def train(name, epochs=2, seed=7):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     make, options = SAME[name]
-    told = []
+    told, calls = [], options.get("on_epoch", [])
+    options = options | {"on_epoch": [lambda fit: told.append(len(fit.history)), *calls]}
     result = pyrovae.fit(
         *make(), data(), epochs=epochs, batch_size=16, lr=0.01, seed=seed, compile=False,
-        on_epoch=lambda fit: told.append(len(fit.history)), progress=False, **options,
+        progress=False, **options,
     )  # fmt: skip
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in result.history]
     return {"history": history, "weights": result.svi.pair.state_dict(), "told": told}
@@ -227,6 +236,7 @@ def checks(folder):
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*was not registered in the param store")
     torch.set_num_threads(1)
     reporting.draw_run = lambda *arguments: {}
     if len(sys.argv) > 2:
