@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyrovae._tools import InputError, require_memory, should_compile, warn
