@@ -337,8 +337,10 @@ def classify(
             f"Expected the name of one discrete latent of the guide, got {site!r}; it has "
             f"{sorted(found) or 'none'}."
         )
-    probs = found[site].log_prob(found[site].enumerate_support()).exp().movedim(0, -1)
-    return probs.movedim(axes[site] - 1, 0).to(x.device) if site in axes else probs.to(x.device)
+    fn = found[site]
+    log_prob = fn.log_prob(fn.enumerate_support()).movedim(0, -1)
+    axis = axes[site] + fn.event_dim - 1 if site in axes else None
+    return _moved(log_prob.exp(), axis, 0).to(x.device)
 
 
 def encode_sites(

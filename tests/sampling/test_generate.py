@@ -414,7 +414,7 @@ def test_a_program_that_sees_all_rows_at_once_is_run_so():
         pyrovae.sample(model, like=torch.zeros(1), n=11)
 
 
-def _parts(batch, inner, turned):
+def _parts(batch, inner, turned, kind=pyro.distributions.OneHotCategorical):
     """Three parts of a datum, each with a latent of its own, in a plate beside the batch's."""
 
     def across(x):
@@ -431,7 +431,8 @@ def _parts(batch, inner, turned):
 
     def classifier(x):
         with pyro.plate("rows", len(x), dim=batch), pyro.plate("parts", 3, dim=inner):
-            pyro.sample("y", pyro.distributions.Bernoulli(logits=across(x)))
+            logits = torch.stack([-across(x), across(x)], -1) / 2
+            pyro.sample("y", kind(logits=logits))
 
     return model, guide, classifier
 
@@ -455,7 +456,8 @@ def test_the_batch_comes_first_wherever_its_plate_lies(dims, n, compile):
     torch.testing.assert_close(set_to, x.index_fill(1, torch.tensor(1), -7.0), rtol=1e-3, atol=1e-3)
     assert pyrovae.sample(model, like=x, n=n, **how).shape == (n, 3)
     assert pyrovae.sample(model, like=x, n=17, **how).shape == (17, 3)
-    torch.testing.assert_close(pyrovae.classify(classifier, x)[..., 1], x.sigmoid())
+    for each in (classifier, _parts(*dims, pyro.distributions.Categorical)[2]):
+        torch.testing.assert_close(pyrovae.classify(each, x)[..., 1], x.sigmoid())
 
 
 def test_a_plate_that_is_no_batch_stays_where_it_is():
