@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
+from pyrovae._tools.seeding import seeded, undone
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.checking.case import Case, Row, failed, passed, skipped, warned
 from pyrovae.compiling.graph import CaptureError, record
@@ -18,6 +20,8 @@ from pyrovae.evidence.importance import log_likelihood
 from pyrovae.objectives.elbo import terms_by_datum
 from pyrovae.pairs.contract import check_scales, kind_of
 from pyrovae.pairs.enumeration import enumerates
+from pyrovae.pairs.generation import element_of
+from pyrovae.pairs.support import DRAWN
 from pyrovae.pairs.traces import samples
 
 # Two averages over the same draws differ by five standard errors about once in two million checks.
@@ -33,6 +37,18 @@ def reparameterized(case: Case) -> Row:
     sites = {name: guide_site for name, (_, guide_site) in case.latents().items()}
     if not sites:
         return skipped("the guide samples nothing")
+    pair = case.inspected
+    with undone(pair.modules, case.rows[0].device), seeded(0), pair.mode(training=True):
+        trained = samples(pair.trace_guide(*case.rows))
+    rounded = (*DRAWN, dist.OneHotCategoricalStraightThrough)
+    if rough := [name for name in sites if isinstance(element_of(trained[name]["fn"]), rounded)]:
+        kinds = ", ".join(f"{name} ({kind_of(trained[name]['fn'])})" for name in rough)
+        return warned(
+            f"{kinds} is drawn straight through: gradients are biased, and a relaxation is scored "
+            f"by the density of what was rounded in training, whose loss is no bound then. "
+            f"Evaluation scores the mass of what is drawn.",
+            *case.where(*rough),
+        )
     scored = [name for name, site in sites.items() if not site["fn"].has_rsample]
     kinds = ", ".join(f"{name} ({kind_of(sites[name]['fn'])})" for name in scored)
     if any(not enumerates(sites[name]) for name in scored):

@@ -22,6 +22,7 @@ from pyrovae._tools import InputError
 from pyrovae.pairs.enumeration import sum_out
 from pyrovae.pairs.folding import Fold
 from pyrovae.pairs.parameters import Parameters, Program
+from pyrovae.pairs.support import quantized
 from pyrovae.pairs.traces import Layout, Site, Values, site_scores, without_factors
 
 
@@ -259,6 +260,10 @@ class OwnParameters(Messenger):
             self.pair.adopt(self.modules)
         self.found[msg["name"]] = leaf
         self.pair.met.add(leaf)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.pair.evaluates:
+            msg["fn"] = quantized(msg["fn"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):

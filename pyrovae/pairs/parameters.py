@@ -139,6 +139,11 @@ class Parameters:
         """Every module of both programs; one that both share comes once."""
         return [module for root in self.roots.values() for module in root.modules()]
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether eval mode is set."""
+        return bool(self._modes) and not self._modes[-1][0]
+
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
         """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""

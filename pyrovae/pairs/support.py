@@ -33,6 +33,12 @@ ANGLES: tuple[Any, ...] = (
     dist.SineSkewed,
 )
 
+# What a straight-through relaxation draws: its own log_prob is a density of what was rounded.
+DRAWN = {
+    dist.RelaxedBernoulliStraightThrough: dist.Bernoulli,
+    dist.RelaxedOneHotCategoricalStraightThrough: dist.OneHotCategorical,
+}
+
 
 class Turn(constraints.interval):
     """One turn of a circle, from -π to π."""
@@ -148,6 +154,25 @@ def _coupled_inside(site: Any) -> Tensor:
         # torch allows an error of 1e-6, which sums of many float32 numbers exceed.
         inside = (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-3)
     return inside if mask is None else inside | ~mask.flatten(-base.event_dim)[..., 0]
+
+
+def quantized(fn: Any) -> Any:
+    """A straight-through relaxation as the law of its draws, which has a mass; others as they are.
+
+    A ratio of that density to the mass of a discrete prior is no weight.
+    """
+    base = fn
+    while isinstance(base, (*WRAPPERS, Independent)):
+        base = base.base_dist
+    if type(base) not in DRAWN:
+        return fn
+    if base is fn:
+        return DRAWN[type(fn)](logits=fn.logits)
+    inner = quantized(fn.base_dist)
+    if isinstance(fn, Independent):
+        return inner.to_event(fn.reinterpreted_batch_ndims)
+    masked = isinstance(fn, dist.MaskedDistribution)
+    return inner.mask(fn._mask) if masked else inner.expand(fn.batch_shape)
 
 
 def within_bounds(

@@ -169,7 +169,7 @@ def fit(
                 call(result)
             world.follow(svi.trained)
     svi.trained.show_average()
-    if result.best_state is not None:
+    if patience is not None and result.best_state is not None:
         svi.pair.load_state_dict(result.best_state)
     return result
 

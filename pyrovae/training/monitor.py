@@ -197,8 +197,7 @@ class Fit(Shown):
         self.history.append(row)
         if value is not None and (best is None or value > best):
             self.best_epoch = row["epoch"]
-            if keep_best:
-                self.best_state = self.svi.pair.state_dict()
+            self.best_state = self.svi.pair.state_dict() if keep_best else None
         loss = row["train_loss"] if value is None else -value
         on_loss = ReduceLROnPlateau, SchedulesOnLoss
         if isinstance(self.scheduler, on_loss):
@@ -350,6 +349,7 @@ class Monitor:
 
     def means(self, num_data: int) -> dict[str, float | None]:
         """The loss per datum, and as far as the objective knows it, the ELBO at β = 1, in nats."""
+        self._check_weights()
         layout = self.svi.pair.known
         mean = {name: total / num_data for name, total in self.totals().items()}
         loss = mean.pop("loss")
@@ -363,6 +363,20 @@ class Monitor:
             "train_reconstruction": reconstruction if split else None,
             "train_kl": reconstruction - total if split else None,
         }
+
+    def _check_weights(self) -> None:
+        """A finite loss may have a gradient that is no number, and the last step's loss is none."""
+        self.totals()
+        leaves = self.svi.trained.named
+        sound = torch.stack([leaf.detach().isfinite().all() for leaf in leaves.values()])
+        if bool(sound.all()):
+            return
+        name = [*leaves][sound.tolist().index(False)]
+        raise NonFiniteLoss(
+            f"Training stopped in epoch {self.epoch}: the parameter {name!r} is not finite, though "
+            f"every loss is, so that a gradient was not. Lower the learning rate, or bound what "
+            f"makes it, as softplus(s) + 1e-3 does for a scale."
+        )
 
     def _stop(self, step: int, site: str) -> NonFiniteLoss:
         what = "the loss" if site == "loss" else f"the log-probability of site {site!r}"

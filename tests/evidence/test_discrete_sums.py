@@ -263,3 +263,51 @@ def test_m2_learns_the_digits_from_a_hundred_labels():
     objective = TraceEnum_ELBO(max_plate_nesting=1)
     pyrovae.fit(model, guide, data, objective=objective, epochs=5, batch_size=64, lr=5e-3, seed=0)
     assert accuracy() > 0.65
+
+
+HALF, PULL = torch.tensor(0.5), torch.tensor([1.0, -1.0, 0.3])
+STRAIGHT = {
+    "bits": (
+        dist.Bernoulli(logits=PULL).to_event(1),
+        lambda logits: dist.RelaxedBernoulliStraightThrough(HALF, logits=logits).to_event(1),
+        torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3),
+        lambda logits: dist.Bernoulli(logits=logits).to_event(1),
+    ),
+    "class": (
+        dist.OneHotCategorical(logits=PULL),
+        lambda logits: dist.RelaxedOneHotCategoricalStraightThrough(HALF, logits=logits),
+        torch.eye(3),
+        lambda logits: dist.OneHotCategorical(logits=logits),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRAIGHT)
+def test_a_straight_through_relaxation_counts_by_the_mass_of_what_it_draws(kind):
+    prior, relaxed, states, law = STRAIGHT[kind]
+    x = torch.tensor([-1.0, 0.3, 2.0])
+    logits = x[:, None] * PULL
+
+    def likelihood(z):
+        return dist.Normal(z @ torch.tensor([-1.0, 0.5, 2.0]), 1.0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", likelihood(pyro.sample("z", prior)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", relaxed(x[:, None] * PULL).mask(True))
+
+    log_p = prior.log_prob(states)[:, None] + likelihood(states).log_prob(x[:, None]).mT.mT[:, 0]         if False else prior.log_prob(states) + likelihood(states).log_prob(x[:, None])
+    log_q = torch.stack([law(row).log_prob(states) for row in logits])
+    found = pyrovae.log_likelihood(model, guide, x, num_samples=20_000, seed=0)
+    torch.testing.assert_close(found.log_prob.float(), log_p.logsumexp(1), rtol=0, atol=0.03)
+    exact = (log_q.exp() * (log_p - log_q)).sum(1)
+    for estimator in ("trace_elbo", "trace_mean_field_elbo"):
+        elbo = pyrovae.elbo(model, guide, x, objective=estimator, particles=20_000, seed=0).elbo
+        torch.testing.assert_close(elbo, exact, rtol=0, atol=0.05)
+    torch.testing.assert_close(pyrovae.encode(guide, x)["z"], law(logits).mean)
+    row = pyrovae.check(model, guide, x)["reparameterized"]
+    assert row.status == "warned"
+    assert "is drawn straight through: gradients are biased" in row.message

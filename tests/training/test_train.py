@@ -537,3 +537,32 @@ def test_precision_is_given_back_and_named():
     assert torch.backends.cudnn.allow_tf32 == convolves
     with pytest.raises(ValueError, match="did you mean 'bf16'"), matmul_precision("bf61"):
         pass
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_weights_that_are_no_numbers_end_a_training_whose_losses_are(out, tmp_path):
+    """The density of a very narrow normal is finite, and torch's gradient of it is none."""
+    model, guide = shipped_bernoulli()
+    last = guide.encoder.layers[-1]
+    with torch.no_grad():
+        last.bias.reshape(2, -1)[1].fill_(-46.0)
+        last.weight.zero_()
+    folder = tmp_path / "run" if out else None
+    with pytest.raises(NonFiniteLoss, match=r"epoch 1: the parameter '.*' is not finite, though"):
+        pyrovae.fit(model, guide, X, epochs=1, batch_size=len(X), seed=0, out=folder)
+
+
+def test_a_run_that_goes_on_without_patience_keeps_its_last_weights():
+    states, data = [], _data()
+    options = {"batch_size": 20, "seed": 0, "progress": False}
+    model, guide = shipped_bernoulli()
+    pyrovae.fit(
+        model, guide, data, epochs=3, patience=2, **options,
+        on_epoch=lambda fit: states.append(fit.state_dict()),
+    )  # fmt: skip
+    assert states[-1]["best_state"] is not None
+    result = pyrovae.fit(*shipped_bernoulli(), data, epochs=6, state=states[-1], **options)
+    valid = result.validate((data.valid,))["valid_elbo"]
+    assert valid == pytest.approx(result.history[-1]["valid_elbo"])
+    assert result.best_epoch > 3
+    assert result.state_dict()["best_state"] is None
