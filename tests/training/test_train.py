@@ -552,7 +552,8 @@ def test_weights_that_are_no_numbers_end_a_training_whose_losses_are(out, tmp_pa
         pyrovae.fit(model, guide, X, epochs=1, batch_size=len(X), seed=0, out=folder)
 
 
-def test_a_run_that_goes_on_without_patience_keeps_its_last_weights():
+@pytest.mark.parametrize("beaten", [True, False])
+def test_a_run_that_goes_on_without_patience_keeps_its_last_weights(beaten):
     states, data = [], _data()
     options = {"batch_size": 20, "seed": 0, "progress": False}
     model, guide = shipped_bernoulli()
@@ -561,8 +562,10 @@ def test_a_run_that_goes_on_without_patience_keeps_its_last_weights():
         on_epoch=lambda fit: states.append(fit.state_dict()),
     )  # fmt: skip
     assert states[-1]["best_state"] is not None
+    if not beaten:
+        states[-1]["history"][states[-1]["best_epoch"] - 1]["valid_elbo"] = 0.0
     result = pyrovae.fit(*shipped_bernoulli(), data, epochs=6, state=states[-1], **options)
     valid = result.validate((data.valid,))["valid_elbo"]
     assert valid == pytest.approx(result.history[-1]["valid_elbo"])
-    assert result.best_epoch > 3
-    assert result.state_dict()["best_state"] is None
+    assert (result.best_epoch > 3) == beaten
+    assert (result.state_dict()["best_state"] is None) == beaten
