@@ -102,8 +102,9 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
     """Compare runs, each with the first, by what evaluations found of each datum of a split.
 
     Raises:
-        InputError: If a run was not evaluated on the split, or on other data than the first, or
-            was trained further since.
+        InputError: If a run was not evaluated on the split, on other data than the first, or with
+            another number of samples, was trained further since, or has a density where the first
+            has a probability.
     """
     if len(paths) < 2:
         raise InputError(f"Expected two runs or more to compare, got {len(paths)}.")
@@ -112,6 +113,7 @@ def compare_runs(paths: Sequence[str | Path], split: str = "test") -> RunCompari
     first = runs[0]
     for other in runs[1:]:
         _require_same_data(first, other, split)
+        _require_same_kind(first, other, split)
     one, *others = [run.finding for run in runs]
     found = [compare_log_likelihood(each.log_likelihood, one.log_likelihood) for each in others]
     paired = [each.elbo.double() - one.elbo.double() for each in others]
@@ -156,6 +158,29 @@ def _require_same_data(first: Compared, other: Compared, split: str) -> None:
         f"says nothing beside that of the other. Train both on one data set, and then: pyrovae "
         f"evaluate {paths[1]} --split {split}"
     )
+
+
+def _require_same_kind(first: Compared, other: Compared, split: str) -> None:
+    """Refuse estimates that hide more of log p(x) than the others', and densities beside masses."""
+    paths = [quote(str(each.run.path)) for each in (first, other)]
+    (k, how), (other_k, other_how) = (
+        (each.finding.log_likelihood.num_samples, each.finding.log_likelihood.method)
+        for each in (first, other)
+    )
+    if (k, how) != (other_k, other_how):
+        fewer = paths[0] if k < other_k else paths[1]
+        raise InputError(
+            f"{paths[0]} was evaluated by {how} with {k} samples and {paths[1]} by {other_how} "
+            f"with {other_k}, and fewer hide more of log p(x): evaluate both alike, such as: "
+            f"pyrovae evaluate {fewer} --split {split} --samples {max(k, other_k)}"
+        )
+    sites = [each.finding.results.densities for each in (first, other)]
+    if None not in sites and bool(sites[0]) != bool(sites[1]):
+        kinds = ["a density" if each else "a probability" for each in sites]
+        raise InputError(
+            f"log p(x) is the logarithm of {kinds[0]} in {paths[0]} and of {kinds[1]} in "
+            f"{paths[1]}: neither says anything beside the other."
+        )
 
 
 def _short(paths: Sequence[Path]) -> list[str]:

@@ -8,19 +8,24 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError
 from pyrovae._tools.files import locked, remove_temporary, unpack_tensors
-from pyrovae._tools.seeding import subseed
+from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.diagnostics import calibrate, diagnose
 from pyrovae.evidence.annealing import annealed_log_likelihood
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.sandwich import bidirectional
-from pyrovae.evidence.tiles import digest
+from pyrovae.evidence.tiles import DATA_TILE, digest
 from pyrovae.inference_data import save, to_inference_data
 from pyrovae.objectives.elbo import ESTIMATORS, elbo
+from pyrovae.pairs.contract import inspect_pair
+from pyrovae.pairs.generation import element_of
+from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.traces import scored
 from pyrovae.runs import Run
 from pyrovae.runs.config import Config, EvaluationConfig
 from pyrovae.runs.experiment import Experiment
@@ -129,6 +134,7 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
             diagnosis=found,
             num_data_of_split=len(every.rows[0]),
             binarize=experiment.data.binarize,
+            densities=_densities(subject.args),
             weights=weights,
             run=run.identity,
         )
@@ -136,6 +142,15 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
         save_finding(run, options.split, Finding(results, (), *each))
         files.remove()
     return results
+
+
+def _densities(args: tuple) -> list[str]:
+    """The observed sites whose score is that of a density, and not of a probability."""
+    pair, rows = Pair(*args[:2]), tuple(each[:DATA_TILE] for each in args[2:])
+    with torch.no_grad(), pair.mode(training=False), seeded(SEED, rows[0].device):
+        inspect_pair(pair, *rows)
+        seen = [(n, s) for n, s in scored(pair.trace(*rows)[0]) if s["is_observed"]]
+    return [name for name, site in seen if not element_of(site["fn"]).support.is_discrete]
 
 
 class _Unfinished:

@@ -181,13 +181,15 @@ class Results(Struct, kw_only=True, frozen=True):
 
     ``elbo`` has both estimators; ``kl`` and ``reconstruction`` are the parts of estimator B, the
     rate and the negative distortion. ``log_likelihood`` and ``annealed`` are estimates of log p(x).
-    ``weights`` are those of the run when it was evaluated, ``run`` is its identity. What was not
-    asked for is None.
+    ``weights`` are those of the run when it was evaluated, ``run`` is its identity. ``densities``
+    are the observed sites whose values are no whole numbers: log p(x) of these is a density's. What
+    was not asked for is None.
     """
 
     words: str = msgspec.field(default="", name="verdict")
     verdict_kind: Kind = "fair"
     num_data: int | None = None
+    densities: list[str] | None = None
     num_data_of_split: int | None = None
     units: str = "nats per datum"
     data: str = ""

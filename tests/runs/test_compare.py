@@ -3,13 +3,17 @@
 import re
 import shutil
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
 from commands import TRAIN, refusal, run, snapshot
 
 from pyrovae._tools.files import sealed
 from pyrovae.reporting import render_comparison
 from pyrovae.runs import Run
 from pyrovae.runs.compare import HEAD, compare_runs
+from pyrovae.runs.evaluate import _densities
 from pyrovae.runs.results import from_tensors, load_results
 
 SHORT = ("--samples", "30", "--no-diagnostics")
@@ -108,6 +112,35 @@ def test_what_cannot_be_compared_is_refused_with_the_command_to_run(workspace, c
     assert run("train", "--out", "short", "--resume", "--epochs", "3") == 0
     said = refusal(capsys, "compare", "short", "weighted")
     assert "short was trained further since it was evaluated" in said
+
+
+def test_estimates_that_hide_more_or_are_of_another_kind_are_refused(capsys):
+    shutil.copytree("short", "copy")
+    assert run("evaluate", "copy", "--samples", "2", "--no-diagnostics") == 0
+    said = refusal(capsys, "compare", "short", "copy")
+    assert "with 30 samples and copy by importance sampling from the guide with 2" in said
+    assert "pyrovae evaluate copy --split test --samples 30" in said
+    found = Run("long").read_json("results.json")["test"]
+    assert found["densities"] == []
+    Run("long").write_json("results.json", {"test": sealed(found | {"densities": ["x"]})})
+    said = refusal(capsys, "compare", "short", "long")
+    assert "the logarithm of a probability in short and of a density in long" in said
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_evaluation_knows_which_sites_have_densities(masked):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(not masked), obs=x)
+            pyro.sample("n", dist.Poisson(z.exp()), obs=torch.ones(len(x)))
+            pyro.deterministic("twice", 2 * z)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    assert _densities((model, guide, torch.randn(9))) == ["x"]
 
 
 def test_results_and_values_of_two_evaluations_are_not_mixed(capsys):
