@@ -6,7 +6,6 @@ The groups are xarray data sets with the datum as a coordinate. With ArviZ 0.x t
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from pyrovae.evidence.importance import log_likelihood as estimate
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest
-from pyrovae.pairs.contract import warn_of_factors
+from pyrovae.pairs.contract import argument_names, warn_of_factors
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
@@ -135,7 +134,7 @@ def to_inference_data(
     for name in PER_DATUM:
         if (each := getattr(log_likelihood, name)) is not None:
             found[f"sample_stats/{name}"] = each[start : start + len(x)]
-    names = _arguments(model, len(context))
+    names = argument_names(model, (x, *context))[1:]
     found |= {f"constant_data/{n}": rows for n, rows in zip(names, context, strict=True)}
     about = {
         "model": getattr(model, "__qualname__", type(model).__name__),
@@ -299,14 +298,6 @@ def _place(found: LogLikelihood, data: str, n: int, first: int) -> int:
         f"{first} to {first + n - 1} of, got one of {given}{' others' if given == n else ''}: "
         f"evaluate them, or say with first=... where in the data set they begin."
     )
-
-
-def _arguments(model: Callable, count: int) -> list[str]:
-    """What a model calls its further arguments."""
-    parameters = inspect.signature(getattr(model, "forward", model)).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = named[1 : count + 1]
-    return named + [f"context_{i}" for i in range(len(named), count)]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -274,8 +274,10 @@ class Units(nn.Module):
                 f"Expected context {[name for name, *_ in self.columns]} and perhaps a mask of x, "
                 f"got {len(context)} columns: give context_columns=data.context_columns."
             )
-        covariates = torch.cat([x[:, :0], *(value[:, None] for value in context)], -1)
-        return self(covariates), torch.ones_like(x, dtype=torch.bool) & mask
+        # Of x only what it is like: a decoder is exported that reads none of it.
+        empty = torch.zeros(len(x), 0, dtype=x.dtype, device=x.device)
+        covariates = torch.cat([empty, *(value[:, None] for value in context)], -1)
+        return self(covariates), torch.ones(x.shape, dtype=torch.bool, device=x.device) & mask
 
 
 class _GRU(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pyrovae._tools.whole import unrolled
 from pyrovae.compiling.graph import CaptureError, lift, record
 from pyrovae.evidence.proposals import Proposal, joint_density
 from pyrovae.exporting.noise import Noise
+from pyrovae.pairs.contract import argument_names
 from pyrovae.pairs.generation import element_of
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
@@ -46,7 +46,7 @@ class Task:
         self.pair, self.rows, self.draws = pair, rows, draws
         # Where a latent may be observed as well, an argument may be called as the latent is.
         taken = pair.layout.latents if self.takes_latents else ()
-        names = argument_names(pair.model, len(rows))
+        names = argument_names(pair.model, rows)
         names = [f"{name}_argument" if name in taken else name for name in names]
         self.inputs = dict(zip(names, rows, strict=True))
         with seeded(0):
@@ -273,12 +273,6 @@ def _generalize(graph: GraphModule, other: GraphModule, held: int) -> None:
                 node.args = merged(node.args, twin.args)
                 values = (merged(value, twin.kwargs[name]) for name, value in node.kwargs.items())
                 node.kwargs = dict(zip(node.kwargs, values, strict=True))
-
-
-def argument_names(program: Any, count: int) -> list[str]:
-    """What a program calls its arguments."""
-    names = [*signature(program.forward if isinstance(program, nn.Module) else program).parameters]
-    return [names[i] if i < len(names) else f"context_{i}" for i in range(count)]
 
 
 def _is_known(site: Site, part: str) -> bool:

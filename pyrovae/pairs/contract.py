@@ -133,6 +133,16 @@ def check_arguments(pair: Pair, *rows: Any, called: Sequence[str] = ()) -> None:
             ) from error
 
 
+def argument_names(program: Any, rows: Sequence[Tensor]) -> list[str]:
+    """What a program calls its arguments; a mask that is given after ``*context`` is one."""
+    parameters = signature(getattr(program, "forward", program)).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = named[: len(rows)] + [f"context_{i - 1}" for i in range(len(named), len(rows))]
+    if len(names) > len(named) and rows[-1].dtype == torch.bool:
+        names[-1] = "mask"
+    return names
+
+
 def inspect_evidence(pair: Pair, *rows: Any) -> None:
     """Inspect a pair in eval mode, and refuse it where no datum has a log p(x) of its own.
 

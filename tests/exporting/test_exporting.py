@@ -8,6 +8,8 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,7 +24,11 @@ import pyrovae
 from pyrovae._tools import InputError
 from pyrovae.exporting import formats
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
+from pyrovae.guides.sequence import Sequence as SequenceGuide
+from pyrovae.guides.table import Table as TableGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
+from pyrovae.models.sequence import Sequence
+from pyrovae.models.table import Table
 
 ENTRY = "pyrovae.json"
 
@@ -252,3 +258,55 @@ def test_a_run_is_exported_as_its_page_says(repository, tmp_path, monkeypatch, c
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(block, "docs/export.md", "exec"), names)
     assert names["x"].shape == (8, 1, 8, 8)
+
+
+def test_a_table_beside_covariates_and_with_gaps_is_exported(tmp_path):
+    r = np.random.default_rng(0)
+    frame = pd.DataFrame({
+        "height": r.normal(size=60), "visits": r.poisson(2.0, 60).astype(float),
+        "kind": r.choice(["a", "b"], 60), "age": r.normal(size=60), "site": r.integers(0, 3, 60),
+    })  # fmt: skip
+    frame.loc[::7, "visits"] = np.nan
+    data = pyrovae.load_data(
+        frame, missing="mask", columns={"visits": "count"}, context="age,site"
+    )  # fmt: skip
+    make = {"latent": 2, "hidden": (4,), "context_columns": data.context_columns}
+    model, guide = (
+        Table(data.shape, data.columns, **make),
+        TableGuide(data.shape, data.columns, **make),
+    )
+    rows = data.split("test")
+    for what in ("encoder", "decoder", "log_likelihood"):
+        path = pyrovae.export(model, guide, data, what=what, out=tmp_path / f"{what}.pt2")
+        program, told = opened(path)
+        names = [each["name"] for each in told["inputs"]]
+        given = ["x", "context_0", "context_1", "mask"]
+        if what == "decoder":
+            z = {name: torch.randn(len(rows[0]), 2) for name in names[-1:]}
+            found = program(*rows[1:3], *z.values())
+            expected = pyrovae.decode(model, z, *rows[1:], like=rows[0])
+            assert names == ["context_0", "context_1", "z"]
+            means = {n: v for n, v in found.items() if n.endswith("_mean")}
+            assert means
+            for name, value in means.items():
+                torch.testing.assert_close(value, expected[name.removesuffix("_mean")])
+        else:
+            assert names == given + ["noise"] * (what == "log_likelihood")
+
+
+def test_sequences_of_several_lengths_are_exported(tmp_path):
+    lengths = torch.tensor([3, 5, 4, 6, 3, 6, 5, 4, 6])
+    x = torch.randint(0, 2, (9, 6, 4)).float()
+    mask = (torch.arange(6) < lengths[:, None])[..., None].expand_as(x)
+    model, guide = Sequence((6, 4), latent=2), SequenceGuide((6, 4), latent=2)
+    made = {
+        what: opened(pyrovae.export(model, guide, x, mask, what=what, out=tmp_path / f"{what}.pt2"))
+        for what in ("encoder", "decoder")
+    }
+    encoder, told = made["encoder"]
+    noise = torch.randn(9, *told["inputs"][-1]["shape"][1:])
+    z = encoder(x, mask, noise)["z_draw"]
+    assert z.shape == (9, 6, 2)
+    found = made["decoder"][0](z)["x_mean"]
+    expected = pyrovae.decode(model, {"z": z}, mask, like=x)
+    torch.testing.assert_close(found[mask], expected[mask])
