@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 
-from pyrovae._tools import InputError, did_you_mean, physical_memory
+from pyrovae._tools import InputError, did_you_mean, physical_memory, warn
 from pyrovae.data.annotated import read_h5ad, split_layer
 from pyrovae.data.tables import (
     LABELLED,
@@ -41,6 +42,8 @@ SUFFIXES = (".npy", ".npz", ".zarr", ".h5ad", *TABLES)
 # What may be a folder of files that are one.
 FOLDERS = (".zarr", ".parquet")
 MISSING = ("refuse", "mask")
+# The rows that are looked at for what float32 rounds, and the share of the spread that may go.
+ROUNDED, COARSE = 1_000, 0.01
 
 
 class Arrays(NamedTuple):
@@ -430,11 +433,28 @@ def checked_labels(y: np.ndarray, rows: int, title: str) -> np.ndarray:
     return finite(y, title) if y.dtype.kind == "f" else y.astype(str)
 
 
+def _warn_of_rounding(wide: np.ndarray, x: np.ndarray, title: str) -> None:
+    """Warn where float32 merges values of a column, as it does those of Unix times."""
+    if wide.ndim != 2 or wide.dtype.itemsize <= 4 or not len(wide):
+        return
+    with warnings.catch_warnings(action="ignore"):  # of columns without a value
+        loc, spread = np.nanmean(wide, axis=0), np.nanstd(wide, axis=0, dtype=np.float64)
+        off = np.nanmax(np.abs(wide - x.astype(np.float64)), axis=0)
+    # The mean of equal numbers is rounded.
+    lost = (off > COARSE * spread) & (spread > 1e-12 * np.abs(loc))
+    if columns := np.flatnonzero(lost).tolist():
+        warn(
+            f"float32 has no room for the values of {title} in columns {columns[:5]} (counting "
+            f"from 0): what tells them apart is rounded away. Subtract their mean first."
+        )
+
+
 def finite(x: np.ndarray, title: str, missing: str = "", first: int | None = None) -> np.ndarray:
     """float32; ``missing`` says what NaN is in data, and nothing in labels.
 
     Of a part of all rows, ``first`` is the number of its first.
     """
+    wide = x
     with np.errstate(over="ignore"):
         x = x.astype(np.float32)
     bad = np.isinf(x) if missing == "mask" else ~np.isfinite(x)
@@ -447,6 +467,7 @@ def finite(x: np.ndarray, title: str, missing: str = "", first: int | None = Non
             f"Expected finite float32 numbers in {title}, got {int(bad.sum())}{more} {kind}, "
             f"the first in row {row} (counting from 0); drop or fill these rows{mend}."
         )
+    _warn_of_rounding(wide[:ROUNDED], x[:ROUNDED], title)
     return x
 
 

@@ -236,8 +236,10 @@ def measured(columns: Schema, x: Tensor, mask: Tensor | None) -> Schema:
         seen = x[:, j] if mask is None else x[mask[:, j], j]
         if column.kind in UNITS and len(seen):
             values = UNITS[column.kind](seen.double())
-            scale = values.std(correction=0).item()
-            column = column._replace(loc=values.mean().item(), scale=scale if scale > 0 else 1.0)
+            loc, scale = values.mean().item(), values.std(correction=0).item()
+            # The mean of equal numbers is rounded, and then they are not quite equal to it.
+            constant = scale <= 1e-12 * abs(loc)
+            column = column._replace(loc=loc, scale=1.0 if constant else scale)
         found.append(column)
     return tuple(found)
 

@@ -123,3 +123,21 @@ def test_gaps_of_a_frame_are_refused_unless_they_are_asked_for(frame):
     with pytest.raises(ValueError, match=r"28 NaN or infinite.*missing='mask'"):
         load_data(frame)
     assert load_data(frame[["row"]]).context is None
+
+
+def test_a_column_of_one_number_is_divided_by_nothing():
+    values = (1 / 3, 0.1, 2.7, 1e-3, 19.0, 7.0)
+    frame = pd.DataFrame({f"c{i}": [value] * 200 for i, value in enumerate(values)})
+    kinds = dict.fromkeys(frame, "positive")
+    columns = load_data(frame.assign(r=np.arange(200.0)), columns=kinds).columns
+    assert [column.scale for column in columns[:-1]] == [1.0] * len(values)
+    assert [c.loc for c in columns[:-1]] == pytest.approx(np.log(values).tolist())
+    assert columns[-1].scale > 50
+
+
+def test_values_that_float32_merges_are_warned_of():
+    seconds = 1_700_000_000 + np.arange(40)
+    frame = pd.DataFrame({"x": np.arange(40.0) / 7, "t": seconds, "one": [1e9 + 0.3] * 40})
+    with pytest.warns(UserWarning, match=r"no room for the values of .* in columns \[1\]"):
+        load_data(frame)
+    load_data(frame.assign(t=seconds - seconds.mean()))
