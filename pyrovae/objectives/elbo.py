@@ -57,10 +57,9 @@ def terms_by_datum(
     unscaled(pair.known, *traces)
     score(*traces, analytic=analytic)
     model = samples(traces[0])
-    bounded = {n: s for n in pair.known.bounded if "log_prob" in (s := model[n])}
-    given = {name: site["log_prob"] for name, site in bounded.items()}
-    for name, log_prob in within_bounds(given, model, tuple(bounded)).items():
-        bounded[name]["log_prob"] = log_prob
+    given = {n: s["log_prob"] for n in pair.known.bounded if "log_prob" in (s := model[n])}
+    for name, log_prob in within_bounds(given, model, tuple(given)).items():
+        model[name]["log_prob"] = log_prob
     terms = site_terms(*traces)
     return {name: reduce_to(term, pair.known, *size) for name, term in terms.items()}
 
