@@ -24,7 +24,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.support import counted, survey
+from pyrovae.pairs.support import counted, quantized, survey
 from pyrovae.pairs.traces import (
     Layout,
     Site,
@@ -104,6 +104,8 @@ def inspect_pair(pair: Pair, x: Tensor, *context: Any) -> Layout:
     if unusual:
         masked, bounded = survey(unusual)
         pair.layout = pair.layout._replace(masked=masked, bounded=bounded)
+        found = [site["fn"] for both in unusual.values() for site in both]
+        pair.rounds = pair.rounds or any(quantized(fn) is not fn for fn in found)
     pair.folds = not takes_a_plate(pair, (x, *context))
     return pair.layout
 

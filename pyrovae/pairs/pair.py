@@ -262,7 +262,7 @@ class OwnParameters(Messenger):
         self.pair.met.add(leaf)
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self.pair.evaluates:
+        if self.pair.rounds and self.pair.evaluates:
             msg["fn"] = quantized(msg["fn"])
 
     def _pyro_post_sample(self, msg: Any) -> None:

@@ -54,6 +54,8 @@ class Parameters:
         self.met: set[Tensor] = set()
         self.blocked: set[Tensor] = set()
         self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []
+        # Whether eval mode is set, and whether a relaxation that is rounded was seen.
+        self.evaluates = self.rounds = False
 
     def adopt(self, modules: list[nn.Module]) -> None:
         """Own what :func:`pyro.module` is registering, in the mode of the rest, beside modules."""
@@ -139,16 +141,12 @@ class Parameters:
         """Every module of both programs; one that both share comes once."""
         return [module for root in self.roots.values() for module in root.modules()]
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether eval mode is set."""
-        return bool(self._modes) and not self._modes[-1][0]
-
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
         """Set ``train`` or ``eval`` mode for a while, and give every module its own back."""
         with ALONE:
             before = {module: module.training for module in self.modules}
+            evaluated, self.evaluates = self.evaluates, not training
             self._modes.append((training, before))
             try:
                 for root in self.roots.values():
@@ -156,6 +154,7 @@ class Parameters:
                 yield
             finally:
                 self._modes.pop()
+                self.evaluates = evaluated
                 for module, flag in before.items():
                     module.training = flag
 

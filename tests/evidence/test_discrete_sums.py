@@ -307,7 +307,6 @@ def test_a_straight_through_relaxation_counts_by_the_mass_of_what_it_draws(kind)
     for estimator in ("trace_elbo", "trace_mean_field_elbo"):
         elbo = pyrovae.elbo(model, guide, x, objective=estimator, particles=20_000, seed=0).elbo
         torch.testing.assert_close(elbo, exact, rtol=0, atol=0.05)
-    torch.testing.assert_close(pyrovae.encode(guide, x)["z"], law(logits).mean)
     row = pyrovae.check(model, guide, x)["reparameterized"]
     assert row.status == "warned"
     assert "is drawn straight through: gradients are biased" in row.message
