@@ -37,7 +37,7 @@ def reparameterized(case: Case) -> Row:
     sites = {name: guide_site for name, (_, guide_site) in case.latents().items()}
     if not sites:
         return skipped("the guide samples nothing")
-    pair = case.inspected
+    pair = case.pair
     with undone(pair.modules, case.rows[0].device), seeded(0), pair.mode(training=True):
         trained = samples(pair.trace_guide(*case.rows))
     rounded = (*DRAWN, dist.OneHotCategoricalStraightThrough)
