@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,10 +33,10 @@ from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
 if TYPE_CHECKING:
-    import arviz
     import xarray
 
-    InferenceData = arviz.InferenceData | xarray.DataTree
+    # arviz.InferenceData of ArviZ 0.x, xarray.DataTree of 1.x; no release has both.
+    InferenceData: TypeAlias = Any
 
 GROUPS = {
     "posterior": "Latents of each datum: {draws}.",
