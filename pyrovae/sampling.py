@@ -162,7 +162,7 @@ def reconstruct(
             sites, _ = simulator.draw(rows, latents)
         seen = [n for n in layout.observed if n in sites and n not in simulator.kept]
         how = {"reads": simulator.reads, "redrawn": True}
-        return {n: sites[n] | how | {"axis": _axis(sites[n], layout.dim)} for n in seen}
+        return {n: sites[n] | how | {"axis": layout.dim - sites[n]["fn"].event_dim} for n in seen}
 
     return _one_or_all(_forward(pair, read, rows, mean, seed, compile, size))
 
@@ -395,11 +395,7 @@ def _axes(sites: dict[str, Site], run: Read, rows: Rows) -> dict[str, int]:
 
 def _in_plate(sites: dict[str, Site], names: list[str]) -> dict[str, int]:
     frames = {name: plates(site).get(next(iter(names), "")) for name, site in sites.items()}
-    return {name: _axis(sites[name], frame.dim) for name, frame in frames.items() if frame}
-
-
-def _axis(site: Site, dim: int) -> int:
-    return dim - site["fn"].event_dim
+    return {n: frame.dim - sites[n]["fn"].event_dim for n, frame in frames.items() if frame}
 
 
 def _generate(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from weakref import finalize
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
@@ -292,7 +293,10 @@ class Member:
     """An array in a ``.npz`` file, of which some rows are read at a time."""
 
     def __init__(self, archive: ZipFile, name: str, path: Path) -> None:
+        # Also where a reader is refused and goes with the error: the last one closes the file.
+        finalize(self, archive.close)
         self.path, self.file = path, archive.open(name)
+        finalize(self, self.file.close)
         self.shape, fortran, self.dtype = _header(self.file, path)
         if fortran:
             raise ValueError(f"{name} of {path} has no row in one place")

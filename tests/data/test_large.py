@@ -1,6 +1,8 @@
 """Parquet and Zarr give the rows that arrays and frames give, in memory and larger than it."""
 
+import gc
 import sys
+import warnings
 
 import anndata
 import h5py
@@ -14,6 +16,7 @@ from test_disk import SMALL, same, trained
 
 import pyrovae
 from pyrovae.data import load_data
+from pyrovae.data.files import open_npz
 from pyrovae.data.given import as_tensors
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -219,6 +222,23 @@ def test_members_of_a_npz_that_stay_on_disk(tmp_path, x):
     (tmp_path / "x.npz").write_bytes(damaged)
     with pytest.raises(pyrovae.InputError, match=r"readable .npz file"):
         load_data(tmp_path / "x.npz", memory=SMALL)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_npz_is_closed_when_nobody_reads_it(tmp_path, refused, x):
+    np.savez(tmp_path / "x.npz", a=x, b=np.asfortranarray(x) if refused else x)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        held = []
+        try:
+            held.append(open_npz(tmp_path / "x.npz"))
+        except ValueError as error:
+            held.append(error)
+        assert refused == isinstance(held[0], ValueError)
+        held.append(held)  # a cycle, whose parts are freed in any order
+        del held
+        gc.collect()
+    assert not [each for each in found if issubclass(each.category, ResourceWarning)]
 
 
 def test_arrays_of_other_packages_and_arrow_tables(tmp_path, x):
