@@ -458,9 +458,8 @@ def finite(x: np.ndarray, title: str, missing: str = "", first: int | None = Non
 
     Of a part of all rows, ``first`` is the number of its first.
     """
-    wide = x
     with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
+        wide, x = x, x.astype(np.float32)
     bad = np.isinf(x) if missing == "mask" else ~np.isfinite(x)
     if bad.any():
         row = int(bad.reshape(len(x), -1).any(1).argmax()) + (first or 0)

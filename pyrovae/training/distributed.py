@@ -47,7 +47,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size, self.first = rank, size, rank == 0
-        self._share, self._averages, self._sites = 1.0, False, list[str]()
+        self._share, self._averages = 1.0, False
+        self._sites: list[str] | None = None  # until the first batch
 
     def place(self, device: torch.device | str) -> torch.device:
         """Where this process computes: on CUDA, on the GPU of its rank, made the current one."""
@@ -143,7 +144,7 @@ class World:
                 f"{self.size} processes would count it: move it inside, over the number of data, "
                 f"or start one process."
             )
-        self._averages, self._sites = _averages(svi.pair, args), []
+        self._averages, self._sites = _averages(svi.pair, args), None
         averages = svi.trained.average.of.values() if svi.trained.average else ()
         self._copy_first([*svi.pair.leaves(), *averages])
         self.settle(svi.pair)
@@ -181,7 +182,8 @@ class World:
             ValueError: If a site is on these rows that no process's rows of the first batch had.
         """
         # In one order: what the processes send is summed by its place.
-        self._sites = self._sites or [*dict.fromkeys(chain(*self._gather([*found.terms])))]
+        if self._sites is None:
+            self._sites = [*dict.fromkeys(chain(*self._gather([*found.terms])))]
         if late := sorted(found.terms.keys() - {*self._sites}):
             raise InputError(
                 f"The programs have the sites {late} on this batch, and not on the first, so that "

@@ -349,9 +349,9 @@ class Monitor:
 
     def means(self, num_data: int) -> dict[str, float | None]:
         """The loss per datum, and as far as the objective knows it, the ELBO at β = 1, in nats."""
-        self._check_weights()
         layout = self.svi.pair.known
         mean = {name: total / num_data for name, total in self.totals().items()}
+        self._check_weights()
         loss = mean.pop("loss")
         total = sum(mean.values()) if mean else -loss
         known = bool(mean) or type(self.svi.objective) in UNDIVIDED
@@ -366,12 +366,11 @@ class Monitor:
 
     def _check_weights(self) -> None:
         """A finite loss may have a gradient that is no number, and the last step's loss is none."""
-        self.totals()
         leaves = self.svi.trained.named
-        sound = torch.stack([leaf.detach().isfinite().all() for leaf in leaves.values()])
-        if bool(sound.all()):
+        sound = torch.stack([leaf.detach().isfinite().all() for leaf in leaves.values()]).tolist()
+        if all(sound):
             return
-        name = [*leaves][sound.tolist().index(False)]
+        name = [*leaves][sound.index(False)]
         raise NonFiniteLoss(
             f"Training stopped in epoch {self.epoch}: the parameter {name!r} is not finite, though "
             f"every loss is, so that a gradient was not. Lower the learning rate, or bound what "

@@ -226,6 +226,19 @@ def test_a_site_that_the_rows_of_a_rank_lack_counts_nothing_there(job):
         seen(1, "x", "late")
 
 
+def test_processes_agree_on_their_sites_once(job, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object",
+        lambda values, value: (asked.append(value), job.all_gather_object(values, value)),
+    )  # fmt: skip
+    for terms in ({}, {"x": torch.tensor(1.0)}):
+        world, job.sent = World(0, 2), []
+        for _ in range(3):
+            world.reduce(Estimate(torch.tensor(1.0), None, terms), parameters(1.0))
+    assert asked == [[], ["x"]]
+
+
 def test_float64_is_summed_in_float64(job):
     leaf = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     for rank in range(2):
