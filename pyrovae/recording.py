@@ -60,6 +60,8 @@ def record(fit: Callable[..., Fit], asked: dict[str, Any]) -> Fit:
         kept = _Checkpoints(run, twice=bool(calls))
         calls = [kept, *calls, *([kept.behind] if calls else [])]
         result = fit(**asked | {"out": None, "on_epoch": calls})
+        if result.world.first and not run.exists():  # the state has all epochs already
+            kept(result)
         if kept.made:
             _finish(run, kept.made, result)
     return result

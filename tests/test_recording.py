@@ -338,8 +338,9 @@ def test_what_no_option_can_say_goes_on_from_python_alone(data, capsys):
     assert run("train", "--out", "run", "--resume", "--epochs", "3") == 2
     assert "trained from Python with optimizer=SGD" in capsys.readouterr().err
     state = pyrovae.load("run").state
-    with pytest.raises(pyrovae.InputError, match="The run was made with lr = 1e-05"):
-        train(*pair(data), data, epochs=3, out="run", state=state, **slow | {"lr": 1e-6})
+    with pytest.warns(match="lr=1e-06 is not used: the state goes on from lr=1e-05"):
+        train(*pair(data), data, epochs=2, out="other", state=state, **slow | {"lr": 1e-6})
+    assert config(Path("other"))["lr"] == 1e-5
     again = train(*pair(data), data, 3, out="run", state=state, **slow)
     assert [row["epoch"] for row in pyrovae.load("run").history] == [1, 2, 3]
     assert len(again.history) == 3

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from pyrovae._tools import InputError, did_you_mean
+from pyrovae._tools import InputError, did_you_mean, warn
 from pyrovae.nn import UNITS
 
 if TYPE_CHECKING:
@@ -313,8 +313,8 @@ def read_column(
         kind = _numeric_kind(values)
     if kind in ("real", "positive", "count"):
         return Column(name, kind), _numbers(values, kind, name, title)
-    if not isinstance(values.dtype, pd.CategoricalDtype):
-        values = values.astype("category")
+    told = isinstance(values.dtype, pd.CategoricalDtype)
+    values = values if told else values.astype("category")
     if kind is None:
         few = "binary" if len(values.cat.categories) == 2 else "categorical"
         kind = "ordinal" if values.cat.ordered else few
@@ -324,6 +324,11 @@ def read_column(
         raise InputError(
             f"Expected {needed} in the {kind} column {name!r} of {title}, got {len(categories)}: "
             f"choose its kind by columns={{{name!r}: ...}} (--columns {name}=...), or drop it."
+        )
+    if kind == "ordinal" and not (told or plain):
+        warn(
+            f"The words of the ordinal column {name!r} of {title} are ordered as they are sorted, "
+            f"{' < '.join(categories)}: give ordered categories, or numbers, for another order."
         )
     codes = values.cat.codes.to_numpy(np.float64)
     return Column(name, kind, categories), np.where(codes < 0, np.nan, codes)

@@ -17,9 +17,9 @@ from pyro import infer
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, warn
 from pyrovae._tools.seeding import subseed, undone
 from pyrovae._tools.shown import Shown, Told, counted, figures
 from pyrovae.data import Dataset
@@ -138,6 +138,7 @@ class Fit(Shown):
             "seed": self.seed,
             "best_epoch": self.best_epoch,
             "best_state": self.best_state,
+            "asked": {name: self.asked.get(name) for name in ("lr", "epochs")},
         }
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -171,6 +172,21 @@ class Fit(Shown):
             self.scheduler.load_state_dict(state["scheduler"])
         self.history, self.seed = list(state["history"]), state["seed"]
         self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+        self._take_over(state.get("asked", {}))
+
+    def _take_over(self, begun: dict[str, Any]) -> None:
+        """Say where a state goes on in another way than this training was asked to."""
+        differs = {n: v for n, v in begun.items() if v != self.asked.get(n, v)}
+        if "lr" in differs:
+            warn(f"lr={self.asked['lr']} is not used: the state goes on from lr={begun['lr']}.")
+            self.asked["lr"] = begun["lr"]
+        if "epochs" in differs and isinstance(by := self.scheduler, LambdaLR):
+            last, now = by.get_last_lr()[0], by.base_lrs[0] * by.lr_lambdas[0](by.last_epoch)
+            if not math.isclose(last, now):
+                warn(
+                    f"The schedule of {begun['epochs']} epochs goes on as one of "
+                    f"{self.asked['epochs']}: the learning rate jumps from {last:.3g} to {now:.3g}."
+                )
 
     def validate(self, rows: tuple[Tensor, ...]) -> dict[str, float | None]:
         """The mean bounds of validation data at β = 1, as ``history`` has them."""

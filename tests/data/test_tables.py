@@ -70,6 +70,16 @@ def test_a_frame_keeps_every_cell(frame):
     check_cells(frame, data)
 
 
+def test_words_without_an_order_are_sorted_aloud():
+    grades = ["low", "high", "medium", "low"] * 10
+    with pytest.warns(match="'grade' of .* sorted, high < low < medium: give ordered categories"):
+        load_data(pd.DataFrame({"grade": grades}), columns={"grade": "ordinal"})
+    known = pd.Categorical(grades, categories=["low", "medium", "high"])
+    (column,) = load_data(pd.DataFrame({"grade": known}), columns={"grade": "ordinal"}).columns
+    assert column.categories == ("low", "medium", "high")
+
+
+
 def test_a_kind_is_as_it_is_told(frame):
     data = load_data(frame, missing="mask", columns={"weight": "positive", "year": "ordinal"})
     weight, year = data.columns[1], data.columns[3]

@@ -93,6 +93,19 @@ def _options(name):
     return options
 
 
+def test_a_state_that_goes_on_otherwise_than_asked_says_so():
+    half = _fit(epochs=2, lr=3e-3).state_dict()
+    with pytest.warns(match="lr=0.001 is not used: the state goes on from lr=0.003"):
+        resumed = _fit(epochs=3, state=half)
+    assert resumed.history[-1]["lr"] == 3e-3
+    assert resumed.state_dict()["asked"] == {"lr": 3e-3, "epochs": 3}
+    done = _fit(epochs=2, schedule="cosine").state_dict()
+    with pytest.warns(match="of 2 epochs goes on as one of 4: the learning rate jumps from 0 to 0"):
+        _fit(epochs=4, schedule="cosine", state=done)
+    rise = _fit(epochs=3, schedule="none", lr_warm_up=2).state_dict()
+    _fit(epochs=4, schedule="none", lr_warm_up=2, state=rise)  # the same rates, and no word
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_of_them_resumes_bit_identical(name):
     whole, states = _with_states(epochs=6, **_options(name))
