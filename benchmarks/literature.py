@@ -159,13 +159,28 @@ def begin(made: Experiment, x: Tensor, row: Row, options: argparse.Namespace) ->
     other = _begun(row, options)
     print(f"begins with {other.name}, {other.epochs} epochs", flush=True)
     found, _ = train(other, _folder(other, options), options)
-    made.guide.load_state_dict(found.guide.state_dict())
+    if row.guide == other.guide:
+        made.guide.load_state_dict(found.guide.state_dict())
+    else:
+        _flow_from(found.guide, made.guide)
     made.model.decoder.load_state_dict(found.model.decoder.state_dict())
     if row.model != other.model:
         # Pseudo-inputs start at images, as in the paper's code.
         made.model.pseudo = x[: len(made.model.pseudo)].clamp(0.01, 0.99)
     else:
         made.model.load_state_dict(found.model.state_dict())
+
+
+@torch.no_grad()
+def _flow_from(normal: Any, flow: Any) -> None:
+    """Let a flow begin as a normal posterior, which its couplings leave as it is."""
+    own = flow.state_dict()
+    for name, value in normal.state_dict().items():
+        own[name][: len(value)] = value  # its last layer has a third head, of features
+    for coupling in flow.couplings:
+        last = coupling.nn.layers[-1]
+        last.weight.zero_()
+        last.bias.zero_()
 
 
 def measure(made: Experiment, folder: Run, options: argparse.Namespace) -> dict[str, Any]:

@@ -79,7 +79,6 @@ def test_words_without_an_order_are_sorted_aloud():
     assert column.categories == ("low", "medium", "high")
 
 
-
 def test_a_kind_is_as_it_is_told(frame):
     data = load_data(frame, missing="mask", columns={"weight": "positive", "year": "ordinal"})
     weight, year = data.columns[1], data.columns[3]

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 import pyrovae
+from pyrovae.guides.mean_field import MeanField
 from pyrovae.runs import Run
 
 TINY = ["--small", "--test", "10", "--images", "4", "--simulated", "2", "--chains", "2"]
@@ -62,6 +63,24 @@ def test_a_row_without_another_begins_with_itself(rows, monkeypatch):
     assert not torch.equal(start, first)
     assert torch.equal(again, first)
     assert not torch.equal(again, last)
+
+
+def test_a_flow_begins_as_the_normal_that_it_transforms(rows, monkeypatch):
+    seen, kept = [], literature.begin
+
+    def begin(made, x, row, options):
+        kept(made, x, row, options)
+        normal = MeanField(made.data.shape, latent=4, hidden=(4, 4), activation="GLU")
+        taken = made.guide.state_dict()
+        normal.load_state_dict({n: taken[n][: len(v)] for n, v in normal.state_dict().items()})
+        bounds = [pyrovae.elbo(made.model, g, x[:20], seed=0) for g in (normal, made.guide)]
+        seen.append([each.elbo.mean().item() for each in bounds])
+
+    monkeypatch.setattr(literature, "begin", begin)
+    found = rows("--only", "gated-flow-both", "--before", "1", "--epochs", "1")["gated-flow-both/0"]
+    assert found["begins with"] == "gated-flow-prior"
+    ((one, two),) = seen
+    assert one == pytest.approx(two, rel=1e-5)
 
 
 def test_a_row_begins_with_another_of_two_cosines(rows, tmp_path, monkeypatch):
