@@ -65,7 +65,8 @@ def make_schedule(
     if callable(schedule):
         return schedule(optimizer)
     if schedule == "plateau":
-        return ReduceLROnPlateau(optimizer, factor=0.5, patience=10)
+        # torch's threshold is a share of the loss, by which one below 0 (a density's) never stalls.
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=10, threshold=0.0)
     if schedule == "none" and not warm_up:
         return None
     shape = SHAPES[schedule]

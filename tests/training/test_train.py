@@ -20,6 +20,7 @@ from pyrovae._tools.seeding import subseed
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
 from pyrovae.training.monitor import Monitor, NonFiniteLoss
+from pyrovae.training.schedules import make_schedule
 
 X = binary(40)
 
@@ -487,6 +488,18 @@ def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
     elbos = [row["valid_elbo"] for row in history]
     assert elbos == sorted(elbos)
     assert [row["lr"] for row in history] == [1e-3] * 4
+
+
+@pytest.mark.parametrize("loss", [90.0, -29.0])
+def test_the_plateau_of_a_density_is_one_too(loss):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = make_schedule("plateau", optimizer, 30, 0)
+    rates = []
+    for epoch in range(12):
+        optimizer.step()
+        schedule.step(loss + 1e-4 * epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1.0] * 11 + [0.5]
 
 
 @pytest.mark.parametrize(
