@@ -54,6 +54,7 @@ ARGUMENTS = {
     "binarize": "--binarize",
     "clip_norm": "--clip-norm",
     "defensive": "--defensive",
+    "initial": "--initial",
     "num_chains": "--annealed",
     "num_samples": "--samples",
     "refine_steps": "--refine",
@@ -326,6 +327,7 @@ def _compare(options: _Compare, line: str) -> None:
         if out.suffix.lower() not in (".html", ".htm") or (out.parent / "config.json").exists():
             raise InputError(f"Expected --out FILE.html outside of a run, got {options.out}.")
         require_file(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
     found = compare_runs(options.runs, options.split)
     print(found)
     if options.out:

@@ -30,6 +30,7 @@ from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest
 from pyrovae.pairs.contract import argument_names, warn_of_factors
 from pyrovae.pairs.pair import Given, Pair
+from pyrovae.pairs.support import counted
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def to_inference_data(
         num_samples: The number of draws K of each datum's latents.
         labels: Labels ``[N]`` of the data, for a coordinate ``label``.
         log_likelihood: An estimate of log p(x) of these data, or of all data of which these
-            follow ``first`` others, from more draws; by default the K draws give it.
+            follow ``first`` others (which is taken as it is said), from more draws; by default
+            the K draws give it.
         num_prior: The number of draws from the prior for each datum; 0 leaves its groups out.
         first: The number of the first datum in its data set.
         seed: Seeds the draws; None takes one from torch's global stream. The draws of latents
@@ -389,10 +391,10 @@ def _posterior(
 
 def _plain(pair: Pair, value: Tensor, site: Site, masked: bool) -> Tensor:
     """A site's value with the datum first and its particles second, without idle plates."""
-    event_dim, mask = site["fn"].event_dim, site["mask"]
+    event_dim, mask = site["fn"].event_dim, counted(site)
     value = _typed(value, site["fn"])
-    if masked and isinstance(mask, Tensor) and not bool(mask.all()):
-        here = mask.reshape(*mask.shape, *[1] * event_dim)
+    if masked and mask is not None and not bool(mask.all()):
+        here = mask.reshape(mask.shape[-value.dim() :])  # data have no dimension of particles
         value = torch.where(here, value if value.is_floating_point() else value.float(), torch.nan)
     used = {f.dim for f in site["cond_indep_stack"] if f.vectorized}
     idle = [d - event_dim for d in range(event_dim - value.dim(), 0) if d not in used]

@@ -165,7 +165,7 @@ def evaluate(run: OpenRun | str | Path, **options: Any) -> Results:
         run: A run of :func:`load`, or its directory.
         options: Those of the command, with underscores: ``split="test"``, ``samples=1000``,
             ``images``, ``refine``, ``defensive``, ``precision``, ``annealed``,
-            ``temperatures``, ``no_diagnostics``, ``fresh``.
+            ``temperatures``, ``initial``, ``calibrate``, ``no_diagnostics``, ``fresh``.
 
     Returns:
         What is found on the split, in nats per datum: ``.log_likelihood``, ``.elbo``, ``.verdict``.

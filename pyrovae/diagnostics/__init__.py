@@ -23,7 +23,7 @@ from pyrovae.diagnostics.calibration import (
 )
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.simulation import PosteriorCalibration, calibrate
-from pyrovae.diagnostics.units import SitePosterior, examine
+from pyrovae.diagnostics.units import SitePosterior, examine, unmasked
 from pyrovae.evidence.tiles import Evaluation, at_least
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
@@ -169,9 +169,10 @@ def _site(site: SitePosterior, home: torch.device) -> SiteDiagnosis:
     """The variance of noisy means, less what the noise adds to it."""
     kl, mean, noise = (each.double().to(home) for each in (site.kl, site.mean, site.noise))
     used = site.used.to(home)
-    variance = mean.new_zeros(mean.shape[1])
-    if int(used.sum()) > 1:
-        variance = (mean[used].var(0) - noise[used].mean(0)).clamp(min=0)
+    count, rest = used.sum(0), torch.where(used, mean, 0.0)
+    rest = torch.where(used, mean - rest.sum(0) / count, 0.0)
+    variance = rest.square().sum(0) / (count - 1) - torch.where(used, noise, 0.0).sum(0) / count
+    variance = torch.where(count > 1, variance, 0.0).clamp(min=0)
     variance = variance.reshape(-1, site.width).sum(-1)
     error = standard_error(kl)
     return SiteDiagnosis(kl.mean(0), error, variance, variance > ACTIVE, site.factorized)
@@ -198,7 +199,7 @@ def _eight_bit_dimensions(pair: Pair, rows: tuple) -> float:
     """How many values the one observed site has, if each is one of 256 levels; NaN if not."""
     sites = samples(pair.trace_posterior(*rows)).values()
     seen = [site for site in sites if site["is_observed"]]
-    if len(seen) != 1 or is_bookkeeping(seen[0]) or seen[0]["mask"] is not None:
+    if len(seen) != 1 or is_bookkeeping(seen[0]) or not bool(unmasked(seen[0]).all()):
         return math.nan
     support = seen[0]["fn"].support
     while isinstance(support, independent | MixtureSameFamilyConstraint):

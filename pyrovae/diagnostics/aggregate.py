@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrovae._tools import InputError, standard_error
 from pyrovae._tools.seeding import seeded
-from pyrovae.diagnostics.units import unmasked
+from pyrovae.diagnostics.units import by_datum, unmasked
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.proposals import Proposal, guide_density, joint_density, require_scorable
 from pyrovae.evidence.result import LogLikelihood
@@ -147,13 +147,14 @@ def _spread(values: Values, axes: dict[str, int], num_data: int) -> Values:
 def _axes(pair: Pair, rows: tuple) -> dict[str, int]:
     """Where the batch lies in each latent's value, counted from the right."""
     axes: dict[str, int] = {}
-    seen: dict[str, set[bool]] = {name: set() for name in pair.known.latents}
+    first: dict[str, Tensor] = {}
     for tile in _tiles(rows):
         sites = samples(pair.trace_guide(*tile, particles=1))
-        for name, kinds in seen.items():
-            axes[name] = pair.known.dim - sites[name]["fn"].event_dim
-            kinds.update(unmasked(sites[name]).unique().tolist())
-            if len(kinds) > 1:
+        for name in pair.known.latents:
+            events = sites[name]["fn"].event_dim
+            axes[name] = pair.known.dim - events
+            seen = by_datum(unmasked(sites[name]), events, pair.known, (1, len(tile[0])))[0]
+            if bool((seen != first.setdefault(name, seen[:1])).any()):
                 raise InputError(
                     f"Latent {name!r} is masked for some data and not for others, so that "
                     f"{UNKNOWN}: take data that are alike in that, such as all labelled or all "

@@ -100,7 +100,7 @@ def _shares(pair: Pair, rows: tuple) -> Tensor:
             continue
         fn, events = site["fn"], site["fn"].event_dim
         shape = fn.batch_shape + fn.event_shape
-        seen = unmasked(site, events).expand(shape)
+        seen = unmasked(site).expand(shape)
         ranks = randomized_ranks(fn, site["value"].expand(shape))
         ranks, seen = (by_datum(t, events, pair.known, (1, n))[0].double() for t in (ranks, seen))
         inside += (((ranks - 0.5).abs() <= half) * seen).sum(-1)

@@ -140,20 +140,22 @@ def reliability(placed: Tensor, probs: Tensor, came: Tensor) -> Reliability:
 
     ``placed`` are the same probabilities, which choose the bin: where both are averages of draws,
     those of one would otherwise be too large in the upper bins by chance. A bin's events of one
-    datum need not be independent.
+    datum need not be independent. What is NaN is left out.
     """
     placed, probs, came = placed.double(), probs.double(), came.double()
-    place = (placed * BINS).long().clamp(max=BINS - 1)
+    known = ~placed.isnan()
+    place = torch.where(known, placed * BINS, 0.0).long().clamp(max=BINS - 1)
+    placed, probs, came = (torch.where(known, v, 0.0) for v in (placed, probs, came))
 
     def total(values: Tensor) -> Tensor:
         return values.new_zeros(len(values), BINS).scatter_add_(1, place, values)
 
-    count, said, seen = (total(v).sum(0) for v in (torch.ones_like(probs), probs, came))
+    count, said, seen = (total(v).sum(0) for v in (known.double(), probs, came))
     variance = total(probs * (1 - probs)).sum(0)
     spread = torch.maximum(variance, total(came - probs).square().sum(0))
     z = torch.where(variance >= LEAST_VARIANCE, (seen - said) / spread.sqrt(), 0.0)
     worst = min(1.0, BINS * math.erfc(z.abs().max().item() / math.sqrt(2)))
-    slope = ((came - probs) * (placed - placed.mean())).sum()
+    slope = ((came - probs) * (placed - placed.sum() / known.sum())).sum()
     shape: Shape = "too narrow" if slope < 0 else "too wide"
     return Reliability(said / count, seen / count, count, worst, shape)
 

@@ -323,9 +323,9 @@ def _rank(
     }
     ruler = ruler._replace(origin=ruler.origin[index])
     density = _density(task, rows, count, values)
-    drawn = _statistics(layout, values, sites, density, ruler)
-    right = _statistics(layout, true, sites, _density(task, rows, 1, true), ruler)
     used = {name: _used(layout, sites[name], len(index)) for name in layout.latents}
+    drawn = _statistics(layout, values, sites, used, density, ruler)
+    right = _statistics(layout, true, sites, used, _density(task, rows, 1, true), ruler)
 
     def ranks(drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -333,14 +333,15 @@ def _rank(
             value = right[name][0]
             slack = 0.0 if name in used else ROUNDING * (1 + value.abs())
             found[name] = draw_ranks(draws, value, slack)
-            found[name][~used.get(name, torch.ones_like(index).bool())] = -1
+            if name in used:
+                found[name][~used[name]] = -1
         return found
 
     parts = {"ranks": ranks({name: each[:num_samples] for name, each in drawn.items()})}
     parts["said"] = {
-        name: said[used[name]]
+        name: said
         for name in layout.latents
-        if (said := _said(layout, sites[name], true[name])) is not None
+        if (said := _said(layout, sites[name], true[name], used[name])) is not None
     }
     if corrected:
         weight, khat = _smoothed(density - total(scores.values(), torch.zeros_like(density)))
@@ -373,30 +374,35 @@ def _density(task: Evaluation, rows: tuple, particles: int, values: Values) -> T
 
 
 def _statistics(
-    layout: Layout, values: Values, sites: dict[str, Site], density: Tensor, ruler: _Ruler
+    layout: Layout,
+    values: Values,
+    sites: dict[str, Site],
+    used: dict[str, Tensor],
+    density: Tensor,
+    ruler: _Ruler,
 ) -> dict[str, Tensor]:
     """Every function of latents and data that is ranked, ``[K, N, D]`` by name."""
     found = _coordinates(layout, values, sites)
-    joint = torch.cat([*found.values()], -1)
-    real = [z for name, z in found.items() if not sites[name]["fn"].support.is_discrete]
+    joint, seen = torch.cat([*found.values()], -1), torch.cat([used[n] for n in found], -1)
+    real = [z * used[n] for n, z in found.items() if not sites[n]["fn"].support.is_discrete]
     found = found | {DENSITY: density[..., None]}
     if real:
         found[NORM] = torch.cat(real, -1).norm(dim=-1, keepdim=True)
-    return found | {JOINT: ((joint - ruler.origin) / ruler.unit).norm(dim=-1, keepdim=True)}
+    distance = (joint - ruler.origin) / ruler.unit * seen
+    return found | {JOINT: distance.norm(dim=-1, keepdim=True)}
 
 
 def _used(layout: Layout, site: Site, num_data: int) -> Tensor:
-    """Where a latent is not masked, ``[N]``."""
-    mask = unmasked(site)
-    mask = mask[:1] if mask.dim() == -layout.particle_dim else mask
-    return by_datum(mask, 0, layout, (1, num_data))[0].any(-1)
+    """Where a latent is not masked, ``[N, D]``."""
+    mask = unmasked(site).expand(site["value"].shape)[:1]
+    return by_datum(mask, site["fn"].event_dim, layout, (1, num_data))[0]
 
 
-def _said(layout: Layout, site: Site, value: Tensor) -> Tensor | None:
+def _said(layout: Layout, site: Site, value: Tensor, used: Tensor) -> Tensor | None:
     """The probability of each value of a discrete latent, twice, and whether it is the true one.
 
-    Each probability is a mean over half of the draws of what it depends on. ``[N, D * C, 3]``, or
-    None where the guide does not say.
+    Each probability is a mean over half of the draws of what it depends on. ``[N, D * C, 3]``, NaN
+    where the latent is masked, or None where the guide does not say.
     """
     fn, base = site["fn"], coordinate(site["fn"])
     size, events = (len(site["value"]), value.shape[layout.dim - fn.event_dim]), fn.event_dim
@@ -408,7 +414,8 @@ def _said(layout: Layout, site: Site, value: Tensor) -> Tensor | None:
     probs = by_datum(base.probs, events, layout, size)
     halves = [half.mean(0) for half in probs.tensor_split(2)]
     came = by_datum(value, events, layout, (1, size[1]))[0].to(probs)
-    return torch.stack([*halves, came], -1)
+    seen = used.repeat_interleave(came.shape[1] // used.shape[1], 1)
+    return torch.where(seen[..., None], torch.stack([*halves, came], -1), torch.nan)
 
 
 def _smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -476,7 +483,7 @@ def _shape(tests: list[RankTest], ranks: dict[str, Tensor], most: int) -> Shape:
     if sure := [test.shape for test in off if test.name not in FUNCTIONS]:
         return Counter(sure).most_common(1)[0][0]
     spreads = [moments(c, most)[1] for key, _, c in _columns(ranks) if key not in FUNCTIONS]
-    pooled = sum(spreads) / len(spreads) ** 0.5
+    pooled = sum(spreads) / max(len(spreads), 1) ** 0.5  # none where all latents are masked
     if abs(pooled) < PLAIN:
         return off[0].shape
     return "too narrow" if pooled > 0 else "too wide"

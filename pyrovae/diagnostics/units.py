@@ -14,6 +14,7 @@ from pyrovae.distributions import divergence
 from pyrovae.objectives.elbo import terms_by_datum
 from pyrovae.objectives.scores import in_one_order
 from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.support import counted
 from pyrovae.pairs.traces import Layout, Site, samples
 
 CHOICES = (Categorical, OneHotCategorical)
@@ -26,7 +27,7 @@ class SitePosterior(NamedTuple):
     are both products over their coordinates, as ``factorized`` says, and ``[N, 1]`` otherwise.
     ``mean`` ``[N, D * width]`` is E_q[z | x], and ``noise`` the variance that it has from being an
     average of draws. A categorical variable is one coordinate, its mean the ``width`` probabilities
-    of its values. ``used`` ``[N]`` is False where the site is masked.
+    of its values. ``used``, of its shape, is False where the site is masked.
     """
 
     kl: Tensor
@@ -71,7 +72,9 @@ def _site(
     kl = _kl_by_coordinate(model, guide, analytic, layout, size)
     values, width = _mean(guide, layout, size)
     noise = values.var(0) / size[0] if size[0] > 1 else torch.zeros_like(values[0])
-    used = by_datum(unmasked(guide), 0, layout, size).any(-1).any(0)
+    seen = unmasked(guide).expand(guide["value"].shape)
+    used = by_datum(seen, guide["fn"].event_dim, layout, size).any(0)
+    used = used.repeat_interleave(values.shape[-1] // used.shape[-1], 1)
     found = total.unsqueeze(-1) if kl is None else kl.mean(0)
     return SitePosterior(found, values.mean(0), noise, used, kl is not None, width)
 
@@ -87,8 +90,9 @@ def _kl_by_coordinate(
     if analytic:
         with suppress(NotImplementedError):
             kl = divergence(q, p)
-    events = guide["fn"].event_dim - q.event_dim
-    return by_datum(torch.where(unmasked(guide, events), kl, 0.0), events, layout, size)
+    events, seen = guide["fn"].event_dim - q.event_dim, unmasked(guide)
+    seen = seen.flatten(-q.event_dim).any(-1) if q.event_dim else seen
+    return by_datum(torch.where(seen, kl, 0.0), events, layout, size)
 
 
 def coordinate(fn: Any) -> Any:
@@ -113,11 +117,11 @@ def _mean(site: Site, layout: Layout, size: tuple[int, int]) -> tuple[Tensor, in
     return by_datum(mean.to(torch.get_default_dtype()), fn.event_dim, layout, size), 1
 
 
-def unmasked(site: Site, events: int = 0) -> Tensor:
-    """Where a site is not masked, over its batch and so many dimensions of an event."""
-    mask = True if site["mask"] is None else site["mask"]
-    mask = torch.as_tensor(mask, device=site["value"].device)
-    return mask.reshape(mask.shape + (1,) * events)
+def unmasked(site: Site) -> Tensor:
+    """Where a site's value counts, over its batch and its event's dimensions, each of 1 or all."""
+    if (found := counted(site)) is None:
+        found = torch.ones((), dtype=torch.bool, device=site["value"].device)
+    return found.reshape((1,) * (site["fn"].event_dim - found.dim()) + found.shape)
 
 
 def by_datum(value: Tensor, events: int, layout: Layout, size: tuple[int, int]) -> Tensor:

@@ -209,7 +209,7 @@ class LogLikelihood(Shown):
             text = (
                 f"k-hat is at most {HEAVY} for all {n} data points: nothing in the weights speaks "
                 f"against the stated errors. A part of the posterior that no draw has reached "
-                f"would not show in them; annealed_log_likelihood starts from the prior and may."
+                f"would not show in them; annealed_log_likelihood with initial='prior' may find it."
             )
         else:
             text = (
@@ -249,7 +249,8 @@ class Comparison(NamedTuple):
 
     ``each`` ``[N]`` are the differences; ``monte_carlo_standard_error`` is what other random
     draws would change in their mean, ``data_standard_error`` what other data from the same source
-    would, and ``standard_error`` both together.
+    would, and ``standard_error`` both together. Draws of one seed, as of two evaluations, have
+    much of their noise in common: then the first is less than is said, and the second more.
     """
 
     each: Tensor
@@ -339,7 +340,8 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
     each = a.log_prob.double() - b.log_prob.double()
     total = each.var() / n
     noise = (a.standard_error.double().square() + b.standard_error.double().square()).sum() / n**2
-    parts = total, (total - noise).clamp(min=0), noise
+    noise = noise.clamp(max=total)
+    parts = total, total - noise, noise
     return Comparison(each, each.mean().item(), *(part.sqrt().item() for part in parts))
 
 

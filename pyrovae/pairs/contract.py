@@ -388,11 +388,10 @@ def mended(error: Exception, x: Tensor) -> str:
     known = {p.dtype for p in owner.parameters()} if isinstance(owner, nn.Module) else set()
     given = {value.dtype for value in inner.values() if isinstance(value, Tensor)}
     if isinstance(error, RuntimeError) and known and x.dtype in given - known:
-        whole = ", or look them up in an nn.Embedding if they are categories"
-        return (
-            f"{text}. The data are {x.dtype}: convert them or the modules"
-            f"{'' if x.is_floating_point() else whole}."
-        )
+        more = ", or look them up in an nn.Embedding if they are categories"
+        if x.is_floating_point():
+            more = " (tensors keep their dtype, and all else is read as float32)"
+        return f"{text}. The data are {x.dtype}: convert them or the modules{more}."
     if isinstance(error, RuntimeError) and any(w in error_place(error) for w in (".numpy(", "np.")):
         return (
             f"{text} NumPy sees no gradient, so that what it computes would train nothing: use "
@@ -651,6 +650,8 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
     bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
     shown = f"{bad.reshape(-1)[0].item():.6g}"
     mend = "choose a likelihood whose support holds the data"
+    if base.support.is_discrete and (255 * bad[:1] - (255 * bad[:1]).round()).abs().max() < 1e-4:
+        mend += " (uint8 is read as levels over 255: counts need another dtype)"
     if kind == "Multinomial":
         shown = f"counts that sum to {bad.sum().item():.6g}"
         mend = f"give it a total_count of the largest sum, not {base.total_count}"

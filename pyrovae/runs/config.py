@@ -415,6 +415,7 @@ class EvaluationConfig(Options):
         least=0,
     )
     temperatures: int = option("temperatures of annealing", 500, metavar="T", least=0)
+    initial: str = option("what annealing starts from", "guide", choices=("guide", "prior"))
     calibrate: int = option(
         "also test the guide on so many data of the model's own, 50 at least",
         0,

@@ -100,7 +100,8 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
                 *part.args,
                 num_chains=options.annealed,
                 num_temperatures=options.temperatures,
-                checkpoint=files.of("annealed", "temperatures"),
+                initial=options.initial,
+                checkpoint=files.of("annealed", "temperatures", "initial"),
                 **common,
             )
         ll = log_likelihood(
@@ -244,6 +245,7 @@ def _sandwich(subject: _Subject, options: EvaluationConfig) -> Sandwich:
             n=n,
             num_chains=options.annealed,
             num_temperatures=options.temperatures,
+            initial=options.initial,
             seed=SEED,
         )
     except InputError as error:

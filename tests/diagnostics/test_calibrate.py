@@ -98,6 +98,42 @@ def test_guides_are_called_what_they_are(make, shape):
     json.dumps(found.summary())
 
 
+def masked(by):
+    """The exact pair where the second coordinate, or the whole latent, counts for some data."""
+
+    def site(loc, scale, mask):
+        if by == "poutine":
+            with pyro.poutine.mask(mask=mask.all(-1)):
+                return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+        return pyro.sample("z", dist.Normal(loc, scale).mask(mask).to_event(1))
+
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = site(torch.zeros(2), 1.0, mask)
+            z = torch.where(mask.all(-1, keepdim=True) if by == "poutine" else mask, z, 0.0)
+            pyro.sample("x", dist.Normal(z, NOISE).to_event(1), obs=x)
+
+    def guide(x, mask):
+        with pyro.plate("data", len(x)):
+            site(x / 2, 0.5**0.5, mask)
+
+    return model, guide
+
+
+@pytest.mark.parametrize("by", ["poutine", "distribution"])
+def test_what_is_masked_is_not_ranked(by):
+    mask = torch.tensor([[True, True], [True, False]]).repeat(150, 1)
+    pair, options = masked(by), {"n": 300, "num_samples": 19, "corrected": False}
+    found = [pyrovae.calibrate(*pair, torch.zeros(300, 2), mask, seed=s, **options)
+             for s in range(4)]  # fmt: skip
+    assert sum(each.shape == "fine" for each in found) >= 3
+    seen = found[0].ranks["z"] >= 0
+    assert torch.equal(seen, mask.all(-1, keepdim=True).expand(300, 2) if by == "poutine" else mask)
+    alone = pyrovae.calibrate(*pair, torch.zeros(300, 2), mask & False, seed=0, **options)
+    assert alone.shape in ("fine", "misshapen")
+    assert (alone.ranks["z"] == -1).all()
+
+
 def test_an_exact_guide_is_doubted_at_the_stated_rate():
     shapes = [
         pyrovae.calibrate(

@@ -122,6 +122,31 @@ def test_masked_values_are_left_out():
     assert diagnose(model, guide, x, seen & False, seed=0).calibration is None
 
 
+def test_entries_that_a_distribution_masks_are_left_out():
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(mask[:, :2]).to_event(1))
+            loc = torch.where(mask[:, :2], z, 0.0)
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(mask[:, :2]).to_event(1), obs=x)
+
+    def guide(x, mask):
+        with pyro.plate("data", len(x)):
+            loc = torch.where(mask[:, :2], x / 2, 9.0 * x)
+            pyro.sample("z", dist.Normal(loc, 0.5**0.5).mask(mask[:, :2]).to_event(1))
+
+    mask = torch.rand(1000, 2) < 0.6
+    x = torch.where(mask, 2**0.5 * torch.randn(1000, 2), 30.0)
+    found = diagnose(model, guide, x, mask, seed=0)
+    assert not found.calibration.off
+    assert found.calibration.error[0] == pytest.approx(0.5 / mask.sum().item() ** 0.5, rel=0.3)
+    # A coordinate's mean is x / 2 where it is there, of variance 1/2.
+    variance = found.sites["z"].posterior_mean_variance
+    torch.testing.assert_close(variance, torch.full((2,), 0.5).double(), rtol=0.1, atol=0)
+    assert "'z' is masked for some data and not for others" in found.verdict
+    known = torch.tensor([[True, False]]).expand(1000, 2)
+    assert 0 < diagnose(model, guide, x, known, seed=0).mutual_information < math.log(2) + 0.2
+
+
 def clusters(distance):
     y = torch.arange(600) % 3
     centers = distance * torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])

@@ -270,6 +270,30 @@ def test_a_latent_that_a_datum_lacks_is_missing_there():
     torch.testing.assert_close(z[0, :7], torch.full((7,), -math.log(3)).double())
 
 
+def test_what_a_distribution_masks_is_missing_there():
+    def model(x, mask):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(mask[:, :2]).to_event(1))
+            logits = torch.where(mask[:, :2], z, 0.0).sum(-1, keepdim=True)
+            logits = logits.expand(*z.shape[:-1], 3)
+            pyro.sample("x", dist.Bernoulli(logits=logits).mask(mask).to_event(1), obs=x)
+
+    def guide(x, mask):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).mask(mask[:, :2]).to_event(1))
+
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    x = torch.ones(2, 3)
+    found = to_inference_data(model, guide, x, mask, num_samples=4, num_prior=3, seed=0)
+    for group, draws in (("posterior", 4), ("prior", 3)):
+        z = found[group].z.values[0]
+        assert z.shape == (draws, 2, 2)
+        assert (np.isnan(z) == ~mask[:, :2].numpy()).all()
+    observed = found["observed_data"].x.values
+    assert (np.isnan(observed) == ~mask.numpy()).all()
+    assert not np.isnan(found["posterior_predictive"].x.values).any()
+
+
 def test_values_that_count_are_integers():
     model, guide = discrete()
     idata = to_inference_data(model, guide, X, num_samples=5, num_prior=5, seed=0)
