@@ -187,6 +187,11 @@ class _Train(RunConfig):
     def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for, where a run is resumed beside what it was made with."""
         run = Run(given["out"])
+        if given.get("resume") and not (run.exists() or KINDS & given.keys()):
+            raise InputError(
+                f"{run.path} holds no run to go on with; to begin one there, say --model, --guide "
+                f"and --data as well."
+            )
         if not (given.get("resume") and run.exists()):
             return super().of(given, stored)
         for kind in KINDS & given.keys():
@@ -197,6 +202,7 @@ class _Train(RunConfig):
 def _train(options: _Train, line: str) -> None:
     run, world = Run(options.out), join()
     resumed = options.resume and run.exists()
+    begun = len(run.history()) if resumed else 0
     if resumed:
         _admit(run, options.trust)
     else:
@@ -221,6 +227,8 @@ def _train(options: _Train, line: str) -> None:
         return
     reporting.draw_run(run, made)
     last = result.history[-1]
+    if resumed and begun == len(result.history):
+        print(f"No epoch was added: {options.epochs} were asked for, of which none was left.")
     print(
         f"{counted(len(result.history), 'epoch')}: ELBO {number(last['train_elbo'])} (train), "
         f"{number(last['valid_elbo'])} (validation; best in epoch {result.best_epoch}), "

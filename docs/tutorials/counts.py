@@ -112,7 +112,7 @@ pyrovae.fit(
 )  # fmt: skip
 told = data.split("test")
 ll = pyrovae.log_likelihood(model, guide, *told, num_samples=500, seed=0)
-print(f"log p(x) {ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per cell")
+print(f"log p(x) {ll.mean:.3f} ± {ll.mean_standard_error:.3f} nats per cell")
 
 # %% [markdown]
 # ## What it has learned

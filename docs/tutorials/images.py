@@ -75,7 +75,7 @@ axes.set_title("Posterior means of the test digits, two principal axes")
 
 # %%
 ll = pyrovae.log_likelihood(model, guide, data.test, num_samples=500, seed=0)
-print(f"log p(x) {ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per digit")
+print(f"log p(x) {ll.mean:.3f} ± {ll.mean_standard_error:.3f} nats per digit")
 print(fill(str(ll.verdict), 96))
 
 # %% [markdown]

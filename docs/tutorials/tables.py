@@ -43,7 +43,7 @@ fit = pyrovae.fit(
     schedule="cosine", seed=0, compile=False,
 )  # fmt: skip
 ll = pyrovae.log_likelihood(model, guide, *data.split("test"), num_samples=1000, seed=0)
-print(f"log p(x observed) {ll.mean:.2f} ± {ll.mean_standard_error:.2f} nats per row, test rows")
+print(f"log p(x observed) {ll.mean:.3f} ± {ll.mean_standard_error:.3f} nats per row, test rows")
 
 # %% [markdown]
 # ## Fill the gaps

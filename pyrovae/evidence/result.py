@@ -212,11 +212,12 @@ class LogLikelihood(Shown):
                 f"would not show in them; annealed_log_likelihood with initial='prior' may find it."
             )
         else:
+            refine = "" if "refined" in self.method else " refine the guide (refine_steps=200),"
             text = (
                 f"Importance sampling is unreliable for {_share(heavy, n)}, where k-hat is above "
                 f"{HEAVY}: a few of the {k} weights make up the sum, so the estimate is a lower "
-                f"bound whose stated error is too small. Take more samples, refine the guide "
-                f"(refine_steps=200), or use annealed_log_likelihood."
+                f"bound whose stated error is too small. Take more samples,{refine} or use "
+                f"annealed_log_likelihood."
             )
         return heavy, not bool(unknown.any()), text
 
@@ -340,8 +341,7 @@ def compare_log_likelihood(a: LogLikelihood, b: LogLikelihood) -> Comparison:
     each = a.log_prob.double() - b.log_prob.double()
     total = each.var() / n
     noise = (a.standard_error.double().square() + b.standard_error.double().square()).sum() / n**2
-    noise = noise.clamp(max=total)
-    parts = total, total - noise, noise
+    parts = total, (total - noise).clamp(min=0), noise
     return Comparison(each, each.mean().item(), *(part.sqrt().item() for part in parts))
 
 
@@ -354,4 +354,4 @@ def headline(
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count} of {total} data points ({count / total:.0%})"
+    return f"{count} of {total} data points ({count / total:.{int(100 * count < total)}%})"

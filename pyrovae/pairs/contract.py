@@ -548,7 +548,8 @@ def batch_plates(sites: list[tuple[str, Site]], num_data: int) -> list[str]:
             f"Expected a plate over the batch of {num_data} around site "
             f"{sites[0][0] if sites else 'x'!r}, got plates "
             f"{sorted({(f.name, f.size) for stack in stacks for f in stack.values()})}: open "
-            f"`with pyro.plate('data', len(x))` in the model and in the guide."
+            f"`with pyro.plate('data', len(x))` in the model and in the guide. A guide that has "
+            f"parameters for each row, as Pyro's AutoNormal, is of its first batch alone."
         )
     return fitting
 

@@ -146,7 +146,7 @@ def _posterior(found: Results) -> Iterator[Verdict]:
 
 def _row(name: str, found: Mean, bound: bool = False) -> str:
     sign = "≥" if bound else " "
-    return f"  {name:<38} {sign} {number(found.mean)} ± {number(found.standard_error)}"
+    return f"  {name:<39} {sign} {number(found.mean)} ± {number(found.standard_error)}"
 
 
 def _over_data(name: str, found: Mean) -> str:

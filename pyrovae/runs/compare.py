@@ -169,10 +169,13 @@ def _require_same_kind(first: Compared, other: Compared, split: str) -> None:
     )
     if (k, how) != (other_k, other_how):
         fewer = paths[0] if k < other_k else paths[1]
+        mend = f"pyrovae evaluate {fewer} --split {split} --samples {max(k, other_k)}"
+        if how != other_how:
+            mend = "pyrovae evaluate with the same --samples, --refine and --defensive"
         raise InputError(
             f"{paths[0]} was evaluated by {how} with {k} samples and {paths[1]} by {other_how} "
-            f"with {other_k}, and fewer hide more of log p(x): evaluate both alike, such as: "
-            f"pyrovae evaluate {fewer} --split {split} --samples {max(k, other_k)}"
+            f"with {other_k}, and one hides more of log p(x) than the other: evaluate both alike, "
+            f"such as: {mend}"
         )
     sites = [each.finding.results.densities for each in (first, other)]
     if None not in sites and bool(sites[0]) != bool(sites[1]):

@@ -74,7 +74,9 @@ class Program(NamedTuple):
             # Shipped programs say in a ValueError what is wrong; others may raise anything.
             known = isinstance(error, ValueError | TypeError)
             reason = f"{error}" if known else f"{type(error).__name__}: {error}"
-            raise InputError(f"The {self.kind} {self.name!r} cannot be built: {reason}") from error
+            told = ", ".join(f"{n}={v!r}" for n, v in settings.items())
+            told = f"cannot be built{f' with {told}' if told else ''}: {reason}"
+            raise InputError(f"The {self.kind} {self.name!r} {told}") from error
         return built
 
     def _takes_shape(self) -> bool:

@@ -53,6 +53,8 @@ class World:
     def place(self, device: torch.device | str) -> torch.device:
         """Where this process computes: on CUDA, on the GPU of its rank, made the current one."""
         device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("There is no CUDA device here: use device='cpu'.")
         if self.size > 1 and device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
             if (gpus := torch.cuda.device_count()) <= device.index:

@@ -70,7 +70,8 @@ OPTIONS = {
     "--set guide.scale=8": ["guide 'mean_field' takes no setting 'scale'"],
     "--set model.latent=3": ["'z'", "[3] in the model", "[2] in the guide"],
     "--set latent=0": ["model 'bernoulli' cannot be built", "positive width"],
-    "--set latent=b'1'": ["model 'bernoulli' cannot be built"],
+    "--set latent=b'1'": ["model 'bernoulli' cannot be built with latent="],
+    "--set latent=five": ["model 'bernoulli' cannot be built with latent='five'"],
     "--set hidden={8,9}": ["model 'bernoulli' cannot be built"],
     "--set activation=Relu": ["activation of torch.nn", "'Relu'"],
     "--model vamp_prior --guide flow": ["got a flow for 'z'"],
@@ -101,6 +102,7 @@ def test_commands_that_cannot_be_parsed(workspace, capsys, arguments):
 def test_a_pair_and_data_are_needed(refused):
     refused("train", "--out", "new", says=["--model, --guide, --data"])
     refused("train", *PAIR, "--out", "new", "--resume", says=["--data"])
+    refused("train", "--out", "gone", "--resume", says=["gone holds no run to go on with"])
 
 
 def test_cuda_where_there_is_none(refused, monkeypatch):

@@ -48,6 +48,9 @@ def test_an_objectives_settings_are_kept_and_refused_where_they_say_nothing(tmp_
     assert config(tmp_path / "short")["objective_settings"] == {"warm_up": 20}
     assert run("train", "--out", "short", "--resume", "--epochs", "3") == 0
     assert len(history(tmp_path / "short")) == 3
+    capsys.readouterr()
+    assert run("train", "--out", "short", "--resume", "--epochs", "2") == 0
+    assert "No epoch was added: 2 were asked for" in capsys.readouterr().out
     long = [*command, "--epochs", "2", "--set", "objective.warm_up=999", "--out", "new"]
     assert "longer than the training" in refusal(capsys, *long)
     typo = [*command, "--set", "objective.warmup=3", "--out", "new"]

@@ -102,6 +102,13 @@ def test_all_estimates_of_a_linear_gaussian_agree_with_its_exact_value():
     assert found["bidirectional"]["num_data"] == 64
 
 
+def test_annealing_starts_where_it_is_told(capsys):
+    options = ["--annealed", "4", "--temperatures", "5", "--images", "8", "--no-diagnostics"]
+    for start in ("guide", "prior"):
+        assert run("evaluate", "linear", *SHORT, *options, "--initial", start) == 0
+        assert f"sampling from the {start}" in values("linear", "annealed.").method
+
+
 def test_a_guide_is_calibrated_where_that_is_asked_for(capsys):
     assert run("evaluate", "linear", *SHORT, "--images", "40", "--calibrate", "60") == 0
     said, found = capsys.readouterr().out, results("linear")["calibration"]

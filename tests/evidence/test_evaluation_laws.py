@@ -297,6 +297,13 @@ def test_verdicts_say_what_is_wrong_and_what_to_do():
     sound = _result().verdict
     assert "k-hat is at most 0.7 for all 3 data points: nothing in the weights speaks" in sound
     assert "no draw has reached" in sound
+    assert "annealed_log_likelihood with initial='prior' may" in sound
+    many = {"log_prob": torch.zeros(200), "standard_error": torch.full((200,), 0.1)}
+    rare = _result(**many, khat=torch.tensor([0.9] + [0.1] * 199)).verdict
+    assert "1 of 200 data points (0.5%)" in rare
+    assert "refine" in rare
+    refined = "importance sampling from the guide refined for each datum"
+    assert "refine_steps" not in _result(khat=torch.full((3,), 0.9), method=refined).verdict
     heavy = _result(khat=torch.tensor([0.1, 0.9, math.inf])).verdict
     assert "unreliable for 2 of 3 data points (67%), where k-hat is above 0.7" in heavy
     assert "annealed_log_likelihood" in heavy

@@ -127,6 +127,8 @@ def test_grey_levels_off_the_grid_are_refused():
             inspect_pair(Pair(*pair(model, "mean_field", levels=256)), x)
     with pytest.raises(ValueError, match="outside the support of Poisson"):
         inspect_pair(Pair(*pair("poisson", "mean_field")), x)
+    with pytest.raises(ValueError, match="uint8 is read as levels over 255"):
+        inspect_pair(Pair(*pair("poisson", "mean_field")), (3 * x).ceil() / 255)
     with pytest.raises(ValueError, match="outside the support of ContinuousBernoulli"):
         inspect_pair(Pair(*pair("continuous_bernoulli", "mean_field")), 2 * x)
 

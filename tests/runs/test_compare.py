@@ -120,6 +120,9 @@ def test_estimates_that_hide_more_or_are_of_another_kind_are_refused(capsys):
     said = refusal(capsys, "compare", "short", "copy")
     assert "with 30 samples and copy by importance sampling from the guide with 2" in said
     assert "pyrovae evaluate copy --split test --samples 30" in said
+    assert run("evaluate", "copy", "--samples", "30", "--refine", "2", "--no-diagnostics") == 0
+    said = refusal(capsys, "compare", "short", "copy")
+    assert "evaluate with the same --samples, --refine and --defensive" in said
     found = Run("long").read_json("results.json")["test"]
     assert found["densities"] == []
     Run("long").write_json("results.json", {"test": sealed(found | {"densities": ["x"]})})

@@ -490,6 +490,12 @@ def test_a_rate_on_a_plateau_stays_while_the_bound_rises():
     assert [row["lr"] for row in history] == [1e-3] * 4
 
 
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device here"):
+        pyrovae.fit(*shipped_bernoulli(), X, epochs=1, batch_size=8, device="cuda:0")
+
+
 @pytest.mark.parametrize("loss", [90.0, -29.0])
 def test_the_plateau_of_a_density_is_one_too(loss):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
