@@ -29,7 +29,8 @@ def summarize(found: Results, split: str) -> str:
     lines = [f"{split}, {some}{of} data, nats per datum (higher is better)"]
     lines += [_over_data(f"ELBO, estimator {NAMES[name]}", found.elbo[name]) for name in ESTIMATORS]
     if ll := found.log_likelihood:
-        lines.append(_estimate(f"log p(x), K = {ll.num_samples}", ll, found.is_bound))
+        refined = ", refined guide" * ("refined" in ll.method)
+        lines.append(_estimate(f"log p(x), K = {ll.num_samples}{refined}", ll, found.is_bound))
         size = f"median effective sample size {ll.ess_median or 0:.0f} of {ll.num_samples}"
         few = "k-hat needs more samples"
         heavy = few if found.heavy is None else f"k-hat > 0.7 for {found.heavy:.1%} of the data"

@@ -124,10 +124,11 @@ def test_a_guide_is_calibrated_where_that_is_asked_for(capsys):
     assert results("linear") == before
 
 
-def test_proposals_are_handed_on():
+def test_proposals_are_handed_on(capsys):
     assert run("evaluate", "run", *SHORT, "--refine", "5", "--defensive", "0.25") == 0
     found, ll = results("run"), values("run")
     assert "refined for each datum and, for 25%" in found["log_likelihood"]["method"]
+    assert "refined guide" in capsys.readouterr().out
     gap = (ll.curve.log_prob[0] - ll.guide_elbo).double()
     assert found["amortization_gap"]["mean"] == pytest.approx(gap.mean().item())
 
