@@ -88,7 +88,7 @@ def to_inference_data(
 
     Draws have the dimensions ``chain`` (of size 1: they are independent, so that R-hat says
     nothing), ``draw`` and ``datum``, then ``<site>_dim_0`` and so on. A latent that the model
-    sums over is drawn from its exact posterior given the others; one that is masked out is NaN.
+    sums over is drawn from its exact posterior given the others; what is masked out is NaN.
 
     Args:
         model: The model program.
