@@ -384,11 +384,15 @@ def _statistics(
     """Every function of latents and data that is ranked, ``[K, N, D]`` by name."""
     found = _coordinates(layout, values, sites)
     joint, seen = torch.cat([*found.values()], -1), torch.cat([used[n] for n in found], -1)
-    real = [z * used[n] for n, z in found.items() if not sites[n]["fn"].support.is_discrete]
+    real = [
+        torch.where(used[name], z, 0.0)
+        for name, z in found.items()
+        if not sites[name]["fn"].support.is_discrete
+    ]
     found = found | {DENSITY: density[..., None]}
     if real:
         found[NORM] = torch.cat(real, -1).norm(dim=-1, keepdim=True)
-    distance = (joint - ruler.origin) / ruler.unit * seen
+    distance = torch.where(seen, (joint - ruler.origin) / ruler.unit, 0.0)
     return found | {JOINT: distance.norm(dim=-1, keepdim=True)}
 
 

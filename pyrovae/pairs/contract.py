@@ -649,9 +649,10 @@ def _outside(name: str, fn: Any, value: Tensor, row: tuple[int, ...]) -> str:
     kind = kind_of(fn)
     inside = base.support.check(value)
     bad = value[row][~inside[row]] if inside.shape == value.shape else value[row]
-    shown = f"{bad.reshape(-1)[0].item():.6g}"
+    first = bad.reshape(-1)[0].item()
+    shown = f"{first:.6g}"
     mend = "choose a likelihood whose support holds the data"
-    if base.support.is_discrete and (255 * bad[:1] - (255 * bad[:1]).round()).abs().max() < 1e-4:
+    if base.support.is_discrete and 0 < first < 1 and abs(255 * first - round(255 * first)) < 1e-4:
         mend += " (uint8 is read as levels over 255: counts need another dtype)"
     if kind == "Multinomial":
         shown = f"counts that sum to {bad.sum().item():.6g}"
