@@ -132,7 +132,8 @@ def test_a_killed_rank_and_a_failing_one(workspace):
     assert len(history(workspace / "another")) == 4
 
 
-def test_without_torchrun_nothing_is_started():
+def test_without_torchrun_nothing_is_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert join().size == 1
     assert not torch.distributed.is_initialized()
     world = World()
@@ -152,6 +153,7 @@ def test_an_environment_that_names_no_meeting_place_is_refused(monkeypatch):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert World(3, 4).place("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="found 2: use --nproc-per-node 2, or --device cpu"):
