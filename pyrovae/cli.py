@@ -187,12 +187,10 @@ class _Train(RunConfig):
     def of(cls, given: Mapping[str, Any], stored: Config | None = None) -> Self:
         """What is asked for, where a run is resumed beside what it was made with."""
         run = Run(given["out"])
-        if given.get("resume") and not (run.exists() or KINDS & given.keys()):
-            raise InputError(
-                f"{run.path} holds no run to go on with; to begin one there, say --model, --guide "
-                f"and --data as well."
-            )
         if not (given.get("resume") and run.exists()):
+            if given.get("resume") and not KINDS & given.keys():
+                told = f"{run.path} holds no run to go on with"
+                raise InputError(f"{told}: to begin one, say --model, --guide and --data as well.")
             return super().of(given, stored)
         for kind in KINDS & given.keys():
             experiment.require_same_program(run, kind, given[kind])

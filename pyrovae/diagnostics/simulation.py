@@ -384,16 +384,13 @@ def _statistics(
     """Every function of latents and data that is ranked, ``[K, N, D]`` by name."""
     found = _coordinates(layout, values, sites)
     joint, seen = torch.cat([*found.values()], -1), torch.cat([used[n] for n in found], -1)
-    real = [
-        torch.where(used[name], z, 0.0)
-        for name, z in found.items()
-        if not sites[name]["fn"].support.is_discrete
-    ]
+    kept = {name: z.where(used[name], 0.0) for name, z in found.items()}
+    real = [z for name, z in kept.items() if not sites[name]["fn"].support.is_discrete]
     found = found | {DENSITY: density[..., None]}
     if real:
         found[NORM] = torch.cat(real, -1).norm(dim=-1, keepdim=True)
-    distance = torch.where(seen, (joint - ruler.origin) / ruler.unit, 0.0)
-    return found | {JOINT: distance.norm(dim=-1, keepdim=True)}
+    distance = ((joint - ruler.origin) / ruler.unit).where(seen, 0.0).norm(dim=-1, keepdim=True)
+    return found | {JOINT: distance}
 
 
 def _used(layout: Layout, site: Site, num_data: int) -> Tensor:

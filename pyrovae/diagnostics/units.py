@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Categorical, Independent, OneHotCategorical
 
@@ -96,8 +97,8 @@ def _kl_by_coordinate(
 
 
 def coordinate(fn: Any) -> Any:
-    """The distribution of one coordinate, over a batch of them; None if they are dependent."""
-    while isinstance(fn, Independent):
+    """The distribution of one coordinate, its mask apart; None if they are dependent."""
+    while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     return fn if fn.event_dim == 0 or isinstance(fn, CHOICES) else None
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
 from pyrovae.objectives.scores import score
 from pyrovae.pairs.pair import Pair
+from pyrovae.pairs.support import counted
 from pyrovae.pairs.traces import Site, reduce_to, samples, unscaled
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -153,10 +153,13 @@ class BetaELBO(Objective):
 
 def _allowed(nats: float, term: Tensor, site: Site, plate: str) -> Tensor:
     """Nats for each datum times how often a batch counts, over particles, scaled and masked."""
-    ones = term.new_ones(site["fn"].batch_shape)
+    fn, seen = site["fn"], counted(site)
+    ones = term.new_ones(fn.batch_shape + fn.event_shape) * (1 if seen is None else seen)
+    if fn.event_dim:  # a datum counts where one of its coordinates does
+        ones = ones.flatten(len(fn.batch_shape)).amax(-1)
     inside = math.prod(
         f.full_size or f.size
         for f in site["cond_indep_stack"]
         if f.vectorized and f.name not in (plate, "particles")
     )
-    return nats * scale_and_mask(ones, scale=site["scale"], mask=site["mask"]).sum() / inside
+    return nats * (ones * site["scale"]).sum() / inside

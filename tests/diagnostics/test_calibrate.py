@@ -134,6 +134,36 @@ def test_what_is_masked_is_not_ranked(by):
     assert (alone.ranks["z"] == -1).all()
 
 
+@pytest.mark.parametrize("by", ["poutine", "distribution"])
+def test_probabilities_of_a_masked_class_are_known(by):
+    loc = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+
+    def site(fn, hidden):
+        if by == "poutine":
+            with pyro.poutine.mask(mask=hidden):
+                return pyro.sample("y", fn)
+        return pyro.sample("y", fn.mask(hidden))
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            drawn = site(dist.Categorical(torch.ones(3) / 3), y < 0)
+            found = torch.where(y < 0, drawn, y)
+            pyro.sample("x", dist.Normal(loc[found], 1.0).to_event(1), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            logits = dist.Normal(loc, 1.0).to_event(1).log_prob(x[..., None, :])
+            site(dist.Categorical(logits=logits), y < 0)
+
+    y = torch.tensor([-1, -1, -1, 2]).repeat(50)
+    options = {"n": 200, "num_samples": 9, "corrected": False, "seed": 0}
+    found = pyrovae.calibrate(model, guide, torch.zeros(200, 2), y, **options)
+    assert found.shape == "fine"
+    assert found.reliability["y"].size.sum() == 3 * 150
+    seen = pyrovae.diagnose(model, guide, torch.randn(200, 2), y, seed=0).sites["y"]
+    assert 0.1 < seen.posterior_mean_variance.item() < 0.6
+
+
 def test_an_exact_guide_is_doubted_at_the_stated_rate():
     shapes = [
         pyrovae.calibrate(

@@ -222,3 +222,32 @@ def test_a_refusal_inside_of_a_program_is_a_sentence_alone():
     scaled = poutine.scale(model, scale=0.5)
     with pytest.raises(ValueError, match=r"drop poutine.scale or the subsampling plate.$"):
         pyrovae.fit(scaled, guide, X, objective=RenyiELBO(num_particles=3), epochs=1)
+
+
+def test_nats_are_free_where_the_latent_is():
+    """Of data for which it is masked, by the site or by its distribution, there are none."""
+    seen, found = torch.tensor([True, True, False, False]), []
+
+    def site(loc, how):
+        fn = dist.Normal(loc, 1.0).to_event(1)
+        with poutine.mask(mask=seen if how == "site" else torch.ones(4).bool()):
+            within = dist.Normal(loc, 1.0).mask(seen[:, None]).to_event(1)
+            return pyro.sample("z", {"whole": fn.mask(seen), "each": within}.get(how, fn))
+
+    for how in ("site", "whole", "each"):
+
+        def model(x, how=how):
+            with pyro.plate("data", len(x)):
+                site(torch.zeros(4, 2), how)
+                pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+        def guide(x, how=how):
+            with pyro.plate("data", len(x)):
+                site(torch.full((4, 2), 1e-3), how)
+
+        objective = make_objective("free_bits_elbo", free_bits=0.5)
+        found.append(
+            pyrovae.SVI(model, guide, torch.optim.Adam, objective).evaluate_loss(torch.zeros(4, 3))
+        )
+    plain = -dist.Normal(0.0, 1.0).log_prob(torch.zeros(12)).sum().item()
+    assert found == pytest.approx([plain + 2 * 0.5] * 3)
