@@ -3,9 +3,10 @@
     PYROVAE_DATA=folder python benchmarks/gpu.py [--device cuda] [--only PART ...] [--out FOLDER]
 
 Each part is a process of its own with a time limit, prints as it goes and leaves what it has
-measured when it is stopped: the tests on the device, the time of training steps, what the host
-waits for in an epoch, the time to log p(x), and rows of the table of the literature. A part that
-has ended well is left on a second call. gpu.json in the folder says how each ended.
+measured when it is stopped: what the host waits for in an epoch, the time of training steps and to
+log p(x), each test on the device for all pairs, and, longest and last, rows of the table of the
+literature. A part that has ended well is left on a second call, so that fifteen minutes do what
+fits into them. gpu.json in the folder says how each ended.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,13 +31,15 @@ from pyrovae.guides.mean_field import MeanField
 from pyrovae.models.bernoulli import Bernoulli
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 600
+# Below the ten minutes after which a command may be ended from outside, before it has written.
+LIMIT = 540
 STEPS = "steps/784-400-20/128", "steps/784-200-200-50/20", "steps/784-200-200-50/1000"
 # What makes a host wait for a GPU, by the names that torch's profiler gives it.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item")
 # Triton's kernels are launched by the driver.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 ROWS = ("vae", "gated-vae", "iwae-50")
+TESTS = HERE.parent / "tests" / "device" / "test_on_device.py"
 
 
 def main() -> None:
@@ -73,7 +78,8 @@ def _options() -> argparse.ArgumentParser:
 def parts(options: argparse.Namespace) -> dict[str, list]:
     """The command of each part by name."""
     python, device, small = sys.executable, options.device, options.small
-    tests = [python, "-m", "pytest", "-m", "gpu", "--device", device, HERE.parent / "tests/device"]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--device", device, TESTS]
+    names = re.findall(r"^def (test_\w+)", TESTS.read_text(encoding="utf-8"), re.M)
     speed = [python, HERE / "speed.py", "--device", device, "--resume"]
     sizes = STEPS[: 1 if small else len(STEPS)]
     speed += ["--out", options.out / "speed.json", "--figure", options.out / "speed.png"]
@@ -83,10 +89,13 @@ def parts(options: argparse.Namespace) -> dict[str, list]:
     trial = ["--small", "--epochs", "1", "--test", "4", "--samples", "8", "--images", "2"]
     trial += ["--simulated", "2", "--chains", "2", "--temperatures", "2"]
     return {
-        "tests": [*tests, *(["-k", "scores and linear"] if small else [])],
         "epoch": [*itself, *(["--small"] if small else [])],
         "steps": [*speed, "--rounds", "1" if small else "10", "--only", *sizes],
         "log p(x)": [*speed, "--rounds", "4", "--only", "import" if small else "likelihood"],
+        **{
+            f"tests, {name}": [*tests, "-k", f"{name} and linear" if small else name]
+            for name in (names[:1] if small else names)
+        },
         **{
             f"literature, {row}, seed {seed}": [
                 *rows, "--only", row, "--seed", str(seed), *(trial if small else []),
@@ -98,7 +107,7 @@ def parts(options: argparse.Namespace) -> dict[str, list]:
 
 
 def epoch(device: str, small: bool) -> dict:
-    """The second epoch of a compiled training under the profiler: who waits, and how often."""
+    """A compiled training: who waits, and how often, by a profile of its second epoch."""
     count, batch = (256, 64) if small else (50_000, 128)
     x = (torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     model, guide = Bernoulli((1, 28, 28), 20), MeanField((1, 28, 28), 20)
@@ -106,10 +115,10 @@ def epoch(device: str, small: bool) -> dict:
     seen = profile(activities=kinds, acc_events=True)
 
     def between(fit: pyrovae.Fit) -> None:
-        seen.start() if len(fit.history) == 1 else seen.stop()
+        {1: seen.start, 2: seen.stop}.get(len(fit.history), lambda: None)()
 
     found = pyrovae.fit(
-        model, guide, x, epochs=2, batch_size=batch, compile=True, device=device, seed=0,
+        model, guide, x, epochs=4, batch_size=batch, compile=True, device=device, seed=0,
         on_epoch=between,
     )  # fmt: skip
     counts = {event.key: event.count for event in seen.key_averages()}
@@ -127,12 +136,13 @@ def _run(command: Iterable, limit: float) -> str:
     """How a command ended."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    try:
-        code = subprocess.run(
-            [*map(str, command)], timeout=limit, env=environment, cwd=HERE.parent, check=False
-        ).returncode
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit:g} s"
+    how: dict = {"env": environment, "cwd": HERE.parent, "start_new_session": True}
+    with subprocess.Popen([*map(str, command)], **how) as process:
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            return f"stopped after {limit:g} s"
     return "well" if code == 0 else f"with code {code}"
 
 

@@ -30,7 +30,7 @@ def _positive(h: Tensor, loc: float, scale: float) -> dist.TorchDistribution:
 
 def _count(h: Tensor, loc: float, scale: float) -> dist.TorchDistribution:
     """A whole number from 0, about exp(loc)."""
-    mean = softplus(h[..., 0] + 0.5) * torch.tensor(loc).exp() + 1e-6
+    mean = softplus(h[..., 0] + 0.5) * math.exp(loc) + 1e-6
     r = softplus(h[..., 1]) + 1e-2
     return dist.NegativeBinomial(r, logits=mean.log() - r.log())
 

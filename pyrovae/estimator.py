@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from pyrovae._tools import InputError
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import Dataset
+from pyrovae.data.given import package_of, wordless
+from pyrovae.data.tables import Column, measured, read_column
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.runs.experiment import PROGRAM_STREAM, build_pair
@@ -38,7 +41,8 @@ class VAE(TransformerMixin, BaseEstimator):
     ``transform`` gives :math:`E_q[z \mid x]`, ``score_samples`` :math:`\ln p(x)` of each datum in
     nats by importance sampling, and after ``fit_threshold`` ``predict`` tells anomalies. X is
     ``[N, D]``, as the model's likelihood needs it: grey levels or counts are binarized or left as
-    they are by a step before this one in a pipeline.
+    they are by a step before this one in a pipeline. Of a frame, categories are taken by their
+    codes, and programs that ask for columns, such as ``"table"``, get each with its kind.
 
     Args:
         model: A shipped name, ``"file.py"`` or ``"file.py:Class"``, a class that is constructed
@@ -274,7 +278,7 @@ class VAE(TransformerMixin, BaseEstimator):
 
     def _rows(self, X: Any, reset: bool = False) -> Tensor:
         """X as the programs see it, ``[N, *shape]``, in memory of its own."""
-        x = validate_data(self, X, reset=reset, dtype=np.float32)
+        x = validate_data(self, self._coded(X, reset), reset=reset, dtype=np.float32)
         shape = (x.shape[1],) if self.shape is None else tuple(self.shape)
         if math.prod(shape) != x.shape[1]:
             raise InputError(
@@ -283,9 +287,31 @@ class VAE(TransformerMixin, BaseEstimator):
         # A copy in rows: torch takes neither negative strides nor memory that is read-only.
         return torch.from_numpy(np.array(x, order="C")).reshape(-1, *shape)
 
+    def _coded(self, X: Any, reset: bool) -> Any:
+        """X, of a frame the numbers, and of categories the codes that they had in ``fit``."""
+        if reset:
+            self._schema: tuple[Column, ...] = ()
+            self._categories: dict[Any, Any] = {}
+        if package_of(X) not in ("pandas", "polars") or not hasattr(X, "columns") or not len(X):
+            return X
+        frame = wordless(X).copy(deep=False)
+        for name in self._categories.keys() & {*frame.columns}:
+            known, given = frame[name].astype(self._categories[name]), frame[name]
+            if (new := known.isna() & given.notna()).any():
+                raise InputError(
+                    f"Expected categories that fit() has seen in column {name!r} of X, got "
+                    f"{given[new].iloc[0]!r}."
+                )
+            frame[name] = known
+        read = [read_column(column, None, "X") for _, column in frame.items()]
+        if reset:
+            self._schema = tuple(column for column, _ in read)
+            self._categories = {n: t for n, t in frame.dtypes.items() if t == "category"}
+        return type(frame)(np.stack([numbers for _, numbers in read], 1), columns=frame.columns)
+
     def _split(self, x: Tensor) -> Dataset:
         if self.patience is None:
-            return Dataset.of(x)
+            return self._described(Dataset.of(x))
         count = round(self.validation_fraction * len(x))
         if not 0 < count < len(x):
             raise InputError(
@@ -294,7 +320,13 @@ class VAE(TransformerMixin, BaseEstimator):
             )
         with seeded(subseed(self.seed_, VALID_STREAM)):
             order = torch.randperm(len(x))
-        return Dataset("array", x.shape[1:], x[order[count:]], x[order[:count]])
+        return self._described(Dataset("array", x.shape[1:], x[order[count:]], x[order[:count]]))
+
+    def _described(self, data: Dataset) -> Dataset:
+        """The data with the columns of the frame that they were."""
+        if len(data.shape) != 1 or not self._schema:
+            return data
+        return replace(data, columns=measured(self._schema, data.train, None))
 
     def _build(self, data: Dataset) -> tuple[Callable, Callable]:
         with seeded(subseed(self.seed_, PROGRAM_STREAM, 0)):

@@ -25,12 +25,13 @@ from pyrovae._tools.files import write_atomic
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.evidence.importance import log_likelihood as estimate
+from pyrovae.evidence.pareto import systematic
 from pyrovae.evidence.proposals import joint_density, refuse_nan, require_density, total
 from pyrovae.evidence.result import LogLikelihood
 from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, digest
 from pyrovae.pairs.contract import argument_names, warn_of_factors
 from pyrovae.pairs.pair import Given, Pair
-from pyrovae.pairs.support import counted
+from pyrovae.pairs.support import counted, element
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
 if TYPE_CHECKING:
@@ -338,7 +339,7 @@ def _draws(
     if resample:
         # Each draw that is kept weighs as much as the average.
         with seeded(seed, task.device, RESAMPLED_STREAM):
-            kept = systematic(log_weight)
+            kept = _resampled(log_weight)
         values = {n: _take(v, kept, _axis(pair, sites[n])) for n, v in values.items()}
         scores = {name: _take(score, kept, -1) for name, score in scores.items()}
         average = log_weight.logsumexp(0) - torch.tensor(num_samples).log()
@@ -408,29 +409,15 @@ def _axis(pair: Pair, site: Site) -> int:
     return pair.known.dim - site["fn"].event_dim
 
 
-def systematic(log_weight: Tensor) -> Tensor:
-    """Resample by weight, with one uniform number for each datum, in random order.
+def _resampled(log_weight: Tensor) -> Tensor:
+    """Which draws to keep by log-weights ``[K, N]`` in nats, in random order, ``[K, N]``.
 
-    Draw k is kept K w_k times, rounded up or down, and K w_k times on average.
-
-    Args:
-        log_weight: Log-weights ``[K, N]`` in nats; where all are zero weights, all count alike.
-
-    Returns:
-        The indices of the draws to keep, ``[K, N]``.
-
-    References:
-        Douc, Cappé and Moulines, Comparison of Resampling Schemes for Particle Filtering
-        (arXiv cs/0507025).
+    Where all weights are zero, all count alike.
     """
-    k, n = log_weight.shape
     impossible = (log_weight == -torch.inf).all(0)
     weight = torch.where(impossible, 0.0, log_weight.double()).softmax(0)
-    ladder = weight.cumsum(0) / weight.sum(0)
-    steps = torch.arange(k, device=weight.device)[:, None] + torch.rand_like(weight[:1])
-    kept = torch.searchsorted(ladder.T.contiguous(), (steps / k).T.contiguous(), right=True).T
-    order = torch.rand(k, n, device=weight.device).argsort(0)
-    return kept.clamp(max=k - 1).gather(0, order)
+    kept = systematic(weight, len(weight))
+    return kept.gather(0, torch.rand(kept.shape, device=kept.device).argsort(0))
 
 
 def _take(value: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -441,9 +428,7 @@ def _take(value: Tensor, index: Tensor, axis: int) -> Tensor:
 
 def _typed(value: Tensor, fn: Any) -> Tensor:
     """Integers where a site's values count something."""
-    support = fn.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
+    support = element(fn.support)
     if isinstance(support, BITS):
         return value.to(torch.int8)
     if isinstance(support, COUNTS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from math import prod
 from typing import cast
@@ -293,7 +295,10 @@ class _GRU(nn.Module):
         first = x.new_zeros(1, len(x), self.hidden)
         # What training asks for is kept where there is a backward pass to come: cuDNN asks for it.
         kept = torch.is_grad_enabled()
-        return torch.gru(x, first, [*self.parameters()], True, 1, 0.0, kept, False, True)[0]
+        # cuDNN would have the weights in one piece, and copies them to one; it says so each time.
+        quiet = warnings.catch_warnings(action="ignore") if x.is_cuda else nullcontext()
+        with quiet:
+            return torch.gru(x, first, [*self.parameters()], True, 1, 0.0, kept, False, True)[0]
 
 
 def _read(gru: _GRU, x: Tensor, lengths: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, require_memory, should_compile, warn
+from pyrovae._tools import InputError, at_least, require_memory, should_compile, warn
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import data_tensors, takes_data
@@ -223,8 +223,7 @@ def interpolate(
     Raises:
         ValueError: If a latent is discrete.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"Expected an integer steps >= 1, got {steps!r}.")
+    at_least({"steps": 1}, steps)
     if len(x) != len(y) and 1 not in (len(x), len(y)):
         raise InputError(
             f"Expected as many data to go to as to start at, got {len(y)} and {len(x)}."

@@ -5,6 +5,7 @@ import pickle
 import warnings
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -214,3 +215,32 @@ def test_dir_shows_the_public_names_alone():
     assert all(hasattr(pyrovae, name) for name in dir(pyrovae))
     with pytest.raises(AttributeError, match="no attribute 'vae'"):
         pyrovae.vae  # noqa: B018
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_a_frame_gives_a_table_its_kinds_and_keeps_the_codes_of_its_categories(patience):
+    n, rng = 60, np.random.default_rng(0)
+    site = pd.Categorical.from_codes(rng.integers(0, 3, n), ["a", "b", "c"])
+    frame = pd.DataFrame(
+        {"site": site, "visits": rng.poisson(9, n) * 2, "y": rng.normal(size=n), "ill": site == "a"}
+    )
+    how = {"latent": 2, "epochs": 1, "num_samples": 4, "random_state": 0, "patience": patience}
+    vae = pyrovae.VAE("table", "table", **how).fit(frame)
+    kinds = {column.name: column.kind for column in vae.model_.columns}
+    assert kinds == {"site": "categorical", "visits": "count", "y": "real", "ill": "binary"}
+    assert vae.n_features_in_ == 4
+    assert [*vae.feature_names_in_] == [*frame]
+
+    some = frame.iloc[:9].query("site != 'a'")
+    other = some.assign(site=some.site.cat.remove_unused_categories())
+    torch.testing.assert_close(*(torch.from_numpy(vae.score_samples(x)) for x in (some, other)))
+    with pytest.raises(
+        ValueError, match=r"categories that fit\(\) has seen in column 'site'.*'new'"
+    ):
+        vae.transform(some.assign(site=pd.Categorical(["new"] * len(some))))
+    with pytest.raises(ValueError, match="got words"):
+        pyrovae.VAE("table", "table", **how).fit(frame.astype({"site": str}))
+    # Programs that ask for no columns take the same numbers.
+    codes = frame.assign(site=site.codes, ill=frame.ill.astype(int)).to_numpy()
+    plain = [small(epochs=1).fit(x).transform(x) for x in (frame, codes)]
+    np.testing.assert_array_equal(*plain)

@@ -167,6 +167,13 @@ def should_compile(compile: bool | str, pays: bool) -> bool:
     return bool(compile is True or (compile == "auto" and pays))
 
 
+def at_least(least: dict[str, int], *values: int) -> None:
+    """Refuse values that are no integers, or less than the least one of that name."""
+    for (name, low), value in zip(least.items(), values, strict=True):
+        if not isinstance(value, int) or value < low:
+            raise InputError(f"Expected an integer {name} >= {low}, got {value!r}.")
+
+
 def standard_error(values: Tensor, dim: int = 0) -> Tensor:
     r"""The standard error of a mean over one dimension; NaN for fewer than two values.
 

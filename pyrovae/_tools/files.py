@@ -56,8 +56,7 @@ def _temporary(path: Path) -> tuple[Path, int]:
         temporary = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.tmp")
         # A writer that has gone before it had the lock is taken for a killed one.
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        _lock(handle)
-        if os.fstat(handle).st_nlink:
+        if _lock(handle) and os.fstat(handle).st_nlink:
             return temporary, handle
         os.close(handle)
 
@@ -136,7 +135,9 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{path} is damaged and was not loaded: {reason}.") from error
+        raise InputError(
+            f"{path} is damaged and was not loaded: {reason}. Put back a copy, or make it anew."
+        ) from error
 
 
 def table_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +66,29 @@ def matmul_precision(precision: str) -> Iterator[None]:
     device has no such units, products are those of float32: see :func:`rounds`.
     """
     check_precision(precision)
-    before, convolves = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    each = precision_settings()
+    # Torch's older settings have no word for all that the newer ones may say: then as at first.
+    multiplied, convolved = "highest", True
+    with suppress(RuntimeError):
+        multiplied = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolved = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(PRECISIONS[precision])
     torch.backends.cudnn.allow_tf32 = precision != "float32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolves
+        torch.set_float32_matmul_precision(multiplied)
+        torch.backends.cudnn.allow_tf32 = convolved
+        for setting, value in zip(_settings(), each, strict=True):
+            setting.fp32_precision = value
+
+
+def precision_settings() -> tuple[str, ...]:
+    """How float32 matrices are multiplied on each kind of device, and convolved by cuDNN."""
+    return tuple(setting.fp32_precision for setting in _settings())
+
+
+def _settings() -> tuple[Any, ...]:
+    found: Any = torch.backends
+    return found.cuda.matmul, found.mkldnn.matmul, found.cudnn.conv, found.cudnn.rnn

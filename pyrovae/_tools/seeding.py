@@ -91,12 +91,13 @@ def undone(
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 setattr(module, name, buffer)
-                _restore(buffer, value)
+                restore(buffer, value)
             for tensor, value in kept:
-                _restore(tensor, value)
+                restore(tensor, value)
 
 
-def _restore(tensor: Tensor, value: Tensor) -> None:
+def restore(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor the value that it had."""
     # A write in place would spoil graphs that hold the tensor for a backward pass. Its version does
     # not tell whether it changed: what Inductor's kernels write does not count there.
     if not torch.equal(tensor, value):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pyrovae._tools import InputError
-from pyrovae._tools.seeding import draw_seed, seeded, undone
+from pyrovae._tools.seeding import draw_seed, restore, seeded, undone
 from pyrovae._tools.source_lines import Places, lines_with
 from pyrovae.objectives import estimate
 from pyrovae.pairs.contract import check_programs, check_tensor, inspect_pair
@@ -236,5 +236,4 @@ def untouched(pair: Pair) -> Iterator[None]:
             held.update(entries)
         with torch.no_grad():
             for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                restore(tensor, value)

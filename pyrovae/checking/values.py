@@ -17,6 +17,7 @@ from torch.distributions.constraints import is_dependent
 from pyrovae._tools import InputError
 from pyrovae.checking.case import Case, Row, failed, passed, take, warned
 from pyrovae.pairs.contract import base_of, check_support, into, kind_of
+from pyrovae.pairs.support import element
 from pyrovae.pairs.traces import Site, samples
 
 DRAWS = 16
@@ -236,8 +237,7 @@ def _support(fn: Any) -> str:
 
 def _spell(constraint: Any) -> str:
     """A constraint in few words; bounds that differ by datum are left out."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = element(constraint)
     kind = type(constraint).__name__.strip("_")
     bounds = [getattr(constraint, name, None) for name in ("lower_bound", "upper_bound")]
     low, high = (f"{b:g}" if isinstance(b, int | float) else "…" for b in bounds)

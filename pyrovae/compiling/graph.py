@@ -208,8 +208,12 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """Make every tensor that the record refers to an input, each once, before its arguments.
 
     make_fx keeps them as attributes, and Inductor would fold those into its code as constants: a
-    weight that is updated would stay what it was.
+    weight that is updated would stay what it was. What is made and not used goes: each plate of
+    Pyro's (1.9.2) makes a tensor on the CPU, which a CUDA graph could not hold.
     """
+    for node in [n for n in reversed(graph.graph.nodes) if _is_pure(n)]:
+        if not node.users:
+            graph.graph.erase_node(node)
     held: dict[tuple, Tensor] = {}
     inputs: dict[tuple, Any] = {}
     first = next(iter(graph.graph.nodes))
@@ -225,6 +229,14 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
         node.replace_all_uses_with(inputs[place])
         graph.graph.erase_node(node)
     return GraphModule({}, graph.graph), list(held.values())
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether a node makes tensors, and neither writes to one nor draws."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "get_attr" or node.target is getitem
+    schema, draws = node.target._schema, torch.Tag.nondeterministic_seeded in node.target.tags
+    return bool(schema.returns) and not (schema.is_mutable or draws)
 
 
 def _place(tensor: Tensor) -> tuple:

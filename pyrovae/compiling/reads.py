@@ -40,6 +40,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyrovae._tools.precision import precision_settings
 from pyrovae.compiling.graph import CaptureError
 
 # Their globals and classes are taken for fixed; objects of these classes are looked into.
@@ -255,7 +256,7 @@ class Walk:
             torch.get_default_dtype(),
             torch.is_autocast_enabled("cpu"),
             torch.is_autocast_enabled("cuda"),
-            torch.get_float32_matmul_precision(),
+            precision_settings(),
             torch.are_deterministic_algorithms_enabled(),
             *[array.tobytes() for array in self.arrays],
         )

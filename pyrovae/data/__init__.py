@@ -146,6 +146,11 @@ class Dataset:
         return cls(name, data.shape[1:], data, context=told, columns=columns, disk=disk)
 
     @property
+    def device(self) -> torch.device:
+        """Where batches lie: the data too, but what is on disk."""
+        return self.train.device if self.disk is None else self.disk.device
+
+    @property
     def context_columns(self) -> Schema:
         """What is known by name of the context, as :attr:`columns`; the mask has none."""
         told = self.provenance
@@ -232,7 +237,7 @@ class Dataset:
     def head(self, n: int) -> tuple[Tensor, ...]:
         """The programs' arguments for the first n training data, on the data's device."""
         rows = tuple(tensor[:n] for tensor in self.split("train"))
-        return rows if self.disk is None else tuple(each.to(self.disk.device) for each in rows)
+        return tuple(each.to(self.device) for each in rows)
 
     def blocks(self) -> Iterator[tuple[Tensor, ...]]:
         """The programs' arguments for all data, in pieces that memory holds."""

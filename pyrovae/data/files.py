@@ -447,9 +447,10 @@ def _warn_of_rounding(wide: np.ndarray, x: np.ndarray, title: str) -> None:
     # The mean of equal numbers is rounded.
     lost = (off > COARSE * spread) & (spread > 1e-12 * np.abs(loc))
     if columns := np.flatnonzero(lost).tolist():
+        where = f" in columns {columns[:5]} (counting from 0)" if wide.shape[1] > 1 else ""
         warn(
-            f"float32 has no room for the values of {title} in columns {columns[:5]} (counting "
-            f"from 0): what tells them apart is rounded away. Subtract their mean first."
+            f"float32 has no room for the values of {title}{where}: what tells them apart is "
+            f"rounded away. Subtract their mean first."
         )
 
 

@@ -133,11 +133,16 @@ def column_names(value: Any) -> Sequence[str] | None:
 
 def frame_schema(frame: Any) -> tuple[np.ndarray, Schema]:
     """The numbers ``[N, D]`` of a frame and its columns; words are refused."""
+    table = read_table(wordless(frame), "the frame")
+    return table.x, table.columns
+
+
+def wordless(frame: Any) -> pd.DataFrame:
+    """A frame of pandas, without words."""
     found = to_pandas(frame)
     for dtype, (_, column) in zip(frame.dtypes, found.items(), strict=True):
         _refuse_words(dtype, column)
-    table = read_table(found, "the frame")
-    return table.x, table.columns
+    return found
 
 
 def _refuse_words(dtype: Any, column: pd.Series) -> None:

@@ -21,6 +21,7 @@ from pyrovae.data.files import (
     checked_labels,
     encoded,
     ends_inside,
+    finite,
     open_npz,
     open_zarr,
     plain,
@@ -233,10 +234,10 @@ def _parquet(path: Path, context: Sequence[str], most: int, kinds: Kinds) -> Pac
     def numbers() -> Iterator[tuple[np.ndarray]]:
         for name in of_x:
             column, values = read_column(frame([name])[name], (kinds or {}).get(name), str(path))
-            x = values.astype(np.float32)
-            rows_of_train = torch.from_numpy(x[:train, None])
+            x = finite(values[:, None], f"column {name!r} of {path}", "mask")
+            rows_of_train = torch.from_numpy(x[:train])
             columns.extend(measured((column,), rows_of_train, ~rows_of_train.isnan()))
-            yield (x[None],)
+            yield (x.T,)
 
     # A column at a time, as its kind is told by all of its values.
     (by_column,) = written(numbers(), len(of_x), f"the columns of {path.name}")

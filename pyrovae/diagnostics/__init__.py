@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint, independent
 
-from pyrovae._tools import InputError, progress_bar, standard_error
+from pyrovae._tools import InputError, at_least, progress_bar, standard_error
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.diagnostics.aggregate import Aggregate, Gaps, aggregate_posterior, inference_gaps, mix
@@ -24,7 +24,7 @@ from pyrovae.diagnostics.calibration import (
 from pyrovae.diagnostics.result import ACTIVE, Diagnosis, SiteDiagnosis
 from pyrovae.diagnostics.simulation import PosteriorCalibration, calibrate
 from pyrovae.diagnostics.units import SitePosterior, examine, unmasked
-from pyrovae.evidence.tiles import Evaluation, at_least
+from pyrovae.evidence.tiles import Evaluation
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import is_bookkeeping, samples
 

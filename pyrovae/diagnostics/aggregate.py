@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, standard_error
+from pyrovae._tools import InputError, at_least, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae.diagnostics.units import by_datum, unmasked
 from pyrovae.evidence.importance import log_likelihood
 from pyrovae.evidence.proposals import Proposal, guide_density, joint_density, require_scorable
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, at_least
+from pyrovae.evidence.tiles import Evaluation
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Values, samples
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from pyrovae._tools import InputError, progress_bar
+from pyrovae._tools import InputError, at_least, progress_bar
 from pyrovae._tools.seeding import seeded
 from pyrovae._tools.shown import Shown, Told, number
 from pyrovae.data.given import takes_data
@@ -31,11 +31,11 @@ from pyrovae.diagnostics.ranks import (
 )
 from pyrovae.diagnostics.units import CHOICES, by_datum, coordinate, unmasked
 from pyrovae.evidence import SIMULATION_STREAM
-from pyrovae.evidence.pareto import pareto_smooth, tail_length
+from pyrovae.evidence.pareto import pareto_smooth, systematic, tail_length
 from pyrovae.evidence.proposals import chunked, joint_density, require_density, total
 from pyrovae.evidence.result import Verdict
 from pyrovae.evidence.sandwich import simulate
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least, require_rows
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, require_rows
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Layout, Site, Values, samples
 
@@ -345,7 +345,7 @@ def _rank(
     }
     if corrected:
         weight, khat = _smoothed(density - total(scores.values(), torch.zeros_like(density)))
-        chosen = _resampled(weight, num_samples)[..., None]
+        chosen = systematic(weight, num_samples)[..., None]
         again = {n: v.gather(0, chosen.expand(-1, -1, v.shape[-1])) for n, v in drawn.items()}
         parts |= {"corrected": ranks(again), "khat": {"khat": khat}}
     return parts
@@ -428,15 +428,6 @@ def _smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
     khat, smooth = pareto_smooth(ascending[-tail - 1 :].T, len(log_weight))
     ascending = torch.cat([ascending[: len(ascending) - smooth.shape[1]], smooth.T])
     return torch.zeros_like(log_weight).scatter(0, order, ascending.softmax(0)), khat
-
-
-def _resampled(weight: Tensor, count: int) -> Tensor:
-    """Which of K draws to take, by systematic resampling, ``[count, N]``."""
-    num_data = weight.shape[1]
-    steps = torch.arange(count, dtype=weight.dtype, device=weight.device)[:, None]
-    at = (steps + torch.rand(1, num_data, dtype=weight.dtype, device=weight.device)) / count
-    found = torch.searchsorted(weight.cumsum(0).T.contiguous(), at.T.contiguous())
-    return found.T.clamp(max=len(weight) - 1)
 
 
 def _joined(parts: list[dict[str, Tensor]], home: torch.device) -> dict[str, Tensor]:

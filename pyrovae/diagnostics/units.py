@@ -122,12 +122,11 @@ def unmasked(site: Site) -> Tensor:
     """Where a site's value counts, over its batch and its event's dimensions, each of 1 or all."""
     if (found := counted(site)) is None:
         found = torch.ones((), dtype=torch.bool, device=site["value"].device)
-    return found.reshape((1,) * (site["fn"].event_dim - found.dim()) + found.shape)
+    return found[(None,) * (site["fn"].event_dim - found.dim())]
 
 
 def by_datum(value: Tensor, events: int, layout: Layout, size: tuple[int, int]) -> Tensor:
     """A tensor of a program's batch shape and some event dimensions as ``[K, N, D]``."""
     rank = events - layout.particle_dim
-    value = value.reshape((1,) * (rank - value.dim()) + value.shape)
-    value = value.movedim(layout.dim - events, 1)
+    value = value[(None,) * (rank - value.dim())].movedim(layout.dim - events, 1)
     return value.expand(*size, *value.shape[2:]).reshape(*size, -1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, should_compile
+from pyrovae._tools import InputError, at_least, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
@@ -25,7 +25,7 @@ from pyrovae.evidence.proposals import (
     uncovered_share,
 )
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found
 from pyrovae.evidence.unconstrained import Coordinates
 from pyrovae.evidence.weights import Sums, curve_points
 

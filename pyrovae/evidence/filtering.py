@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, Transform
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, at_least
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.distributions import MarkovNormal
 from pyrovae.evidence import PROBE_STREAM
+from pyrovae.evidence.pareto import systematic
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, at_least
+from pyrovae.evidence.tiles import Evaluation
 from pyrovae.evidence.weights import Sums, curve_points
 from pyrovae.pairs.pair import Pair
 
@@ -186,7 +187,11 @@ class _Filter:
             few = weight.square().sum(1, keepdim=True) * particles > 1 / ENOUGH
             found = found + torch.where(few, _log_mean(log_weight), 0.0)[:, 0]
             log_weight = log_weight.where(~few, 0.0)
-            kept = torch.where(few, _drawn(weight), places[:particles, None])
+            kept = torch.where(
+                few,
+                systematic(weight.transpose(0, 1), particles).transpose(0, 1),
+                places[:particles, None],
+            )
             kept = kept + particles * places[:filters, None, None]
             kept = kept.flatten(0, 1)[..., None]
             u, z = (each.gather(0, kept.expand_as(each)) for each in (u, z))
@@ -195,11 +200,3 @@ class _Filter:
 
 def _log_mean(log_weight: Tensor) -> Tensor:
     return log_weight.logsumexp(1, keepdim=True) - math.log(log_weight.shape[1])
-
-
-def _drawn(weight: Tensor) -> Tensor:
-    """Which particles of each filter ``[F, P, N]`` are kept, systematically by their weights."""
-    edges = weight.transpose(1, 2).cumsum(-1)
-    at = torch.arange(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    at = (at + torch.rand_like(edges[..., :1])) / weight.shape[1]
-    return torch.searchsorted(edges, at).clamp(max=len(at[0, 0]) - 1).transpose(1, 2)

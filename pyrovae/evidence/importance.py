@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyrovae._tools import InputError, should_compile
+from pyrovae._tools import InputError, at_least, should_compile
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
@@ -19,7 +19,7 @@ from pyrovae.evidence.proposals import (
     uncovered_share,
 )
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, at_least
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation
 from pyrovae.evidence.unconstrained import Refined
 from pyrovae.evidence.weights import Sums, curve_points
 

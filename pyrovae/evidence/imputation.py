@@ -10,14 +10,14 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, at_least
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae._tools.shown import Shown, Told, figures
 from pyrovae.data.given import takes_data
 from pyrovae.evidence import PRIOR_STREAM
 from pyrovae.evidence.proposals import Sampler, chunked, refuse_nan, total, uncovered_share
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, at_least, require_rows
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found, require_rows
 from pyrovae.evidence.weights import Sums, curve_points
 from pyrovae.pairs.contract import base_of
 from pyrovae.pairs.pair import Given, Pair

@@ -92,3 +92,19 @@ def _fit(excess: Tensor) -> tuple[Tensor, Tensor]:
     b = (b * weight).sum(1, keepdim=True)
     k = torch.log1p(-b * excess).mean(1)
     return (n * k + 5) / (n + 10), -k / b[:, 0]
+
+
+def systematic(weight: Tensor, count: int) -> Tensor:
+    """Which of K draws to take, by one uniform number for each of their weights ``[K, ...]``.
+
+    Each is taken its share of ``count`` times, rounded up or down: indices ``[count, ...]``.
+
+    References:
+        Douc, Cappé and Moulines, Comparison of Resampling Schemes for Particle Filtering
+        (arXiv cs/0507025).
+    """
+    steps = torch.arange(count, dtype=weight.dtype, device=weight.device)
+    at = (steps + torch.rand_like(weight[0])[..., None]) / count
+    ladder = weight.movedim(0, -1).cumsum(-1)
+    found = torch.searchsorted(ladder / ladder[..., -1:], at)
+    return found.clamp(max=len(weight) - 1).movedim(-1, 0)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, standard_error
+from pyrovae._tools import InputError, at_least, standard_error
 from pyrovae._tools.seeding import seeded
 from pyrovae._tools.shown import Shown, Told, figures, mean
 from pyrovae.data.given import data_tensors
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, at_least, require_rows, tile_rows
+from pyrovae.evidence.tiles import Evaluation, require_rows, tile_rows
 from pyrovae.pairs.contract import refuse_factors
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Given
-from pyrovae.pairs.traces import Layout, Site, Values
+from pyrovae.pairs.traces import Values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,13 +195,11 @@ def simulate(task: Evaluation, model: Callable, guide: Callable) -> Values:
     pair.model = partial(_observing, model, len(rows), axes)
     pair.guide = lambda *given: guide(*given[: len(rows)])
     task.set_rows((*args, *data))
-    return {name: _as_particle(sites[name], layout) for name in layout.latents}
-
-
-def _as_particle(site: Site, layout: Layout) -> Tensor:
-    """The value of a site as that of one particle, ``[1, ..., N, ...]``."""
-    value, rank = site["value"], site["fn"].event_dim - layout.particle_dim
-    return value.reshape((1,) * (rank - value.dim()) + value.shape)
+    found = {}
+    for name in layout.latents:  # as those of one particle, [1, ..., N, ...]
+        value, rank = sites[name]["value"], sites[name]["fn"].event_dim - layout.particle_dim
+        found[name] = value[(None,) * (rank - value.dim())]
+    return found
 
 
 def _observing(model: Callable, count: int, axes: dict[str, int], *rows: Tensor) -> None:

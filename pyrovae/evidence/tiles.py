@@ -49,7 +49,7 @@ class Evaluation:
 
     ``rows`` are the data with further arguments of both programs on the pair's ``device``,
     ``first`` the first tile of them, ``data`` their digest and ``home`` the device that they came
-    from. All draws derive from ``seed``; matrices are multiplied at a ``precision``, by default as
+    from. All draws derive from ``seed``; matrices are multiplied at a ``precision``, whatever
     torch is set to. At once ``tile`` particles of each datum are drawn and
     ``chunk`` scored, powers of two, and ``max_rows`` (particle, datum) pairs at most. ``bar``
     shows the time left, from :meth:`tiles` on.
@@ -274,13 +274,6 @@ def require_rows(args: tuple) -> None:
         raise InputError("Expected at least one datum, got an empty tensor.")
 
 
-def at_least(least: dict[str, int], *values: int) -> None:
-    """Refuse values that are no integers, or less than the least one of that name."""
-    for (name, low), value in zip(least.items(), values, strict=True):
-        if not isinstance(value, int) or value < low:
-            raise InputError(f"Expected an integer {name} >= {low}, got {value!r}.")
-
-
 def digest(*tensors: Tensor) -> str:
     """A short name for tensors: equal for equal numbers, types and shapes."""
     name = hashlib.blake2b(digest_size=12)
@@ -317,8 +310,9 @@ def _file(path: str | Path, part: tuple[int, int]) -> Path:
 
 
 def _exchange(found: list[Found], size: int) -> list[Found]:
-    """All processes' tiles in their order; what has been a CPU tensor or a CUDA tensor stays so."""
+    """All processes' tiles in their order, on the CPU: each may have a GPU of its own."""
     parts: list = [None] * size
+    found = [{name: value.cpu() for name, value in tile.items()} for tile in found]
     try:
         torch.distributed.all_gather_object(parts, found)
     except RuntimeError as error:

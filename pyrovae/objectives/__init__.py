@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 from torch import Tensor
 
-from pyrovae._tools import InputError, InputTypeError, did_you_mean, plain_numbers
+from pyrovae._tools import InputError, InputTypeError, at_least, did_you_mean, plain_numbers
 from pyrovae._tools.seeding import seeded
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.beta import BetaELBO
@@ -112,8 +112,7 @@ def make_objective(
         >>> print(f"{fit.history[-1]['train_elbo']:.2f} nats per datum, a bound on log p(x)")
         -2... nats per datum, a bound on log p(x)
     """
-    if particles is not None and (not isinstance(particles, int) or particles < 1):
-        raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
+    at_least({"particles": 1}, 1 if particles is None else particles)
     if not isinstance(objective, str):
         if not callable(objective):
             raise InputTypeError(

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import at_least
 from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.contract import inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -47,8 +47,7 @@ class Objective:
     """
 
     def __init__(self, particles: int = 1) -> None:
-        if not isinstance(particles, int) or particles < 1:
-            raise InputError(f"Expected an integer particles >= 1, got {particles!r}.")
+        at_least({"particles": 1}, particles)
         self.particles = particles
         self.draws = particles if particles > 1 else None
         self._facts: WeakKeyDictionary[Pair, Any] = WeakKeyDictionary()

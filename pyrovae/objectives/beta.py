@@ -10,7 +10,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, at_least
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import site_terms, surrogate_elbo, total
 from pyrovae.objectives.scores import score
@@ -65,8 +65,7 @@ class BetaELBO(Objective):
         super().__init__(particles)
         if not 0 <= beta < math.inf:
             raise InputError(f"Expected beta >= 0, got {beta}.")
-        if not isinstance(warm_up, int) or warm_up < 0:
-            raise InputError(f"Expected an integer warm_up >= 0, in steps, got {warm_up!r}.")
+        at_least({"warm_up": 0}, warm_up)
         if not callable(schedule) and schedule not in SCHEDULES:
             raise InputError(f"Expected schedule {' or '.join(SCHEDULES)}, got {schedule!r}.")
         given = free_bits.values() if isinstance(free_bits, Mapping) else [free_bits]

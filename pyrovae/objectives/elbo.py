@@ -18,7 +18,8 @@ from pyro.infer.util import MultiFrameTensor, get_plate_stacks, is_validation_en
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae._tools import InputError, shown, standard_error
+from pyrovae._tools import InputError, at_least, shown, standard_error
+from pyrovae._tools.precision import matmul_precision
 from pyrovae._tools.seeding import seeded
 from pyrovae.data.given import takes_data
 from pyrovae.objectives.base import Estimate
@@ -190,13 +191,13 @@ def elbo(
     """
     if objective not in ESTIMATORS:
         raise InputError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
-    if not isinstance(particles, int) or particles < 1:
-        raise InputError(f"Expected an integer particles >= 1, got {particles}.")
+    at_least({"particles": 1}, particles)
     analytic = objective == "trace_mean_field_elbo"
     pair = Pair(model, guide)
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))
     batches = zip(*(tensor.split(batch_size) for tensor in every), strict=True)
-    with pair.mode(training=False), seeded(seed, every[0].device):
+    exact = matmul_precision("float32")
+    with pair.mode(training=False), exact, seeded(seed, every[0].device):
         inspect_evidence(pair, *(tensor[:batch_size] for tensor in every))
         bounded = bool(pair.known.bounded)
         if bounded and len(x) > batch_size:

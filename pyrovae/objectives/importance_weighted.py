@@ -10,7 +10,7 @@ from pyro.distributions.util import is_identically_zero
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, at_least
 from pyrovae.objectives.base import Estimate, Objective
 from pyrovae.objectives.elbo import total
 from pyrovae.objectives.log_weights import (
@@ -86,8 +86,7 @@ class ImportanceWeighted(Objective):
         backward: int | None = None,
     ) -> None:
         super().__init__(particles)
-        if not isinstance(groups, int) or groups < 1:
-            raise InputError(f"Expected an integer groups >= 1, got {groups!r}.")
+        at_least({"groups": 1}, groups)
         if not math.isfinite(alpha):
             raise InputError(f"Expected a finite alpha, got {alpha}.")
         if not 0 <= beta <= 1:

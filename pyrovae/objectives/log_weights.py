@@ -9,8 +9,7 @@ so it is taken off again, with a second run of the guide if its distributions de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae._tools import InputError
+from pyrovae._tools.seeding import seeded, undone
 from pyrovae.objectives.elbo import total
 from pyrovae.pairs.contract import cell_scale, check_factors, check_scales, plates, subsampling
 from pyrovae.pairs.pair import Given, Pair
@@ -285,9 +285,11 @@ def check_few(
     if len(args[0]) == 1:
         # Batch normalization takes no single row in training.
         args = tuple(torch.cat([each, each]) for each in args)
-    with pair.mode(training=True), torch.no_grad(), _same_buffers(pair) as again:
-        guide_trace = pair.trace_guide(*args, particles=particles)
-        found = weigh(pair, guide_trace, args, particles)
+    again = partial(undone, pair.modules, args[0].device)
+    with pair.mode(training=True), torch.no_grad():
+        with again():
+            guide_trace = pair.trace_guide(*args, particles=particles)
+            found = weigh(pair, guide_trace, args, particles)
         seen, size, few = guide_trace, particles, None
         if particles is not None:
             size = number or 1
@@ -295,28 +297,14 @@ def check_few(
             seen = few.trace(pair, guide_trace)
         pick = few.of if few else (lambda each: each)
         if number is not None:
-            again()
-            _check_same(pick(found.log_p), found.where.log_p(pair, seen, args, size), MODEL_AGAIN)
+            with again(), seeded(1, args[0].device):
+                log_p = found.where.log_p(pair, seen, args, size)
+            _check_same(pick(found.log_p), log_p, MODEL_AGAIN)
         if twice:
-            again()
-            still = held_still(pair, seen, args, size, twice)
+            with again(), seeded(2, args[0].device):
+                still = held_still(pair, seen, args, size, twice)
             for name, log_q in still.items():
                 _check_same(pick(found.guide[name]), found.where.fold(log_q), GUIDE_AGAIN)
-
-
-@contextmanager
-def _same_buffers(pair: Pair) -> Iterator[Callable[[], None]]:
-    """Give buffers back what they are now, at the end and whenever it is asked for."""
-    before = [(b, b.clone()) for root in pair.roots.values() for b in root.buffers()]
-
-    def again() -> None:
-        for buffer, value in before:
-            buffer.copy_(value)
-
-    try:
-        yield again
-    finally:
-        again()
 
 
 def _check_same(first: Tensor, other: Tensor, about: str) -> None:

@@ -24,7 +24,7 @@ from pyrovae._tools.seeding import seeded
 from pyrovae._tools.source_lines import error_place, failed_message
 from pyrovae.pairs.enumeration import enumerates
 from pyrovae.pairs.pair import Pair
-from pyrovae.pairs.support import counted, quantized, survey
+from pyrovae.pairs.support import counted, element, quantized, survey
 from pyrovae.pairs.traces import (
     Layout,
     Site,
@@ -408,7 +408,12 @@ def _refused(code: Any, inner: dict[str, Any], x: Tensor) -> str | None:
     """
     if code is Distribution.__init__.__code__ and {"param", "value", "constraint"} <= inner.keys():
         fix = into(inner["constraint"])
-        if fix is None:
+        if fix is None and x.min() <= -1 and inner["value"].isnan().any():
+            fix = (
+                f"the data go down to {x.min():.4g}: are they counts, give those from 0, whose "
+                f"log1p is a number, or else a network that takes no logarithm"
+            )
+        elif fix is None:
             fix = (
                 f"The data run from {x.min():.4g} to {x.max():.4g}: scale them to about [0, 1], or "
                 f"look at the network that makes the parameter"
@@ -432,8 +437,7 @@ def _refused(code: Any, inner: dict[str, Any], x: Tensor) -> str | None:
 
 def into(constraint: Any) -> str | None:
     """How to bring a parameter into its range; None for one that may be any number."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = element(constraint)
     if isinstance(constraint, type(constraints.real)):
         return None
     if isinstance(constraint, type(constraints.unit_interval)):
@@ -696,7 +700,7 @@ def cell_scale(scale: Tensor | float, layout: Layout, kept: Collection[int]) -> 
     if not isinstance(scale, Tensor) or scale.dim() == 0:
         return scale
     rank = max(scale.dim(), -layout.particle_dim - 1)
-    scale = scale.reshape((1,) * (rank - scale.dim()) + scale.shape)
+    scale = scale[(None,) * (rank - scale.dim())]
     if any(n != 1 and d - rank not in kept for d, n in enumerate(scale.shape)):
         raise InputError(
             "Expected one scale per datum, got a scale that varies within it: neither log p(x) "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyrovae._tools import InputError
-from pyrovae._tools.seeding import draw_seed, seeded
+from pyrovae._tools.seeding import draw_seed, seeded, undone
 from pyrovae.pairs.pair import Pair
 from pyrovae.pairs.traces import Site, Values, is_bookkeeping, samples
 
@@ -93,7 +93,7 @@ class _Disturbed(_Freed):
         if before is None or msg["fn"].shape() != before["fn"].shape():
             return
         value = before["value"]
-        with _forked(value.device):
+        with undone((), value.device):
             other = _other(before["fn"], value)
             possible = bool(before["fn"].support.check(other).all())
             another = other if possible and before["fn"].support.is_discrete else before["fn"]()
@@ -201,7 +201,7 @@ class Simulator:
 
     def _most_passes(self, rows: Rows, known: Known) -> int:
         """Two for each element of a datum, and one that finds all of them right."""
-        with _forked(rows[0].device):
+        with undone((), rows[0].device):
             sites = self._run(rows, _Freed(self.kept, known))
         return 2 + 2 * sum(site["value"].numel() for site in sites.values()) // len(rows[0])
 
@@ -217,7 +217,7 @@ class Simulator:
         first = _Freed(self.kept, known)
         with seeded(stream, device):
             sites = self._run(rows, first)
-        with _forked(device):
+        with undone((), device):
             others = self._disturbed(rows, sources, sites, known)
         held = known | first.indices
         names = [n for n, s in sites.items() if not s["is_observed"] and n not in _given(known)]
@@ -480,8 +480,3 @@ def _whole(given: Values) -> Known:
 
 def _given(known: Known) -> set[str]:
     return {name for name, (_, where) in known.items() if where is None}
-
-
-def _forked(device: torch.device) -> AbstractContextManager:
-    """A block whose draws leave the random streams as they were."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

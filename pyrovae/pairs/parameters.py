@@ -53,6 +53,7 @@ class Parameters:
         self.sites: tuple[dict[str, Any], ...] = ({}, {})
         self.met: set[Tensor] = set()
         self.blocked: set[Tensor] = set()
+        self._asked: torch.device | None = None
         self._modes: list[tuple[bool, dict[nn.Module, bool]]] = []
         # Whether eval mode is set, and whether a relaxation that is rounded was seen.
         self.evaluates = self.rounds = False
@@ -125,14 +126,20 @@ class Parameters:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter or buffer lies; the CPU if there is none."""
-        for root in self.roots.values():
-            for tensor in (*root.parameters(), *root.buffers()):
-                return tensor.device
-        return torch.device("cpu")
+        """Where the first parameter or buffer lies.
+
+        Without modules, it is where functions were asked to be, or else where Pyro's parameters
+        lie; the CPU if there are none.
+        """
+        held = (chain(root.parameters(), root.buffers()) for root in self.roots.values())
+        stored = () if self.roots or self._asked else pyro.get_param_store()._params.values()
+        for tensor in chain(*held, stored):
+            return tensor.device
+        return self._asked or torch.device("cpu")
 
     def to(self, device: torch.device | str) -> None:
-        """Move the modules to a device, in place."""
+        """Move the modules to a device, in place; functions state parameters on that of x."""
+        self._asked = torch.device(device)
         for root in self.roots.values():
             root.to(device)
 

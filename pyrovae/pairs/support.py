@@ -122,7 +122,7 @@ def support_of(fn: Any) -> Constraint:
 
 def element(support: Constraint) -> Constraint:
     """A support without what declares its events."""
-    while isinstance(support, constraints.independent):
+    while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
 

@@ -105,7 +105,7 @@ def reduce_to(log_prob: Tensor, layout: Layout, particles: int | None, num_data:
 def sum_plates(log_prob: Tensor, layout: Layout, kept: Collection[int]) -> Tensor:
     """Sum over every plate but the particles' and those ``kept``; all dimensions stay."""
     rank = -layout.particle_dim
-    log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
+    log_prob = log_prob[(None,) * (rank - log_prob.dim())]
     summed = [d for d in range(1, rank) if d - rank not in kept]
     return log_prob.sum(summed, keepdim=True) if summed else log_prob
 

@@ -81,7 +81,7 @@ def _scores_alike(pair: Pair, rows: tuple, alone: tuple[Trace, Trace]) -> bool:
     values: Values = {}
     for name, site in drawn(alone[1]).items():
         rank = site["fn"].event_dim - layout.particle_dim - 1
-        value = site["value"].reshape((1,) * (rank - site["value"].dim()) + site["value"].shape)
+        value = site["value"][(None,) * (rank - site["value"].dim())]
         # The other particles are draws for other data: particle 0 is to take no notice.
         batch = layout.dim - site["fn"].event_dim
         values[name] = torch.stack([value.roll(k, batch) for k in range(PARTICLES)])

@@ -147,7 +147,8 @@ def evaluate(run: Run, experiment: Experiment[Config], options: EvaluationConfig
 
 def _densities(args: tuple) -> list[str]:
     """The observed sites whose score is that of a density, and not of a probability."""
-    pair, rows = Pair(*args[:2]), tuple(each[:DATA_TILE] for each in args[2:])
+    pair = Pair(*args[:2])
+    rows = tuple(each[:DATA_TILE].to(pair.device) for each in args[2:])
     with torch.no_grad(), pair.mode(training=False), seeded(SEED, rows[0].device):
         inspect_pair(pair, *rows)
         seen = [(n, s) for n, s in scored(pair.trace(*rows)[0]) if s["is_observed"]]

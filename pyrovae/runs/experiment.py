@@ -277,7 +277,7 @@ def load_experiment(
             f"says, or of a frame's columns, which no array has: put back the files and the data "
             f"of this run, or train into another --out."
         ) from error
-    pair.to(made.data.train.device)
+    pair.to(made.data.device)
     return Experiment(config, *made[1:4], {})
 
 

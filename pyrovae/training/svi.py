@@ -166,9 +166,9 @@ class SVI(infer.SVI):
         return None if compiled is None else compiled.many(batches, load, self._begin)
 
     @with_gradients()
-    def gradients(self, *args: Any, load: Callable | None = None, **kwargs: Any) -> Estimate:
+    def gradients(self, *args: Any, **kwargs: Any) -> Estimate:
         """Evaluate the objective on a batch and add its gradient to every parameter's."""
-        return self._assess(args, kwargs, load, update=False)[0]
+        return self._assess(args, kwargs, None, update=False)[0]
 
     def apply_gradients(self) -> None:
         """Clip the gradients at hand, step the optimizer on them and clear them."""

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import random
 import warnings
 from contextlib import nullcontext
@@ -295,6 +296,30 @@ def test_rounding_at_a_kink_is_no_difference_but_another_gradient_is(monkeypatch
     else:
         with pytest.warns(UserWarning, match="the gradient of shape .* came out otherwise"):
             svi.gradients(X)
+
+
+@pytest.mark.parametrize("flips", [{4}, {4, 6}, {4, 6, 8}])
+def test_a_draw_that_rounding_decides_is_no_difference_but_one_in_other_noise_is(
+    monkeypatch, flips
+):
+    """The compiled step is another one in some of its runs, of which 4 to 8 are an audit."""
+    runs = itertools.count(1)
+
+    def flipped(graph, inputs):
+        def run(*inputs):
+            numbers, *gradients = graph(*inputs)
+            return [numbers * (2 if next(runs) in flips else 1), *gradients]
+
+        return run
+
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", flipped)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        losses, svi = _losses(shipped_bernoulli, Trace_ELBO(), True, steps=3)
+    eager = _losses(shipped_bernoulli, Trace_ELBO(), False, steps=3)[0]
+    assert losses == pytest.approx(eager, rel=1e-4)
+    assert (None in svi.compiled.captures.values()) == (len(flips) > 2)
+    assert any("the loss came out otherwise" in str(w.message) for w in caught) == (len(flips) > 2)
 
 
 OPAQUE = random.Random(0)

@@ -138,7 +138,11 @@ def test_a_table_on_disk_is_the_table_that_it_is_in_memory(tmp_path, x):
     frame["age"], frame["label"] = x[:, 2], np.array(["no", "yes"])[np.arange(N) % 2]
     frame.loc[5::7, ["a", "word"]] = None
     frame.loc[3::11, "pay"] = None
+    frame["time"] = 1_700_000_000.0 + np.arange(N)
     frame.to_parquet(tmp_path / "a.parquet", row_group_size=70)
+    with pytest.warns(UserWarning, match="no room for the values of column 'time' of .*parquet: "):
+        load_data(tmp_path / "a.parquet", memory=SMALL / 2, missing="mask")
+    frame.drop(columns="time").to_parquet(tmp_path / "a.parquet", row_group_size=70)
     options = {"missing": "mask", "columns": {"pay": "positive"}, "context": "labels,age,site"}
     one = load_data(tmp_path / "a.parquet", memory=SMALL / 2, **options)
     two = load_data(tmp_path / "a.parquet", **options)

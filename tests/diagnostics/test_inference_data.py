@@ -16,7 +16,7 @@ from torch import nn
 import pyrovae
 from pairs import PAIRS, binary, discrete, shipped_bernoulli, two_latents
 from pyrovae.guides.linear_gaussian import LinearGaussian as FullGuide
-from pyrovae.inference_data import load, loo, save, systematic, to_inference_data
+from pyrovae.inference_data import _resampled, load, loo, save, to_inference_data
 from pyrovae.models.linear_gaussian import LinearGaussian
 
 X = binary()
@@ -179,7 +179,7 @@ def test_resampled_draws_weigh_what_all_did():
 
 def test_systematic_resampling_is_unbiased_and_keeps_to_the_weights():
     log_weight = torch.tensor([0.1, 0.45, 0.05, 0.4]).log()[:, None].expand(4, 5000)
-    index = systematic(log_weight)
+    index = _resampled(log_weight)
     counts = torch.stack([(index == k).sum(0) for k in range(4)]).double()
     expected = 4 * log_weight.exp().double()
     assert ((counts - expected).abs() < 1).all()
@@ -187,7 +187,7 @@ def test_systematic_resampling_is_unbiased_and_keeps_to_the_weights():
     assert ((counts.mean(1) - expected[:, 0]).abs() < 4 * error).all()
     first = torch.stack([(index[0] == k).double().mean() for k in range(4)])
     torch.testing.assert_close(first, expected[:, 0] / 4, atol=0.03, rtol=0)
-    impossible = systematic(torch.full((4, 3), -math.inf))
+    impossible = _resampled(torch.full((4, 3), -math.inf))
     assert torch.equal(impossible.sort(0).values, torch.arange(4)[:, None].expand(4, 3))
 
 

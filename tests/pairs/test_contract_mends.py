@@ -10,6 +10,8 @@ from torch import nn
 
 import pyrovae
 from pyrovae.checking import quick
+from pyrovae.guides.counts import Counts
+from pyrovae.models.poisson import Poisson
 from pyrovae.pairs.contract import check_arguments, check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
 
@@ -53,6 +55,13 @@ def test_parameters_out_of_range():
     found = "Expected parameter loc of Normal, of shape .5, 3.*The data run from 1e.38"
     with pyro.validation_enabled(True), pytest.raises(ValueError, match=found):
         inspect_pair(Pair(programs.model, programs.guide), torch.full((5, 3), 1e38))
+
+
+def test_counts_below_0_are_told_where_a_guide_takes_their_logarithm():
+    model, guide = Poisson((3,), latent=2), Counts((3,), latent=2)
+    x = torch.tensor([[1.0, 2.0, -3.0]])
+    with pyro.validation_enabled(True), pytest.raises(ValueError, match=r"down to -3: .* from 0"):
+        pyrovae.elbo(model, guide, x)
 
 
 def test_counts_of_a_multinomial_are_told_by_their_sum():

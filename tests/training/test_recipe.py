@@ -20,6 +20,7 @@ from pyrovae.models.bernoulli import Bernoulli
 from pyrovae.nn import MLP
 from pyrovae.objectives import make_objective
 from pyrovae.optim import Combined, muon
+from pyrovae.pairs.pair import Pair
 from pyrovae.training.schedules import make_schedule
 
 
@@ -235,6 +236,35 @@ def test_a_schedule_free_optimizer_is_told_when_its_weights_are_evaluated():
     ):
         with pytest.raises(pyrovae.InputError, match="AdamWScheduleFree keeps averaged weights"):
             _fit(epochs=1, **options)
+
+
+class Counting(torch.optim.Optimizer):
+    """An optimizer whose state has a number beside tensors, and not the same of each leaf."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for leaf in self.param_groups[0]["params"]:
+                state = self.state[leaf]
+                state["step"] = state.get("step", 0) + 1
+                if leaf.dim() > 1:
+                    state["last"] = leaf.grad.clone()
+                leaf.sub_(self.param_groups[0]["lr"] / state["step"] * leaf.grad.sign())
+
+
+@pytest.mark.parametrize("optimizer", [partial(muon, lr=1e-3), partial(Counting, lr=1e-3)])
+def test_a_run_of_any_optimizer_is_opened_and_goes_on(optimizer, tmp_path):
+    how = {"optimizer": optimizer, "compile": False, "seed": 0}
+    pair, x = shipped_bernoulli(), binary(32)
+    state = {name: value.clone() for name, value in Pair(*pair).state_dict().items()}
+    whole = pyrovae.fit(*pair, x, epochs=3, **how)
+    Pair(*pair).load_state_dict(state)
+    pyrovae.fit(*pair, x, epochs=2, out=tmp_path / "run", **how)
+    found = pyrovae.load(tmp_path / "run").state
+    resumed = pyrovae.fit(*pair, x, epochs=3, out=tmp_path / "run", state=found, **how)
+    assert [r["train_loss"] for r in resumed.history] == [r["train_loss"] for r in whole.history]
 
 
 def test_muon_steps_matrices_alone_and_says_so():

@@ -542,6 +542,22 @@ def test_a_precision_that_changes_nothing_is_told(monkeypatch):
             pyrovae.fit(*shipped_bernoulli(), X, epochs=1, precision="bf16", seed=0)
 
 
+@pytest.mark.parametrize("where", ["matmul", "conv"])
+def test_torchs_newer_settings_of_the_precision_are_read_and_given_back(where):
+    """torch.get_float32_matmul_precision() raises where they say what it has no word for."""
+    found = {"matmul": torch.backends.cuda.matmul, "conv": torch.backends.cudnn.conv}
+    setting, value = found[where], {"matmul": "tf32", "conv": "ieee"}[where]
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = value
+        settings = precision.precision_settings()
+        pyrovae.fit(*shipped_bernoulli(), X, epochs=1, compile=True, seed=0)
+        assert precision.precision_settings() == settings
+    finally:
+        setting.fp32_precision = before
+        assert torch.backends.cudnn.allow_tf32 in (True, False)
+
+
 def test_precision_is_given_back_and_named():
     before = torch.get_float32_matmul_precision()
     convolves = torch.backends.cudnn.allow_tf32
