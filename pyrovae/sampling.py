@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae._tools import InputError, at_least, require_memory, should_compile, warn
+from pyrovae._tools import (
+    InputError,
+    InputTypeError,
+    at_least,
+    require_memory,
+    should_compile,
+    warn,
+)
 from pyrovae._tools.seeding import draw_seed, seeded, subseed
 from pyrovae.compiling.graph import CaptureError, audited
 from pyrovae.data.given import data_tensors, takes_data
@@ -111,6 +118,10 @@ def decode(
     Raises:
         ValueError: If a name is no latent site of the model, or as for :func:`sample`.
     """
+    if not isinstance(latents, Mapping):
+        raise InputTypeError(
+            f"Expected latents by name, such as {{'z': z}}, got {type(latents).__name__}."
+        )
     if not latents:
         raise InputError("Expected the values of a latent site at least, got none.")
     n = len(next(iter(latents.values())))

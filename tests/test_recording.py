@@ -1,6 +1,8 @@
 """A training in Python is a run directory: it is loaded, evaluated, reported and gone on with."""
 
+import importlib
 import linecache
+import os
 import sys
 from pathlib import Path
 
@@ -196,6 +198,22 @@ def test_a_pair_of_a_notebook_is_written_with_all_that_it_uses(data, notebook):
     assert "lost" not in source
     assert same(opened, fit)
     assert run("evaluate", "run", "--samples", "4", "--no-diagnostics") == 0
+
+
+def test_a_file_that_was_edited_and_reloaded_is_written_as_it_is(data, monkeypatch, tmp_path):
+    """Python keeps the lines of a file that it has shown once."""
+    monkeypatch.syspath_prepend(tmp_path)
+    cells = CELLS[0] + CELLS[1].replace("%matplotlib inline", "") + CELLS[2]
+    for number, prior in enumerate(("Normal", "Laplace")):
+        file = tmp_path / "edited_model.py"
+        file.write_text(cells.replace("dist.Normal", f"dist.{prior}"))
+        os.utime(file, (number, number))
+        importlib.invalidate_caches()
+        module = importlib.reload(importlib.import_module("edited_model"))
+        model, guide = module.Model(data.shape, latent=3), MeanField(data.shape, latent=3)
+        train(model, guide, data, epochs=1, out=f"run{number}")
+        assert pyrovae.load(f"run{number}").config.unrecovered == ""
+        assert f"dist.{prior}(" in Path(f"run{number}/programs/model.py").read_text()
 
 
 def test_functions_of_a_script_of_several_files_are_written(data, monkeypatch, tmp_path):

@@ -242,7 +242,9 @@ def _unused_latents(case: Case) -> list[str]:
         return [
             name
             for name, value in latents.items()
-            if _slopes(sum(s.sum() for n, s in scores.items() if n != name), [value]) == [None]
+            # Pyro's obs_mask makes a latent of what is not observed, beside the site that is.
+            if f"{name.removesuffix('_unobserved')}_observed" not in scores
+            and _slopes(sum(s.sum() for n, s in scores.items() if n != name), [value]) == [None]
         ]
 
 

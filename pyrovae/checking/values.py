@@ -17,7 +17,7 @@ from torch.distributions.constraints import is_dependent
 from pyrovae._tools import InputError
 from pyrovae.checking.case import Case, Row, failed, passed, take, warned
 from pyrovae.pairs.contract import base_of, check_support, into, kind_of
-from pyrovae.pairs.support import element
+from pyrovae.pairs.support import element, possible
 from pyrovae.pairs.traces import Site, samples
 
 DRAWS = 16
@@ -112,6 +112,13 @@ def _only_in(here: Any, there: Any) -> float | None:
         others = [torch.full_like(like[0], c) for c in (INTEGERS if discrete else REALS)]
         values = torch.cat([like, torch.stack(others)])
         found = here.support.check(values) & ~there.support.check(values)
+        if not discrete:
+            # A point, or what a transform makes of a bounded base, is real by its support alone.
+            held = found.reshape(*found.shape, *[1] * here.event_dim)
+            value = torch.where(held, values, like[:1])
+            likely, inside = here.log_prob(value) > -torch.inf, possible(here, value)
+            likely = likely if inside is None else likely & inside
+            found[DRAWS:] &= likely[DRAWS:]
     except NotImplementedError:
         return None
     if not bool(found.any()):
@@ -148,7 +155,9 @@ def finite(case: Case, edges: bool = True) -> Row:
 
 def _of_the_data(case: Case) -> str:
     """What to do about data whose size alone may be the cause; nothing for others."""
-    x = case.every[0][case.every[0].isfinite()]
+    x = case.every[0]
+    if len(bad := (~x.isfinite()).reshape(len(x), -1).any(1).nonzero()):
+        return f" {len(bad)} of the data hold NaN or infinity, first in row {bad[0].item()}."
     if not len(x) or x.abs().max() <= LARGE:
         return ""
     low, high = f"{x.min():.4g}", f"{x.max():.4g}"

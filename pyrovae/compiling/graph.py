@@ -35,6 +35,8 @@ READING = {"item", "tolist", "numpy", "__array__", "__float__", "__int__", "__bo
 READING |= {"__complex__", "__repr__", "__format__"}
 READ_BACK = "it reads a value back from a tensor (.item(), if tensor:): keep it on the device"
 ATEN = torch.ops.aten
+# What makes a tensor, and does nothing else; batch normalization writes, and does not say so.
+MADE = {ATEN.lift_fresh_copy.default, ATEN.detach.default, ATEN.arange.default}
 # Of the losses of torch: 1 is the mean and 2 the sum.
 NO_REDUCTION = 0
 # torch draws normal numbers on a CPU in blocks of so many.
@@ -73,8 +75,6 @@ class Graph:
         self._strides = [arg.stride() for arg in args]
         with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(drawn_at_once(without_log1p(graph)), [*self._held(), *args])
-            # The first run tunes kernels and allocates; what it writes is undone with the rest.
-            self.run(*self._held(), *args)
             if args[0].device.type == "cuda":
                 self._launched = self.run
                 self.run = _replayed(self._launched, self._held(), args, copied)
@@ -211,8 +211,8 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     weight that is updated would stay what it was. What is made and not used goes: each plate of
     Pyro's (1.9.2) makes a tensor on the CPU, which a CUDA graph could not hold.
     """
-    for node in [n for n in reversed(graph.graph.nodes) if _is_pure(n)]:
-        if not node.users:
+    for node in reversed([*graph.graph.nodes]):
+        if not node.users and (node.op == "get_attr" or node.target in MADE):
             graph.graph.erase_node(node)
     held: dict[tuple, Tensor] = {}
     inputs: dict[tuple, Any] = {}
@@ -229,14 +229,6 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
         node.replace_all_uses_with(inputs[place])
         graph.graph.erase_node(node)
     return GraphModule({}, graph.graph), list(held.values())
-
-
-def _is_pure(node: Node) -> bool:
-    """Whether a node makes tensors, and neither writes to one nor draws."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "get_attr" or node.target is getitem
-    schema, draws = node.target._schema, torch.Tag.nondeterministic_seeded in node.target.tags
-    return bool(schema.returns) and not (schema.is_mutable or draws)
 
 
 def _place(tensor: Tensor) -> tuple:
@@ -358,7 +350,11 @@ def _draw_at_once(graph: GraphModule, draws: list[Node]) -> None:
 
 def _compile(graph: GraphModule, inputs: list[Tensor]) -> Any:
     try:
-        return compiled(graph, inputs)
+        run = compiled(graph, inputs)
+        # The first run tunes kernels and allocates, and shows whether the code runs at all: it does
+        # not with an LSTM of torch 2.11 to 2.14 on a CPU. What it writes is undone by the caller.
+        run(*inputs)
+        return run
     except Exception as error:
         raise CaptureError(f"the compiler failed: {_reason(error)}") from error
 

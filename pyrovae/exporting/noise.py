@@ -34,7 +34,7 @@ class Noise(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in func.tags or _is_certain(func, args, kwargs):
             return func(*args, **kwargs)
         if func.overloadpacket is aten.randperm:
             raise CaptureError(
@@ -71,6 +71,13 @@ class Noise(TorchDispatchMode):
         place = wide[0] if wide else 0
         # Of several rows of a datum in one dimension, as its particles, those of all data follow.
         return part.movedim(0, place + 1).flatten(place, place + 1).reshape(shape)
+
+
+def _is_certain(func: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether an operator, as that of attention, draws nothing for want of dropout."""
+    given = {each.name: value for each, value in zip(func._schema.arguments, args, strict=False)}
+    defaults = {each.name: each.default_value for each in func._schema.arguments}
+    return (defaults | given | kwargs).get("dropout_p") == 0
 
 
 def _uniform(take: Take, shape: Any) -> Tensor:

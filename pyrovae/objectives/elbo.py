@@ -201,7 +201,8 @@ def elbo(
         inspect_evidence(pair, *(tensor[:batch_size] for tensor in every))
         bounded = bool(pair.known.bounded)
         if bounded and len(x) > batch_size:
-            check_support(pair, *(tensor[batch_size:] for tensor in every), batch_size=batch_size)
+            rest = [tensor[batch_size:] for tensor in every]
+            check_support(pair, *rest, batch_size=batch_size, first=batch_size)
         # The guide may draw what the prior refuses.
         with pyro.validation_enabled(is_validation_enabled() and not bounded):
             parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]

@@ -228,9 +228,13 @@ def moving_factors(pair: Pair, rows: tuple) -> list[str]:
     return [n for n, value in factors.items() if not torch.equal(value, two[n]["fn"].log_factor)]
 
 
-def check_support(pair: Pair, x: Tensor, *context: Any, batch_size: int = 512) -> None:
-    """Check a whole data set against the supports of the sites that observe it."""
-    with torch.no_grad(), blames_data(x), pyro.validation_enabled(False):
+def check_support(
+    pair: Pair, x: Tensor, *context: Any, batch_size: int = 512, first: int = 0
+) -> None:
+    """Check data from the row ``first`` on against the supports of the sites that observe them."""
+    with torch.no_grad(), blames_data(x, first), pyro.validation_enabled(False):
+        if bool(x.isinf().any()):
+            raise ValueError("no data are infinite, though torch's real support holds infinity")
         for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
             _check_observed(scored(pair.trace(*rows)[0]))
 
@@ -345,8 +349,11 @@ def check_tensor(x: Any) -> None:
 
 
 @contextmanager
-def blames_data(x: Tensor) -> Iterator[None]:
-    """Where a program fails at first sight, say of the data or of the program what is wrong."""
+def blames_data(x: Tensor, first: int = 0) -> Iterator[None]:
+    """Where a program fails at first sight, say of the data or of the program what is wrong.
+
+    ``first`` is the number of the first row of x among all data.
+    """
     check_tensor(x)
     try:
         yield
@@ -356,8 +363,8 @@ def blames_data(x: Tensor) -> Iterator[None]:
         bad = (~x.isfinite()).reshape(len(x), -1).any(-1).nonzero()
         if len(bad):
             raise InputError(
-                f"{len(bad)} of {len(x)} data hold NaN or infinity, first in row "
-                f"{bad[0].item()}: clean them, or mask NaN: give x.nan_to_num() and, after "
+                f"{len(bad)} of {len(x) + first} data hold NaN or infinity, first in row "
+                f"{bad[0].item() + first}: clean them, or mask NaN: give x.nan_to_num() and, after "
                 f"it, ~x.isnan(), or fit what pyrovae.load_data(x, missing='mask') returns, which "
                 f"has both."
             ) from error

@@ -102,6 +102,8 @@ class Pair(Parameters):
             lambda *args: self.trace_given(given, args, particles), first_available_dim=left
         )
         found = poutine.trace(program).get_trace(*rows)
+        for name in values.keys() & found.nodes.keys():
+            found.nodes[name]["is_observed"] = False  # as poutine.condition calls what it is given
         return fold.read(found) if fold else found
 
     def trace_given(

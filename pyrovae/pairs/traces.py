@@ -138,8 +138,13 @@ def drawn(trace: Trace) -> dict[str, Site]:
 
 
 def is_bookkeeping(site: Site) -> bool:
-    """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data."""
-    return bool(site["infer"].get("_deterministic")) or is_factor(site)
+    """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data.
+
+    What ``pyro.poutine.reparam`` puts in the place of a latent is such a value, a masked point.
+    """
+    fn, infer = site["fn"], site["infer"]
+    point = isinstance(fn, dist.MaskedDistribution) and isinstance(fn.base_dist, dist.Delta)
+    return bool(infer.get("_deterministic")) or is_factor(site) or (point and fn._mask is False)
 
 
 def is_factor(site: Site) -> bool:

@@ -98,8 +98,10 @@ def learning_curves(history: Sequence[dict]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     terms = {name: curves for name in TERMS if (curves := _curves(history, name))}
-    if not terms:
-        raise InputError("Expected a history with an ELBO or one of its terms, got neither.")
+    if not terms:  # as where sites are scaled differently, and nothing is held out
+        terms = {"loss": _curves(history, "loss")}
+    if not any(terms.values()):
+        raise InputError("Expected a history with an ELBO, one of its terms or a loss, got none.")
     first, *others = terms
     layout: list[Any] = [[first] * len(others), others] if others else [[first]]
     figure = blank(5.4, 2.4 * len(layout))
@@ -111,7 +113,7 @@ def learning_curves(history: Sequence[dict]) -> Figure:
                 best = np.nanargmax(value)
                 label = f"best: {value[best]:.2f} at epoch {epoch[best]:g}"
                 axes.plot(epoch[best], value[best], "o", color=colour, mfc="none", label=label)
-        axes.set(title=TERMS[name], xlabel="epoch", ylabel="nats per datum")
+        axes.set(title=TERMS.get(name, name), xlabel="epoch", ylabel="nats per datum")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         axes.grid(True)
         if name == first:

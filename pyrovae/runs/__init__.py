@@ -73,6 +73,10 @@ EXPLORER = "explorer.safetensors"
 PICTURES = ("samples", "reconstructions", "interpolations", "manifold", "latent_space", "responses")
 
 
+# What an optimizer may keep of a parameter.
+KEPT = (Tensor, int, float, type(None))
+
+
 class _Optimizer(Struct):
     """The ``state_dict()`` of an optimizer: what it keeps of each parameter is its own affair."""
 
@@ -288,6 +292,10 @@ class Run:
                     f"never executed."
                 ) from error
             found = msgspec.convert(state, _Checkpoint)
+            # A tensor, or a number, as the count of steps may be, is what optimizers keep.
+            for each in found.optimizer.state.values():
+                if odd := [n for n, v in each.items() if not isinstance(v, KEPT)]:
+                    raise ValueError(f"the state of its optimizer has an odd {odd[0]}")
             if len({tuple(row) for row in found.history}) > 1:
                 raise ValueError("the rows of its history differ in their entries")
             if not 1 <= (found.best_epoch or 1) <= len(found.history):

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from pyrovae._tools import InputError, require_same
+from pyrovae._tools import InputError, require_same, warn
 from pyrovae._tools.files import plain_json
 from pyrovae._tools.seeding import seeded, subseed
 from pyrovae.data import DATASETS, Dataset, Splits, load_data
@@ -329,6 +329,12 @@ def build_pair(
         for kind, program in programs.items()
     }
     parts = columns.get("model", {})
+    words = [each.name for each in data.columns or () if len(each.categories) > 2]
+    if words and "model" in programs and "model" not in given and "columns" not in parts:
+        warn(
+            f"The model takes the codes of {', '.join(map(repr, words[:3]))} for numbers, though "
+            f"they are of categories: take 'table' for model and guide, or leave the columns out."
+        )
     if settings.get("model", {}).get("mean") == "data":
         parts["mean"] = data.train.mean(0)
     made = {kind: given[kind] for kind in KINDS if kind in given}

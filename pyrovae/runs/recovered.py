@@ -124,6 +124,7 @@ def _definition(part: Any) -> tuple[str, ast.AST]:
     """The text of a class or function, decorators included, and its syntax tree."""
     if "<locals>" in part.__qualname__ or "." in part.__qualname__:
         raise InputError(f"{part.__qualname__} is defined inside of another function or class")
+    linecache.checkcache(_file(part))  # the file may have been edited, and its module reloaded
     text = "".join(linecache.getlines(_file(part)))
     wanted = ast.ClassDef if inspect.isclass(part) else ast.FunctionDef
     nodes = [n for n in _parsed(text) if isinstance(n, wanted) and n.name == part.__name__]

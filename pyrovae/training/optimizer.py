@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyrovae._tools import InputError, InputTypeError
+from pyrovae._tools import InputError, InputTypeError, warn
 from pyrovae.optim import parts_of, place_counts
 from pyrovae.pairs.pair import Pair
 
@@ -403,6 +403,7 @@ class Trained:
             self.joint.add(self._pyro_names(fresh), replaced.values())
         elif self._optimizer is None:
             self._optimizer = _make_optimizer(self.optim, [*fresh.values()])
+            _warn_of_still(self._optimizer, fresh)
         else:
             _enlarge(self._optimizer, fresh, replaced)
         self._parts = parts_of(self.optimizer)
@@ -504,6 +505,18 @@ def _make_optimizer(optim: Optimizer | Callable, leaves: list[Tensor]) -> Optimi
     if not isinstance(made, Optimizer):
         raise InputTypeError(f"Expected a torch optimizer from {optim!r}.")
     return made
+
+
+def _warn_of_still(optimizer: Optimizer, named: dict[str, Tensor]) -> None:
+    """Say of a program that an optimizer steps nothing of it."""
+    stepped = {id(leaf) for group in optimizer.param_groups for leaf in group["params"]}
+    for program in ("model", "guide"):
+        own = [id(leaf) for name, leaf in named.items() if name.startswith(f"{program}.")]
+        if own and stepped.isdisjoint(own):
+            warn(
+                f"The optimizer has no parameter of the {program}, which stays as it is: give it "
+                f"those of both programs, or freeze the {program} with requires_grad_(False)."
+            )
 
 
 def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -242,6 +242,22 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(logits, words):
     assert len(losses) == 6
 
 
+@pytest.mark.inductor
+def test_code_that_does_not_run_leaves_the_eager_step(monkeypatch):
+    """As that of an LSTM on a CPU, of torch 2.11 to 2.14."""
+
+    def broken(graph, inputs):
+        def run(*inputs):
+            raise TypeError("expected Tensor() for op: mkldnn_rnn_layer")
+
+        return run
+
+    monkeypatch.setattr("pyrovae.compiling.graph.compiled", broken)
+    with pytest.warns(UserWarning, match="not compiled: the compiler failed: expected Tensor"):
+        losses, _ = _losses(shipped_bernoulli, Trace_ELBO(), True, steps=3)
+    assert losses == _losses(shipped_bernoulli, Trace_ELBO(), False, steps=3)[0]
+
+
 def test_a_number_that_changes_unseen_is_found_by_the_audit(tmp_path):
     pyro.set_rng_seed(1)
     hidden = tmp_path / "weight"
@@ -298,11 +314,11 @@ def test_rounding_at_a_kink_is_no_difference_but_another_gradient_is(monkeypatch
             svi.gradients(X)
 
 
-@pytest.mark.parametrize("flips", [{4}, {4, 6}, {4, 6, 8}])
+@pytest.mark.parametrize("flips", [{3}, {3, 5}, {3, 5, 7}])
 def test_a_draw_that_rounding_decides_is_no_difference_but_one_in_other_noise_is(
     monkeypatch, flips
 ):
-    """The compiled step is another one in some of its runs, of which 4 to 8 are an audit."""
+    """The compiled step is another one in some of its runs, of which 3 to 7 are an audit."""
     runs = itertools.count(1)
 
     def flipped(graph, inputs):
@@ -608,8 +624,9 @@ def test_an_optimizer_of_the_guide_alone_leaves_the_gradients_captured():
         adam = torch.optim.Adam(guide.parameters(), 0.01)
         svi = pyrovae.SVI(model, guide, adam, Trace_ELBO(), compile=compile)
         before = [p.clone() for p in model.parameters()]
+        still = pytest.warns(match="no parameter of the model, which stays as it is")
         told = pytest.warns(match="it steps some of the parameters alone")
-        with told if compile else nullcontext():
+        with still, told if compile else nullcontext():
             found.append([svi.step(X) for _ in range(5)])
         assert all(map(torch.equal, model.parameters(), before))
     assert found[1] == pytest.approx(found[0], rel=1e-5)

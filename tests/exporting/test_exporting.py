@@ -24,6 +24,7 @@ import pyrovae
 from pyrovae._tools import InputError
 from pyrovae.exporting import formats
 from pyrovae.guides.linear_gaussian import LinearGaussian as ExactGuide
+from pyrovae.guides.mean_field import MeanField
 from pyrovae.guides.sequence import Sequence as SequenceGuide
 from pyrovae.guides.table import Table as TableGuide
 from pyrovae.models.linear_gaussian import LinearGaussian
@@ -232,6 +233,30 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(name, tmp_path):
     ):
         pyrovae.export(model, guide, torch.randn(6, 4), what=what, out=tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_without_dropout_draws_nothing(tmp_path):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.last = nn.Linear(12, 3)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(12), 1.0).to_event(1))
+                h = z.reshape(-1, 3, 4)
+                loc = self.last(self.attention(h, h, h, need_weights=False)[0].flatten(1))
+                loc = loc.reshape(*z.shape[:-1], 3)
+                pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+    model, x = Attending().eval(), torch.randn(6, 3)
+    guide = MeanField((3,), latent=12, hidden=(4,))
+    path = pyrovae.export(model, guide, x, what="decoder", out=tmp_path / "decoder.pt2")
+    z = torch.randn(6, 12)
+    found = torch.export.load(path).module()(z)["x_mean"]
+    expected = pyrovae.decode(model, {"z": z}, like=x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_package_is_named_with_the_extra(linear, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo  # it takes stock of torch's functions, which have to be torch's own
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,6 +223,7 @@ CUDA = {
     **dict.fromkeys(("device", "stream"), nullcontext),
     "is_available": lambda: True,
     "device_count": lambda: 1,
+    "is_current_stream_capturing": lambda: bool(_recordings),
     "current_device": lambda: 0,
     "get_device_properties": lambda device=None: SimpleNamespace(total_memory=2**33),
     "manual_seed": lambda seed: _nothing(STREAM.manual_seed(seed)),
@@ -248,6 +250,7 @@ def stand_in():
         patch.object(torch, "empty", _empty),
         patch.object(graph, "compiled", lambda record, inputs: lambda *args: [*record(*args)]),
         patch.object(FakeTensorMode, "dispatch", _faked),
+        patch.object(fake_tensor, "init_gpu_context", _nothing, create=True),
         patch.object(proxy_tensor, "HANDLED_TYPES", (*proxy_tensor.HANDLED_TYPES, Away)),
     ]
     for each in patches:

@@ -535,6 +535,14 @@ def test_a_fit_begins_without_gradients_that_somebody_left():
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("still", ["model", "guide"])
+def test_an_optimizer_that_steps_nothing_of_a_program_is_told(still):
+    model, guide = shipped_bernoulli()
+    stepped = guide if still == "model" else model
+    with pytest.warns(UserWarning, match=f"no parameter of the {still}, which stays as it is"):
+        pyrovae.fit(model, guide, X, epochs=1, optimizer=torch.optim.Adam(stepped.parameters()))
+
+
 def test_a_precision_that_changes_nothing_is_told(monkeypatch):
     for told, rounds in ((True, False), (False, True)):
         monkeypatch.setattr(precision, "rounds", lambda *_, rounds=rounds: rounds)
