@@ -95,9 +95,8 @@ class Evaluation:
             with seeded(self.seed, self.device):
                 inspect_evidence(self.pair, *self.first)
                 if len(self.rows[0]) > DATA_TILE:
-                    rest = [tensor[DATA_TILE:] for tensor in self.rows]
                     size = max(DATA_TILE, self.max_rows)
-                    check_support(self.pair, *rest, batch_size=size, first=DATA_TILE)
+                    check_support(self.pair, *self.rows, batch_size=size, first=DATA_TILE)
             try:
                 with pyro.validation_enabled(False):
                     yield self

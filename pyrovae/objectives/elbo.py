@@ -192,17 +192,14 @@ def elbo(
     if objective not in ESTIMATORS:
         raise InputError(f"Expected an estimator of the ELBO, {ESTIMATORS}, got {objective!r}.")
     at_least({"particles": 1}, particles)
-    analytic = objective == "trace_mean_field_elbo"
-    pair = Pair(model, guide)
+    pair, analytic = Pair(model, guide), objective == "trace_mean_field_elbo"
     every = tuple(tensor.to(pair.device) for tensor in (x, *context))
     batches = zip(*(tensor.split(batch_size) for tensor in every), strict=True)
-    exact = matmul_precision("float32")
-    with pair.mode(training=False), exact, seeded(seed, every[0].device):
+    with pair.mode(training=False), matmul_precision("float32"), seeded(seed, every[0].device):
         inspect_evidence(pair, *(tensor[:batch_size] for tensor in every))
         bounded = bool(pair.known.bounded)
         if bounded and len(x) > batch_size:
-            rest = [tensor[batch_size:] for tensor in every]
-            check_support(pair, *rest, batch_size=batch_size, first=batch_size)
+            check_support(pair, *every, batch_size=batch_size, first=batch_size)
         # The guide may draw what the prior refuses.
         with pyro.validation_enabled(is_validation_enabled() and not bounded):
             parts = [score_elbo(pair, rows, particles, analytic=analytic) for rows in batches]

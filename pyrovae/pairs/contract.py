@@ -232,10 +232,11 @@ def check_support(
     pair: Pair, x: Tensor, *context: Any, batch_size: int = 512, first: int = 0
 ) -> None:
     """Check data from the row ``first`` on against the supports of the sites that observe them."""
-    with torch.no_grad(), blames_data(x, first), pyro.validation_enabled(False):
-        if bool(x.isinf().any()):
+    args = [each[first:] for each in (x, *context)]
+    with torch.no_grad(), blames_data(args[0], first), pyro.validation_enabled(False):
+        if bool(args[0].isinf().any()):
             raise ValueError("no data are infinite, though torch's real support holds infinity")
-        for rows in zip(*(tensor.split(batch_size) for tensor in (x, *context)), strict=True):
+        for rows in zip(*(each.split(batch_size) for each in args), strict=True):
             _check_observed(scored(pair.trace(*rows)[0]))
 
 

@@ -96,14 +96,12 @@ class Pair(Parameters):
 
     def trace_summed(self, values: Values, *rows: Any, particles: int | None = None) -> Trace:
         """Trace the model at given latents, with those that it sums over drawn given them."""
-        given = poutine.condition(self.run_model, data=values)
         left, fold = self.known.particle_dim - (particles is not None), self._fold(rows, particles)
         program = infer_discrete(
-            lambda *args: self.trace_given(given, args, particles), first_available_dim=left
+            lambda *args: self.trace_given(self.run_model, args, particles, Given(values)),
+            first_available_dim=left,
         )
         found = poutine.trace(program).get_trace(*rows)
-        for name in values.keys() & found.nodes.keys():
-            found.nodes[name]["is_observed"] = False  # as poutine.condition calls what it is given
         return fold.read(found) if fold else found
 
     def trace_given(

@@ -138,13 +138,10 @@ def drawn(trace: Trace) -> dict[str, Site]:
 
 
 def is_bookkeeping(site: Site) -> bool:
-    """Whether a site is a :func:`pyro.deterministic` or a :func:`pyro.factor`, and no data.
-
-    What ``pyro.poutine.reparam`` puts in the place of a latent is such a value, a masked point.
-    """
+    """Whether a site is a deterministic, a factor, or a point in the place of a latent (reparam)."""
     fn, infer = site["fn"], site["infer"]
-    point = isinstance(fn, dist.MaskedDistribution) and isinstance(fn.base_dist, dist.Delta)
-    return bool(infer.get("_deterministic")) or is_factor(site) or (point and fn._mask is False)
+    point = getattr(fn, "_mask", True) is False and isinstance(fn.base_dist, dist.Delta)
+    return point or bool(infer.get("_deterministic")) or is_factor(site)
 
 
 def is_factor(site: Site) -> bool:
