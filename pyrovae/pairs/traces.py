@@ -138,7 +138,7 @@ def drawn(trace: Trace) -> dict[str, Site]:
 
 
 def is_bookkeeping(site: Site) -> bool:
-    """Whether a site is a deterministic, a factor, or a point in the place of a latent (reparam)."""
+    """Whether a site is a deterministic, a factor, or a point in place of a latent (reparam)."""
     fn, infer = site["fn"], site["infer"]
     point = getattr(fn, "_mask", True) is False and isinstance(fn.base_dist, dist.Delta)
     return point or bool(infer.get("_deterministic")) or is_factor(site)
