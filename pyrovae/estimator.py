@@ -294,6 +294,7 @@ class VAE(TransformerMixin, BaseEstimator):
             self._categories: dict[Any, Any] = {}
         if package_of(X) not in ("pandas", "polars") or not hasattr(X, "columns") or not len(X):
             return X
+        X = X.infer_objects() if hasattr(X, "infer_objects") else X
         frame = wordless(X).copy(deep=False)
         for name in self._categories.keys() & {*frame.columns}:
             known, given = frame[name].astype(self._categories[name]), frame[name]

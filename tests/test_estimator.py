@@ -240,6 +240,8 @@ def test_a_frame_gives_a_table_its_kinds_and_keeps_the_codes_of_its_categories(p
         vae.transform(some.assign(site=pd.Categorical(["new"] * len(some))))
     with pytest.raises(ValueError, match="got words"):
         pyrovae.VAE("table", "table", **how).fit(frame.astype({"site": str}))
+    objects = frame.assign(y=frame.y.astype(object))
+    assert pyrovae.VAE("table", "table", **how).fit(objects).model_.columns == vae.model_.columns
     # Programs that ask for no columns take the same numbers.
     codes = frame.assign(site=site.codes, ill=frame.ill.astype(int)).to_numpy()
     with pytest.warns(UserWarning, match="takes the codes of 'site' for numbers"):

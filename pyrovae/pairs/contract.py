@@ -381,8 +381,10 @@ def mended(error: Exception, x: Tensor) -> str:
     """An error's text with what to change, where that is known."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     inner, text = dict(frame.f_locals), sentence(error)
-    if misfit(error) is not None:
-        return f"{text}: declare the dimensions of one event with .to_event(n)."
+    if (site := misfit(error)) is not None:
+        fixed = {f.size for f in plates(site).values()}.isdisjoint({len(x), -1})
+        plate = f"give the plate the size of the batch, len(x), here {len(x)}, or " if fixed else ""
+        return f"{text}: {plate}declare the dimensions of one event with .to_event(n)."
     if (refused := _refused(frame.f_code, inner, x)) is not None:
         return refused
     owner, given_to = inner.get("self"), inner.get("input")

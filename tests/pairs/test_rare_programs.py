@@ -190,6 +190,20 @@ def test_a_curve_of_the_loss_stands_for_an_elbo_that_there_is_not(tmp_path):
     assert (tmp_path / "run" / "figures" / "learning_curves.png").exists()
 
 
+def test_a_plate_of_a_fixed_size_is_told_beside_events():
+    def model(x):
+        with pyro.plate("data", 128):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 128):
+            pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
+
+    with pytest.raises(ValueError, match=r"size of the batch, len\(x\), here 40, or declare"):
+        pyrovae.elbo(model, guide, X)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_is_counted_among_all_data_and_infinity_is_named(bad):
     pyro.set_rng_seed(0)
