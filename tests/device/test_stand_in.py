@@ -11,6 +11,7 @@ from test_on_device import agree, data, make
 import pyrovae
 from pyrovae.cli import main
 from pyrovae.compiling.graph import Graph
+from pyrovae.evidence.tiles import _exchange
 from pyrovae.pairs.pair import Pair
 
 CUDA = torch.device("cuda")
@@ -43,22 +44,32 @@ def test_it_refuses_tensors_of_two_devices_and_has_a_stream_of_its_own(reads):
     assert not torch.equal(there.cpu(), here)
 
 
-def test_a_graph_holds_nothing_of_the_cpu_and_is_replayed(reads):
+@pytest.mark.parametrize("name", ["bernoulli-mean_field", "table"])
+def test_a_graph_holds_nothing_of_the_cpu_and_is_replayed(reads, name):
     """A plate of Pyro's makes a tensor on the CPU, which no CUDA graph could hold."""
-    model, guide, (x,) = make("bernoulli-mean_field", CUDA)
+    model, guide, args = make(name, CUDA)
     pair = Pair(model, guide)
 
-    def score(x):
+    def score(*args):
         with torch.no_grad():
-            return [pair.trace(x)[1].log_prob_sum()]
+            return [pair.trace(*args)[1].log_prob_sum()]
 
-    graph = Graph(score, (x,), pair)
+    graph = Graph(score, tuple(args), pair)
     assert graph.run is not graph._launched  # as it is where it is launched kernel by kernel
-    for rows in (x, x.flip(0) * 0.5):
+    for rows in (args, [arg.flip(0) for arg in args]):
         torch.cuda.manual_seed(5)
-        found = graph(rows)[0].item()
+        found = graph(*rows)[0].item()
         torch.cuda.manual_seed(5)
-        assert found == pytest.approx(score(rows)[0].item(), rel=1e-5)
+        assert found == pytest.approx(score(*rows)[0].item(), rel=1e-5)
+
+
+def test_what_processes_found_on_their_gpus_is_joined_on_the_cpu(reads, monkeypatch):
+    def gather(parts, found):
+        parts[:] = [found] * len(parts)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    joined = _exchange([{"log_prob": torch.ones(3, device="cuda")}], 2)
+    assert [tile["log_prob"].device.type for tile in joined] == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -190,6 +190,71 @@ def test_a_curve_of_the_loss_stands_for_an_elbo_that_there_is_not(tmp_path):
     assert (tmp_path / "run" / "figures" / "learning_curves.png").exists()
 
 
+def test_what_pyros_obs_mask_leaves_out_needs_no_use():
+    class Partly(nn.Module):
+        def forward(self, x, seen):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x, obs_mask=seen)
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def forward(self, x, seen):
+            with pyro.plate("data", len(x)):
+                loc = self.net(x * seen[:, None])
+                z = pyro.sample("z", dist.Normal(loc, 0.7).to_event(1))
+                with poutine.mask(mask=~seen):
+                    pyro.sample("x_unobserved", dist.Normal(z, 0.6).to_event(1))
+
+    report = pyrovae.check(Partly(), Beside(), X, torch.arange(40) % 3 > 0, seed=0)
+    assert status(report, "gradients") == "passed", report
+
+
+def test_what_a_library_keeps_from_being_captured_is_warned_of():
+    """The transform to the factor of a correlation matrix looks at values, in code of torch."""
+    free = dist.transforms.transform_to(dist.constraints.corr_cholesky)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LKJCholesky(2, torch.tensor(1.5)))
+            pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=z), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(1)).expand(len(x), 1)
+        with pyro.plate("data", len(x)):
+            drawn = dist.Normal(loc, 0.6).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(drawn, [free]))
+
+    assert status(pyrovae.check(model, guide, X, seed=0), "capture") == "warned"
+
+
+def test_latents_to_decode_are_given_by_name():
+    with pytest.raises(TypeError, match="latents by name"):
+        pyrovae.decode(Gaussian((2,), latent=2), torch.zeros(3, 2), like=X)
+
+
+def test_a_check_of_a_few_samples_leaves_what_a_model_counts():
+    class Counting(Gaussian):
+        def __init__(self):
+            super().__init__((2,), latent=2)
+            self.register_buffer("replaced", torch.zeros(()))
+            self.register_buffer("written", torch.zeros(()))
+
+        def forward(self, x, *more):
+            if self.training:
+                self.replaced = self.replaced + 1
+                self.written.add_(1)
+            return super().forward(x, *more)
+
+    model, objective = Counting(), pyrovae.make_objective("iwae", particles=4, backward=2)
+    pyrovae.fit(model, MeanField((2,), latent=2), X, objective=objective, epochs=2, compile=False)
+    # Two steps, in each of which the model runs once for all samples and once for a few.
+    assert model.replaced.item() == model.written.item() == 4
+
+
 def test_a_plate_of_a_fixed_size_is_told_beside_events():
     def model(x):
         with pyro.plate("data", 128):
