@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import index
-from threading import RLock
+from threading import RLock, local
 
 import numpy as np
 import torch
@@ -16,6 +16,19 @@ from pyrovae._tools import InputTypeError
 # Torch's stream, Pyro's stack of handlers (1.9.2) and a module's mode are one for all threads, so
 # that threads which run programs take turns.
 ALONE = RLock()
+# What stands for it in threads that work for one which holds it.
+_LENT = local()
+
+
+def turn() -> RLock:
+    """The lock with which this thread takes turns: :data:`ALONE`, or what was lent instead."""
+    return getattr(_LENT, "lock", ALONE)
+
+
+def lend() -> Callable[[], None]:
+    """What threads call first that work for this one; they take turns among themselves then."""
+    lock = RLock()
+    return lambda: setattr(_LENT, "lock", lock)
 
 
 @contextmanager
@@ -28,18 +41,47 @@ def seeded(seed: int | None, device: torch.device | str = "cpu", *path: int) -> 
         path: The part of a computation, as :func:`subseed` has it, if it is one.
     """
     if seed is None:
-        with ALONE:
+        with turn():
             yield
         return
     seed = subseed(seed, *path) if path else draw_seed(seed)
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
-    with ALONE, torch.random.fork_rng(devices=devices, device_type="cuda"):
+    with turn(), torch.random.fork_rng(devices=devices, device_type="cuda"):
         torch.default_generator.manual_seed(seed)
         for each in devices:
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+class Stream:
+    """A stream of random numbers that blocks of a thread draw from, one after the other.
+
+    Between two of them other threads may draw from theirs. Arguments as for :func:`seeded`.
+    """
+
+    def __init__(self, seed: int, device: torch.device, *path: int) -> None:
+        self.seed, self.device = subseed(seed, *path), device
+        self._states: list[Tensor] = []
+        self._opened = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Run a block that goes on with the stream, which may be within another one."""
+        if self._opened:
+            yield
+            return
+        with seeded(self.seed, self.device):
+            for place, state in enumerate(self._states):
+                (torch.cuda if place else torch).set_rng_state(state)
+            self._opened = True
+            try:
+                yield
+            finally:
+                self._opened, self._states = False, [torch.get_rng_state()]
+                if self.device.type == "cuda":
+                    self._states.append(torch.cuda.get_rng_state(self.device))
 
 
 def subseed(seed: int, *path: int) -> int:

@@ -57,7 +57,7 @@ class Graph:
     changes in place are seen, and what it changes in place is changed in place. Capturing leaves
     buffers, random streams and ``changed``, what else is written to, as they were. A later call
     does not overwrite the first ``copied`` outputs; None is all. What cannot be captured raises
-    :class:`CaptureError`.
+    :class:`CaptureError`. ``draws`` says whether it may draw random numbers.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Graph:
         self._places: list[int] = []
         self._launched: Callable[..., list[Tensor]] | None = None
         self._strides = [arg.stride() for arg in args]
+        self.draws = not all(map(_is_certain, graph.graph.nodes))
         with undone(pair.modules, args[0].device, changed), torch.no_grad():
             self.run = _compile(drawn_at_once(without_log1p(graph)), [*self._held(), *args])
             if args[0].device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import getitem
+from threading import local
 
 import torch
 from torch import Tensor
@@ -28,31 +29,32 @@ class Hoisted:
     """A compiled function f(*args, *still) whose last arguments stay the same over many calls.
 
     The matrix products that those and the weights decide (an encoder's, of the data) are computed
-    again only where other tensors are given for them; whoever changes them or weights in place has
-    to make another one. Arguments else as for :class:`~pyrovae.compiling.graph.Graph`.
+    again only where other tensors are given for them, in each thread by itself; whoever changes
+    them or weights in place has to make another one. Arguments else, and ``draws``, as for
+    :class:`~pyrovae.compiling.graph.Graph`.
     """
 
     def __init__(
         self, function: Callable[..., list[Tensor]], args: tuple, still: tuple, pair: Pair
     ) -> None:
-        self.count = len(args)
-        self._still: tuple[Tensor, ...] = ()
-        self._kept: list[Tensor] = []
+        self.count, self._kept = len(args), local()
         parts = split(record(function, (*args, *still), pair), self.count)
         if parts is None:
             self.first, self.rest = None, Graph(function, (*args, *still), pair)
+            self.draws = self.rest.draws
             return
         before, after = parts
         self.first = Graph(before, still, pair)
         self.rest = Graph(after, (*args, *still, *before(*still)), pair)
+        self.draws = False
 
     def __call__(self, *args: Tensor) -> list[Tensor]:
         if self.first is None:
             return self.rest(*args)
-        still = args[self.count :]
-        if [*map(id, still)] != [*map(id, self._still)]:
-            self._still, self._kept = still, self.first(*still)
-        return self.rest(*args, *self._kept)
+        still, kept = args[self.count :], vars(self._kept)
+        if [*map(id, still)] != [*map(id, kept.get("still", ()))]:
+            kept |= {"still": still, "found": self.first(*still)}
+        return self.rest(*args, *kept["found"])
 
 
 def split(record: GraphModule, count: int) -> tuple[GraphModule, GraphModule] | None:

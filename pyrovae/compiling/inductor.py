@@ -45,6 +45,7 @@ BINDINGS = r"""
 #include <Python.h>
 #include <cstdlib>
 #include <exception>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -56,10 +57,19 @@ template <typename T> static T taken(PyObject* arg) {
     else return static_cast<T>(PyLong_AsSsize_t(arg));
 }
 
+// Other threads of Python's run meanwhile, as they do during torch's own kernels.
+struct Released {
+    PyThreadState* const state = PyEval_SaveThread();
+    ~Released() { PyEval_RestoreThread(state); }
+};
+
 template <auto kernel> struct Bound;
 template <typename... A, void (*kernel)(A...)> struct Bound<kernel> {
     template <size_t... N> static void run(PyObject* const* args, std::index_sequence<N...>) {
-        kernel(taken<A>(args[N])...);
+        std::tuple<A...> const all{taken<A>(args[N])...};
+        if (PyErr_Occurred()) return;
+        Released const released;
+        kernel(std::get<N>(all)...);
     }
     static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
         if (count != static_cast<Py_ssize_t>(sizeof...(A))) {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrovae._tools import InputError, at_least, should_compile
-from pyrovae._tools.seeding import seeded, subseed
+from pyrovae._tools.seeding import Stream, seeded, subseed
 from pyrovae.data.given import takes_data
 from pyrovae.evidence import BACKWARD_STREAM, PILOT_STREAM, PRIOR_STREAM
 from pyrovae.evidence.path import Chains, GeometricPath, Moves, Schedule, adapt, anneal
@@ -154,8 +155,11 @@ def annealed_log_likelihood(
     with task.opened():
         with seeded(task.seed, task.device):
             annealer = Annealer(task, settings, options["compiled"])
-        for index, rows in task.tiles(annealer.ticks, progress, **options):
-            task.keep(index, annealer.run(index, rows, annealer.tune(index, rows)))
+
+        def find(index: int, rows: tuple) -> Found:
+            return annealer.run(index, rows, annealer.tune(index, rows))
+
+        task.each(find, annealer.ready, annealer.ticks, progress, **options)
         return annealer.result()
 
 
@@ -163,7 +167,8 @@ class Annealer:
     """Anneals chains for a tile of data."""
 
     def __init__(self, task: Evaluation, settings: Settings, compiled: bool) -> None:
-        self.task, self.settings, self.compiled = task, settings, compiled
+        self.task, self.settings = task, settings
+        self.ready = self._compile if compiled else None
         self.coordinates = Coordinates(task.pair, task.first)
         if settings.initial == "guide":
             require_density(task.pair.known)
@@ -177,38 +182,49 @@ class Annealer:
 
     def tune(self, index: int, rows: tuple) -> Schedule:
         """Find temperatures and step sizes for each datum, by chains of their own."""
-        if self.compiled:
-            self.moves.compile(rows, self.pilots, self.tile)
-            self.compiled = False
         knots = rows[0].new_tensor(self.settings.knots, dtype=torch.float64)
         if not len(knots):
             return Schedule(knots[:, None].expand(0, len(rows[0])), knots, knots)
-        with seeded(subseed(self.task.seed, index), rows[0].device, 0, PILOT_STREAM):
-            chains, _ = self._start(index, rows, self.pilots)
-            move = partial(self.moves, rows)
-            return adapt(move, chains, knots, self.settings.num_temperatures, self.task.bar.update)
+        with self._drawing(index, 0, PILOT_STREAM) as stream:
+            with stream():
+                chains, _ = self._start(index, rows, self.pilots)
+            move = partial(self.moves, rows, stream=stream)
+            return adapt(move, chains, knots, self.settings.num_temperatures, self.task.tick)
 
     def run(self, index: int, rows: tuple, schedule: Schedule, end: Tensor | None = None) -> Found:
         """Sum the weights of all chains: w forward, or 1/w backward from ``end`` ``[N, D]``."""
-        count, seed = self.settings.num_chains, subseed(self.task.seed, index)
+        count = self.settings.num_chains
         sums = Sums(count, curve_points(count), rows[0])
         accepted = rows[0].new_zeros(len(rows[0]), dtype=torch.float64)
-        move, how = partial(self.moves, rows), (schedule, self.task.bar.update)
         for number, first in enumerate(range(0, count, self.tile)):
             some = min(self.tile, count - first)
-            stream = (number,) if end is None else (number, BACKWARD_STREAM)
-            with seeded(seed, rows[0].device, *stream):
+            path = (number,) if end is None else (number, BACKWARD_STREAM)
+            with self._drawing(index, *path) as stream:
+                move, how = partial(self.moves, rows, stream=stream), (schedule, self.task.tick)
                 if end is None:
-                    chains, outside = self._start(index, rows, some)
+                    with stream():
+                        chains, outside = self._start(index, rows, some)
                     log_weight, rate = anneal(move, chains, *how)
                     log_weight = log_weight.masked_fill(outside, -math.inf)
                 else:
-                    chains = self.moves.start(rows, end.expand(some, *end.shape).contiguous())
+                    with stream():
+                        chains = self.moves.start(rows, end.expand(some, *end.shape).contiguous())
                     log_weight, rate = anneal(move, chains, *how, backward=True)
                     log_weight = -log_weight
             sums.add(log_weight)
             accepted = accepted + rate * some / count
         return sums.result() | {"acceptance": accepted}
+
+    def _compile(self, rows: tuple) -> bool:
+        """Compile moves; whether threads may anneal side by side."""
+        return self.moves.compile(rows, self.pilots, self.tile)
+
+    @contextmanager
+    def _drawing(self, index: int, *path: int) -> Iterator[Stream]:
+        """A stream of a tile's; left open for the block, unless others draw meanwhile."""
+        stream = Stream(subseed(self.task.seed, index), self.task.device, *path)
+        with nullcontext() if self.task.crew > 1 else stream():
+            yield stream
 
     def _start(self, index: int, rows: tuple, chains: int) -> tuple[Chains, Tensor]:
         """Where chains start: at the first draws that importance sampling would make.

@@ -92,7 +92,7 @@ def filtered_log_likelihood(
                 if bool(found.isnan().any()):
                     raise InputError("A particle's weight is NaN: pyrovae.check says which site's.")
                 sums.add(found)
-                task.bar.update(filters)
+                task.tick(filters)
             task.keep(index, sums.result())
         return task.estimate(points, f"particle filters of {num_particles} particles", 0.0)
 

@@ -19,7 +19,7 @@ from pyrovae.evidence.proposals import (
     uncovered_share,
 )
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import DATA_TILE, Evaluation
+from pyrovae.evidence.tiles import DATA_TILE, Evaluation, Found
 from pyrovae.evidence.unconstrained import Refined
 from pyrovae.evidence.weights import Sums, curve_points
 
@@ -69,12 +69,11 @@ def log_likelihood(
             posterior by so many steps from the guide's moments, and take that as the proposal;
             the result then has an ``amortization_gap``. For continuous latents.
         max_rows: The largest number of (particle, datum) pairs that the model scores at once;
-            it bounds memory, and less than 64 counts as 64. None is 2,048 on a CPU and 65,536
-            elsewhere.
+            it bounds memory, and less than 64 counts as 64. None is 2,048 on a CPU, for each
+            thread, and 65,536 elsewhere.
         seed: Seeds the draws; None draws a seed from torch's global stream, or goes on with that
             of the checkpoint.
-        compile: Compile draws and weights: True, False, or ``"auto"`` where N K is at least five
-            million, so that it pays.
+        compile: Compile draws and weights: True, False, or ``"auto"``, from five million N K on.
         precision: Of matrix products, as for :func:`pyrovae.fit`. ``"bf16"`` moves log p(x) of an
             image by some hundredths of a nat; what the device does not round is refused.
         checkpoint: A file to keep finished data in; with the same file, an evaluation that was
@@ -112,22 +111,23 @@ def log_likelihood(
         with seeded(task.seed, task.device, 0, PRIOR_STREAM):
             proposal, uncovered = _proposal(task, defensive, refine_steps)
         sampler = Sampler(task.pair, task.tile, task.chunk, proposal, defensive, compiled)
-        for index, rows in task.tiles(num_samples, progress, **options):
-            # A stream for each tile of data and, below, of particles, drawn in full: so that
-            # neither max_rows nor the number of samples or data changes a draw.
+
+        def find(index: int, rows: tuple) -> Found:
+            # A stream for each tile, drawn in full, whatever max_rows and the numbers of both are.
             stream = subseed(task.seed, index)
-            about = sampler.prepare(rows, stream)
-            sums = Sums(num_samples, points, rows[0])
+            about, sums = sampler.prepare(rows, stream), Sums(num_samples, points, rows[0])
             for number, start in enumerate(range(0, num_samples, task.tile)):
+                drawn = seeded(stream, task.device, number)
                 particles = min(task.tile, num_samples - start)
-                with seeded(stream, task.device, number):
-                    prior, likelihood, proposed = sampler.weigh(rows, particles)
+                prior, likelihood, proposed = sampler.weigh(rows, particles, drawn)
                 log_weight = prior + likelihood - proposed
                 if bool(log_weight.isnan().any()):
                     sampler.refuse_nan(rows, subseed(stream, number), index * DATA_TILE)
                 sums.add(log_weight)
-                task.bar.update(particles)
-            task.keep(index, sums.result() | about)
+                task.tick(particles)
+            return sums.result() | about
+
+        task.each(find, sampler.ready if compiled else None, num_samples, progress, **options)
         return task.estimate(points, _method(defensive, refine_steps, precision), uncovered)
 
 

@@ -178,7 +178,7 @@ def impute(
                     refuse_nan({}, entries.scores, index * DATA_TILE)
                 sums.add(log_weight)
                 entries.log_weight.append(log_weight)
-                task.bar.update(particles)
+                task.tick(particles)
             with seeded(stream, task.device, num_samples):
                 task.keep(index, sums.result() | entries.result(num_draws, levels))
         found = task.found()

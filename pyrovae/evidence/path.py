@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrovae._tools import warn
-from pyrovae._tools.seeding import seeded
+from pyrovae._tools.seeding import seeded, turn
 from pyrovae.evidence.proposals import guide_density, joint_density
 from pyrovae.evidence.unconstrained import Coordinates
+
+if TYPE_CHECKING:
+    from pyrovae.compiling.hoist import Hoisted
 
 # Moves that are refused turn their chain round, and those that go on through several temperatures
 # lose more by it than fresh ones, for which 0.65 is optimal (Beskos et al., arXiv 1001.4460).
@@ -130,22 +134,29 @@ class Moves:
         self, path: GeometricPath, num_steps: int, persistence: float = PERSISTENCE
     ) -> None:
         self.path, self.num_steps, self.kept = path, num_steps, persistence**num_steps
-        self.graphs: dict[torch.Size, Callable[..., list[Tensor]]] = {}
+        self.graphs: dict[torch.Size, Hoisted] = {}
 
     def start(self, rows: tuple, u: Tensor) -> Chains:
         """Chains at u, with a momentum of their own."""
         return self.path(rows, u), torch.randn_like(u)
 
     def __call__(
-        self, rows: tuple, chains: Chains, beta: Tensor, stride: Tensor
+        self,
+        rows: tuple,
+        chains: Chains,
+        beta: Tensor,
+        stride: Tensor,
+        stream: Callable[[], AbstractContextManager] = nullcontext,
     ) -> tuple[Chains, Tensor]:
         """Where chains are after a move at β ``[N]``, and how probably it was accepted ``[K, N]``.
 
-        The stride ``[N, D]`` is the step size, which each chain varies by up to a fifth.
+        The stride ``[N, D]`` is the step size, which each chain varies by up to a fifth. All that
+        is drawn is drawn in the ``stream``.
         """
         state, momentum = chains
         # Drawn for all chains at once, so that no draw depends on how many are moved at once.
-        chance = torch.randn_like(momentum), *(torch.rand_like(state.target) for _ in range(2))
+        with stream():
+            chance = torch.randn_like(momentum), *(torch.rand_like(state.target) for _ in range(2))
         each = zip(
             *(tensor.split(self.path.chunk(rows)) for tensor in (*state, momentum, *chance)),
             strict=True,
@@ -158,8 +169,11 @@ class Moves:
         )
         return (State(*whole[:5]), whole[5]), whole[6]
 
-    def compile(self, rows: tuple, *particles: int) -> None:
-        """Compile a whole move for these numbers of chains of data of these shapes, or warn."""
+    def compile(self, rows: tuple, *particles: int) -> bool:
+        """Compile a whole move for these numbers of chains of data of these shapes, or warn.
+
+        Says whether moves of several threads may go side by side, as they draw nothing else.
+        """
         from pyrovae.compiling.graph import CaptureError, compare
         from pyrovae.compiling.hoist import Hoisted
 
@@ -185,9 +199,11 @@ class Moves:
         except CaptureError as error:
             self.graphs.clear()
             warn(f"Annealing runs eagerly, not compiled: {error}.")
+        return bool(self.graphs) and not any(graph.draws for graph in self.graphs.values())
 
     def _eager(self, *tensors: Tensor) -> list[Tensor]:
-        return self._hop(self.path.at, *tensors)
+        with turn():
+            return self._hop(self.path.at, *tensors)
 
     def _fused(self, *tensors: Tensor) -> list[Tensor]:
         return self._hop(partial(self.path.at, fused=True), *tensors)

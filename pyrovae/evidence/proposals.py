@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from pyrovae._tools.seeding import seeded
 from pyrovae.pairs.pair import Given, Pair
 from pyrovae.pairs.support import counted, support_of
 from pyrovae.pairs.traces import Layout, Values, reduce_to
+
+if TYPE_CHECKING:
+    from pyrovae.compiling.graph import Graph
 
 # (Particle, datum) pairs from the prior that the guide is asked to score: enough to notice that a
 # hundredth of the prior is out of its reach.
@@ -191,7 +195,8 @@ class Sampler:
         # the proposal's its log-share is minus infinity.
         self.from_prior = min(max(round(share * tile), 1), tile - 1) if share else 0
         self.compiled = compiled
-        self._graphs: list[Callable[..., list[Tensor]]] = []
+        self._graphs: list[Graph] = []
+        self.apart = False
 
     def prepare(self, rows: tuple, seed: int) -> Values:
         """Prepare the proposal; the first time, compile draws and scores of these shapes."""
@@ -200,10 +205,24 @@ class Sampler:
             self.compiled, self._graphs = False, self._compile(rows)
         return about
 
-    def weigh(self, rows: tuple, particles: int) -> tuple[Tensor, Tensor, Tensor]:
+    def ready(self, rows: tuple) -> bool:
+        """Compile; whether threads may weigh side by side, as they draw in no other's stream."""
+        if type(self.proposal) is not Proposal:  # made for one tile of data at a time
+            return False
+        self.prepare(rows, 0)
+        self.apart = bool(self._graphs) and not self._graphs[1].draws
+        return self.apart
+
+    def weigh(
+        self, rows: tuple, particles: int, stream: AbstractContextManager | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """ln p(z), ln p(x | z) and ln m(z) of the first K of a tile's draws, ``[K, N]``."""
-        values, own = self.draw(rows)
-        prior, likelihood = self.score(rows, particles, values)
+        with ExitStack() as drawing:
+            drawing.enter_context(stream or nullcontext())
+            values, own = self.draw(rows)
+            if self.apart:
+                drawing.close()
+            prior, likelihood = self.score(rows, particles, values)
         own = own[:particles]
         if self.from_prior:
             share = self.from_prior / self.tile
@@ -212,7 +231,8 @@ class Sampler:
 
     def draw(self, rows: tuple) -> tuple[Values, Tensor]:
         """A tile of values for each datum, and their log-densities under the proposal."""
-        *values, density = (self._graphs or [self._draw])[0](*rows)
+        draw = self._graphs[0] if self._graphs else self._draw
+        *values, density = draw(*rows)
         return dict(zip(self.pair.layout.latents, values, strict=True)), density
 
     def score(self, rows: tuple, particles: int, values: Values) -> tuple[Tensor, Tensor]:
@@ -252,7 +272,7 @@ class Sampler:
         found = joint_density(self.pair, rows, particles, values, unconstrained=space, fused=fused)
         return [found.prior, found.likelihood]
 
-    def _compile(self, rows: tuple) -> list[Callable[..., list[Tensor]]]:
+    def _compile(self, rows: tuple) -> list[Graph]:
         """Graphs of a draw and of a score; none, and a warning, where that fails."""
         from pyrovae.compiling.graph import CaptureError, audited
 

@@ -17,7 +17,7 @@ from pyrovae.data.given import data_tensors
 from pyrovae.evidence import SIMULATION_STREAM
 from pyrovae.evidence.annealing import Annealer, Settings
 from pyrovae.evidence.result import LogLikelihood
-from pyrovae.evidence.tiles import Evaluation, require_rows, tile_rows
+from pyrovae.evidence.tiles import Evaluation, Found, require_rows, tile_rows
 from pyrovae.pairs.contract import refuse_factors
 from pyrovae.pairs.generation import Simulator
 from pyrovae.pairs.pair import Given
@@ -152,11 +152,14 @@ def bidirectional(
             latents = simulate(task, model, guide)
             annealer = Annealer(task, settings, options["compiled"])
             ends = tile_rows((annealer.coordinates.of(task.rows, latents)[0],))
-        for number, rows in task.tiles(2 * annealer.ticks, progress):
+
+        def find(number: int, rows: tuple) -> Found:
             tuned = annealer.tune(number, rows)
             lower = annealer.run(number, rows, tuned)
             above = annealer.run(number, rows, tuned, ends[number][0])
-            task.keep(number, lower | {"upper": -above["log_prob"]})
+            return lower | {"upper": -above["log_prob"]}
+
+        task.each(find, annealer.ready, 2 * annealer.ticks, progress)
         found = task.found()
         upper = found.pop("upper")
         return _ordered(Bidirectional(annealer.result(found), upper, task.rows[0].to(task.home)))

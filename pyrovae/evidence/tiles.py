@@ -6,9 +6,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,7 +20,7 @@ from torch import Tensor
 from pyrovae._tools import InputError, InputTypeError, progress_bar, require_same
 from pyrovae._tools.files import pack_tensors, reading, unpack_tensors, write_atomic
 from pyrovae._tools.precision import matmul_precision, require_effect
-from pyrovae._tools.seeding import draw_seed, seeded
+from pyrovae._tools.seeding import draw_seed, lend, seeded
 from pyrovae.evidence import PROBE_STREAM
 from pyrovae.evidence.result import Curve, LogLikelihood
 from pyrovae.pairs.contract import check_support, inspect_evidence
@@ -52,10 +54,11 @@ class Evaluation:
     from. All draws derive from ``seed``; matrices are multiplied at a ``precision``, whatever
     torch is set to. At once ``tile`` particles of each datum are drawn and
     ``chunk`` scored, powers of two, and ``max_rows`` (particle, datum) pairs at most. ``bar``
-    shows the time left, from :meth:`tiles` on.
+    shows the time left, from :meth:`tiles` on, and ``tick`` moves it on.
     """
 
     bar: tqdm
+    tick: Callable[..., Any]
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class Evaluation:
         self._tiles: list[tuple] = []
         self._found: list[Found] = []
         self._saved, self._saved_at = 0, time.monotonic()
+        self.crew, self._stopped, self._moving = 1, False, Lock()
 
     @contextmanager
     def opened(self) -> Iterator[Evaluation]:
@@ -138,7 +142,56 @@ class Evaluation:
         self._tiles = tile_rows(self.rows)
         left = list(enumerate(self._tiles))[self.part[0] :: self.part[1]][len(self._found) :]
         self.bar = progress_bar(None, enabled=progress, total=len(left) * work, desc="log p(x)")
+        self.tick = self.bar.update
         return left
+
+    def each(
+        self,
+        find: Callable[[int, tuple], Found],
+        prepare: Callable[[tuple], bool] | None = None,
+        *work: Any,
+        **options: Any,
+    ) -> None:
+        """Keep what is found for each of the :meth:`tiles`.
+
+        ``prepare`` compiles for the first tile, and says whether threads may find side by side, so
+        that all that runs a program or draws waits for its :func:`~pyrovae._tools.seeding.turn`.
+        Then each of a crew takes a tile for itself, for as many as torch has threads: a kernel of
+        few rows leaves several threads waiting for each other. What is found is the same for crews
+        of all sizes, to the last bit.
+        """
+        tiles, threads, able = self.tiles(*work, **options), torch.get_num_threads(), False
+        many = self.device.type == "cpu" and len(tiles) >= threads > 1
+        if prepare is not None and tiles:
+            try:
+                torch.set_num_threads(1 if many else threads)
+                able = prepare(tiles[0][1]) and many
+                if able:
+                    self._by_crew(threads, find, tiles)
+            finally:
+                torch.set_num_threads(threads)
+        for index, rows in [] if able else tiles:
+            self.keep(index, find(index, rows))
+
+    def _by_crew(
+        self, crew: int, find: Callable[[int, tuple], Found], tiles: list[tuple[int, tuple]]
+    ) -> None:
+        self.crew, self.tick = crew, self._tick
+        with ThreadPoolExecutor(crew, initializer=lend()) as threads:
+            found = [threads.submit(torch.no_grad()(find), *tile) for tile in tiles]
+            try:
+                for (index, _), each in zip(tiles, found, strict=True):
+                    self.keep(index, each.result())
+            finally:
+                self._stopped = True
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def _tick(self, work: int = 1) -> None:
+        """Move the bar on; where another thread has failed, or Ctrl-C was pressed, end here."""
+        if self._stopped:
+            raise CancelledError
+        with self._moving:
+            self.bar.update(work)
 
     def keep(self, index: int, found: Found) -> None:
         """Keep what was found for a tile, ``[64, ...]`` by name."""

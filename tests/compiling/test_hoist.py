@@ -1,5 +1,7 @@
 """What some arguments decide is computed once, and nothing else is."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,20 @@ def test_what_cannot_be_split_stays_whole(odd):
         (found,) = hoisted(*args)
         torch.manual_seed(1)
         torch.testing.assert_close(found, function(*args)[0])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_each_thread_keeps_what_its_own_arguments_decide():
+    torch.manual_seed(0)
+    pair, inner = Pair(*shipped_bernoulli()), nn.Linear(5, 4)
+    args, other = (torch.randn(3, 4), torch.randn(3, 5)), torch.randn(3, 5)
+    hoisted = Hoisted(lambda moving, still: [inner(still) * moving], args[:1], args[1:], pair)
+    first, made = hoisted.first, []
+    hoisted.first = lambda *still: made.append(still) or first(*still)
+    (before,) = hoisted(*args)
+    thread = Thread(target=lambda: hoisted(args[0], other))
+    thread.start()
+    thread.join()
+    (after,) = hoisted(*args)
+    assert torch.equal(before, after)
+    assert len(made) == 2
