@@ -25,7 +25,7 @@ from speed_contenders import BEST, FLOOR, OURS, variants
 from speed_figure import draw
 from speed_fit import fits
 from speed_fit import sizes as trained
-from speed_likelihood import likelihood
+from speed_likelihood import crews, likelihood
 from speed_likelihood_race import precisions, race
 from speed_problem import Problem, make_images
 from speed_pyro import audit
@@ -121,8 +121,9 @@ def sections(options: argparse.Namespace, images: torch.Tensor) -> dict[str, Cal
             f"likelihood/{p.networks}": lambda p=p: likelihood(p, images[: options.images], fewer)
             for p in (base, Problem("784-200-200-50", 100, device=device))
         },
+        **({"crew": lambda: crews(base, images[:128], fewer)} if device == "cpu" else {}),
         **{
-            f"rivals/{p.networks}": lambda p=p: race(p, images[:128], max(2, rounds // 4))
+            f"rivals/{p.networks}": lambda p=p: race(p, images[:320], max(3, rounds // 2))
             for p in (base, Problem("784-200-200-50", 100, device=device))
         },
         "precision/784-400-20": lambda: precisions(base),

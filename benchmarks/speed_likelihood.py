@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from speed_floor import decoder_products, fastest, flops
@@ -13,8 +19,9 @@ from speed_race import synchronize
 from torch import Tensor
 
 import pyrovae
+from pyrovae.evidence.tiles import Evaluation
 
-__all__ = ["K", "estimate", "likelihood"]
+__all__ = ["K", "crews", "estimate", "likelihood"]
 
 K, IMAGES = 5000, 10_000
 TILE = 64
@@ -66,6 +73,45 @@ def likelihood(problem: Problem, images: Tensor, rounds: int) -> dict:
         "gigaflop/s of products": flops(made) / TILES[0] * IMAGES * K / floor / 1e9,
         "ratio": median(turn["seconds"] / turn["products"] for turn in turns),
     }
+
+
+def crews(problem: Problem, images: Tensor, rounds: int) -> dict:
+    """Milliseconds of an image's log p(x), by a thread for each tile, and by all threads for one.
+
+    In turns, on a machine that is left alone, and beside as many other processes as torch has
+    threads, each of which keeps a core busy. Whole calls are timed, whose graphs were compiled
+    before.
+    """
+    rows = {}
+    _crew_and_one(problem, images)
+    for name, others in (("alone", 0), ("beside others", torch.get_num_threads())):
+        turns: list[tuple[float, float]] = []
+        with ExitStack() as stack:
+            for _ in range(others):
+                other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                stack.callback(other.kill)
+            turns += [_crew_and_one(problem, images) for _ in range(rounds)]
+        crew, each = (1e3 * median(turn) for turn in zip(*turns, strict=True))
+        ratio = median(a / b for a, b in turns)
+        rows[name] = {"a tile a thread": crew, "tile by tile": each, "ratio": ratio, "turns": turns}
+    return {"K": K, "images": len(images), "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _crew_and_one(problem: Problem, images: Tensor) -> tuple[float, float]:
+    """Seconds of an image in both ways."""
+    crew = estimate(problem, images, K)
+    with patch.object(Evaluation, "each", _one_by_one):
+        return crew / len(images), estimate(problem, images, K) / len(images)
+
+
+def _one_by_one(
+    task: Evaluation, find: Callable, prepare: Callable, *work: Any, **options: Any
+) -> None:
+    """What an evaluation does where it calls no threads together."""
+    tiles = task.tiles(*work, **options)
+    prepare(tiles[0][1])
+    for index, rows in tiles:
+        task.keep(index, find(index, rows))
 
 
 def _a_row(run: object, rows: int, least: float = 0.5) -> float:

@@ -163,6 +163,21 @@ def speed_likelihood() -> str:
     return _blocks("likelihood", block)
 
 
+def speed_crew() -> str:
+    """Milliseconds of an image's log p(x), by a thread for each tile and by all for one."""
+
+    def block(found: dict) -> tuple[list[str], list[list[str]]]:
+        ways = "a tile a thread", "tile by tile"
+        head = ["ms an image, 784-400-20, K = 5000", *ways, "ratio"]
+        rows = found["crew"]["rows"].items()
+        return head, [
+            [name, *(f"{row[way]:.1f}" for way in ways), f"{row['ratio']:.2f}"]
+            for name, row in rows
+        ]
+
+    return _blocks("crew", block)
+
+
 def speed_rivals() -> str:
     """Milliseconds of an image's log p(x), by contender, and the ratios to each."""
 
@@ -264,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
         speed_fit_ratios,
         speed_sweeps,
         speed_likelihood,
+        speed_crew,
         speed_rivals,
         speed_precision,
         speed_start,
