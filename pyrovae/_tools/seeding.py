@@ -73,8 +73,10 @@ class Stream:
             yield
             return
         with seeded(self.seed, self.device):
-            for place, state in enumerate(self._states):
-                (torch.cuda if place else torch).set_rng_state(state)
+            if self._states:
+                torch.set_rng_state(self._states[0])
+            for state in self._states[1:]:
+                torch.cuda.set_rng_state(state, self.device)
             self._opened = True
             try:
                 yield

@@ -249,8 +249,8 @@ class Sampler:
             _, guide = self.pair.draw(rows, self.tile)
         with seeded(seed, rows[0].device):
             values, _ = self.draw(rows)
-        space = self.proposal.unconstrained
-        found = joint_density(self.pair, rows, self.tile, values, unconstrained=space)
+            space = self.proposal.unconstrained
+            found = joint_density(self.pair, rows, self.tile, values, unconstrained=space)
         refuse_nan(guide, found.sites, first_row)
 
     def _draw(self, *rows: Tensor) -> list[Tensor]:

@@ -142,8 +142,9 @@ def test_an_error_names_its_datum_and_ends_all_threads(crews):
 
 
 def test_a_stopped_crew_ends_soon_and_goes_on_later(crews, monkeypatch, tmp_path):
-    pair, file = shipped_bernoulli(), tmp_path / "checkpoint"
-    expected = sampled(pair, num_samples=3_000)
+    how, file = {"x": binary(600), "num_samples": 3_000}, tmp_path / "checkpoint"
+    pair = shipped_bernoulli()
+    expected = sampled(pair, **how)
     kept, ticks, before = count(), [], (Evaluation.keep, Evaluation._tick)
 
     def keep(self, index, found):
@@ -159,11 +160,11 @@ def test_a_stopped_crew_ends_soon_and_goes_on_later(crews, monkeypatch, tmp_path
     monkeypatch.setattr(Evaluation, "_tick", tick)
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        sampled(pair, num_samples=3_000, checkpoint=file)
+        sampled(pair, **how, checkpoint=file)
     assert threading.active_count() == threads
-    # Five tiles of 24 ticks: three were asked for, and two threads were somewhere in the others.
-    assert len(ticks) < 4.9 * 24
-    same(sampled(pair, num_samples=3_000, checkpoint=file), expected)
+    # Ten tiles of 24 ticks: three were asked for, and two threads were somewhere in the next ones.
+    assert len(ticks) < 8 * 24
+    same(sampled(pair, **how, checkpoint=file), expected)
     assert crews == [2, 2, 2]
 
 
