@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from itertools import count
 from operator import getitem
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrovae._tools import warn
 from pyrovae._tools.seeding import seeded, undone
@@ -127,8 +130,7 @@ def record(
 ) -> GraphModule:
     """What a function asks of the device, the same in so many calls; arguments as for Graph."""
     # make_fx sees ATen operations below Pyro and autograd, so that handlers may do what they like
-    # in Python. It takes for constants whatever is no tensor: recording twice finds what changes
-    # from call to call.
+    # in Python. It takes for constants whatever is no tensor: a second call finds what changes.
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -136,42 +138,74 @@ def record(
     # Else make_fx makes a mode, and looks at the stack for it, for each value that it records.
     context = TracingContext(FakeTensorMode())
 
-    def inside(*args: Tensor) -> list[Tensor]:
-        # Modes entered here are asked before make_fx's own.
-        with _Spelled(), _Reads():
-            return function(*args)
+    def call(traced: Callable = make_fx) -> tuple[Any, list]:
+        asked = _Asked()
 
-    graphs = []
-    for _ in range(calls):
+        def inside(*args: Tensor) -> list[Tensor]:
+            # Modes entered here are asked before make_fx's own.
+            asked.note("given", args)
+            with _Spelled(), asked:
+                found = function(*args)
+            asked.note("found", found)
+            return found
+
         # Pyro's validation asks whether values are in a support, which reads them back.
         with undone(pair.modules, args[0].device, changed), pyro.validation_enabled(False):
             try:
                 with tracing(context):
-                    graphs.append(make_fx(inside)(*args))
+                    return traced(inside)(*args), asked.calls
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 raise CaptureError(_reason(error)) from error
-    if graphs[0].code != graphs[-1].code:
+
+    graph, asked = call()
+    # To listen takes a twentieth of the time; a program may also ask whether it is recorded.
+    if calls > 1 and call(lambda inside: inside)[1] != asked and call()[0].code != graph.code:
         raise CaptureError("its trace changes from call to call: sample the same sites each time")
-    return graphs[0]
+    return graph
 
 
-class _Reads(TorchDispatchMode):
-    """Refuses operators that read values back, for which make_fx has no class of error."""
+class _Asked(TorchDispatchMode):
+    """Notes which operators are called, and with what: tensors by the call that they come from.
+
+    It refuses those that read values back, for which make_fx has no class of error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self._names, self._unused = WeakTensorKeyDictionary(), count()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        self.note(func, (args, kwargs))
         if torch.Tag.dynamic_output_shape in func.tags and not _is_indexed_by_numbers(func, args):
             raise CaptureError(
                 "the shape of a tensor depends on values (a mask as an index, nonzero): "
                 "use torch.where"
             )
         try:
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
         except RuntimeError as error:
             if torch.Tag.data_dependent_output in func.tags:
                 raise DataDependentOutputException(func) from error
             raise
+        for place, value in enumerate(tree_leaves(found)):
+            if isinstance(value, Tensor):
+                self._names[value] = len(self.calls), place
+        return found
+
+    def note(self, what: Any, given: Any) -> None:
+        """Note that something was called with these arguments."""
+        leaves, form = tree_flatten(given)
+        self.calls.append((what, form, [*map(self._name, leaves)]))
+
+    def _name(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return repr(value)
+        if value not in self._names:
+            self._names[value] = next(self._unused)
+        return self._names[value]
 
 
 def _is_indexed_by_numbers(func: Any, args: tuple) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyrovae
@@ -27,7 +28,7 @@ from pairs import (
     shipped_bernoulli,
     two_latents,
 )
-from pyrovae.compiling.graph import drawn_at_once, record, without_log1p
+from pyrovae.compiling.graph import CaptureError, drawn_at_once, record, without_log1p
 from pyrovae.compiling.update import Update, UpdateError
 from pyrovae.guides.mean_field import MeanField
 from pyrovae.nn import MLP
@@ -360,6 +361,31 @@ def test_what_runs_when_garbage_is_collected_is_no_part_of_a_step():
     assert called
     assert gc.isenabled()
     assert None not in svi.compiled.captures.values()
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        lambda call, x, y: [x * call],
+        lambda call, x, y: [x.exp() if call else x],
+        lambda call, x, y: [[x, y][call].exp()],
+        lambda call, x, y: [x.exp(), x.log()][:: 2 * call - 1],
+    ],
+    ids=["a number", "an operator", "an argument", "the order of results"],
+)
+def test_what_differs_from_call_to_call_is_refused(found):
+    calls, pair, args = (
+        itertools.chain([0], itertools.repeat(1)),
+        Pair(*plain_modules()),
+        (X, X + 1),
+    )
+    with pytest.raises(CaptureError, match="changes from call to call"):
+        record(lambda *args: found(next(calls), *args), args, pair)
+
+
+def test_a_program_may_do_something_else_where_it_is_recorded():
+    graph = record(lambda x: [x.exp() if is_fx_tracing() else x], (X,), Pair(*plain_modules()))
+    assert torch.equal(graph(X)[0], X.exp())
 
 
 class Square(nn.Module):
