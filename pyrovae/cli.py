@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyrovae import _start, reporting
-from pyrovae._tools import InputError
+from pyrovae._tools import InputError, require_same
 from pyrovae._tools.files import plain_json, require_file, write_atomic
 from pyrovae._tools.shown import counted, number
 from pyrovae._tools.source_lines import error_place
@@ -194,6 +194,9 @@ class _Train(RunConfig):
             return super().of(given, stored)
         for kind in KINDS & given.keys():
             experiment.require_same_program(run, kind, given[kind])
+        names = {"data": run.config.data.load}, {"data": given.get("data")}
+        if {*names[0].values(), *names[1].values()} <= {*DATASETS}:
+            require_same(*names, experiment.RESUMED)
         return super().of(given, run.config)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from math import prod
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -366,7 +367,10 @@ def _batch(x: Tensor, shape: torch.Size) -> torch.Size:
 
 
 def _shape(shape: int | Sequence[int]) -> torch.Size:
-    return torch.Size([shape] if isinstance(shape, int) else shape)
+    sizes = shape if isinstance(shape, Sequence) else [shape]
+    if not all(isinstance(size, Integral) for size in sizes):
+        raise InputError(f"Expected whole numbers for the sizes of a network, got {shape!r}.")
+    return torch.Size(sizes)
 
 
 def _activation(activation: str | type[nn.Module]) -> type[nn.Module]:

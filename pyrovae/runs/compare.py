@@ -140,23 +140,23 @@ def _require_same_data(first: Compared, other: Compared, split: str) -> None:
         return
     sizes = len(first.finding.elbo), len(other.finding.elbo)
     paths = [quote(str(each.run.path)) for each in (first, other)]
-    if sizes[0] != sizes[1]:
-        fewer = paths[sizes.index(min(sizes))]
-        raise InputError(
-            f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
-            f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
-        )
     data = [plain_json(each.config.data) for each in (first, other)]
     said = [
         f"{key} is {data[0].get(key)} and {data[1].get(key)}"
         for key in ("name", "binarize", "context", "shape", "sha256")
         if data[0].get(key) != data[1].get(key)
     ]
-    differ = ", ".join(said) or "their numbers differ"
+    if sizes[0] != sizes[1] and not said:
+        fewer = paths[sizes.index(min(sizes))]
+        raise InputError(
+            f"{paths[0]} was evaluated on {sizes[0]} data and {paths[1]} on {sizes[1]}; evaluate "
+            f"both on the same, such as: pyrovae evaluate {fewer} --split {split}"
+        )
     raise InputError(
-        f"{paths[0]} and {paths[1]} were evaluated on different data ({differ}): log p(x) of one "
-        f"says nothing beside that of the other. Train both on one data set, and then: pyrovae "
-        f"evaluate {paths[1]} --split {split}"
+        f"{paths[0]} and {paths[1]} were evaluated on different data "
+        f"({', '.join(said) or 'their numbers differ'}): log p(x) of one says nothing beside that "
+        f"of the other. Train both on one data set, and then: pyrovae evaluate {paths[1]} "
+        f"--split {split}"
     )
 
 

@@ -49,6 +49,10 @@ from pyrovae.training.monitor import Fit, OnEpoch, callbacks
 
 PROGRAM_STREAM = 1_000_001
 IN_MEMORY = "data in memory"
+RESUMED = (
+    "The run was made with {key} = {before}, and --resume was asked for {now}: leave the option "
+    "out, or choose another --out."
+)
 C = TypeVar("C", bound=PairRecord)
 
 
@@ -203,8 +207,7 @@ def _train(
         require_same(
             plain_json(run.config),
             plain_json(config),
-            "The run was made with {key} = {before}, and --resume was asked for {now}: leave the "
-            "option out, or choose another --out.",
+            RESUMED,
             free=free if config.schedule in ("cosine", "iwae") else [*free, "epochs"],
         )
         state = run.load_checkpoint()
@@ -282,9 +285,10 @@ def load_experiment(
 
 
 def require_same_program(run: Run, kind: str, spec: str) -> None:
-    """Refuse to go on with a run with files that are not those that it has copies of."""
+    """Refuse to go on with a run with another program, or files other than its copies of them."""
     record, (path, _) = getattr(run.config, kind), split_spec(spec)
     if path is None or record.file is None:
+        require_same({kind: record.name}, {kind: spec}, RESUMED)
         return
     given, before = Sources.read(path.expanduser(), kind), run.sources(kind)
     pairs = [(given.file, run.file(record.file), given.source == before.source)]

@@ -70,6 +70,8 @@ OPTIONS = {
     "--set guide.scale=8": ["guide 'mean_field' takes no setting 'scale'"],
     "--set model.latent=3": ["'z'", "[3] in the model", "[2] in the guide"],
     "--set latent=0": ["model 'bernoulli' cannot be built", "positive width"],
+    "--set latent=5.5": ["model 'bernoulli' cannot be built", "whole numbers", "got 5.5"],
+    "--set hidden=[8,2.5]": ["whole numbers for the sizes of a network, got [8, 2.5]"],
     "--set latent=b'1'": ["model 'bernoulli' cannot be built with latent="],
     "--set latent=five": ["model 'bernoulli' cannot be built with latent='five'"],
     "--set hidden={8,9}": ["model 'bernoulli' cannot be built"],
