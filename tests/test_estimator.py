@@ -42,26 +42,20 @@ def small(**options):
 @pytest.fixture(scope="module")
 def normal():
     """Data of a linear-Gaussian model, whose log p(x) is known, and the estimator fitted to it."""
-    x = np.random.default_rng(0).normal(size=(2000, 2)) @ np.random.default_rng(1).normal(
-        size=(2, 4)
-    )
+    z = np.random.default_rng(0).normal(size=(2000, 2))
+    x = z @ np.random.default_rng(1).normal(size=(2, 4))
     x = (x + 0.3 * np.random.default_rng(2).normal(size=x.shape)).astype(np.float32)
-    vae = pyrovae.VAE(
-        "linear_gaussian", "linear_gaussian", latent=2, epochs=20, lr=1e-2, random_state=0
-    )
-    return x, vae.fit(x[:1000])
+    how = {"latent": 2, "epochs": 20, "lr": 1e-2, "random_state": 0}
+    return x, pyrovae.VAE("linear_gaussian", "linear_gaussian", **how).fit(x[:1000])
 
 
 def test_scikit_learns_checks_pass_but_for_those_named():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = check_estimator(
-            small(num_samples=2), expected_failed_checks=EXPECTED, on_skip=None, on_fail=None
-        )
+        tiny, how = small(epochs=1, num_samples=2), {"on_skip": None, "on_fail": None}
+        found = check_estimator(tiny, expected_failed_checks=EXPECTED, **how)
     assert len(found) > 40
-    failed = [
-        (each["check_name"], each["exception"]) for each in found if each["status"] == "failed"
-    ]
+    failed = [(f["check_name"], f["exception"]) for f in found if f["status"] == "failed"]
     assert not failed
     assert {each["check_name"] for each in found if each["status"] == "xfail"} == EXPECTED.keys()
 
@@ -105,15 +99,8 @@ def test_samples_have_the_covariance_of_the_model(normal):
 
 def test_images_and_pipelines_and_clones_and_pickles():
     digits = load_digits().data / 16
-    vae = pyrovae.VAE(
-        "convolutional",
-        "convolutional",
-        shape=(1, 8, 8),
-        latent=2,
-        epochs=1,
-        patience=1,
-        random_state=0,
-    )
+    how = {"shape": (1, 8, 8), "latent": 2, "epochs": 1, "patience": 1, "random_state": 0}
+    vae = pyrovae.VAE("convolutional", "convolutional", **how)
     pipe = make_pipeline(Binarizer(threshold=0.5), vae).fit(digits[:200])
     again = clone(pipe).fit(digits[:200])
     codes = pipe.transform(digits[200:220])

@@ -76,6 +76,15 @@ def data():
     return pyrovae.load_data("digits", binarize="dynamic")
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """What an unbroken training of three epochs comes to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    pyro.set_rng_seed(0)
+    train(*pair(data), data, epochs=3, out=out)
+    return outcome(out)
+
+
 @pytest.fixture
 def notebook():
     """What the cells of a notebook define."""
@@ -111,9 +120,8 @@ X = (torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).
 def test_a_training_is_written_as_the_command_writes_it(data):
     fit = train(*pair(data), data, out="run", average=0.9)
     opened = pyrovae.load("run")
-    assert {p.name for p in Path("run").iterdir()} >= {
-        "config.json", "checkpoint.pt", "metrics.csv", "weights.safetensors",
-    }  # fmt: skip
+    stored = {"config.json", "checkpoint.pt", "metrics.csv", "weights.safetensors"}
+    assert {p.name for p in Path("run").iterdir()} >= stored
     assert opened.history == fit.history
     assert opened.config.model.settings["latent"] == 3
     assert opened.config.command.startswith("pyrovae.fit(Bernoulli, MeanField, digits, epochs=2")
@@ -125,12 +133,9 @@ def test_a_training_is_written_as_the_command_writes_it(data):
 
 
 @pytest.mark.parametrize("how", ["command", "python", "save"])
-def test_going_on_comes_to_what_an_unbroken_training_does(data, how):
+def test_going_on_comes_to_what_an_unbroken_training_does(data, whole, how):
     pyro.set_rng_seed(0)
-    begun = pair(data)
-    pyro.set_rng_seed(0)
-    train(*pair(data), data, epochs=3, out="whole")
-    fit = train(*begun, data, out=None if how == "save" else "run")
+    fit = train(*pair(data), data, out=None if how == "save" else "run")
     if how == "save":
         assert fit.save("run") == Path("run")
     if how == "python":
@@ -138,7 +143,7 @@ def test_going_on_comes_to_what_an_unbroken_training_does(data, how):
         train(*pair(data), data, epochs=3, out="run", state=opened.state)
     else:
         assert run("train", "--out", "run", "--resume", "--epochs", "3") == 0
-    assert outcome(Path("run")) == outcome(Path("whole"))
+    assert outcome(Path("run")) == whole
 
 
 def test_a_checkpoint_has_what_a_callback_did_after_the_epoch(data):
@@ -314,10 +319,9 @@ def test_programs_without_a_source_are_given_to_load(data, capsys):
     assert given.model is parts["model"]
     assert same(given, fit)
     assert pyrovae.evaluate(given, **SHORT).num_data == 359
+    parts["guide"] = MeanField(data.shape, latent=3, hidden=(9,))
     with pytest.raises(pyrovae.InputError, match="of other programs or settings"):
-        _ = pyrovae.load(
-            "run", **parts | {"guide": MeanField(data.shape, latent=3, hidden=(9,))}
-        ).model
+        _ = pyrovae.load("run", **parts).model
 
 
 def test_data_in_memory_are_given_to_load(data, capsys):

@@ -1,4 +1,8 @@
-"""Laws of every pair under every objective that fits it."""
+"""Laws of every pair under every objective that fits it.
+
+A plain pair has one latent, whole, that its guide draws in one Gaussian. To an objective those
+differ by their numbers alone: one comes under every third, and of three in a row each has one.
+"""
 
 import warnings
 from pathlib import Path
@@ -8,11 +12,10 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
-from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import ZOO
 
 import pyrovae
-from pyrovae.compiling.graph import _Spelled
+from pyrovae.compiling.graph import record
 from pyrovae.objectives import OBJECTIVES, estimate, make_objective, per_datum
 from pyrovae.pairs.contract import check_support, inspect_pair
 from pyrovae.pairs.pair import Pair
@@ -24,10 +27,18 @@ SETTINGS = {
     "reweighted_wake_sleep": {"insomnia": 0.5},
     "free_bits_elbo": {"free_bits": 1e-3},
 }
-FITTING = [(name, fits) for name, entry in ZOO.items() for fits in entry.objectives]
+PLAIN = [name for name in ZOO if name.endswith(("-mean_field", "-counts"))]
+PLAIN += ["bernoulli-convolutional", "bernoulli-full_covariance", "bernoulli-low_rank", "linear"]
+PLAIN += ["conditional", "plain_modules", "published_example", "same_names", "functions"]
+FITTING = [
+    (name, fits)
+    for name, entry in ZOO.items()
+    for n, fits in enumerate(entry.objectives)
+    if name not in PLAIN or n % 3 == PLAIN.index(name) % 3
+]
 UNFIT = [(name, unfit) for name, entry in ZOO.items() for unfit in entry.refused]
 DOUBTED = [(name, doubted) for name, entry in ZOO.items() for doubted in entry.doubted]
-STEPS = 6
+STEPS = 4
 
 each = pytest.mark.parametrize("name", ZOO)
 
@@ -116,7 +127,7 @@ def test_the_loss_is_minus_the_sum_of_what_each_datum_has_and_training_lowers_it
         idle = {key for key, slope in zip(leaves, slopes, strict=True) if not slope.any()}
         assert not idle or objective == "free_bits_elbo"
         start = {key: leaf.detach().clone() for key, leaf in leaves.items()}
-        svi = pyrovae.SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), loss, compile=False)
+        svi = pyrovae.SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss, compile=False)
         for _ in range(STEPS):
             svi.step(*args)
     assert svi.pair.named().keys() == start.keys()
@@ -175,14 +186,8 @@ def test_scores_of_a_datum_do_not_depend_on_its_batch(name):
         drawn = part_of(whole, part)
         with poutine.replay(trace=drawn):
             few = parameters.trace_guide(*rows)
-        traces = (
-            (whole, few),
-            (
-                parameters.replay_model(whole, *args),
-                parameters.replay_model(drawn, *rows),
-            ),
-        )
-        for one, other in traces:
+        models = parameters.replay_model(whole, *args), parameters.replay_model(drawn, *rows)
+        for one, other in ((whole, few), models):
             expected = site_scores(one, layout, 1, len(args[0]))
             for site, score in site_scores(other, layout, 1, 3).items():
                 torch.testing.assert_close(score, expected[site][:, part], rtol=1e-4, atol=1e-4)
@@ -273,8 +278,7 @@ def test_a_captured_step_is_the_eager_step(name, objective):
             return [found.loss, *torch.autograd.grad(found.surrogate, leaves)]
 
         with pyro.validation_enabled(False):
-            with _Spelled():
-                graph = make_fx(step)(*args)
+            graph = record(step, args, parameters)
             others = [arg.flip(0) for arg in args]
             pyro.set_rng_seed(5)
             expected = step(*others)

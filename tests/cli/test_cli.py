@@ -267,10 +267,8 @@ def test_programs_of_several_files_are_kept_whole(copied, capsys, monkeypatch):
 
 
 def test_an_edit_counts_at_once(copied):
-    texts = [
-        copied.read_text().replace("Normal(self.zero, 1.0)", f"Normal(self.zero, {s})")
-        for s in ("1.0", "2.0")
-    ]
+    text, one = copied.read_text(), "Normal(self.zero, 1.0)"
+    texts = [text, text.replace(one, "Normal(self.zero, 2.0)")]
     times = copied.stat()
     for name, text in zip("ab", texts, strict=True):
         copied.write_text(text)

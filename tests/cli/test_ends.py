@@ -67,10 +67,8 @@ ENDING = {
     "model": "def model(x):\n    raise SystemExit(0)\n",
     "file": "import sys\nsys.exit(0)\n",
     "constructor": (
-        "import pyro.nn\n"
-        "class Model(pyro.nn.PyroModule):\n"
-        "    def __init__(self, shape):\n"
-        "        exit(0)\n"
+        "import pyro.nn\nclass Model(pyro.nn.PyroModule):\n"
+        "    def __init__(self, shape):\n        exit(0)\n"
     ),
 }
 

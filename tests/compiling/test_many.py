@@ -12,7 +12,7 @@ from pyrovae.objectives.beta import BetaELBO
 from pyrovae.training.monitor import NonFiniteLoss
 
 X = torch.cat([binary()] * 7)
-HIDDEN = (8,)
+HIDDEN = ()
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ class Decoder(PyroModule):
 
     def __init__(self, factor):
         super().__init__()
-        self.net, self.factor = MLP(LATENT, SHAPE, (8,)), factor
+        self.net, self.factor = MLP(LATENT, SHAPE, ()), factor
 
     def forward(self, x, *context):
         with pyro.plate("data", len(x)):
@@ -58,7 +58,7 @@ class Guide(MeanField):
 def _make(model, seed=0):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    return model(), Guide(SHAPE, LATENT, (8,))
+    return model(), Guide(SHAPE, LATENT, ())
 
 
 def _train(svi, steps, x=X, *context):

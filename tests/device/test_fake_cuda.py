@@ -51,7 +51,9 @@ def placed():
 
 @each
 def test_a_loss_stays_on_its_device_and_reads_nothing(placed, name):
-    fitting = {"trace_elbo", "trace_mean_field_elbo", "iwae"} & {*ZOO[name].objectives}
+    """Each pair with its divergences, and every second one as an ELBO or as an IWAE of its own."""
+    scored = ("trace_elbo", "iwae")[PLACED.index(name) % 2]
+    fitting = {scored, "trace_mean_field_elbo"} & {*ZOO[name].objectives} or {"trace_elbo"}
     objectives = [make_objective(each) for each in fitting]
     pair, rows = placed(name, *objectives)
     for objective in objectives:

@@ -88,8 +88,9 @@ def of_zoo(name, estimate, **options):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_estimates_of_every_pair_agree(name):
-    """Where k-hat and the chains that count trust them for most data; no guide here is trained."""
-    brief = {"num_chains": 32, "num_temperatures": 3, "num_steps": 2}
+    """Where k-hat and ess trust them for most data, annealed from guides and priors in turn."""
+    start = ("guide", "prior")[[*ZOO].index(name) % 2]
+    brief = {"num_chains": 32, "num_temperatures": 3, "num_steps": 2, "initial": start}
     plain = of_zoo(name, log_likelihood, num_samples=1500, seed=1)
     steep = {"num_samples": 1500, "defensive": 0.5}
     first = of_zoo(name, log_likelihood, **steep, seed=2) or plain
@@ -97,7 +98,6 @@ def test_estimates_of_every_pair_agree(name):
         plain,
         of_zoo(name, log_likelihood, **steep, refine_steps=5, seed=3),
         of_zoo(name, annealed_log_likelihood, **brief, seed=4),
-        of_zoo(name, annealed_log_likelihood, **brief, initial="prior", seed=5),
     ]
     for other in filter(None, others):
         heavy = first.khat.nan_to_num(0) > 0.5, other.khat.nan_to_num(0) > 0.5

@@ -111,8 +111,7 @@ def chosen(x):
         pyro.sample("z", dist.Normal(0.8 * x[:, 0], 0.6))
 
 
-@pytest.mark.parametrize("guide", [near, chosen])
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize(("kind", "guide"), [("pt2", near), ("onnx", near), ("onnx", chosen)])
 def test_log_p_with_a_discrete_latent_is_exact_of_one_datum_and_of_many(tmp_path, kind, guide):
     x = torch.tensor([[-1.5], [0.4], [2.0], [0.0], [1.0], [3.3]])
     how = {"what": "log_likelihood", "format": kind, "samples": 400}
@@ -288,18 +287,16 @@ def test_a_run_is_exported_as_its_page_says(repository, tmp_path, monkeypatch, c
 def test_a_table_beside_covariates_and_with_gaps_is_exported(tmp_path):
     r = np.random.default_rng(0)
     frame = pd.DataFrame({
-        "height": r.normal(size=60), "visits": r.poisson(2.0, 60).astype(float),
-        "kind": r.choice(["a", "b"], 60), "age": r.normal(size=60), "site": r.integers(0, 3, 60),
+        "visits": r.poisson(2.0, 60).astype(float), "kind": r.choice(["a", "b"], 60),
+        "age": r.normal(size=60), "site": r.integers(0, 3, 60),
     })  # fmt: skip
     frame.loc[::7, "visits"] = np.nan
     data = pyrovae.load_data(
         frame, missing="mask", columns={"visits": "count"}, context="age,site"
     )  # fmt: skip
-    make = {"latent": 2, "hidden": (4,), "context_columns": data.context_columns}
-    model, guide = (
-        Table(data.shape, data.columns, **make),
-        TableGuide(data.shape, data.columns, **make),
-    )
+    make = {"latent": 2, "hidden": (), "context_columns": data.context_columns}
+    model = Table(data.shape, data.columns, **make)
+    guide = TableGuide(data.shape, data.columns, **make)
     rows = data.split("test")
     for what in ("encoder", "decoder", "log_likelihood"):
         path = pyrovae.export(model, guide, data, what=what, out=tmp_path / f"{what}.pt2")
@@ -320,10 +317,10 @@ def test_a_table_beside_covariates_and_with_gaps_is_exported(tmp_path):
 
 
 def test_sequences_of_several_lengths_are_exported(tmp_path):
-    lengths = torch.tensor([3, 5, 4, 6, 3, 6, 5, 4, 6])
-    x = torch.randint(0, 2, (9, 6, 4)).float()
-    mask = (torch.arange(6) < lengths[:, None])[..., None].expand_as(x)
-    model, guide = Sequence((6, 4), latent=2), SequenceGuide((6, 4), latent=2)
+    lengths = torch.tensor([1, 2, 3, 3, 1, 3, 2, 3, 3])
+    x = torch.randint(0, 2, (9, 3, 4)).float()
+    mask = (torch.arange(3) < lengths[:, None])[..., None].expand_as(x)
+    model, guide = Sequence((3, 4), latent=2), SequenceGuide((3, 4), latent=2)
     made = {
         what: opened(pyrovae.export(model, guide, x, mask, what=what, out=tmp_path / f"{what}.pt2"))
         for what in ("encoder", "decoder")
@@ -331,7 +328,7 @@ def test_sequences_of_several_lengths_are_exported(tmp_path):
     encoder, told = made["encoder"]
     noise = torch.randn(9, *told["inputs"][-1]["shape"][1:])
     z = encoder(x, mask, noise)["z_draw"]
-    assert z.shape == (9, 6, 2)
+    assert z.shape == (9, 3, 2)
     found = made["decoder"][0](z)["x_mean"]
     expected = pyrovae.decode(model, {"z": z}, mask, like=x)
     torch.testing.assert_close(found[mask], expected[mask])

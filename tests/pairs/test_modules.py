@@ -157,17 +157,9 @@ def pyro_module_alone(net):
 
 
 PLACES = (
-    list_of_a_module,
-    closed_dictionary,
-    plain_object,
-    bound_method,
-    object_within_an_object,
-    attribute_of_a_class,
-    global_dictionary,
-    partial_arguments,
-    default_argument,
-    pyro_module_alone,
-)
+    list_of_a_module, closed_dictionary, plain_object, bound_method, object_within_an_object,
+    attribute_of_a_class, global_dictionary, partial_arguments, default_argument, pyro_module_alone,
+)  # fmt: skip
 X = torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(0))
 everywhere = pytest.mark.parametrize("place", PLACES, ids=[place.__name__ for place in PLACES])
 

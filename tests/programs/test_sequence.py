@@ -310,7 +310,7 @@ def test_a_captured_step_does_not_unroll_time(monkeypatch, flows):
     def kept(graph, inputs):
         names = [str(node.target) for node in graph.graph.nodes]
         called.extend(sorted(name for name in names if name.startswith("pyrovae")))
-        assert len(names) < 2500
+        assert len(names) < 1700
         return graph
 
     monkeypatch.setattr("pyrovae.compiling.graph._compile", kept)
@@ -319,7 +319,7 @@ def test_a_captured_step_does_not_unroll_time(monkeypatch, flows):
     for compile in (False, True):
         pyro.set_rng_seed(0)
         pair = Model((40, 2), 3, (5,), 4), Guide((40, 2), 3, 6, flows, 4)
-        optim = pyro.optim.Adam({"lr": 0.01})
+        optim = pyro.optim.SGD({"lr": 1e-4})
         svi = pyrovae.SVI(*pair, optim, pyro.infer.Trace_ELBO(), compile=compile, steps=10)
         losses.append([svi.step(x) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -335,7 +335,7 @@ def test_what_inductor_makes_of_cut_sequences_is_the_eager_run():
     for compile in (False, True):
         pyro.set_rng_seed(0)
         pair = Model((6, 2), 2, (), 2), Guide((6, 2), 2, 3)
-        optim = pyro.optim.Adam({"lr": 0.01})
+        optim = pyro.optim.SGD({"lr": 0.01})
         svi = pyrovae.SVI(*pair, optim, pyro.infer.Trace_ELBO(), compile=compile, steps=10)
         losses.append([svi.step(x, mask) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
