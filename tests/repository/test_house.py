@@ -7,7 +7,7 @@ import pytest
 from tree import LIBRARY, PACKAGE, inner
 
 # A feature raises these bounds, by what it needs; nothing else does.
-FILES, FOLDERS, LINES = 110, 12, 28_879
+FILES, FOLDERS, LINES = 110, 12, 28_924
 CORE = (
     "pairs.pair",
     "pairs.traces",
