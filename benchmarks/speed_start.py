@@ -139,7 +139,7 @@ def _phases(name: str, device: str) -> dict[str, list[float]]:
             with _added(found, "import of Inductor"):
                 import torch._inductor.compile_fx
             graph, capture = pyrovae.compiling.graph, pyrovae.compiling.step.Capture
-            _watch(graph, "record", found, "two recordings")
+            _watch(graph, "record", found, "recording")
             _watch(graph, "_compile", found, "Inductor and C++ compiler")
             _watch(capture, "_audit", found, "audits")
         run(index[1:])

@@ -11,6 +11,7 @@ from stand_in import stand_in
 from test_on_device import agree, data, make
 
 import pyrovae
+from pyrovae._tools.seeding import Stream, seeded
 from pyrovae.cli import main
 from pyrovae.compiling.graph import Graph
 from pyrovae.evidence.tiles import _exchange
@@ -44,6 +45,18 @@ def test_it_refuses_tensors_of_two_devices_and_has_a_stream_of_its_own(reads):
     assert torch.equal(torch.rand(2), here)
     assert there.is_cuda
     assert not torch.equal(there.cpu(), here)
+
+
+def test_a_stream_of_random_numbers_goes_on_where_it_was_left(reads):
+    stream = Stream(5, CUDA, 1)
+    with stream():
+        found = [torch.randn(3, device="cuda")]
+    torch.rand(7, device="cuda")
+    with stream():
+        found.append(torch.randn(20, device="cuda"))
+    with seeded(5, CUDA, 1):
+        for each in found:
+            assert torch.equal(each.cpu(), torch.randn(len(each), device="cuda").cpu())
 
 
 @pytest.mark.parametrize("name", ["bernoulli-mean_field", "table"])
