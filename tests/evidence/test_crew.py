@@ -37,6 +37,12 @@ def crews(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Run the record itself: what a crew does with it is no matter of its kernels."""
+    monkeypatch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+
+
 def sampled(pair, x=X, **how):
     return pyrovae.log_likelihood(
         *pair, x, **{"num_samples": 300, "compile": True, "seed": 3} | how
@@ -84,6 +90,7 @@ def test_annealing_is_that_of_one_thread(crews, rows):
     assert torch.equal(found.acceptance, expected.acceptance)
 
 
+@pytest.mark.usefixtures("recorded")
 def test_both_bounds_are_those_of_one_thread(crews):
     pair, how = shipped_bernoulli(), FEW | {"like": X[:64], "n": 150}
     found = pyrovae.bidirectional(*pair, **how)
@@ -93,9 +100,9 @@ def test_both_bounds_are_those_of_one_thread(crews):
     assert torch.equal(found.upper, expected.upper)
 
 
-def test_what_no_crew_is_called_for(crews, monkeypatch):
-    """Too few tiles, eager programs, and a proposal that is made for each tile, as recorded."""
-    monkeypatch.setattr("pyrovae.compiling.graph._compile", lambda graph, inputs: graph)
+@pytest.mark.usefixtures("recorded")
+def test_what_no_crew_is_called_for(crews):
+    """Too few tiles, eager programs, and a proposal that is made for each tile."""
     pair, two = shipped_bernoulli(), X[:128]
     sampled(pair, X[:64])
     sampled(pair, two, compile=False)
@@ -104,6 +111,7 @@ def test_what_no_crew_is_called_for(crews, monkeypatch):
     assert crews == []
 
 
+@pytest.mark.usefixtures("recorded")
 def test_a_model_that_draws_where_it_is_scored_is_left_to_one_thread(crews):
     class Noisy(nn.Module):
         def forward(self, x):
@@ -123,6 +131,7 @@ def test_a_model_that_draws_where_it_is_scored_is_left_to_one_thread(crews):
     same(found, alone(sampled, pair, x))
 
 
+@pytest.mark.usefixtures("recorded")
 def test_an_error_names_its_datum_and_ends_all_threads(crews):
     def model(x):
         with pyro.plate("data", len(x)):
@@ -146,6 +155,7 @@ def test_an_error_names_its_datum_and_ends_all_threads(crews):
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("recorded")
 def test_a_stopped_crew_ends_soon_and_goes_on_later(crews, monkeypatch, tmp_path):
     how, file = {"x": binary(600), "num_samples": 3_000}, tmp_path / "checkpoint"
     pair = shipped_bernoulli()
