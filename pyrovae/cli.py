@@ -194,9 +194,9 @@ class _Train(RunConfig):
             return super().of(given, stored)
         for kind in KINDS & given.keys():
             experiment.require_same_program(run, kind, given[kind])
-        names = {"data": run.config.data.load}, {"data": given.get("data")}
-        if {*names[0].values(), *names[1].values()} <= {*DATASETS}:
-            require_same(*names, experiment.RESUMED)
+        before, asked = run.config.data.load, given.get("data")
+        if before in DATASETS and asked in DATASETS:
+            require_same({"data": before}, {"data": asked}, experiment.RESUMED)
         return super().of(given, run.config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from math import prod
@@ -367,7 +367,7 @@ def _batch(x: Tensor, shape: torch.Size) -> torch.Size:
 
 
 def _shape(shape: int | Sequence[int]) -> torch.Size:
-    sizes = shape if isinstance(shape, Sequence) else [shape]
+    sizes = [*shape] if isinstance(shape, Iterable) else [shape]
     if not all(isinstance(size, Integral) for size in sizes):
         raise InputError(f"Expected whole numbers for the sizes of a network, got {shape!r}.")
     return torch.Size(sizes)

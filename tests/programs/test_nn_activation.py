@@ -1,5 +1,6 @@
 """A network is as nonlinear as its activation's name says, or the name is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,3 +27,8 @@ def test_an_activation_bends(name):
 
 def test_a_class_of_ones_own_is_taken_as_it_is():
     assert MLP(3, 2, (4,), nn.Dropout)(torch.zeros(3)).shape == (2,)
+
+
+@pytest.mark.parametrize("hidden", [np.array([4, 5]), np.int64(4), range(4, 6), iter([4, 5])])
+def test_sizes_may_be_whole_numbers_of_any_kind(hidden):
+    assert MLP(3, 2, hidden)(torch.zeros(3)).shape == (2,)
